@@ -1,0 +1,86 @@
+"""The exception tree. Expected outcomes are values; these are failures.
+
+gRPC codes live in `rpc/status.py` alone: here a failure says *what kind* it is, not how it travels.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class PacelineError(Exception):
+    """Base of everything Paceline raises on purpose; `str()` is one clear line."""
+
+
+class ConfigError(PacelineError):
+    """A file, flag or message that the user wrote is wrong; nothing has been changed.
+
+    `key` is a dotted path inside the document (`modules.detect.inputs.x`); the reader of the
+    file adds `where` (`ocr.yaml:12`).
+    """
+
+    def __init__(self, message: str, *, key: str = "", where: str = "") -> None:
+        self.message = message
+        self.key = key
+        self.where = where
+        prefix = ": ".join(part for part in (where, key) if part)
+        super().__init__(f"{prefix}: {message}" if prefix else message)
+
+
+class PlanError(PacelineError):
+    """No plan meets the objective; says which module of which chain lacks how many seconds."""
+
+    def __init__(
+        self, message: str, *, chain: str = "", module: str = "", lacking_s: float = 0.0
+    ) -> None:
+        self.chain = chain
+        self.module = module
+        self.lacking_s = lacking_s
+        super().__init__(message)
+
+
+class ResidencyError(PacelineError):
+    """A model could not be loaded, unloaded or found where it should be."""
+
+
+class ErrorKind(Enum):
+    """Why a request failed; `rpc.status` maps each to one gRPC code."""
+
+    INVALID = "invalid"
+    UNKNOWN_MODEL = "unknown_model"
+    NOT_READY = "not_ready"
+    UNSUPPORTED = "unsupported"
+    QUEUE_FULL = "queue_full"
+    OVERLOADED = "overloaded"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+    DRAINING = "draining"
+    BACKEND = "backend"
+    INTERNAL = "internal"
+
+
+class RequestError(PacelineError):
+    """One request failed; the others are not affected."""
+
+    def __init__(self, kind: ErrorKind, message: str) -> None:
+        self.kind = kind
+        self.message = message
+        super().__init__(message)
+
+
+class Rejected(RequestError):
+    """A request that was refused before (more) work was spent on it.
+
+    `shortfall_s` says by how much its deadline would be missed (0 when that is not the reason).
+    """
+
+    def __init__(self, kind: ErrorKind, message: str, *, shortfall_s: float = 0.0) -> None:
+        self.shortfall_s = shortfall_s
+        super().__init__(kind, message)
+
+
+class BackendError(RequestError):
+    """The executor (Triton) failed or could not be reached."""
+
+    def __init__(self, message: str, *, kind: ErrorKind = ErrorKind.BACKEND) -> None:
+        super().__init__(kind, message)

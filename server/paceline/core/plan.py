@@ -1,0 +1,140 @@
+"""Plans: which machines run what, for how much. Produced by the planner, followed by dispatch.
+
+Times in seconds, money per hour; `as_json` converts at the edge into the published format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """`machines` (fractional allowed) of `hardware` running batches of `batch_size`."""
+
+    hardware: str
+    batch_size: int
+    duration_s: float
+    machines: float
+    price_per_hour: float
+
+    @property
+    def rate_rps(self) -> float:
+        """What it serves at full use."""
+        return self.machines * self.batch_size / self.duration_s
+
+    @property
+    def cost_per_hour(self) -> float:
+        return self.machines * self.price_per_hour
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """One module's share of the objective and the machines that keep it."""
+
+    module: str
+    model: str
+    rate_rps: float
+    dummy_rps: float
+    latency_budget_s: float
+    latency_worst_s: float
+    allocations: tuple[Allocation, ...]
+
+    @property
+    def cost_per_hour(self) -> float:
+        return sum(a.cost_per_hour for a in self.allocations)
+
+    @property
+    def machines(self) -> float:
+        return sum(a.machines for a in self.allocations)
+
+    @property
+    def batch_size(self) -> int:
+        """The largest batch it runs."""
+        return max(a.batch_size for a in self.allocations)
+
+
+@dataclass(frozen=True, slots=True)
+class ChainPlan:
+    """One chain's modules; `latency_worst_s` is that of its slowest path."""
+
+    chain: str
+    slo_s: float
+    rate_rps: float
+    latency_worst_s: float
+    modules: tuple[ModulePlan, ...]
+
+    def module(self, name: str) -> ModulePlan:
+        return next(m for m in self.modules if m.module == name)
+
+    @property
+    def cost_per_hour(self) -> float:
+        return sum(m.cost_per_hour for m in self.modules)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything planned together."""
+
+    policy: str
+    billing: str
+    chains: tuple[ChainPlan, ...]
+    lower_bound_per_hour: float = 0.0
+    solve_s: float = field(default=0.0, compare=False)
+
+    @property
+    def cost_per_hour(self) -> float:
+        return sum(c.cost_per_hour for c in self.chains)
+
+    def chain(self, name: str) -> ChainPlan | None:
+        return next((c for c in self.chains if c.chain == name), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """The published plan format (milliseconds, prices per hour)."""
+        return {
+            "policy": self.policy,
+            "billing": self.billing,
+            "cost_per_hour": _round(self.cost_per_hour),
+            "lower_bound_per_hour": _round(self.lower_bound_per_hour),
+            "solve_ms": _ms(self.solve_s),
+            "chains": [_chain_json(c) for c in self.chains],
+        }
+
+
+def _chain_json(chain: ChainPlan) -> dict[str, Any]:
+    return {
+        "chain": chain.chain,
+        "slo_ms": _ms(chain.slo_s),
+        "rate_rps": _round(chain.rate_rps),
+        "latency_worst_ms": _ms(chain.latency_worst_s),
+        "modules": [
+            {
+                "module": m.module,
+                "model": m.model,
+                "rate_rps": _round(m.rate_rps),
+                "dummy_rps": _round(m.dummy_rps),
+                "latency_budget_ms": _ms(m.latency_budget_s),
+                "latency_worst_ms": _ms(m.latency_worst_s),
+                "allocations": [
+                    {
+                        "hardware": a.hardware,
+                        "batch_size": a.batch_size,
+                        "duration_ms": _ms(a.duration_s),
+                        "machines": _round(a.machines),
+                        "price_per_hour": a.price_per_hour,
+                    }
+                    for a in m.allocations
+                ],
+            }
+            for m in chain.modules
+        ],
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
+
+
+def _round(value: float) -> float:
+    return round(value, 6)

@@ -1,0 +1,184 @@
+"""Where the inside meets the outside: what the runtime needs, and what it offers.
+
+The runtime implements `Inference` and `Control` for rpc and web; `triton` and `sim` implement
+`Executor`, `ModelRepository` and `Profiler` for the runtime. Neither side imports the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from paceline.core.bind import BoundChain
+from paceline.core.chain import Chain
+from paceline.core.model import ModelSpec
+from paceline.core.plan import Plan
+from paceline.core.profile import ProfileRow
+from paceline.core.request import InferAnswer, InferRequest, Parameter, Timeline
+from paceline.core.tensor import BatchTensor, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """One execution of one model: a batch."""
+
+    model: str
+    inputs: tuple[BatchTensor, ...]
+    outputs: tuple[str, ...]
+    version: str = ""
+    request_id: str = ""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A line of a repository index. `state` is Triton's: READY, UNAVAILABLE, LOADING, UNLOADING."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+
+
+class Executor(Protocol):
+    """Runs batches on machines."""
+
+    async def execute(
+        self, machine: str, call: ModelCall, *, timeout_s: float
+    ) -> tuple[Tensor, ...]:
+        """Outputs in the order of `call.outputs`. Raises BackendError; nothing else."""
+        ...
+
+
+class ModelRepository(Protocol):
+    """One machine's models (Triton's repository API)."""
+
+    async def index(self) -> tuple[ModelState, ...]:
+        """Every model it knows."""
+        ...
+
+    async def spec(self, model: str) -> ModelSpec:
+        """Declaration of a loaded model. Raises ResidencyError when it is not loaded."""
+        ...
+
+    async def load(self, model: str, *, instances: int) -> None:
+        """Load with that many instances; returns when ready. Raises ResidencyError."""
+        ...
+
+    async def unload(self, model: str) -> None:
+        """Unload; returns when its memory is free. Raises ResidencyError."""
+        ...
+
+
+class Profiler(Protocol):
+    """Measures loaded models, from cache where nothing changed."""
+
+    async def measure(
+        self,
+        model: ModelSpec,
+        hardware: str,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[ProfileRow, ...]:
+        """p95 duration per batch size (1, 2, 4, ... up to the limit). `on_progress(done, total)`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatistics:
+    """Cumulative counts of a chain or model since start, in Triton's terms (seconds, not ns)."""
+
+    name: str
+    version: str
+    last_inference_ms: int = 0
+    inference_count: int = 0
+    execution_count: int = 0
+    success_count: int = 0
+    success_s: float = 0.0
+    fail_count: int = 0
+    fail_s: float = 0.0
+    queue_count: int = 0
+    queue_s: float = 0.0
+    compute_infer_count: int = 0
+    compute_infer_s: float = 0.0
+    batches: tuple[tuple[int, int, float], ...] = ()
+    """(batch size, executions, compute seconds)."""
+
+
+class Inference(Protocol):
+    """The data path that rpc drives."""
+
+    async def infer(self, request: InferRequest) -> InferAnswer:
+        """Raises RequestError. Cancelling the awaiting task cancels the request everywhere."""
+        ...
+
+
+class Control(Protocol):
+    """Everything else that rpc and web show and change."""
+
+    def callable(self, name: str, version: str = "") -> BoundChain:
+        """A chain or model by name; RequestError (Triton's words) if unknown or not ready."""
+        ...
+
+    def callables(self) -> tuple[BoundChain, ...]:
+        """Every chain and model that can be called now, by name."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything declared is loaded and at least one machine answers."""
+        ...
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused because the server is stopping."""
+        ...
+
+    def repository_index(self) -> tuple[ModelState, ...]:
+        """Chains and models with their states."""
+        ...
+
+    async def load(self, name: str) -> None:
+        """Make a chain's models, or one model, ready. RequestError."""
+        ...
+
+    async def unload(self, name: str) -> None:
+        """Withdraw a chain, or unload a model that no chain uses. RequestError."""
+        ...
+
+    def statistics(self, name: str = "", version: str = "") -> tuple[ModelStatistics, ...]:
+        """All, or one; RequestError when unknown."""
+        ...
+
+    async def apply(self, chains: Sequence[Chain]) -> Plan:
+        """Serve these chains (new or replaced), all or none. ConfigError, PlanError, ResidencyError."""
+        ...
+
+    async def delete(self, chain: str) -> bool:
+        """Stop serving a chain; False when there was none."""
+        ...
+
+    def chains(self) -> tuple[Chain, ...]:
+        """The chains being served, by name."""
+        ...
+
+    async def plan(self, chains: Sequence[Chain]) -> Plan:
+        """What `apply` would do, without doing it. ConfigError, PlanError."""
+        ...
+
+    def current_plan(self) -> Plan:
+        """The plan in force."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """A JSON-able picture: machines, models, chains, queues, counts; units end the keys."""
+        ...
+
+    def watch_status(self) -> AsyncIterator[dict[str, Any]]:
+        """`status()` now and whenever it changed, at most once a second."""
+        ...
+
+    def explain(self, request_id: str) -> Timeline | None:
+        """A recent request by its id (the client's, or the one in the answer)."""
+        ...
