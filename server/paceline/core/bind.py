@@ -64,6 +64,8 @@ class BoundChain:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int = 0
+    direct: bool = False
+    """A model under its own name: the client's version and parameters reach it."""
 
     @property
     def name(self) -> str:
@@ -111,7 +113,9 @@ def single_model_chain(spec: ModelSpec) -> BoundChain:
 
     It has no objective of its own: `slo_s` is a day, the client's deadline is what counts.
     """
-    module = Module(spec.name.replace(".", "_"), spec.name, {t.name: Source(None, t.name) for t in spec.inputs})
+    module = Module(
+        spec.name.replace(".", "_"), spec.name, {t.name: Source(None, t.name) for t in spec.inputs}
+    )
     chain = Chain(
         spec.name,
         slo_s=86_400.0,
@@ -129,12 +133,10 @@ def single_model_chain(spec: ModelSpec) -> BoundChain:
         tuple(BoundInput(t.name, Source(None, t.name), per_item=False) for t in spec.inputs),
         tuple(t.name for t in spec.outputs),
     )
-    return BoundChain(chain, (bound,), inputs, outputs, spec.max_batch_size)
+    return BoundChain(chain, (bound,), inputs, outputs, spec.max_batch_size, direct=True)
 
 
-def _known(
-    known: Mapping[Source, TensorSpec], source: Source, key: str, name: str
-) -> TensorSpec:
+def _known(known: Mapping[Source, TensorSpec], source: Source, key: str, name: str) -> TensorSpec:
     spec = known.get(source)
     if spec is None:
         has = sorted(s.tensor for s in known if s.module == source.module)

@@ -132,7 +132,9 @@ def _check_names(chain: Chain) -> None:
         if not NAME.fullmatch(module.name) or "." in module.name:
             raise ConfigError(f"{module.name!r} is not a module name", key=key)
         if module.name == "inputs":
-            raise ConfigError("'inputs' means the chain's inputs; call the module otherwise", key=key)
+            raise ConfigError(
+                "'inputs' means the chain's inputs; call the module otherwise", key=key
+            )
         if not (isfinite(module.fan_out) and module.fan_out > 0):
             raise ConfigError("must be above 0", key=f"{key}.fan_out")
         if module.on_error not in ON_ERROR:

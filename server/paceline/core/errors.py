@@ -55,6 +55,7 @@ class ErrorKind(Enum):
     DEADLINE = "deadline"
     CANCELLED = "cancelled"
     DRAINING = "draining"
+    UNAVAILABLE = "unavailable"
     BACKEND = "backend"
     INTERNAL = "internal"
 
@@ -80,7 +81,7 @@ class Rejected(RequestError):
 
 
 class BackendError(RequestError):
-    """The executor (Triton) failed or could not be reached."""
+    """The executor (Triton) failed; kind UNAVAILABLE when it could not be reached at all."""
 
     def __init__(self, message: str, *, kind: ErrorKind = ErrorKind.BACKEND) -> None:
         super().__init__(kind, message)

@@ -81,7 +81,7 @@ class Profiler(Protocol):
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> tuple[ProfileRow, ...]:
-        """p95 duration per batch size (1, 2, 4, ... up to the limit). `on_progress(done, total)`."""
+        """p95 per batch size 1, 2, 4, ... up to the limit; calls `on_progress(done, total)`."""
         ...
 
 
@@ -152,7 +152,10 @@ class Control(Protocol):
         ...
 
     async def apply(self, chains: Sequence[Chain]) -> Plan:
-        """Serve these chains (new or replaced), all or none. ConfigError, PlanError, ResidencyError."""
+        """Serve these chains (new or replaced), all or none.
+
+        Raises ConfigError, PlanError, ResidencyError; then nothing has changed.
+        """
         ...
 
     async def delete(self, chain: str) -> bool:

@@ -35,7 +35,7 @@ class InferRequest:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Rows of one module executed in one batch: waited `queued_s .. started_s`, ran `.. ended_s`."""
+    """Rows of one module in one batch: waited `queued_s .. started_s`, ran `.. ended_s`."""
 
     module: str
     model: str

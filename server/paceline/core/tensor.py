@@ -45,9 +45,8 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if self.datatype not in DATATYPES:
-            raise ValueError(
-                f"unknown datatype {self.datatype!r}; expected one of {', '.join(sorted(DATATYPES))}"
-            )
+            known = ", ".join(sorted(DATATYPES))
+            raise ValueError(f"unknown datatype {self.datatype!r}; expected one of {known}")
         if any(axis < -1 for axis in self.shape):
             raise ValueError(f"shape {list(self.shape)} has an axis below -1")
 

@@ -1,0 +1,140 @@
+"""What the dispatcher is told (events) and what it wants done (actions).
+
+Instants are seconds on the caller's clock and never go backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from paceline.core.errors import RequestError
+from paceline.core.ports import ModelCall
+from paceline.core.request import Parameter, Timeline
+from paceline.core.tensor import Tensor
+from paceline.dispatch.route import ChainRoute
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request enters a chain. `request` is unique; `outputs` empty means all."""
+
+    request: int
+    chain: str
+    inputs: Mapping[str, Tensor]
+    deadline_s: float
+    outputs: tuple[str, ...] = ()
+    priority: int | None = None
+    request_id: str = ""
+    version: str = ""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Its client is gone: drop it from every queue; no answer is wanted."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDone:
+    """Outputs of an `Execute`, in the order it asked for."""
+
+    batch: int
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFailed:
+    """An `Execute` failed."""
+
+    batch: int
+    error: RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed (a `Wake` came due)."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstallChain:
+    """Serve new requests of this chain by `route`; those under way keep the route they have."""
+
+    route: ChainRoute
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveChain:
+    """Refuse new requests of this chain; those under way finish."""
+
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
+class MachineUp:
+    """A machine can execute: `slots` batches at a time, of each model at most its instances."""
+
+    machine: str
+    hardware: str
+    slots: int
+    instances: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineDown:
+    """Nothing more is sent to this machine; batches it runs are reported on their own."""
+
+    machine: str
+
+
+Event = (
+    Submit
+    | Cancel
+    | BatchDone
+    | BatchFailed
+    | Tick
+    | InstallChain
+    | RemoveChain
+    | MachineUp
+    | MachineDown
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Execute:
+    """Run one batch on `machine`, then say BatchDone or BatchFailed exactly once."""
+
+    batch: int
+    machine: str
+    call: ModelCall
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A request succeeded."""
+
+    request: int
+    outputs: tuple[Tensor, ...]
+    timeline: Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """A request failed or was refused."""
+
+    request: int
+    error: RequestError
+    timeline: Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Send a Tick at `at_s`. Only the earliest one outstanding matters."""
+
+    at_s: float
+
+
+Action = Execute | Answer | Fail | Wake

@@ -1,0 +1,169 @@
+"""One module's queue: rows waiting to be batched, most urgent first.
+
+Invariants: `rows` is the number of rows not yet taken of entries that are alive; a batch never
+mixes entries of different `key` (datatypes, row shapes, requested outputs, parameters).
+Order: priority, then launch-by time (earliest deadline first), then arrival.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from paceline.core.tensor import BatchTensor, Tensor, batch_rows, row_slice
+from paceline.dispatch.route import ModuleRoute
+
+if TYPE_CHECKING:
+    from paceline.dispatch.chain_run import ChainRun
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A request's rows for one module; batches take ranges of them, in order.
+
+    `base` is the index of its first row among the module's rows (above 0 for a retry of some).
+    """
+
+    run: ChainRun
+    route: ModuleRoute
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[str, ...]
+    rows: int
+    key: Hashable
+    priority: int
+    launch_by_s: float
+    latest_s: float
+    queued_s: float
+    seq: int
+    base: int = 0
+    attempt: int = 1
+    taken: int = 0
+    alive: bool = True
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        return (self.priority, self.launch_by_s, self.seq)
+
+    @property
+    def waiting(self) -> int:
+        """Rows nobody has taken yet."""
+        return self.rows - self.taken if self.alive else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of an entry's rows in a batch."""
+
+    entry: Entry
+    start: int
+    count: int
+
+    def retry(self, *, seq: int) -> Entry:
+        """The same rows as an entry of their own, to be executed once more."""
+        entry = self.entry
+        inputs = tuple(row_slice(tensor, self.start, self.count) for tensor in entry.inputs)
+        return replace(
+            entry,
+            inputs=inputs,
+            rows=self.count,
+            base=entry.base + self.start,
+            seq=seq,
+            attempt=entry.attempt + 1,
+            taken=0,
+        )
+
+
+def batch_inputs(pieces: Sequence[Piece], *, batches: bool) -> tuple[BatchTensor, ...]:
+    """The tensors of a batch; a model without batch axis (`batches` false) sees one row alone."""
+    first = pieces[0]
+    if batches:
+        return tuple(
+            batch_rows([row_slice(p.entry.inputs[i], p.start, p.count) for p in pieces])
+            for i in range(len(first.entry.inputs))
+        )
+    assert len(pieces) == first.count == 1, pieces
+    rows = [row_slice(tensor, first.start, 1) for tensor in first.entry.inputs]
+    return tuple(BatchTensor(r.name, r.datatype, r.shape[1:], (r.data,)) for r in rows)
+
+
+@dataclass(slots=True)
+class ModuleQueue:
+    """See the module docstring."""
+
+    route: ModuleRoute
+    rows: int = 0
+    _buckets: dict[Hashable, list[tuple[tuple[int, float, int], Entry]]] = field(
+        default_factory=dict
+    )
+    _expiry: list[tuple[float, int, Entry]] = field(default_factory=list)
+
+    def add(self, entry: Entry) -> None:
+        """Queue an entry with rows to take."""
+        assert entry.waiting > 0, entry
+        heapq.heappush(self._buckets.setdefault(entry.key, []), (entry.order, entry))
+        if entry.latest_s != float("inf"):
+            heapq.heappush(self._expiry, (entry.latest_s, entry.seq, entry))
+        self.rows += entry.waiting
+
+    def discard(self, entry: Entry) -> None:
+        """Forget what is left of an entry; a no-op when nothing is."""
+        self.rows -= entry.waiting
+        entry.alive = False
+
+    def head(self) -> Entry | None:
+        """The most urgent entry."""
+        best: Entry | None = None
+        for key in list(self._buckets):
+            entry = self._bucket_head(key)
+            if entry is not None and (best is None or entry.order < best.order):
+                best = entry
+        return best
+
+    def rows_like(self, entry: Entry, limit: int) -> int:
+        """Rows that could join `entry` in a batch, itself included, counted up to `limit`."""
+        count = 0
+        for _, other in self._buckets[entry.key]:
+            count += other.waiting
+            if count >= limit:
+                return limit
+        return count
+
+    def take(self, limit: int) -> list[Piece]:
+        """Up to `limit` rows for one batch, starting with the most urgent entry's."""
+        head = self.head()
+        pieces: list[Piece] = []
+        while head is not None and limit > 0:
+            count = min(head.waiting, limit)
+            pieces.append(Piece(head, head.taken, count))
+            head.taken += count
+            limit -= count
+            self.rows -= count
+            head = self._bucket_head(head.key)
+        return pieces
+
+    def expired(self, now_s: float) -> list[Entry]:
+        """Remove and return entries whose latest launch has passed."""
+        gone: list[Entry] = []
+        while self._expiry and self._expiry[0][0] < now_s:
+            entry = heapq.heappop(self._expiry)[2]
+            if entry.waiting:
+                self.discard(entry)
+                gone.append(entry)
+        return gone
+
+    def next_expiry_s(self) -> float | None:
+        """When `expired` next has something to say."""
+        while self._expiry and not self._expiry[0][2].waiting:
+            heapq.heappop(self._expiry)
+        return self._expiry[0][0] if self._expiry else None
+
+    def _bucket_head(self, key: Hashable) -> Entry | None:
+        bucket = self._buckets.get(key)
+        while bucket and not bucket[0][1].waiting:
+            heapq.heappop(bucket)
+        if not bucket:
+            self._buckets.pop(key, None)
+            return None
+        return bucket[0][1]

@@ -1,0 +1,86 @@
+"""How a chain is dispatched: its modules with the batch sizes and durations its plan gives them.
+
+`tail_s` of a module is the time from its launch to the end of the chain along the slowest path,
+at planned batch sizes: a batch must be launched `tail_s` before the deadline. `floor_s` is the
+same with batches of one: what cannot finish even then is not worth starting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from paceline.core.bind import BoundChain, BoundModule
+from paceline.core.chain import Chain
+from paceline.core.plan import ChainPlan
+from paceline.core.profile import Durations
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRoute:
+    """One module. `batch_sizes` by hardware: the most rows a batch takes there."""
+
+    chain: str
+    bound: BoundModule
+    batch_sizes: Mapping[str, int]
+    tail_s: float
+    floor_s: float
+
+    def batch_size(self, hardware: str) -> int:
+        """Rows per batch on `hardware`: the plan's, or all the model takes when unplanned."""
+        return self.batch_sizes.get(hardware, self.bound.spec.row_limit)
+
+
+@dataclass(frozen=True, slots=True)
+class ChainRoute:
+    """One chain. `max_items` bounds a fan-out, `max_requests` what is under way at once."""
+
+    bound: BoundChain
+    modules: tuple[ModuleRoute, ...]
+    max_requests: int = 4096
+    max_items: int = 4096
+
+
+def route_chain(
+    bound: BoundChain,
+    plan: ChainPlan | None = None,
+    durations: Mapping[str, Mapping[str, Durations]] | None = None,
+) -> ChainRoute:
+    """The route of `bound` under `plan`; `durations` by model and hardware.
+
+    Without plan (a model called by its own name) batches are as large as the model takes and
+    only the request's own deadline counts.
+    """
+    durations = durations or {}
+    planned: dict[str, float] = {}
+    single: dict[str, float] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    for module in bound.modules:
+        table = durations.get(module.spec.name, {})
+        sizes[module.name] = {}
+        if plan is not None:
+            for allocation in plan.module(module.name).allocations:
+                known = sizes[module.name].get(allocation.hardware, 1)
+                sizes[module.name][allocation.hardware] = max(known, allocation.batch_size)
+        planned[module.name] = max(
+            (table[hw].at(size) for hw, size in sizes[module.name].items() if hw in table),
+            default=0.0,
+        )
+        single[module.name] = min((d.at(1) for d in table.values()), default=0.0)
+    tails = _longest_tails(bound.chain, planned)
+    floors = _longest_tails(bound.chain, single)
+    return ChainRoute(
+        bound,
+        tuple(
+            ModuleRoute(bound.name, m, sizes[m.name], tails[m.name], floors[m.name])
+            for m in bound.modules
+        ),
+    )
+
+
+def _longest_tails(chain: Chain, own_s: Mapping[str, float]) -> dict[str, float]:
+    tails: dict[str, float] = {}
+    for module in reversed(chain.modules):
+        after = max((tails[child] for child in chain.children(module.name)), default=0.0)
+        tails[module.name] = own_s[module.name] + after
+    return tails
