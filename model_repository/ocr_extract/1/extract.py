@@ -109,7 +109,8 @@ def to_image(boxes: Sequence[Box], geometry: npt.NDArray[np.float32]) -> npt.NDA
     scale_y, scale_x, offset_y, offset_x, height, width = geometry
     points = np.array(boxes, dtype=np.float32).reshape(-1, 4, 2)
     points = (points - np.array([offset_x, offset_y])) * np.array([scale_x, scale_y])
-    return np.clip(points, 0, np.array([width, height])).astype(np.float32)
+    inside: npt.NDArray[np.float32] = np.clip(points, 0, [width, height]).astype(np.float32)
+    return inside
 
 
 def _least_rectangle(points: Points) -> tuple[Box, float]:
@@ -148,7 +149,8 @@ def _grow(box: Box) -> npt.NDArray[np.int32]:
     offset = pyclipper.PyclipperOffset()
     offset.AddPath(box, pyclipper.JT_ROUND, pyclipper.ET_CLOSEDPOLYGON)
     outlines = offset.Execute(area * GROWTH / perimeter)
-    return np.concatenate(outlines).astype(np.int32).reshape(-1, 1, 2)
+    outline: npt.NDArray[np.int32] = np.concatenate(outlines).astype(np.int32)
+    return outline.reshape(-1, 1, 2)
 
 
 def _on_canvas(box: Box, heatmap_hw: tuple[int, ...], canvas_hw: tuple[int, int]) -> Box:

@@ -93,11 +93,8 @@ def prepare(
         canvas = cv2.copyMakeBorder(canvas, bar, bar, 0, 0, cv2.BORDER_CONSTANT, value=black)
     seen = cv2.resize(canvas, layout.detector[::-1])
     planes = [cv2.LUT(channel, _LEVELS) for channel in cv2.split(seen)]
-    return (
-        np.stack(planes).astype(np.float32, copy=False),
-        canvas.astype(np.uint8, copy=False),
-        layout.geometry,
-    )
+    x = np.stack(planes).astype(np.float32, copy=False)
+    return x, canvas.astype(np.uint8, copy=False), layout.geometry
 
 
 def _scale(height: int, width: int, ratio: float) -> tuple[int, int]:

@@ -110,7 +110,7 @@ class TritonPythonModel:
         return [{name: split[name][index] for name in results} for index in range(len(feeds))]
 
     def _run(self, feed: Feed, outputs: Sequence[str]) -> Feed:
-        arrays = self._session.run(outputs, feed)
+        arrays = self._session.run(outputs, feed) if outputs else []  # there, [] means all
         return {
             name: _as_bytes(array) if array.dtype.kind in "OU" else array
             for name, array in zip(outputs, map(np.asarray, arrays), strict=True)
