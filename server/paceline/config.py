@@ -1,0 +1,321 @@
+"""Reading what users write: chain files (YAML), profiles and hardware (CSV).
+
+Every error is a ConfigError that names file, line and key, raised before anything is changed.
+Units are converted here: milliseconds and MiB outside, seconds and bytes inside.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from paceline.core.chain import Chain, Module, Source
+from paceline.core.errors import ConfigError
+from paceline.core.profile import Hardware, ProfileRow, Profiles
+from paceline.core.tensor import TensorSpec
+
+MAX_FILE_BYTES = 4 << 20
+"""A chain, profile or hardware file larger than this is a mistake."""
+
+MIB = 1 << 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _TensorFile(_Strict):
+    dtype: str
+    shape: list[int]
+
+
+class _ModuleFile(_Strict):
+    model: str
+    inputs: Annotated[dict[str, str], Field(min_length=1)]
+    for_each: str | None = None
+    when: str | None = None
+    fan_out: float = 1.0
+    on_error: Literal["fail", "skip"] = "fail"
+
+
+class _ChainFile(_Strict):
+    chain: str
+    slo_ms: float
+    inputs: Annotated[dict[str, _TensorFile], Field(min_length=1)]
+    modules: Annotated[dict[str, _ModuleFile], Field(min_length=1)]
+    outputs: Annotated[dict[str, str], Field(min_length=1)]
+    attainment: float = 0.99
+    rate_rps: float | None = None
+    arrivals: Literal["poisson", "uniform"] = "poisson"
+    priority: int = 0
+    keep_alive_s: float | None = None
+    description: str = ""
+
+
+def parse_chain(text: str, *, name: str = "<chain>") -> Chain:
+    """A chain file's text as a validated Chain; `name` stands for the file in errors."""
+    document = _load_yaml(text, name)
+    try:
+        parsed = _ChainFile.model_validate(document)
+    except ValidationError as error:
+        raise _first_error(error, document, name) from None
+    try:
+        return _to_chain(parsed)
+    except ConfigError as error:
+        path = error.key.split(".") if error.key else []
+        raise ConfigError(
+            error.message, key=error.key, where=f"{name}:{_line(document, path)}"
+        ) from None
+
+
+def read_chain(path: Path) -> Chain:
+    """Read one chain file."""
+    return parse_chain(_read(path), name=path.name)
+
+
+def read_chains(paths: Iterable[Path]) -> tuple[Chain, ...]:
+    """Read chain files; a directory stands for its *.yaml and *.yml files. Names must differ."""
+    chains: dict[str, tuple[Chain, Path]] = {}
+    for path in paths:
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix in (".yaml", ".yml"))
+            if not files:
+                raise ConfigError("no *.yaml chain file in this directory", where=str(path))
+        for file in files:
+            chain = read_chain(file)
+            if chain.name in chains:
+                other = chains[chain.name][1].name
+                raise ConfigError(
+                    f"{chain.name!r} is already declared in {other}", key="chain", where=file.name
+                )
+            chains[chain.name] = (chain, file)
+    return tuple(chain for chain, _ in chains.values())
+
+
+def read_profiles(path: Path) -> Profiles:
+    """Read `model,hardware,batch_size,duration_ms,memory_mib` (memory may be empty)."""
+    rows: list[ProfileRow] = []
+    seen: dict[tuple[str, str, int], int] = {}
+    columns = ("model", "hardware", "batch_size", "duration_ms", "memory_mib")
+    for line, row in _read_csv(path, columns):
+        where = f"{path.name}:{line}"
+        batch_size = _number(row, "batch_size", where, minimum=1, whole=True)
+        duration_ms = _number(row, "duration_ms", where)
+        memory_mib = _number(row, "memory_mib", where, empty=0.0, minimum=0)
+        key = (row["model"], row["hardware"], int(batch_size))
+        if key in seen:
+            raise ConfigError(
+                f"{key[0]} on {key[1]} at batch {key[2]} is already on line {seen[key]}",
+                where=where,
+            )
+        seen[key] = line
+        rows.append(ProfileRow(*key, duration_ms / 1e3, int(memory_mib * MIB)))
+    if not rows:
+        raise ConfigError("no profile in this file", where=path.name)
+    return Profiles(tuple(rows))
+
+
+def write_profiles(path: Path, rows: Sequence[ProfileRow]) -> None:
+    """Write profiles as CSV, atomically."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("model", "hardware", "batch_size", "duration_ms", "memory_mib"))
+    for row in rows:
+        memory = f"{row.memory_bytes / MIB:.1f}" if row.memory_bytes else ""
+        duration = f"{row.duration_s * 1e3:.3f}"
+        writer.writerow((row.model, row.hardware, row.batch_size, duration, memory))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text.getvalue(), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_hardware(path: Path) -> dict[str, Hardware]:
+    """Read `hardware,price_per_hour,memory_mib`."""
+    found: dict[str, Hardware] = {}
+    for line, row in _read_csv(path, ("hardware", "price_per_hour", "memory_mib")):
+        where = f"{path.name}:{line}"
+        name = row["hardware"]
+        if name in found:
+            raise ConfigError(f"{name!r} is declared twice", where=where, key="hardware")
+        price = _number(row, "price_per_hour", where)
+        memory_mib = _number(row, "memory_mib", where, empty=0.0, minimum=0)
+        found[name] = Hardware(name, price, int(memory_mib * MIB))
+    if not found:
+        raise ConfigError("no hardware in this file", where=path.name)
+    return found
+
+
+def _to_chain(parsed: _ChainFile) -> Chain:
+    inputs = []
+    for name, tensor in parsed.inputs.items():
+        try:
+            inputs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
+        except ValueError as error:
+            raise ConfigError(str(error), key=f"inputs.{name}") from None
+    modules = []
+    for name, module in parsed.modules.items():
+        key = f"modules.{name}"
+        sources = {
+            tensor: Source.parse(text, key=f"{key}.inputs.{tensor}")
+            for tensor, text in module.inputs.items()
+        }
+        modules.append(
+            Module(
+                name,
+                module.model,
+                sources,
+                for_each=_source(module.for_each, f"{key}.for_each"),
+                when=_source(module.when, f"{key}.when"),
+                fan_out=module.fan_out,
+                on_error=module.on_error,
+            )
+        )
+    outputs = {
+        name: Source.parse(text, key=f"outputs.{name}") for name, text in parsed.outputs.items()
+    }
+    return Chain(
+        parsed.chain,
+        slo_s=parsed.slo_ms / 1e3,
+        inputs=tuple(inputs),
+        modules=tuple(modules),
+        outputs=outputs,
+        attainment=parsed.attainment,
+        rate_rps=parsed.rate_rps,
+        arrivals=parsed.arrivals,
+        priority=parsed.priority,
+        keep_alive_s=parsed.keep_alive_s,
+        description=parsed.description,
+    )
+
+
+def _source(text: str | None, key: str) -> Source | None:
+    return None if text is None else Source.parse(text, key=key)
+
+
+def _load_yaml(text: str, name: str) -> Mapping[str, Any]:
+    try:
+        document = YAML(typ="rt", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if mark is not None else name
+        problem = (error.problem or error.context or "not YAML").splitlines()[0]
+        raise ConfigError(f"not valid YAML: {problem}", where=where) from None
+    except YAMLError as error:
+        raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from None
+    if not isinstance(document, Mapping):
+        raise ConfigError("a chain file is a mapping that starts with `chain: NAME`", where=name)
+    return document
+
+
+def _first_error(error: ValidationError, document: Mapping[str, Any], name: str) -> ConfigError:
+    """The first of pydantic's findings in our words: file, line, key, and what to write."""
+    finding = error.errors(include_url=False)[0]
+    path = [part for part in finding["loc"] if part != "[key]"]
+    key = ".".join(str(part) for part in path)
+    where = f"{name}:{_line(document, path)}"
+    match finding["type"]:
+        case "missing":
+            message = "is missing"
+        case "extra_forbidden":
+            model = _file_model(path[:-1])
+            message = f"unknown key; expected one of {', '.join(model.model_fields)}"
+        case _:
+            text = finding["msg"]
+            message = f"{text[0].lower()}{text[1:]}, got {_short(finding['input'])}"
+    return ConfigError(message, key=key, where=where)
+
+
+def _file_model(path: Sequence[Any]) -> type[BaseModel]:
+    match list(path):
+        case ["modules", _]:
+            return _ModuleFile
+        case ["inputs", _]:
+            return _TensorFile
+        case _:
+            return _ChainFile
+
+
+def _line(document: Any, path: Sequence[Any]) -> int:
+    """The line (from 1) of the deepest part of `path` that the document has."""
+    line = 1
+    at = document
+    for part in path:
+        try:
+            marks: Any = at.lc
+            line = (marks.key(part) if isinstance(at, Mapping) else marks.item(part))[0] + 1
+            at = at[part]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            break
+    return line
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, bool)) else type(value).__name__
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"larger than {MAX_FILE_BYTES // MIB} MiB", where=str(path))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError("not UTF-8 text", where=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows with their line numbers; ConfigError where a column is missing, unknown or extra."""
+    reader = csv.reader(StringIO(_read(path)))
+    header = [cell.strip() for cell in next(reader, [])]
+    for name in columns:
+        if name not in header:
+            raise ConfigError(f"column {name!r} is missing", where=f"{path.name}:1")
+    for row in reader:
+        if not row or (len(row) == 1 and not row[0].strip()):
+            continue
+        if len(row) != len(header):
+            raise ConfigError(
+                f"{len(row)} cells where the header has {len(header)}",
+                where=f"{path.name}:{reader.line_num}",
+            )
+        cells = dict(zip(header, (cell.strip() for cell in row), strict=True))
+        for name in columns[:2]:
+            if not cells[name]:
+                where = f"{path.name}:{reader.line_num}"
+                raise ConfigError("is empty", key=name, where=where)
+        yield reader.line_num, cells
+
+
+def _number(
+    row: Mapping[str, str],
+    column: str,
+    where: str,
+    *,
+    minimum: float | None = None,
+    empty: float | None = None,
+    whole: bool = False,
+) -> float:
+    text = row[column]
+    if not text and empty is not None:
+        return empty
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a number", key=column, where=where) from None
+    if whole and value != int(value):
+        raise ConfigError(f"{text!r} is not a whole number", key=column, where=where)
+    low = value < minimum if minimum is not None else not value > 0
+    if low or value == float("inf") or value != value:
+        bound = f"at least {minimum:g}" if minimum is not None else "above 0"
+        raise ConfigError(f"must be {bound}, got {text}", key=column, where=where)
+    return value
