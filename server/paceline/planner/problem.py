@@ -1,0 +1,129 @@
+"""What is to be planned: chains with rates and configurations, and the planner's options.
+
+Invariant: a `PlannedChain` that exists has positive rates, an objective and a topological order.
+`demand` is the one place where core's chains and profiles become the planner's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+
+from paceline.core.chain import Chain
+from paceline.core.errors import ConfigError
+from paceline.core.profile import Configuration, Hardware, Profiles
+from paceline.planner.worst_case import DISPATCHES, Dispatch
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModule:
+    """One module's demand; `rate_rps` is the chain's rate times the module's fan-out.
+
+    `overhead_s` is what the front server and the network add to its worst case.
+    """
+
+    name: str
+    model: str
+    rate_rps: float
+    parents: tuple[str, ...]
+    configurations: tuple[Configuration, ...]
+    overhead_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        key = f"modules.{self.name}"
+        if not (isfinite(self.rate_rps) and self.rate_rps > 0):
+            raise ConfigError(f"needs a rate above 0, got {self.rate_rps} requests/s", key=key)
+        if not self.configurations:
+            raise ConfigError(f"model {self.model!r} has no configuration to run in", key=key)
+        if not (isfinite(self.overhead_s) and self.overhead_s >= 0):
+            raise ConfigError(f"needs an overhead of 0 or more, got {self.overhead_s} s", key=key)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChain:
+    """One chain's demand; `modules` in topological order."""
+
+    name: str
+    slo_s: float
+    rate_rps: float
+    modules: tuple[PlannedModule, ...]
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.slo_s) and self.slo_s > 0):
+            raise ConfigError(f"chain {self.name!r} needs slo_ms above 0", key="slo_ms")
+        if not (isfinite(self.rate_rps) and self.rate_rps > 0):
+            raise ConfigError(f"chain {self.name!r} needs rate_rps above 0", key="rate_rps")
+        if not self.modules:
+            raise ConfigError(f"chain {self.name!r} has no modules", key="modules")
+        seen: set[str] = set()
+        for module in self.modules:
+            late = [parent for parent in module.parents if parent not in seen]
+            if late or module.name in seen:
+                problem = f"waits for {late[0]!r}, which is not before it" if late else "is twice"
+                raise ConfigError(
+                    f"{problem} in chain {self.name!r}; list each module once, after its parents",
+                    key=f"modules.{module.name}",
+                )
+            seen.add(module.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to plan; every part of Harpagon can be switched off to measure what it contributes.
+
+    `max_tuples` limits the configurations a module may mix (None: no limit); `dummy` tops rates
+    up to whole machines; `reassign` offers unused latency to the residuals; `node_merger` and
+    `cost_direct` are the two refinements of latency splitting.
+    """
+
+    policy: str = "harpagon"
+    dispatch: Dispatch = "throughput-cost"
+    max_tuples: int | None = None
+    dummy: bool = True
+    reassign: bool = True
+    node_merger: bool = True
+    cost_direct: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dispatch not in DISPATCHES:
+            raise ConfigError(
+                f"unknown dispatch {self.dispatch!r}; choose one of {', '.join(DISPATCHES)}",
+                key="dispatch",
+            )
+        if self.max_tuples is not None and self.max_tuples < 1:
+            raise ConfigError(f"must be 1 or more, got {self.max_tuples}", key="max_tuples")
+
+
+def demand(
+    chain: Chain,
+    rate_rps: float,
+    profiles: Profiles,
+    hardware: Mapping[str, Hardware],
+    row_limits: Mapping[str, int],
+    overhead_s: float,
+) -> PlannedChain:
+    """What `chain` demands at `rate_rps` chain requests/s.
+
+    `row_limits` is the largest batch each model accepts (no entry: no limit). A module's fan-out
+    is per chain request, so it multiplies the chain's rate and is not nested.
+    Raises ConfigError for a model without a profile, or a rate that is not above 0.
+    """
+    return PlannedChain(
+        name=chain.name,
+        slo_s=chain.slo_s,
+        rate_rps=rate_rps,
+        modules=tuple(
+            PlannedModule(
+                name=module.name,
+                model=module.model,
+                rate_rps=rate_rps * module.fan_out,
+                parents=module.parents,
+                configurations=profiles.configurations(
+                    module.model, hardware, limit=row_limits.get(module.model, 1 << 30)
+                ),
+                overhead_s=overhead_s,
+            )
+            for module in chain.modules
+        ),
+    )
