@@ -1,0 +1,259 @@
+"""inference.GRPCInferenceService (KServe v2) in front of `Inference` and `Control`.
+
+Invariant: a chain is a model. Unmodified Triton clients see Triton: the same messages, codes and
+order of checks. Handlers await the port directly, so a client that goes away cancels its request.
+The messages are those that ship in `tritonclient.grpc`: a second copy in a process collides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from paceline import __version__
+from paceline.core import ports
+from paceline.core.bind import BoundChain
+from paceline.core.errors import ErrorKind, RequestError
+from paceline.core.ports import Control, Inference
+from paceline.core.request import InferAnswer
+from paceline.rpc import describe
+from paceline.rpc.convert import infer_request, infer_response
+from paceline.rpc.status import Status, abort, answered
+from paceline.rpc.stream import InferStream
+from paceline.rpc.validate import Signature
+
+SERVICE = "inference.GRPCInferenceService"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_SIGNATURES = 1024
+_INTEGER = re.compile(r"[+-]?\d+")
+
+
+class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """The servicer. `stopping` ends streams when the server stops."""
+
+    def __init__(self, inference: Inference, control: Control, *, stopping: asyncio.Event) -> None:
+        self._inference = inference
+        self._control = control
+        self._stopping = stopping
+        self._signatures: dict[str, tuple[BoundChain, Signature]] = {}
+
+    # Inference
+
+    async def ModelInfer(self, request: Any, context: Context) -> Any:
+        return await answered(context, self._unary(request, context))
+
+    async def _unary(self, request: Any, context: Context) -> Any:
+        """An answer to a request without an id says by which number `explain` knows it."""
+        answer = await self._answer(request, context.time_remaining())
+        if not request.id:
+            number = str(answer.timeline.request)
+            context.set_trailing_metadata((("paceline-request-id", number),))
+        return infer_response(request, answer)
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> None:
+        async def infer(request: Any) -> Any:
+            return infer_response(request, await self._answer(request, context.time_remaining()))
+
+        fail_fast = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
+        stream = InferStream(infer, _stream_reply, fail_fast=fail_fast, stopping=self._stopping)
+        status = await stream.run(requests, context.write)
+        if status is not None:
+            await abort(context, status)
+
+    async def _answer(self, message: Any, remaining_s: float | None) -> InferAnswer:
+        signature = self._signature(message.model_name, message.model_version)
+        return await self._inference.infer(infer_request(message, signature, remaining_s))
+
+    def _signature(self, name: str, version: str) -> Signature:
+        bound = self._control.callable(name, _checked(version))
+        kept = self._signatures.get(name)
+        if kept is not None and kept[0] is bound:
+            return kept[1]
+        if len(self._signatures) >= _SIGNATURES:
+            self._signatures.clear()
+        signature = Signature.of(bound)
+        self._signatures[name] = (bound, signature)
+        return signature
+
+    # Health, metadata, statistics
+
+    async def ServerLive(self, request: Any, context: Context) -> Any:
+        return service_pb2.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: Any, context: Context) -> Any:
+        ready = self._control.ready and not self._control.draining
+        return service_pb2.ServerReadyResponse(ready=ready)
+
+    async def ModelReady(self, request: Any, context: Context) -> Any:
+        return await answered(context, self._model_ready(request))
+
+    async def _model_ready(self, request: Any) -> Any:
+        version = _checked(request.version)
+        try:
+            self._control.callable(request.name, version)
+        except RequestError:
+            return service_pb2.ModelReadyResponse(ready=False)
+        return service_pb2.ModelReadyResponse(ready=True)
+
+    async def ServerMetadata(self, request: Any, context: Context) -> Any:
+        return service_pb2.ServerMetadataResponse(
+            name="paceline", version=__version__, extensions=describe.EXTENSIONS
+        )
+
+    async def ModelMetadata(self, request: Any, context: Context) -> Any:
+        return await answered(context, self._describe(request, describe.metadata))
+
+    async def ModelConfig(self, request: Any, context: Context) -> Any:
+        return await answered(context, self._describe(request, describe.config))
+
+    async def _describe(self, request: Any, what: Any) -> Any:
+        bound = self._control.callable(request.name, _checked(request.version))
+        is_chain = any(chain.name == bound.name for chain in self._control.chains())
+        return what(bound, describe.platform_of(bound, is_chain=is_chain))
+
+    async def ModelStatistics(self, request: Any, context: Context) -> Any:
+        return await answered(context, self._statistics(request))
+
+    async def _statistics(self, request: Any) -> Any:
+        response = service_pb2.ModelStatisticsResponse()
+        for counts in self._counts(request.name, _checked(request.version)):
+            describe.add_statistics(response, counts)
+        return response
+
+    def _counts(self, name: str, version: str) -> tuple[ports.ModelStatistics, ...]:
+        """Unlike elsewhere, Triton calls an unknown model's statistics an invalid argument."""
+        try:
+            return self._control.statistics(name, version if name else "")
+        except RequestError as error:
+            if error.kind not in (ErrorKind.UNKNOWN_MODEL, ErrorKind.NOT_READY):
+                raise
+            known = version and any(bound.name == name for bound in self._control.callables())
+            if known:
+                text = f"requested model version is not available for model '{name}'"
+            else:
+                text = f"requested model '{name}' is not available"
+            raise RequestError(ErrorKind.INVALID, text) from error
+
+    # Repository
+
+    async def RepositoryIndex(self, request: Any, context: Context) -> Any:
+        return await answered(context, self._index(request))
+
+    async def _index(self, request: Any) -> Any:
+        _no_repository_name(request)
+        response = service_pb2.RepositoryIndexResponse()
+        for state in self._control.repository_index():
+            if not request.ready or state.state == "READY":
+                describe.add_index(response, state)
+        return response
+
+    async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
+        return await answered(context, self._load(request))
+
+    async def _load(self, request: Any) -> Any:
+        _no_repository_name(request)
+        _no_load_parameters(request)
+        try:
+            await self._control.load(request.model_name)
+        except RequestError as error:
+            if error.kind is not ErrorKind.UNKNOWN_MODEL:
+                raise
+            text = f"failed to load '{request.model_name}', failed to poll from model repository"
+            raise RequestError(ErrorKind.INTERNAL, text) from error
+        return service_pb2.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
+        return await answered(context, self._unload(request))
+
+    async def _unload(self, request: Any) -> Any:
+        _no_repository_name(request)
+        dependents = request.parameters.get("unload_dependents")
+        if dependents is not None and dependents.bool_param:
+            raise RequestError(ErrorKind.UNSUPPORTED, "'unload_dependents' is not supported")
+        try:
+            await self._control.unload(request.model_name)
+        except RequestError as error:
+            # Triton: to unload what is not there is no failure.
+            if error.kind is not ErrorKind.UNKNOWN_MODEL:
+                raise
+        return service_pb2.RepositoryModelUnloadResponse()
+
+    # What a front server in another process than Triton does not offer
+
+    async def SystemSharedMemoryStatus(self, request: Any, context: Context) -> Any:
+        await _unsupported(context, "system shared memory")
+
+    async def SystemSharedMemoryRegister(self, request: Any, context: Context) -> Any:
+        await _unsupported(context, "system shared memory")
+
+    async def SystemSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
+        await _unsupported(context, "system shared memory")
+
+    async def CudaSharedMemoryStatus(self, request: Any, context: Context) -> Any:
+        await _unsupported(context, "CUDA shared memory")
+
+    async def CudaSharedMemoryRegister(self, request: Any, context: Context) -> Any:
+        await _unsupported(context, "CUDA shared memory")
+
+    async def CudaSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
+        await _unsupported(context, "CUDA shared memory")
+
+    async def TraceSetting(self, request: Any, context: Context) -> Any:
+        await _unsupported(context, "tracing")
+
+    async def LogSettings(self, request: Any, context: Context) -> Any:
+        await _unsupported(context, "setting the log level over gRPC")
+
+
+def _stream_reply(request: Any, outcome: Any | Status) -> Any:
+    """A failure carries the id of its request in an otherwise empty response, as Triton's does."""
+    if not isinstance(outcome, Status):
+        return service_pb2.ModelStreamInferResponse(infer_response=outcome)
+    response = service_pb2.ModelStreamInferResponse(error_message=outcome.details)
+    response.infer_response.id = request.id
+    return response
+
+
+def _checked(version: str) -> str:
+    """Raises RequestError(INVALID) for a version that is no number."""
+    if not version or (version.isdecimal() and version.isascii()):
+        return version
+    if _INTEGER.match(version):
+        text = f"invalid model version specified '{version}' , "
+    else:
+        text = f"failed to get model version from specified version string '{version}' "
+        text += "(details: stol), "
+    raise RequestError(ErrorKind.INVALID, f"{text}version should be an integral value > 0")
+
+
+def _no_repository_name(request: Any) -> None:
+    if request.repository_name:
+        raise RequestError(
+            ErrorKind.UNSUPPORTED, "'repository_name' specification is not supported"
+        )
+
+
+def _no_load_parameters(request: Any) -> None:
+    """Triton takes a model's configuration and files here; a `file:` name of 256 characters or
+    more aborts it. Paceline's models are those of the repository."""
+    for name in request.parameters:
+        if name == "config" or name.startswith("file:"):
+            raise RequestError(
+                ErrorKind.INVALID,
+                f"load parameter '{name.partition(':')[0]}' is not supported: models are loaded "
+                "as they are in the model repository",
+            )
+        raise RequestError(ErrorKind.INVALID, f"unrecognized load parameter '{name[:64]}'.")
+
+
+async def _unsupported(context: Context, what: str) -> NoReturn:
+    details = f"{what} is not offered in this version of Paceline"
+    await abort(context, Status(grpc.StatusCode.UNIMPLEMENTED, details))
