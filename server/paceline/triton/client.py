@@ -1,0 +1,412 @@
+"""One Triton over gRPC: executing batches, repository calls, what it says about its models.
+
+Invariant: every failure of a call becomes one BackendError (ResidencyError while connecting)
+that names the server; cancelling the caller cancels the call. A batch's bytes are joined once,
+straight into the message that is sent: a serialized message is a concatenation of its fields,
+so the raw contents are appended to the serialized rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from paceline.core.errors import BackendError, ErrorKind, ResidencyError
+from paceline.core.ports import ModelCall, ModelState
+from paceline.core.request import Parameter
+from paceline.core.tensor import BatchTensor, Buffer, Tensor
+from paceline.triton.contents import typed_bytes
+
+INT32_MAX = 2**31 - 1
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", INT32_MAX),
+    ("grpc.max_receive_message_length", INT32_MAX),
+    # Triton answers more than one ping in 300 s on a quiet connection with GOAWAY; the ping's
+    # time-out is also the socket's TCP_USER_TIMEOUT, which is what finds a vanished machine.
+    ("grpc.keepalive_time_ms", 300_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # A restarted Triton is found again within a second, not within gRPC's two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Machines are direct peers; a proxy from the environment is not meant for them.
+    ("grpc.enable_http_proxy", 0),
+    # Without this, channels of one process to one address share a connection (and its back-off).
+    ("grpc.use_local_subchannel_pool", 1),
+)
+DEFAULT_TIMEOUT_S = 10.0
+_PROBE_MODEL = "paceline-probe-of-model-control-mode"
+_RAW_INPUT_TAG = bytes(
+    [service_pb2.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number << 3 | 2]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerIdentity:
+    """What a server says it is."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...]
+
+
+class TritonClient:
+    """A channel to one Triton. Use inside a running event loop; `close` when done."""
+
+    def __init__(self, url: str, *, name: str = "") -> None:
+        self._url = checked_url(url)
+        self._name = name
+        self._open()
+
+    @classmethod
+    async def connect(
+        cls, url: str, *, name: str = "", timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> TritonClient:
+        """A client of a Triton that answers and lets models be loaded.
+
+        Raises ResidencyError (one line, with what to do) when it does neither within `timeout_s`.
+        """
+        client = cls(url, name=name)
+        try:
+            await client._await_live(timeout_s)
+            await client._check_explicit_control()
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def name(self) -> str:
+        """The machine's name, or the URL where none was given."""
+        return self._name or self._url
+
+    async def retarget(self, url: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Talk to a restarted Triton, perhaps at another port; returns when it answers.
+
+        Also for an unchanged `url`: the old connection may still wait out its back-off. Calls in
+        flight on it fail. Raises ResidencyError when nothing answers within `timeout_s`.
+        """
+        self._url, old = checked_url(url), self._channel
+        self._open()
+        await old.close(None)
+        await self._await_live(timeout_s)
+
+    async def close(self) -> None:
+        """Close the channel; calls in flight fail with BackendError."""
+        await self._channel.close(None)
+
+    async def execute(self, call: ModelCall, *, timeout_s: float) -> tuple[Tensor, ...]:
+        """Run one batch; outputs in the order of `call.outputs` (all, as sent, if it names none).
+
+        Raises BackendError: DEADLINE, Triton's own kind and words, BACKEND when unreachable.
+        """
+        if timeout_s <= 0:
+            raise BackendError(
+                f"deadline exceeded before model {call.model!r} was started",
+                kind=ErrorKind.DEADLINE,
+            )
+        message = encode_infer_request(call)
+        response = await self._call(self._infer, message, timeout_s)
+        tensors = decode_infer_response(response)
+        if not call.outputs:
+            return tuple(tensors.values())
+        try:
+            return tuple(tensors[name] for name in call.outputs)
+        except KeyError as error:
+            raise BackendError(
+                f"model {call.model!r} on {self.name} gave no output {error.args[0]!r}; "
+                f"it gave {', '.join(sorted(tensors)) or 'none'}"
+            ) from None
+
+    async def live(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
+        """Whether the server answers at all; unreachable is False."""
+        return await self._flag(self._stub.ServerLive, service_pb2.ServerLiveRequest(), timeout_s)
+
+    async def ready(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
+        """Whether the server can serve; unreachable is False."""
+        return await self._flag(self._stub.ServerReady, service_pb2.ServerReadyRequest(), timeout_s)
+
+    async def model_ready(self, model: str, *, version: str = "") -> bool:
+        """Whether a model is loaded; also True for one whose process has died (Triton's view)."""
+        request = service_pb2.ModelReadyRequest(name=model, version=version)
+        response = await self._call(self._stub.ModelReady, request, DEFAULT_TIMEOUT_S)
+        return bool(response.ready)
+
+    async def identity(
+        self, *, timeout_s: float = DEFAULT_TIMEOUT_S, wait_for_ready: bool = False
+    ) -> ServerIdentity:
+        """Name, version and extensions; with `wait_for_ready` until the server can be reached."""
+        response = await self._call(
+            self._stub.ServerMetadata,
+            service_pb2.ServerMetadataRequest(),
+            timeout_s,
+            wait_for_ready=wait_for_ready,
+        )
+        return ServerIdentity(response.name, response.version, tuple(response.extensions))
+
+    async def metadata(self, model: str, *, version: str = "") -> Any:
+        """`ModelMetadataResponse` of a loaded model. BackendError when it is not."""
+        request = service_pb2.ModelMetadataRequest(name=model, version=version)
+        return await self._call(self._stub.ModelMetadata, request, DEFAULT_TIMEOUT_S)
+
+    async def config(self, model: str, *, version: str = "") -> Any:
+        """`ModelConfig` of a loaded model, as completed by the server. BackendError otherwise."""
+        request = service_pb2.ModelConfigRequest(name=model, version=version)
+        response = await self._call(self._stub.ModelConfig, request, DEFAULT_TIMEOUT_S)
+        return response.config
+
+    async def index(self) -> tuple[ModelState, ...]:
+        """Every model version the server knows; a model never loaded has no version or state."""
+        request = service_pb2.RepositoryIndexRequest()
+        response = await self._call(self._stub.RepositoryIndex, request, DEFAULT_TIMEOUT_S)
+        return tuple(
+            ModelState(line.name, line.version, line.state or "UNAVAILABLE", line.reason)
+            for line in response.models
+        )
+
+    async def load(self, model: str, *, config: str = "", timeout_s: float) -> None:
+        """RepositoryModelLoad; `config` (JSON) replaces the whole configuration, and sticks."""
+        request = service_pb2.RepositoryModelLoadRequest(model_name=model)
+        if config:
+            request.parameters["config"].string_param = config
+        await self._call(self._stub.RepositoryModelLoad, request, timeout_s)
+
+    async def unload(self, model: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """RepositoryModelUnload; returns when it has begun, not when it is done."""
+        request = service_pb2.RepositoryModelUnloadRequest(model_name=model)
+        await self._call(self._stub.RepositoryModelUnload, request, timeout_s)
+
+    def _open(self) -> None:
+        self._channel = grpc.aio.insecure_channel(self._url, options=CHANNEL_OPTIONS)
+        self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._infer: Any = self._channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=None,
+            response_deserializer=service_pb2.ModelInferResponse.FromString,
+        )
+
+    async def _flag(self, method: Any, request: Any, timeout_s: float) -> bool:
+        try:
+            response = await self._call(method, request, timeout_s)
+        except BackendError:
+            return False
+        return bool(getattr(response, "live", False) or getattr(response, "ready", False))
+
+    async def _call(
+        self, method: Any, request: Any, timeout_s: float, *, wait_for_ready: bool = False
+    ) -> Any:
+        """One unary call; AioRpcError becomes BackendError."""
+        timeout = timeout_s if timeout_s < 1e9 else None
+        try:
+            return await method(request, timeout=timeout, wait_for_ready=wait_for_ready)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from None
+        except grpc.aio.UsageError:
+            raise BackendError(f"the connection to {self.name} is closed") from None
+        except asyncio.CancelledError:
+            # grpc.aio also raises this when the channel is closed under a call.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise BackendError(f"the connection to {self.name} was closed during a call") from None
+
+    def _error(self, error: grpc.aio.AioRpcError) -> BackendError:
+        details = error.details() or error.code().name
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return BackendError(
+                f"deadline exceeded while waiting for {self.name}", kind=ErrorKind.DEADLINE
+            )
+        if error.code() is grpc.StatusCode.UNAVAILABLE and not _from_peer(error):
+            return BackendError(f"Triton at {self._url} is not reachable: {_one_line(details)}")
+        return BackendError(details, kind=error_kind(error.code(), details))
+
+    async def _await_live(self, timeout_s: float) -> None:
+        try:
+            request = service_pb2.ServerLiveRequest()
+            await self._call(self._stub.ServerLive, request, timeout_s, wait_for_ready=True)
+        except BackendError as error:
+            if error.kind is ErrorKind.UNSUPPORTED:
+                raise ResidencyError(
+                    f"{self._url} answers gRPC but is not a Triton: give the URL of a "
+                    "tritonserver's gRPC port (8001 unless changed)"
+                ) from None
+            reason = await self._reason_unreachable()
+            raise ResidencyError(
+                f"no Triton answered at {self._url} within {timeout_s:g} s ({reason}): is "
+                "tritonserver running, and is this its gRPC port (8001 unless changed)?"
+            ) from None
+
+    async def _reason_unreachable(self) -> str:
+        """Why connecting fails, in gRPC's words: a call that waits says only that time is up."""
+        try:
+            await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=1.0)
+        except grpc.aio.AioRpcError as error:
+            return _one_line(error.details() or error.code().name)
+        return "it answered too late"
+
+    async def _check_explicit_control(self) -> None:
+        """Unloading an unknown model is fine in explicit mode and refused in every other."""
+        try:
+            await self.unload(_PROBE_MODEL)
+        except BackendError as error:
+            if "explicit model load / unload is not allowed" not in error.message:
+                raise ResidencyError(
+                    f"Triton at {self._url} refused a repository call: {error.message}"
+                ) from None
+            raise ResidencyError(
+                f"Triton at {self._url} does not let models be loaded: start it with "
+                "--model-control-mode=explicit"
+            ) from None
+
+
+class TritonFleet:
+    """Machines by name (an `Executor`)."""
+
+    def __init__(self, clients: Mapping[str, TritonClient]) -> None:
+        self._clients = dict(clients)
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        return tuple(sorted(self._clients))
+
+    def client(self, machine: str) -> TritonClient:
+        """The client of a machine. Raises BackendError for an unknown name."""
+        client = self._clients.get(machine)
+        if client is None:
+            raise BackendError(
+                f"unknown machine {machine!r}; known: {', '.join(self.machines) or 'none'}"
+            )
+        return client
+
+    async def execute(
+        self, machine: str, call: ModelCall, *, timeout_s: float
+    ) -> tuple[Tensor, ...]:
+        """See `Executor.execute`."""
+        return await self.client(machine).execute(call, timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        """Close every client."""
+        for machine in self.machines:
+            await self._clients[machine].close()
+
+
+def checked_url(url: str) -> str:
+    """`host:port`; a `grpc://` before it is dropped. Raises ResidencyError for anything else."""
+    bare = url.removeprefix("grpc://").rstrip("/")
+    host, colon, port = bare.rpartition(":")
+    if "/" in bare or not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+        raise ResidencyError(
+            f"Triton URL {url!r} is not host:port of a gRPC port (for example 127.0.0.1:8001)"
+        )
+    return bare
+
+
+def encode_infer_request(call: ModelCall) -> bytes:
+    """A serialized ModelInferRequest with raw contents; each part is copied once.
+
+    Raises BackendError (INVALID) above what one gRPC message can hold.
+    """
+    header = service_pb2.ModelInferRequest(
+        model_name=call.model, model_version=call.version, id=call.request_id
+    )
+    for tensor in call.inputs:
+        header.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+    for name in call.outputs:
+        header.outputs.add(name=name)
+    for key, value in call.parameters.items():
+        _set_parameter(header.parameters[key], value)
+    chunks: list[Buffer] = [header.SerializeToString()]
+    for tensor in call.inputs:
+        chunks += _raw_field(tensor)
+    size_bytes = sum(map(len, chunks))
+    if size_bytes > INT32_MAX:
+        raise BackendError(
+            f"a batch of {size_bytes} bytes for model {call.model!r} is above gRPC's limit of "
+            f"{INT32_MAX}",
+            kind=ErrorKind.INVALID,
+        )
+    return b"".join(chunks)
+
+
+def decode_infer_response(response: Any) -> dict[str, Tensor]:
+    """Outputs by name, raw or typed. Raises BackendError when contents are missing."""
+    raw = response.raw_output_contents
+    tensors: dict[str, Tensor] = {}
+    if raw and len(raw) != len(response.outputs):
+        raise BackendError(
+            f"model {response.model_name!r} answered {len(response.outputs)} outputs with "
+            f"{len(raw)} raw contents"
+        )
+    for index, output in enumerate(response.outputs):
+        data = raw[index] if raw else typed_bytes(output.datatype, output.contents)
+        tensors[output.name] = Tensor(output.name, output.datatype, tuple(output.shape), data)
+    return tensors
+
+
+def error_kind(code: grpc.StatusCode, details: str) -> ErrorKind:
+    """The kind of a failure that Triton itself reported."""
+    if code is grpc.StatusCode.NOT_FOUND and "no available versions" in details:
+        return ErrorKind.NOT_READY
+    if code is grpc.StatusCode.UNAVAILABLE:
+        for words, kind in _UNAVAILABLE_KINDS:
+            if words in details:
+                return kind
+    return _KINDS.get(code, ErrorKind.BACKEND)
+
+
+_KINDS = {
+    grpc.StatusCode.INVALID_ARGUMENT: ErrorKind.INVALID,
+    grpc.StatusCode.NOT_FOUND: ErrorKind.UNKNOWN_MODEL,
+    grpc.StatusCode.UNIMPLEMENTED: ErrorKind.UNSUPPORTED,
+    grpc.StatusCode.CANCELLED: ErrorKind.CANCELLED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ErrorKind.OVERLOADED,
+}
+_UNAVAILABLE_KINDS = (
+    ("Exceeds maximum queue size", ErrorKind.QUEUE_FULL),
+    ("Request timeout expired", ErrorKind.DEADLINE),
+    ("Server is stopping", ErrorKind.DRAINING),
+)
+
+
+def _from_peer(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the server sent this status (rather than gRPC making it up for a lost connection)."""
+    return "Error received from peer" in (error.debug_error_string() or "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _raw_field(tensor: BatchTensor) -> list[Buffer]:
+    size = tensor.size_bytes
+    return [_RAW_INPUT_TAG + _varint(size), *tensor.parts]
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _set_parameter(slot: Any, value: Parameter) -> None:
+    if isinstance(value, bool):
+        slot.bool_param = value
+    elif isinstance(value, int):
+        slot.int64_param = value
+    elif isinstance(value, float):
+        slot.double_param = value
+    else:
+        slot.string_param = value

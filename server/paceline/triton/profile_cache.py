@@ -1,0 +1,132 @@
+"""Measured profiles on disk, one JSON file per model, hardware and content.
+
+Invariant: a file is replaced at once or not at all, and anything that does not read back as it
+was written is measured again: a cache may be lost, never believed wrongly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from paceline.core.profile import ProfileRow
+from paceline.triton.config import ModelConfig, versions_of, with_instances
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+DURATION_DIGITS = 9
+"""Durations are whole nanoseconds, so that a cached one equals the measured one."""
+BACKENDS_DIRECTORY = Path(__file__).parent / "backends"
+_CHUNK_BYTES = 1 << 20
+
+
+class ProfileCache:
+    """Profiles by model name and key (what the key holds is the caller's)."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def path(self, model: str, key: str) -> Path:
+        """Where the profile of a model lies."""
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        readable = re.sub(r"[^A-Za-z0-9_.-]", "_", model)[:80]
+        return self._directory / f"{readable}-{digest[:20]}.json"
+
+    def read(self, model: str, hardware: str, key: str) -> tuple[ProfileRow, ...] | None:
+        """The cached rows, or None; says so when a file is there that cannot be used."""
+        path = self.path(model, key)
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if (document["format"], document["key"]) != (FORMAT, key):
+                return None
+            rows = tuple(
+                ProfileRow(
+                    model,
+                    hardware,
+                    int(row["batch_size"]),
+                    round(float(row["duration_ms"]) / 1e3, DURATION_DIGITS),
+                )
+                for row in document["rows"]
+            )
+            if not rows or any(not 0 < row.duration_s < math.inf for row in rows):
+                raise ValueError("no usable rows")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("profile cache %s is unusable (%s); measuring again", path, error)
+            return None
+        return rows
+
+    def write(self, model: str, key: str, rows: Sequence[ProfileRow]) -> None:
+        """Keep `rows`; a full or read-only disk costs only the cache."""
+        path = self.path(model, key)
+        document = {
+            "format": FORMAT,
+            "model": model,
+            "key": key,
+            "rows": [
+                {"batch_size": row.batch_size, "duration_ms": row.duration_s * 1e3} for row in rows
+            ],
+        }
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            fresh.replace(path)
+        except OSError as error:
+            logger.warning("the profile of %r could not be cached: %s", model, error)
+
+
+def content_hash(directory: Path | None, config: ModelConfig) -> str:
+    """SHA-256 of what decides a model's speed.
+
+    The files of its directory (configuration, versions, warm-up samples), or, when only the
+    server can see those, its configuration; and Paceline's own backends. How many instances are
+    loaded does not matter: one batch is measured alone.
+    """
+    digest = hashlib.sha256()
+    if directory is None:
+        neutral = with_instances(config, 1)
+        digest.update(neutral.SerializeToString(deterministic=True))
+    else:
+        parts = [directory / name for name in ("config.pbtxt", "warmup", *versions_of(directory))]
+        _update(digest, directory, parts)
+    _update(digest, BACKENDS_DIRECTORY, [BACKENDS_DIRECTORY])
+    return digest.hexdigest()
+
+
+def machine_identity(hardware: str, triton_version: str, url: str) -> str:
+    """What else a duration depends on; `url` names a machine that is not this one."""
+    where = url or f"{_processor()} x{os.cpu_count()}"
+    return f"{hardware} | {where} | triton {triton_version}"
+
+
+def _update(digest: hashlib._Hash, root: Path, parts: Sequence[Path]) -> None:
+    files = {
+        path
+        for part in parts
+        for path in ([part] if part.is_file() else part.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()

@@ -1,0 +1,187 @@
+"""One machine's models through Triton's repository API (a `ModelRepository`).
+
+Invariants: a load states the whole configuration with the wanted instance count, because Triton
+replaces the whole and keeps it; an unload returns only when Triton has freed the model, which it
+does some time after it answered. The caller runs one operation per model at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from paceline.core.errors import BackendError, ConfigError, ErrorKind, ResidencyError
+from paceline.core.model import ModelSpec
+from paceline.core.ports import ModelState
+from paceline.triton.client import TritonClient
+from paceline.triton.config import (
+    CONFIG_FILE,
+    ModelConfig,
+    config_json,
+    find_models,
+    instances_of,
+    read_config,
+    spec_of,
+    versions_of,
+    with_instances,
+)
+
+FIRST_POLL_S = 0.01
+LONGEST_POLL_S = 0.25
+
+
+class TritonRepository:
+    """The models of one Triton; `directories` are those it serves that this process can read."""
+
+    def __init__(
+        self,
+        client: TritonClient,
+        directories: Sequence[Path] = (),
+        *,
+        load_timeout_s: float = 600.0,
+        unload_timeout_s: float = 60.0,
+    ) -> None:
+        self._client = client
+        self._directories = tuple(directories)
+        self._load_timeout_s = load_timeout_s
+        self._unload_timeout_s = unload_timeout_s
+
+    @property
+    def client(self) -> TritonClient:
+        return self._client
+
+    def names(self) -> tuple[str, ...]:
+        """Models found in the directories. Raises ConfigError (missing directory, double name)."""
+        return tuple(find_models(self._directories))
+
+    def directory(self, model: str) -> Path | None:
+        """The model's directory, None for one that only the server can see."""
+        return find_models(self._directories).get(model)
+
+    def declaration(self, model: str) -> ModelSpec:
+        """What the model's config.pbtxt declares, loaded or not.
+
+        Raises ConfigError naming file and line, ResidencyError when no directory holds the model.
+        """
+        directory = self.directory(model)
+        if directory is None:
+            raise ResidencyError(self._nowhere(model))
+        return spec_of(
+            read_config(directory), versions_of(directory), where=str(directory / CONFIG_FILE)
+        )
+
+    async def index(self) -> tuple[ModelState, ...]:
+        """See `ModelRepository.index`. Raises ResidencyError when the server is unreachable."""
+        try:
+            return await self._client.index()
+        except BackendError as error:
+            raise ResidencyError(
+                f"no repository index from {self._client.name}: {error.message}"
+            ) from None
+
+    async def config(self, model: str) -> ModelConfig:
+        """`ModelConfig` of a loaded model. Raises ResidencyError when it is not loaded."""
+        try:
+            return await self._client.config(model)
+        except BackendError as error:
+            raise ResidencyError(
+                f"model {model!r} is not loaded on {self._client.name}: {error.message}"
+            ) from None
+
+    async def spec(self, model: str) -> ModelSpec:
+        """See `ModelRepository.spec`."""
+        config = await self.config(model)
+        try:
+            metadata = await self._client.metadata(model)
+            return spec_of(config, tuple(metadata.versions), where=self._client.name)
+        except (BackendError, ConfigError) as error:
+            raise ResidencyError(
+                f"model {model!r} on {self._client.name} cannot be described: {error}"
+            ) from None
+
+    async def load(self, model: str, *, instances: int) -> None:
+        """See `ModelRepository.load`. Loading again with another count changes it in place."""
+        if instances < 1:
+            raise ResidencyError(f"model {model!r} needs at least one instance, not {instances}")
+        try:
+            directory = self.directory(model)
+            config = read_config(directory) if directory is not None else None
+        except ConfigError as error:
+            raise ResidencyError(f"model {model!r} cannot be loaded: {error}") from None
+        if config is None:
+            config = await self._server_config(model)
+            if instances_of(config) == instances:
+                return
+        await self._load(model, config_json(with_instances(config, instances)))
+
+    async def unload(self, model: str) -> None:
+        """See `ModelRepository.unload`. A model that is not loaded is fine."""
+        try:
+            await self._client.unload(model)
+        except BackendError as error:
+            raise ResidencyError(
+                f"model {model!r} was not unloaded from {self._client.name}: {error.message}"
+            ) from None
+        await self._await_unloaded(model)
+
+    async def _await_unloaded(self, model: str) -> None:
+        """Triton tells nobody when an unload is done: its index has to be asked."""
+        pause_s = FIRST_POLL_S
+        states = ""
+        try:
+            async with asyncio.timeout(self._unload_timeout_s):
+                while states := _still_held(await self.index(), model):
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LONGEST_POLL_S)
+        except TimeoutError:
+            raise ResidencyError(
+                f"model {model!r} is still {states or 'not unloaded'} on {self._client.name} after "
+                f"{self._unload_timeout_s:g} s"
+            ) from None
+
+    async def _server_config(self, model: str) -> ModelConfig:
+        """The configuration of a model that only the server can see; loads it to read that."""
+        try:
+            return await self._client.config(model)
+        except BackendError as error:
+            if error.kind not in (ErrorKind.UNKNOWN_MODEL, ErrorKind.NOT_READY):
+                raise ResidencyError(
+                    f"no configuration of model {model!r} from {self._client.name}: {error.message}"
+                ) from None
+        await self._load(model, "")
+        return await self.config(model)
+
+    async def _load(self, model: str, config: str) -> None:
+        try:
+            await self._client.load(model, config=config, timeout_s=self._load_timeout_s)
+        except BackendError as error:
+            if error.kind is ErrorKind.DEADLINE:
+                reason = f"not ready after {self._load_timeout_s:g} s"
+            elif "failed to poll from model repository" in error.message:
+                reason = f"{error.message} ({self._nowhere(model)})"
+            else:
+                reason = " ".join(error.message.split())
+            raise ResidencyError(
+                f"model {model!r} did not load on {self._client.name}: {reason}"
+            ) from None
+
+    def _nowhere(self, model: str) -> str:
+        where = ", ".join(map(str, self._directories)) or "the server's model repository"
+        return f"no readable directory {model!r} with a numeric version directory in {where}"
+
+
+def _still_held(states: Sequence[ModelState], model: str) -> str:
+    """States in which a version of the model still holds memory, "" when none does.
+
+    A version that failed or was unloaded is UNAVAILABLE; while one is waiting to be taken down
+    the reason is not yet set.
+    """
+    held = sorted(
+        {
+            line.state
+            for line in states
+            if line.name == model and (line.state != "UNAVAILABLE" or line.reason == "unloading")
+        }
+    )
+    return ", ".join(held)
