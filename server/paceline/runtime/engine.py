@@ -57,11 +57,14 @@ class Engine:
         executor: Executor,
         *,
         limits: EngineLimits | None = None,
-        on_timeline: Callable[[Timeline], None] | None = None,
+        on_timeline: Callable[[Timeline], object] | None = None,
+        on_batch: Callable[[str, int, float], object] | None = None,
     ) -> None:
+        """`on_timeline` sees every ended request, `on_batch(model, rows, duration_s)` every batch."""
         self._executor = executor
         self._limits = limits or EngineLimits()
         self._on_timeline = on_timeline
+        self._on_batch = on_batch
         self._dispatcher = Dispatcher()
         self._ids = count(1)
         self._waiting: dict[int, asyncio.Future[InferAnswer]] = {}
@@ -190,6 +193,8 @@ class Engine:
                     self._wake = loop.call_at(action.at_s, self._handle, Tick())
 
     async def _execute(self, action: Execute) -> None:
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
         try:
             outputs = await self._executor.execute(
                 action.machine, action.call, timeout_s=self._limits.execute_timeout_s
@@ -201,6 +206,8 @@ class Engine:
             logger.exception("executing %s on %s", action.call.model, action.machine)
             self._handle(BatchFailed(action.batch, BackendError(f"executor failed: {error}")))
         else:
+            if self._on_batch is not None:
+                self._on_batch(action.call.model, action.rows, loop.time() - started_s)
             self._handle(BatchDone(action.batch, outputs))
 
     def _record(self, timeline: Timeline) -> None:

@@ -1,0 +1,479 @@
+"""The controller: which chains are served, by which models, under which plan.
+
+Implements `core.ports.Control`. Invariant: a change is bound, profiled, planned and loaded before
+anything of it is installed, so a change that fails has changed nothing a request can see; one
+change runs at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter, time
+from typing import Any
+
+from paceline.core.bind import BoundChain, bind, single_model_chain
+from paceline.core.chain import Chain
+from paceline.core.errors import (
+    ConfigError,
+    ErrorKind,
+    RequestError,
+    ResidencyError,
+)
+from paceline.core.model import ModelSpec
+from paceline.core.plan import Plan
+from paceline.core.ports import ModelRepository, ModelState, ModelStatistics, Profiler
+from paceline.core.profile import Durations, Hardware, Profiles
+from paceline.core.request import Timeline
+from paceline.dispatch.route import route_chain
+from paceline.planner.problem import Options, demand
+from paceline.planner.solve import solve
+from paceline.runtime.engine import Engine
+from paceline.runtime.placement import Site, place, shortage
+from paceline.runtime.statistics import Statistics
+from paceline.runtime.status import describe
+
+logger = logging.getLogger(__name__)
+
+ASSUMED_RATE_RPS = 1.0
+"""What a chain that declares no rate is planned for."""
+
+_LOADS_AT_ONCE = 4
+_WATCH_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One Triton as the controller uses it.
+
+    `overhead_s` is what the front and the network add to every execution there, measured.
+    """
+
+    site: Site
+    repository: ModelRepository
+    profiler: Profiler
+    overhead_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Progress of a long change: `what` ("load", "profile", "plan"), on which `name`, how far."""
+
+    what: str
+    name: str
+    done: int
+    total: int
+
+
+class Controller:
+    """See the module docstring. One per process, on the event loop's thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        statistics: Statistics,
+        *,
+        hardware: Mapping[str, Hardware],
+        options: Options | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._machines: dict[str, Machine] = {}
+        self._statistics = statistics
+        self._hardware = dict(hardware)
+        self._options = options or Options()
+        self._on_step = on_step or (lambda step: None)
+        self._models: dict[str, ModelSpec] = {}
+        self._failed: dict[str, str] = {}
+        self._bound: dict[str, BoundChain] = {}
+        self._withdrawn: set[str] = set()
+        self._profiles = Profiles()
+        self._plan = Plan(self._options.policy, "fractional", ())
+        self._placed: dict[str, dict[str, int]] = {}
+        self._up: set[str] = set()
+        self._started = False
+        self._changing = asyncio.Lock()
+
+    # -- life -------------------------------------------------------------------------------
+
+    def add_machine(self, machine: Machine) -> None:
+        """Use a Triton that answers; before `start`. ConfigError when its hardware has no price."""
+        site = machine.site
+        if site.hardware not in self._hardware:
+            raise ConfigError(
+                f"hardware {site.hardware!r} of {site.name} has no price; "
+                f"have {', '.join(sorted(self._hardware)) or 'none'}",
+                key="hardware",
+            )
+        self._machines[site.name] = machine
+        self._placed[site.name] = {}
+
+    async def start(self, chains: Sequence[Chain]) -> Plan:
+        """Load every model of the repository, then serve `chains`.
+
+        A model that no chain uses may fail to load: it is reported in the index.
+        Raises ConfigError, PlanError, ResidencyError.
+        """
+        used = {module.model for chain in chains for module in chain.modules}
+        await self._load_all(used)
+        plan = await self.apply(chains)
+        self._started = True
+        return plan
+
+    def machine_down(self, name: str) -> None:
+        """A Triton is gone: nothing more is sent to it."""
+        self._up.discard(name)
+        self._engine.machine_down(name)
+
+    async def machine_up(self, name: str) -> None:
+        """A Triton is back, empty: load what it had, then use it."""
+        async with self._changing:
+            await self._load_on(self._machines[name], self._placed[name])
+            self._announce(name)
+
+    # -- what can be called -----------------------------------------------------------------
+
+    def callable(self, name: str, version: str = "") -> BoundChain:
+        """See `core.ports.Control.callable`."""
+        bound = self._bound.get(name)
+        if bound is None:
+            if name in self._failed:
+                message = f"Request for unknown model: '{name}' has no available versions"
+                raise RequestError(ErrorKind.NOT_READY, message)
+            message = f"Request for unknown model: '{name}' is not found"
+            raise RequestError(ErrorKind.UNKNOWN_MODEL, message)
+        versions = bound.modules[0].spec.versions if bound.direct else ("1",)
+        if version and version not in versions:
+            message = f"Request for unknown model: '{name}' version {version} is not found"
+            raise RequestError(ErrorKind.UNKNOWN_MODEL, message)
+        if name in self._withdrawn:
+            message = f"Request for unknown model: '{name}' has no available versions"
+            raise RequestError(ErrorKind.NOT_READY, message)
+        return bound
+
+    def callables(self) -> tuple[BoundChain, ...]:
+        """See `core.ports.Control.callables`."""
+        return tuple(b for name, b in sorted(self._bound.items()) if name not in self._withdrawn)
+
+    @property
+    def ready(self) -> bool:
+        return self._started and not self.draining and bool(self._up)
+
+    @property
+    def draining(self) -> bool:
+        return self._engine.draining
+
+    def repository_index(self) -> tuple[ModelState, ...]:
+        """Chains first, then models."""
+        chains: list[ModelState] = []
+        models: list[ModelState] = []
+        for name, bound in sorted(self._bound.items()):
+            gone = name in self._withdrawn
+            state = ModelState(
+                name, "1", "UNAVAILABLE" if gone else "READY", "unloaded" if gone else ""
+            )
+            (models if bound.direct else chains).append(state)
+        models += [
+            ModelState(name, "1", "UNAVAILABLE", reason)
+            for name, reason in sorted(self._failed.items())
+        ]
+        return (*chains, *models)
+
+    async def load(self, name: str) -> None:
+        """See `core.ports.Control.load`."""
+        async with self._changing:
+            bound = self._bound.get(name)
+            if bound is not None and name in self._withdrawn:
+                await self._restore(bound)
+            elif bound is None or bound.direct:
+                await self._load_model(name)
+
+    async def unload(self, name: str) -> None:
+        """See `core.ports.Control.unload`. Unloading what is not there is no error (as Triton)."""
+        async with self._changing:
+            bound = self._bound.get(name)
+            if bound is None or name in self._withdrawn:
+                return
+            if bound.direct:
+                users = sorted(
+                    b.name
+                    for b in self._bound.values()
+                    if not b.direct and any(m.spec.name == name for m in b.modules)
+                )
+                if users:
+                    raise RequestError(
+                        ErrorKind.INVALID,
+                        f"failed to unload '{name}', it is used by chain '{users[0]}'; "
+                        "delete the chain first",
+                    )
+            self._withdrawn.add(name)
+            self._engine.remove(name)
+            if bound.direct:
+                await self._unload_everywhere(name)
+
+    # -- chains and plans -------------------------------------------------------------------
+
+    async def apply(self, chains: Sequence[Chain]) -> Plan:
+        """See `core.ports.Control.apply`."""
+        async with self._changing:
+            served = self._merged(chains)
+            bound = {chain.name: self._bind(chain) for chain in served}
+            await self._profile([m.spec for b in bound.values() for m in b.modules])
+            plan = self._solve(served)
+            placed = place(plan, self._sites(), self._loaded())
+            for name, machine in self._machines.items():
+                if name in self._up or not self._started:
+                    await self._load_on(machine, placed[name])
+            self._install(bound, plan, placed)
+            return plan
+
+    async def delete(self, chain: str) -> bool:
+        """See `core.ports.Control.delete`. Its models stay callable by their own names."""
+        async with self._changing:
+            bound = self._bound.get(chain)
+            if bound is None or bound.direct:
+                return False
+            del self._bound[chain]
+            self._withdrawn.discard(chain)
+            self._engine.remove(chain)
+            chains = tuple(c for c in self._plan.chains if c.chain != chain)
+            self._plan = replace(self._plan, chains=chains)
+            if chains:
+                self._plan = self._solve(self.chains())
+            return True
+
+    def chains(self) -> tuple[Chain, ...]:
+        """See `core.ports.Control.chains`."""
+        return tuple(b.chain for _, b in sorted(self._bound.items()) if not b.direct)
+
+    async def plan(self, chains: Sequence[Chain]) -> Plan:
+        """See `core.ports.Control.plan`. Profiles models that were not profiled yet."""
+        async with self._changing:
+            served = self._merged(chains)
+            bound = [self._bind(chain) for chain in served]
+            await self._profile([m.spec for b in bound for m in b.modules])
+            return self._solve(served)
+
+    def current_plan(self) -> Plan:
+        return self._plan
+
+    def shortage(self) -> dict[str, tuple[float, int]]:
+        """Hardware of which the plan needs more than there is."""
+        return shortage(self._plan, self._sites())
+
+    # -- what is shown ----------------------------------------------------------------------
+
+    def statistics(self, name: str = "", version: str = "") -> tuple[ModelStatistics, ...]:
+        """See `core.ports.Control.statistics`."""
+        if name:
+            bound = self._bound.get(name)
+            if bound is None or (version and version != "1"):
+                message = f"requested model '{name}' is not available"
+                raise RequestError(ErrorKind.INVALID, message)
+        names = [name] if name else sorted(self._bound)
+        return tuple(self._statistics.snapshot(n, "1") for n in names)
+
+    def status(self) -> dict[str, Any]:
+        """See `core.ports.Control.status`."""
+        return describe(self, self._engine, self._statistics, self._sites(), self._placed)
+
+    async def watch_status(self) -> AsyncIterator[dict[str, Any]]:
+        """See `core.ports.Control.watch_status`."""
+        last: dict[str, Any] | None = None
+        while True:
+            status = self.status()
+            # Uptime alone is no change.
+            seen = {key: value for key, value in status.items() if key != "uptime_s"}
+            if seen != last:
+                last = seen
+                yield status
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    def explain(self, request_id: str) -> Timeline | None:
+        return self._engine.explain(request_id)
+
+    def observe(self, timeline: Timeline) -> None:
+        """Count one ended request."""
+        bound = self._bound.get(timeline.chain)
+        direct = bound.direct if bound is not None else False
+        if bound is not None:
+            self._statistics.observe_request(timeline, direct=direct, wall_ms=int(time() * 1e3))
+
+    # -- steps of a change ------------------------------------------------------------------
+
+    def _sites(self) -> list[Site]:
+        return [machine.site for machine in self._machines.values()]
+
+    def _loaded(self) -> list[str]:
+        return sorted(name for name in self._models if name not in self._withdrawn)
+
+    def _merged(self, chains: Sequence[Chain]) -> list[Chain]:
+        served = {chain.name: chain for chain in self.chains()}
+        for chain in chains:
+            if chain.name in self._models:
+                raise ConfigError(
+                    f"{chain.name!r} is a model of the repository; name the chain otherwise",
+                    key="chain",
+                )
+            served[chain.name] = chain
+        return [served[name] for name in sorted(served)]
+
+    def _bind(self, chain: Chain) -> BoundChain:
+        for module in chain.modules:
+            if (reason := self._failed.get(module.model)) is not None:
+                raise ResidencyError(
+                    f"chain {chain.name!r} needs model {module.model!r}, "
+                    f"which could not be loaded: {reason}"
+                )
+        try:
+            return bind(chain, self._models)
+        except ConfigError as error:
+            raise ConfigError(error.message, key=error.key, where=f"chain {chain.name}") from None
+
+    async def _profile(self, specs: Sequence[ModelSpec]) -> None:
+        """Measure what was not measured yet, one model after the other, once per hardware."""
+        wanted = {spec.name: spec for spec in specs}
+        by_hardware: dict[str, Machine] = {}
+        for machine in self._machines.values():
+            by_hardware.setdefault(machine.site.hardware, machine)
+        todo = [
+            (spec, hardware, machine)
+            for hardware, machine in sorted(by_hardware.items())
+            for _, spec in sorted(wanted.items())
+            if self._profiles.durations(spec.name, hardware) is None
+        ]
+        for spec, hardware, machine in todo:
+            name = spec.name
+
+            def progress(done: int, total: int, name: str = name) -> None:
+                self._on_step(Step("profile", name, done, total))
+
+            rows = await machine.profiler.measure(spec, hardware, on_progress=progress)
+            self._profiles = self._profiles.merged(rows)
+
+    def _solve(self, chains: Sequence[Chain]) -> Plan:
+        if not chains:
+            return Plan(self._options.policy, "fractional", ())
+        present = {site.hardware for site in self._sites()}
+        hardware = {name: h for name, h in self._hardware.items() if name in present}
+        limits = {name: spec.row_limit for name, spec in self._models.items()}
+        demands = [
+            demand(
+                chain,
+                chain.rate_rps or ASSUMED_RATE_RPS,
+                self._profiles,
+                hardware,
+                limits,
+                max(machine.overhead_s for machine in self._machines.values()),
+            )
+            for chain in chains
+        ]
+        started = perf_counter()
+        plan = solve(demands, self._options)
+        return replace(plan, solve_s=perf_counter() - started)
+
+    def _install(
+        self, bound: Mapping[str, BoundChain], plan: Plan, placed: dict[str, dict[str, int]]
+    ) -> None:
+        """The moment a change becomes visible; nothing in here can fail or wait."""
+        self._plan = plan
+        self._placed = placed
+        durations = self._durations()
+        for name, chain in bound.items():
+            self._bound[name] = chain
+            self._withdrawn.discard(name)
+            self._engine.install(route_chain(chain, plan.chain(name), durations))
+        for name in self._machines:
+            if name in self._up or not self._started:
+                self._announce(name)
+
+    def _durations(self) -> dict[str, dict[str, Durations]]:
+        present = sorted({site.hardware for site in self._sites()})
+        return {
+            model: {
+                hardware: known
+                for hardware in present
+                if (known := self._profiles.durations(model, hardware)) is not None
+            }
+            for model in self._models
+        }
+
+    def _announce(self, name: str) -> None:
+        site = self._machines[name].site
+        self._up.add(name)
+        self._engine.machine_up(name, site.hardware, site.slots, self._placed[name])
+
+    # -- models -----------------------------------------------------------------------------
+
+    async def _load_all(self, used: set[str]) -> None:
+        names = sorted(
+            {s.name for m in self._machines.values() for s in await m.repository.index()}
+        )
+        gate = asyncio.Semaphore(_LOADS_AT_ONCE)
+        done = 0
+
+        async def load(name: str) -> None:
+            nonlocal done
+            async with gate:
+                try:
+                    await self._load_model(name)
+                except RequestError as error:
+                    if name in used:
+                        raise ResidencyError(error.message) from None
+                    logger.warning("model %s is not available: %s", name, error.message)
+                done += 1
+                self._on_step(Step("load", name, done, len(names)))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name in names:
+                    group.create_task(load(name))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _load_model(self, name: str) -> None:
+        """Load on every machine and make it callable; RequestError in Triton's words."""
+        try:
+            for machine in self._machines.values():
+                instances = self._placed[machine.site.name].get(name, 1)
+                await machine.repository.load(name, instances=instances)
+                self._placed[machine.site.name][name] = instances
+                self._models[name] = await machine.repository.spec(name)
+            bound = single_model_chain(self._models[name])
+        except (ResidencyError, ConfigError) as error:
+            self._failed[name] = str(error)
+            raise RequestError(ErrorKind.BACKEND, str(error)) from None
+        self._failed.pop(name, None)
+        await self._restore(bound, load=False)
+
+    async def _restore(self, bound: BoundChain, *, load: bool = True) -> None:
+        """Make a chain or model callable (again)."""
+        if bound.direct and load:
+            await self._load_model(bound.name)
+            return
+        self._bound[bound.name] = bound
+        self._withdrawn.discard(bound.name)
+        self._engine.install(route_chain(bound, self._plan.chain(bound.name), self._durations()))
+        for name in self._up:
+            self._announce(name)
+
+    async def _unload_everywhere(self, model: str) -> None:
+        for name, machine in self._machines.items():
+            self._placed[name].pop(model, None)
+            if name in self._up:
+                self._announce(name)
+            try:
+                await machine.repository.unload(model)
+            except ResidencyError as error:
+                raise RequestError(ErrorKind.BACKEND, str(error)) from None
+
+    async def _load_on(self, machine: Machine, wanted: Mapping[str, int]) -> None:
+        """Bring one Triton to these instance counts. Raises ResidencyError."""
+        known = self._placed[machine.site.name]
+        up = machine.site.name in self._up or not self._started
+        for model, instances in sorted(wanted.items()):
+            if not up or known.get(model) != instances:
+                await machine.repository.load(model, instances=instances)
+                known[model] = instances

@@ -1,0 +1,78 @@
+"""From planned machine counts to instances of each model on each Triton.
+
+A Triton of hardware `h` with `slots` stands for that many of the plan's machines of kind `h`:
+each slot executes one batch at a time. A model planned on x machines gets ceil(x) instances,
+spread over the Tritons of that hardware; every model has at least one on every machine, so that
+it can be called wherever there is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from paceline.core.plan import Plan
+
+_EPSILON = 1e-6
+"""Planned fractions are sums of floats: 2.0000001 machines are two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One Triton: its hardware and how many batches it executes at a time."""
+
+    name: str
+    hardware: str
+    slots: int
+
+
+def place(plan: Plan, sites: Iterable[Site], models: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Instances by site and model, for all `models`.
+
+    >>> from paceline.core.plan import Allocation, ChainPlan, ModulePlan
+    >>> module = ModulePlan("m", "net", 10, 0, 1, 1, (Allocation("cpu", 4, 0.5, 1.25, 1.0),))
+    >>> plan = Plan("harpagon", "fractional", (ChainPlan("c", 1, 10, 1, (module,)),))
+    >>> place(plan, [Site("a", "cpu", 4), Site("b", "cpu", 4)], ["net", "other"])
+    {'a': {'net': 1, 'other': 1}, 'b': {'net': 1, 'other': 1}}
+    >>> place(plan, [Site("a", "cpu", 4)], ["net"])
+    {'a': {'net': 2}}
+    """
+    ordered = sorted(sites, key=lambda site: site.name)
+    models = sorted(models)
+    placed = {site.name: dict.fromkeys(models, 1) for site in ordered}
+    for (model, hardware), machines in sorted(_machines(plan).items()):
+        homes = [site for site in ordered if site.hardware == hardware]
+        if not homes or model not in models:
+            continue
+        wanted = ceil(machines - _EPSILON)
+        for index, site in enumerate(homes):
+            share = wanted // len(homes) + (index < wanted % len(homes))
+            placed[site.name][model] = max(1, min(share, site.slots))
+    return placed
+
+
+def shortage(plan: Plan, sites: Iterable[Site]) -> dict[str, tuple[float, int]]:
+    """Hardware of which the plan needs more machines than there are: (needed, present)."""
+    present: dict[str, int] = {}
+    for site in sites:
+        present[site.hardware] = present.get(site.hardware, 0) + site.slots
+    needed: dict[str, float] = {}
+    for (_, hardware), machines in _machines(plan).items():
+        needed[hardware] = needed.get(hardware, 0.0) + machines
+    return {
+        hardware: (machines, present.get(hardware, 0))
+        for hardware, machines in sorted(needed.items())
+        if machines > present.get(hardware, 0) + _EPSILON
+    }
+
+
+def _machines(plan: Plan) -> Mapping[tuple[str, str], float]:
+    """Machines by (model, hardware), over all chains."""
+    total: dict[tuple[str, str], float] = {}
+    for chain in plan.chains:
+        for module in chain.modules:
+            for allocation in module.allocations:
+                key = (module.model, allocation.hardware)
+                total[key] = total.get(key, 0.0) + allocation.machines
+    return total

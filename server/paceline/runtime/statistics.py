@@ -1,0 +1,103 @@
+"""Counting what was served, in the terms of Triton's statistics extension.
+
+A chain counts requests. A model counts its share of each: queue and compute time of the spans
+in which it worked, inferences in rows, executions in batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from paceline.core.ports import ModelStatistics
+from paceline.core.request import Timeline
+
+
+@dataclass(slots=True)
+class Counts:
+    """Cumulative counts of one chain or model."""
+
+    last_inference_ms: int = 0
+    inference_count: int = 0
+    execution_count: int = 0
+    success_count: int = 0
+    success_s: float = 0.0
+    fail_count: int = 0
+    fail_s: float = 0.0
+    queue_count: int = 0
+    queue_s: float = 0.0
+    compute_count: int = 0
+    compute_s: float = 0.0
+    met_count: int = 0
+    batches: dict[int, list[float]] = field(default_factory=dict)
+
+
+class Statistics:
+    """Observes ended requests and executed batches; read by `snapshot`."""
+
+    def __init__(self) -> None:
+        self.chains: dict[str, Counts] = {}
+        self.models: dict[str, Counts] = {}
+
+    def observe_request(self, timeline: Timeline, *, direct: bool, wall_ms: int) -> None:
+        """One ended request; `direct` when the model was called by its own name."""
+        if not direct:
+            counts = self.chains.setdefault(timeline.chain, Counts())
+            self._outcome(counts, timeline)
+            if not timeline.error:
+                counts.inference_count += 1
+                counts.last_inference_ms = wall_ms
+                counts.execution_count += 1
+        elif timeline.error:
+            self._outcome(self.models.setdefault(timeline.chain, Counts()), timeline)
+        for span in timeline.spans:
+            counts = self.models.setdefault(span.model, Counts())
+            counts.success_count += 1
+            counts.success_s += span.ended_s - span.queued_s
+            counts.queue_count += 1
+            counts.queue_s += span.started_s - span.queued_s
+            counts.compute_count += 1
+            counts.compute_s += span.ended_s - span.started_s
+            counts.inference_count += span.rows
+            counts.last_inference_ms = wall_ms
+
+    def observe_batch(self, model: str, rows: int, duration_s: float) -> None:
+        """One executed batch."""
+        counts = self.models.setdefault(model, Counts())
+        counts.execution_count += 1
+        batch = counts.batches.setdefault(rows, [0, 0.0])
+        batch[0] += 1
+        batch[1] += duration_s
+
+    def snapshot(self, name: str, version: str) -> ModelStatistics:
+        """Everything known of a chain or model; zeros when it was never called."""
+        counts = self.chains.get(name) or self.models.get(name) or Counts()
+        return ModelStatistics(
+            name=name,
+            version=version,
+            last_inference_ms=counts.last_inference_ms,
+            inference_count=counts.inference_count,
+            execution_count=counts.execution_count,
+            success_count=counts.success_count,
+            success_s=counts.success_s,
+            fail_count=counts.fail_count,
+            fail_s=counts.fail_s,
+            queue_count=counts.queue_count,
+            queue_s=counts.queue_s,
+            compute_infer_count=counts.compute_count,
+            compute_infer_s=counts.compute_s,
+            batches=tuple((rows, int(n), s) for rows, (n, s) in sorted(counts.batches.items())),
+        )
+
+    @staticmethod
+    def _outcome(counts: Counts, timeline: Timeline) -> None:
+        if timeline.error:
+            counts.fail_count += 1
+            counts.fail_s += timeline.latency_s
+            return
+        counts.success_count += 1
+        counts.success_s += timeline.latency_s
+        counts.met_count += timeline.met
+        counts.queue_count += 1
+        counts.queue_s += sum(span.started_s - span.queued_s for span in timeline.spans)
+        counts.compute_count += 1
+        counts.compute_s += sum(span.ended_s - span.started_s for span in timeline.spans)

@@ -1,0 +1,252 @@
+"""`paceline serve`, wired: Triton, engine, controller, gRPC and HTTP, and a clean way down.
+
+Order up: files are read and ports bound before any process is started, so that a mistake costs
+nothing; the server is live (not ready) while models load. Order down: refuse, answer what was
+accepted, stop serving, stop Triton.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+from paceline.config import parse_chain, read_chains, read_hardware
+from paceline.core.chain import Chain
+from paceline.core.errors import ConfigError
+from paceline.core.plan import Plan
+from paceline.core.profile import Hardware
+from paceline.core.request import Timeline
+from paceline.metrics import Metrics
+from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
+from paceline.runtime.controller import Controller, Machine, Step
+from paceline.runtime.engine import Engine
+from paceline.runtime.placement import Site
+from paceline.runtime.statistics import Statistics
+from paceline.triton.client import TritonClient, TritonFleet
+from paceline.triton.launcher import LocalTriton, LocalTritonSettings
+from paceline.triton.profiler import TritonProfiler, percentile
+from paceline.triton.repository import TritonRepository
+from paceline.web.app import start_web
+
+logger = logging.getLogger(__name__)
+
+LOCAL = "local"
+"""The name of the machine that Paceline starts itself."""
+
+UNDECLARED_PRICE_PER_HOUR = 1.0
+"""Price of hardware when no --hardware file is given: costs then count machines."""
+
+_OVERHEAD_PROBES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class TritonTarget:
+    """A Triton that somebody else runs."""
+
+    url: str
+    hardware: str = "gpu"
+
+    @classmethod
+    def parse(cls, text: str) -> TritonTarget:
+        """`HOST:PORT` or `HARDWARE@HOST:PORT`."""
+        hardware, at, url = text.rpartition("@")
+        if not at:
+            return cls(text)
+        if not hardware or not url:
+            raise ConfigError(f"{text!r} is not [HARDWARE@]HOST:PORT", key="--triton")
+        return cls(url, hardware)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """What `paceline serve` was asked to do."""
+
+    chains: tuple[Path, ...]
+    model_repositories: tuple[Path, ...]
+    state_directory: Path
+    tritons: tuple[TritonTarget, ...] = ()
+    hardware: Path | None = None
+    slots: int | None = None
+    host: str = "127.0.0.1"
+    grpc_port: int = 8001
+    http_port: int = 8002
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    drain_s: float = 30.0
+
+
+@dataclass(slots=True)
+class Events:
+    """What the caller is told while the server comes up and goes down."""
+
+    on_step: Callable[[Step], None] = field(default=lambda step: None)
+    on_note: Callable[[str], None] = field(default=lambda text: None)
+    on_ready: Callable[[Plan, int, int, bool], None] = field(
+        default=lambda plan, grpc_port, http_port, priced: None
+    )
+
+
+async def serve(settings: ServeSettings, events: Events) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises PacelineError when it cannot start."""
+    chains = read_chains(settings.chains)
+    hardware = _hardware(settings)
+    stop = _stop_on_signals(events)
+    async with AsyncExitStack() as stack:
+        fleet = TritonFleet({})
+        metrics = Metrics()
+        statistics = Statistics()
+        observers: list[Callable[[Timeline], None]] = [metrics.observe]
+        engine = Engine(
+            fleet,
+            on_timeline=lambda timeline: [observe(timeline) for observe in observers],
+            on_batch=statistics.observe_batch,
+        )
+        controller = Controller(engine, statistics, hardware=hardware, on_step=events.on_step)
+        observers.append(controller.observe)
+        metrics.watch(controller)
+        stack.push_async_callback(engine.close)
+        web = await start_web(
+            controller, metrics.registry, host=settings.host, port=settings.http_port
+        )
+        stack.push_async_callback(web.stop)
+        rpc = await start_grpc(
+            engine,
+            controller,
+            parse_chain=parse_chain,
+            host=settings.host,
+            port=settings.grpc_port,
+            max_message_bytes=settings.max_message_bytes,
+        )
+        stack.push_async_callback(rpc.stop, 1.0)
+        stack.push_async_callback(fleet.close)
+        starting = asyncio.create_task(
+            _start(settings, chains, controller, fleet, stack, events), name="start"
+        )
+        if not await _finished_before(starting, stop):
+            return
+        events.on_ready(starting.result(), rpc.port, web.port, settings.hardware is not None)
+        await stop.wait()
+        events.on_note(f"draining {engine.dispatcher.in_flight} requests")
+        if not await engine.drain(timeout_s=settings.drain_s):
+            left = engine.dispatcher.in_flight
+            logger.warning("%d requests were not answered within %g s", left, settings.drain_s)
+
+
+def _hardware(settings: ServeSettings) -> dict[str, Hardware]:
+    if settings.hardware is not None:
+        return read_hardware(settings.hardware)
+    names = {target.hardware for target in settings.tritons} or {"cpu"}
+    return {name: Hardware(name, UNDECLARED_PRICE_PER_HOUR) for name in sorted(names)}
+
+
+def _stop_on_signals(events: Events) -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; the second one ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            events.on_note("stopped at once; requests under way are lost")
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop
+
+
+async def _finished_before(task: asyncio.Task[Plan], stop: asyncio.Event) -> bool:
+    """Whether `task` ended before `stop` was set; cancelled otherwise. Its failure is raised."""
+    stopped = asyncio.create_task(stop.wait(), name="stop")
+    await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return False
+
+
+async def _start(
+    settings: ServeSettings,
+    chains: tuple[Chain, ...],
+    controller: Controller,
+    fleet: TritonFleet,
+    stack: AsyncExitStack,
+    events: Events,
+) -> Plan:
+    """Bring up every Triton, then load, profile, plan and install the chains."""
+    if settings.tritons:
+        for index, target in enumerate(settings.tritons):
+            name = f"triton-{index}"
+            events.on_note(f"connecting to Triton at {target.url}")
+            client = await TritonClient.connect(target.url, name=name)
+            fleet.add(name, client)
+            site = Site(name, target.hardware, settings.slots or 1)
+            controller.add_machine(await _machine(settings, client, site, local=False))
+    else:
+        await _start_local(settings, controller, fleet, stack, events)
+    return await controller.start(chains)
+
+
+async def _start_local(
+    settings: ServeSettings,
+    controller: Controller,
+    fleet: TritonFleet,
+    stack: AsyncExitStack,
+    events: Events,
+) -> None:
+    client: TritonClient | None = None
+
+    async def on_down(reason: str) -> None:
+        logger.error("the local Triton stopped (%s); restarting it", reason)
+        controller.machine_down(LOCAL)
+
+    async def on_up(url: str) -> None:
+        assert client is not None
+        await client.retarget(url)
+        await controller.machine_up(LOCAL)
+        logger.warning("the local Triton is back, models loaded")
+
+    triton = LocalTriton(
+        LocalTritonSettings(
+            state_directory=settings.state_directory / "triton",
+            model_repositories=settings.model_repositories,
+        ),
+        on_down=on_down,
+        on_up=on_up,
+    )
+    stack.push_async_callback(triton.stop)
+    events.on_note(f"starting a local Triton (log: {triton.log_path})")
+    url = await triton.start()
+    client = await TritonClient.connect(url, name=LOCAL)
+    fleet.add(LOCAL, client)
+    site = Site(LOCAL, "cpu", settings.slots or os.cpu_count() or 1)
+    controller.add_machine(await _machine(settings, client, site, local=True))
+
+
+async def _machine(
+    settings: ServeSettings, client: TritonClient, site: Site, *, local: bool
+) -> Machine:
+    repository = TritonRepository(client, settings.model_repositories)
+    profiler = TritonProfiler(
+        repository, cache_directory=settings.state_directory / "profiles", local=local
+    )
+    return Machine(site, repository, profiler, await _overhead_s(client))
+
+
+async def _overhead_s(client: TritonClient) -> float:
+    """p95 of an empty call through our loop and the network to that Triton."""
+    took_s = []
+    for _ in range(_OVERHEAD_PROBES):
+        started_s = perf_counter()
+        await client.live()
+        took_s.append(perf_counter() - started_s)
+    return percentile(took_s, 0.95)
