@@ -62,6 +62,7 @@ def test_warm_up_samples_have_the_size_that_the_configs_declare(repository: Path
         config = model_config_pb2.ModelConfig()
         text_format.Parse((repository / model / "config.pbtxt").read_text(), config)
         (sample,) = config.model_warmup
+        assert sample.batch_size == 1  # Triton skips 0
         assert set(sample.inputs) == {tensor.name for tensor in config.input}
         for tensor in sample.inputs.values():
             content = (repository / model / "warmup" / tensor.input_data_file).read_bytes()

@@ -106,6 +106,16 @@ def test_an_empty_image_is_refused(height: int, width: int) -> None:
         prepare.lay_out(height, width)
 
 
+def test_a_strip_that_shrinking_would_erase_keeps_one_stride() -> None:
+    image = ocr_images.render(("one line",), 16, (20, 3000), 2)
+    with pytest.raises(Exception):  # noqa: B017 - the reference's error has no message
+        reference().preprocess(image)
+    assert prepare.lay_out(20, 3000).scaled == (32, 1984)
+    x, canvas, _ = prepare.prepare(image)
+    assert canvas.shape[1:] == (1984, 3)
+    assert x.shape[0] == 3
+
+
 def test_a_sliver_that_would_take_gigabytes_is_refused_before_any_pixel_is_touched() -> None:
     with pytest.raises(ValueError, match="too long and thin"):
         prepare.lay_out(1, 1000)

@@ -74,7 +74,7 @@ def lay_out(height: int, width: int) -> Layout:
     if detector[0] * detector[1] > MAX_DETECTOR_PIXELS:
         raise ValueError(
             f"image of {height} x {width} pixels is too long and thin: it would be scaled to "
-            f"{detector[0]} x {detector[1]} (limit {MAX_DETECTOR_PIXELS:,} pixels); cut it"
+            f"{detector[0]} x {detector[1]} (limit {MAX_DETECTOR_PIXELS:,} pixels): send parts"
         )
     return Layout((height, width), (scaled_h, scaled_w), bar_px, detector)
 
