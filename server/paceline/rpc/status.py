@@ -38,6 +38,7 @@ CODES: dict[ErrorKind, grpc.StatusCode] = {
     ErrorKind.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
     ErrorKind.CANCELLED: grpc.StatusCode.CANCELLED,
     ErrorKind.DRAINING: grpc.StatusCode.UNAVAILABLE,
+    ErrorKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     ErrorKind.BACKEND: grpc.StatusCode.INTERNAL,
     ErrorKind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
