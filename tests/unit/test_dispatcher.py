@@ -236,9 +236,9 @@ def test_a_cancelled_request_leaves_every_queue_and_is_never_answered() -> None:
     dispatcher = single()
     blocker = executes(submit(dispatcher, 1, 0))[0]
     submit(dispatcher, 2, 5, 6)
-    assert dispatcher.queue_rows() == {("echo", "echo"): 2}
+    assert dispatcher.loads()[("echo", "echo")].queued == 2
     assert not dispatcher.handle(Cancel(2), now_s=0.1)
-    assert dispatcher.queue_rows() == {("echo", "echo"): 0}
+    assert dispatcher.loads()[("echo", "echo")].queued == 0
     assert not dispatcher.handle(Cancel(1), now_s=0.2)
     assert not dispatcher.handle(echo(blocker), now_s=0.3)
     assert dispatcher.in_flight == 0
@@ -391,7 +391,7 @@ def test_one_failed_item_batch_fails_the_request_and_the_others_are_not_run() ->
     (read,) = executes(dispatcher.handle(detected(launch, b"a", b"b", b"c"), now_s=1.0))
     actions = dispatcher.handle(BatchFailed(read.batch, BackendError("boom")), now_s=2.0)
     assert [type(a) for a in actions] == [Fail]
-    assert dispatcher.in_flight == 0 and dispatcher.queue_rows()[("ocr", "read")] == 0
+    assert dispatcher.in_flight == 0 and not dispatcher.loads()
 
 
 def test_a_removed_chain_refuses_new_requests_and_finishes_old_ones() -> None:

@@ -59,6 +59,8 @@ class Timeline:
     deadline_s: float
     spans: tuple[Span, ...]
     error: str = ""
+    rejected: bool = False
+    """Refused, or given up before all work was spent on it."""
 
     @property
     def latency_s(self) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from paceline.core.bind import BoundInput, BoundModule, Carry
 from paceline.core.chain import Source
-from paceline.core.errors import ErrorKind, RequestError
+from paceline.core.errors import ErrorKind, Rejected, RequestError
 from paceline.core.request import Span, Timeline
 from paceline.core.tensor import Tensor, TensorSpec, join_rows
 from paceline.dispatch.events import Submit
@@ -133,7 +133,7 @@ class ChainRun:
         names = self.submit.outputs or tuple(chain.outputs)
         return tuple(self._output(name, chain.outputs[name]) for name in names)
 
-    def timeline(self, now_s: float, error: str = "") -> Timeline:
+    def timeline(self, now_s: float, error: RequestError | None = None) -> Timeline:
         return Timeline(
             request=self.submit.request,
             request_id=self.submit.request_id,
@@ -142,7 +142,8 @@ class ChainRun:
             ended_s=now_s,
             deadline_s=self.submit.deadline_s,
             spans=tuple(self.spans),
-            error=error,
+            error=error.message if error is not None else "",
+            rejected=isinstance(error, Rejected),
         )
 
     def _output(self, name: str, source: Source) -> Tensor:

@@ -64,6 +64,15 @@ class Machine:
         return self.up and free and self.running.get(model, 0) < self.instances.get(model, 0)
 
 
+@dataclass(slots=True)
+class ModuleLoad:
+    """Rows of a module that wait and that run; `oldest_s` is when the first of them was queued."""
+
+    queued: int = 0
+    oldest_s: float = inf
+    executing: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Batch:
     machine: Machine
@@ -119,17 +128,22 @@ class Dispatcher:
         """Requests that have not ended."""
         return len(self._runs)
 
-    def queue_rows(self) -> dict[tuple[str, str], int]:
-        """Rows waiting, by (chain, module)."""
-        waiting = {
-            (route.chain, route.bound.name): 0
-            for chain in self._routes.values()
-            for route in chain.modules
-        }
+    def in_flight_of(self, chain: str) -> int:
+        """Requests of one chain that have not ended."""
+        return self._per_chain.get(chain, 0)
+
+    def loads(self) -> dict[tuple[str, str], ModuleLoad]:
+        """What waits and what runs now, by (chain, module), modules with nothing left out."""
+        found: dict[tuple[str, str], ModuleLoad] = {}
         for queue in self._queues.values():
-            key = (queue.route.chain, queue.route.bound.name)
-            waiting[key] = waiting.get(key, 0) + queue.rows
-        return waiting
+            load = found.setdefault((queue.route.chain, queue.route.bound.name), ModuleLoad())
+            load.queued += queue.rows
+            if (oldest_s := queue.oldest_s()) is not None:
+                load.oldest_s = min(load.oldest_s, oldest_s)
+        for batch in self._batches.values():
+            load = found.setdefault((batch.route.chain, batch.route.bound.name), ModuleLoad())
+            load.executing += batch.rows
+        return found
 
     def machines(self) -> tuple[Machine, ...]:
         """Machines that are up, by name."""
@@ -204,7 +218,7 @@ class Dispatcher:
     ) -> None:
         if run.submit.request in self._runs:
             self._end(run)
-            actions.append(Fail(run.submit.request, error, run.timeline(now_s, error.message)))
+            actions.append(Fail(run.submit.request, error, run.timeline(now_s, error)))
 
     def _drop(self, request: int) -> None:
         if (run := self._runs.get(request)) is not None:
@@ -395,4 +409,5 @@ def _refused(event: Submit, error: RequestError, now_s: float) -> Timeline:
         deadline_s=event.deadline_s,
         spans=(),
         error=error.message,
+        rejected=True,
     )

@@ -143,6 +143,11 @@ class ModuleQueue:
             head = self._bucket_head(head.key)
         return pieces
 
+    def oldest_s(self) -> float | None:
+        """When the entry that waits longest was queued."""
+        waiting = (e for bucket in self._buckets.values() for _, e in bucket if e.waiting)
+        return min((entry.queued_s for entry in waiting), default=None)
+
     def expired(self, now_s: float) -> list[Entry]:
         """Remove and return entries whose latest launch has passed."""
         gone: list[Entry] = []

@@ -277,7 +277,14 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         """See `core.ports.Control.status`."""
-        return describe(self, self._engine, self._statistics, self._sites(), self._placed)
+        return describe(
+            self,
+            self._engine.dispatcher,
+            self._statistics,
+            self._sites(),
+            self._placed,
+            now_s=asyncio.get_running_loop().time(),
+        )
 
     async def watch_status(self) -> AsyncIterator[dict[str, Any]]:
         """See `core.ports.Control.watch_status`."""

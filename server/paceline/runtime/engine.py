@@ -60,7 +60,7 @@ class Engine:
         on_timeline: Callable[[Timeline], object] | None = None,
         on_batch: Callable[[str, int, float], object] | None = None,
     ) -> None:
-        """`on_timeline` sees every ended request, `on_batch(model, rows, duration_s)` every batch."""
+        """`on_timeline` sees ended requests, `on_batch(model, rows, duration_s)` batches."""
         self._executor = executor
         self._limits = limits or EngineLimits()
         self._on_timeline = on_timeline

@@ -28,6 +28,7 @@ class Counts:
     compute_count: int = 0
     compute_s: float = 0.0
     met_count: int = 0
+    rejected_count: int = 0
     batches: dict[int, list[float]] = field(default_factory=dict)
 
 
@@ -93,6 +94,7 @@ class Statistics:
         if timeline.error:
             counts.fail_count += 1
             counts.fail_s += timeline.latency_s
+            counts.rejected_count += timeline.rejected
             return
         counts.success_count += 1
         counts.success_s += timeline.latency_s

@@ -1,4 +1,7 @@
-"""The status document: what runs where, what waits, what was served. Units end the keys."""
+"""The status document: what runs where, what waits, what was served. Units end the keys.
+
+Its keys are the fields of `paceline.v1.StatusResponse`, with some more for which it has none.
+"""
 
 from __future__ import annotations
 
@@ -7,96 +10,125 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from paceline import __version__
+from paceline.core.bind import BoundChain
 from paceline.core.plan import Plan
+from paceline.dispatch.dispatcher import Dispatcher, ModuleLoad
 from paceline.runtime.placement import Site
 from paceline.runtime.statistics import Counts, Statistics
 
 if TYPE_CHECKING:
     from paceline.runtime.controller import Controller
-    from paceline.runtime.engine import Engine
 
-_STARTED = monotonic()
+Placed = Mapping[str, Mapping[str, int]]
+"""Instances by machine and model."""
+
+_STARTED_S = monotonic()
 
 
 def describe(
     controller: Controller,
-    engine: Engine,
+    dispatcher: Dispatcher,
     statistics: Statistics,
     sites: Sequence[Site],
-    placed: Mapping[str, Mapping[str, int]],
+    placed: Placed,
+    *,
+    now_s: float,
 ) -> dict[str, Any]:
-    """A JSON-able picture of everything; see the keys below."""
+    """A JSON-able picture of everything; `now_s` on the dispatcher's clock."""
     plan = controller.current_plan()
+    chains = [b for b in controller.callables() if not b.direct]
     return {
         "version": __version__,
-        "uptime_s": round(monotonic() - _STARTED, 1),
+        "uptime_s": round(monotonic() - _STARTED_S, 1),
         "ready": controller.ready,
         "draining": controller.draining,
-        "in_flight": engine.dispatcher.in_flight,
+        "in_flight": dispatcher.in_flight,
         "cost_per_hour": round(plan.cost_per_hour, 6),
-        "shortage": {
-            hardware: {"needed": round(needed, 3), "present": present}
+        "shortage": [
+            {"hardware": hardware, "needed": round(needed, 3), "present": present}
             for hardware, (needed, present) in controller.shortage().items()
-        },
-        "machines": _machines(engine, sites, placed),
-        "chains": _chains(controller, engine, statistics, plan),
+        ],
+        "chains": [_chain(bound, dispatcher, statistics, plan) for bound in chains],
+        "modules": _modules(chains, dispatcher, plan, placed, now_s),
+        "machines": [_machine(site, dispatcher, placed) for site in sites],
         "models": [
-            {"model": s.name, "state": s.state, "reason": s.reason}
-            for s in controller.repository_index()
+            {
+                "model": state.name,
+                "version": state.version,
+                "state": state.state,
+                "reason": state.reason,
+                "machines": [
+                    name for name, models in sorted(placed.items()) if state.name in models
+                ],
+            }
+            for state in controller.repository_index()
         ],
     }
 
 
-def _machines(
-    engine: Engine, sites: Sequence[Site], placed: Mapping[str, Mapping[str, int]]
-) -> list[dict[str, Any]]:
-    up = {machine.name: machine for machine in engine.dispatcher.machines()}
-    return [
-        {
-            "machine": site.name,
-            "hardware": site.hardware,
-            "slots": site.slots,
-            "up": site.name in up,
-            "busy": up[site.name].busy if site.name in up else 0,
-            "instances": dict(sorted(placed.get(site.name, {}).items())),
-        }
-        for site in sites
-    ]
+def _chain(
+    bound: BoundChain, dispatcher: Dispatcher, statistics: Statistics, plan: Plan
+) -> dict[str, Any]:
+    counts = statistics.chains.get(bound.name, Counts())
+    planned = plan.chain(bound.name)
+    ended = counts.success_count + counts.fail_count
+    described: dict[str, Any] = {
+        "chain": bound.name,
+        "slo_ms": round(bound.chain.slo_s * 1e3, 3),
+        "rate_rps": planned.rate_rps if planned is not None else 0.0,
+        "latency_worst_ms": round(planned.latency_worst_s * 1e3, 3) if planned is not None else 0.0,
+        "cost_per_hour": round(planned.cost_per_hour, 6) if planned is not None else 0.0,
+        "in_flight": dispatcher.in_flight_of(bound.name),
+        "met": counts.met_count,
+        "missed": counts.success_count - counts.met_count,
+        "failed": counts.fail_count - counts.rejected_count,
+        "rejected": counts.rejected_count,
+    }
+    if ended:
+        described["attainment"] = round(counts.met_count / ended, 6)
+    return described
 
 
-def _chains(
-    controller: Controller, engine: Engine, statistics: Statistics, plan: Plan
+def _modules(
+    chains: Sequence[BoundChain],
+    dispatcher: Dispatcher,
+    plan: Plan,
+    placed: Placed,
+    now_s: float,
 ) -> list[dict[str, Any]]:
-    waiting = engine.dispatcher.queue_rows()
+    loads = dispatcher.loads()
     found = []
-    for chain in controller.chains():
-        counts = statistics.chains.get(chain.name, Counts())
-        planned = plan.chain(chain.name)
-        ended = counts.success_count + counts.fail_count
-        modules = []
-        for module in chain.modules:
-            own = planned.module(module.name) if planned is not None else None
-            modules.append(
+    for bound in chains:
+        planned = plan.chain(bound.name)
+        for module in bound.modules:
+            load = loads.get((bound.name, module.name), ModuleLoad())
+            batch_size = planned.module(module.name).batch_size if planned is not None else 0
+            found.append(
                 {
+                    "chain": bound.name,
                     "module": module.name,
-                    "model": module.model,
-                    "queue_rows": waiting.get((chain.name, module.name), 0),
-                    "batch_size": own.batch_size if own is not None else 0,
-                    "machines": round(own.machines, 6) if own is not None else 0.0,
+                    "model": module.spec.name,
+                    "queued": load.queued,
+                    "oldest_ms": round((now_s - load.oldest_s) * 1e3, 3) if load.queued else 0.0,
+                    "executing": load.executing,
+                    "batch_size": batch_size,
+                    "machines": [
+                        n for n, held in sorted(placed.items()) if module.spec.name in held
+                    ],
                 }
             )
-        found.append(
-            {
-                "chain": chain.name,
-                "slo_ms": chain.slo_s * 1e3,
-                "rate_rps": planned.rate_rps if planned is not None else 0.0,
-                "priority": chain.priority,
-                "cost_per_hour": round(planned.cost_per_hour, 6) if planned is not None else 0.0,
-                "requests": ended,
-                "failed": counts.fail_count,
-                "attainment": round(counts.met_count / ended, 6) if ended else None,
-                "attainment_target": chain.attainment,
-                "modules": modules,
-            }
-        )
     return found
+
+
+def _machine(site: Site, dispatcher: Dispatcher, placed: Placed) -> dict[str, Any]:
+    up = {machine.name: machine for machine in dispatcher.machines()}
+    instances = dict(sorted(placed.get(site.name, {}).items()))
+    return {
+        "machine": site.name,
+        "hardware": site.hardware,
+        "state": "up" if site.name in up else "down",
+        "executing": up[site.name].busy if site.name in up else 0,
+        "slots": site.slots,
+        "models": list(instances),
+        "instances": instances,
+    }

@@ -1,0 +1,167 @@
+"""Plans, answers and states as tables that a person reads at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from paceline.core.plan import ChainPlan, ModulePlan, Plan
+
+
+def plan_report(plan: Plan, *, priced: bool = True) -> RenderableType:
+    """One table per chain, then the total beside the lower bound."""
+    parts: list[RenderableType] = [_chain_table(chain) for chain in plan.chains]
+    unit = "per hour" if priced else "machines (no prices declared: every machine counts 1)"
+    total = f"cost {plan.cost_per_hour:.4g} {unit}; no plan can cost less than "
+    parts.append(
+        Text(
+            f"{total}{plan.lower_bound_per_hour:.4g}; policy {plan.policy}, {plan.billing} "
+            f"billing, planned in {plan.solve_s * 1e3:.1f} ms"
+        )
+    )
+    return Group(*parts)
+
+
+def _chain_table(chain: ChainPlan) -> Table:
+    table = _table(
+        f"{chain.chain}: {chain.rate_rps:g} requests/s within {chain.slo_s * 1e3:g} ms "
+        f"(worst case {chain.latency_worst_s * 1e3:.0f} ms)",
+        ("module", "left"),
+        ("requests/s", "right"),
+        ("budget ms", "right"),
+        ("worst ms", "right"),
+        ("batch", "right"),
+        ("hardware", "left"),
+        ("machines", "right"),
+        ("cost/h", "right"),
+    )
+    for module in chain.modules:
+        for index, allocation in enumerate(module.allocations):
+            table.add_row(
+                *(_module_cells(module) if index == 0 else ("", "", "", "")),
+                f"{allocation.batch_size} x {allocation.duration_s * 1e3:.1f} ms",
+                allocation.hardware,
+                f"{allocation.machines:.3g}",
+                f"{allocation.cost_per_hour:.3g}",
+            )
+    return table
+
+
+def _module_cells(module: ModulePlan) -> tuple[str, str, str, str]:
+    dummy = f" +{module.dummy_rps:.3g}" if module.dummy_rps else ""
+    return (
+        module.module,
+        f"{module.rate_rps:.4g}{dummy}",
+        f"{module.latency_budget_s * 1e3:.0f}",
+        f"{module.latency_worst_s * 1e3:.0f}",
+    )
+
+
+def timeline_report(
+    chain: str, latency_ms: float, spans: Sequence[Mapping[str, Any]], error: str = ""
+) -> RenderableType:
+    """Where one request's time went: a row per batch that held some of its rows.
+
+    A span has the fields of `paceline.v1.Span`.
+    """
+    table = _table(
+        f"{chain}: {latency_ms:.0f} ms" + (f", failed: {error}" if error else ""),
+        ("module", "left"),
+        ("at ms", "right"),
+        ("queue ms", "right"),
+        ("execution ms", "right"),
+        ("items", "right"),
+        ("batch size", "right"),
+        ("machine", "left"),
+    )
+    for span in sorted(spans, key=lambda span: float(span["start_ms"])):
+        table.add_row(
+            str(span["module"]),
+            f"{span['start_ms']:.1f}",
+            f"{span['queue_ms']:.1f}",
+            f"{span['execute_ms']:.1f}",
+            str(span["rows"]),
+            str(span["batch_size"]),
+            str(span["machine"]),
+        )
+    return table
+
+
+def status_report(status: Mapping[str, Any]) -> RenderableType:
+    """Chains, modules and machines of a running server, and models that are not ready."""
+    state = "draining" if status["draining"] else "ready" if status["ready"] else "starting"
+    head = Text(
+        f"paceline {status['version']}: {state}, up {status['uptime_s']:.0f} s, "
+        f"{status['in_flight']} requests in flight, {status['cost_per_hour']:.4g} per hour"
+    )
+    chains = _table(
+        "chains", ("chain", "left"), *_right("SLO ms", "worst ms", *_OUTCOMES, "attained")
+    )
+    for chain in status["chains"]:
+        attained = f"{chain['attainment']:.2%}" if "attainment" in chain else "-"
+        numbers = (f"{chain['slo_ms']:g}", f"{chain['latency_worst_ms']:.0f}")
+        outcomes = (str(chain[name]) for name in _OUTCOMES)
+        chains.add_row(chain["chain"], *numbers, *outcomes, attained)
+    modules = _table(
+        "modules",
+        ("module", "left"),
+        ("model", "left"),
+        *_right("batch", "waiting", "oldest ms", "executing"),
+        ("machines", "left"),
+    )
+    for module in status["modules"]:
+        modules.add_row(
+            f"{module['chain']}.{module['module']}",
+            module["model"],
+            str(module["batch_size"]),
+            str(module["queued"]),
+            f"{module['oldest_ms']:.0f}",
+            str(module["executing"]),
+            ", ".join(module["machines"]),
+        )
+    machines = _table(
+        "machines",
+        ("machine", "left"),
+        ("hardware", "left"),
+        ("state", "left"),
+        *_right("busy"),
+        ("models x instances", "left"),
+    )
+    for machine in status["machines"]:
+        held = ", ".join(f"{name} x{n}" for name, n in machine["instances"].items())
+        busy = f"{machine['executing']}/{machine['slots']}"
+        machines.add_row(machine["machine"], machine["hardware"], machine["state"], busy, held)
+    notes = [
+        Text(f"{model['model']}: {model['state']} {model['reason']}")
+        for model in status["models"]
+        if model["state"] != "READY"
+    ]
+    notes += [
+        Text(f"the plan needs {s['needed']} machines of {s['hardware']}, {s['present']} are there")
+        for s in status["shortage"]
+    ]
+    return Group(head, chains, modules, machines, *notes)
+
+
+_OUTCOMES = ("in_flight", "met", "missed", "failed", "rejected")
+
+
+def _right(*names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, "right") for name in names)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that does not cut tables where there is no terminal."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+
+
+def _table(title: str, *columns: tuple[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    return table
