@@ -11,9 +11,10 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -21,7 +22,7 @@ from paceline.config import parse_chain, read_chains, read_hardware
 from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError
 from paceline.core.plan import Plan
-from paceline.core.profile import Hardware
+from paceline.core.profile import Hardware, ProfileRow
 from paceline.core.request import Timeline
 from paceline.metrics import Metrics
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
@@ -98,7 +99,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
     hardware = _hardware(settings)
     stop = _stop_on_signals(events)
     async with AsyncExitStack() as stack:
-        fleet = TritonFleet({})
+        fleet = TritonFleet()
         metrics = Metrics()
         statistics = Statistics()
         observers: list[Callable[[Timeline], None]] = [metrics.observe]
@@ -250,3 +251,26 @@ async def _overhead_s(client: TritonClient) -> float:
         await client.live()
         took_s.append(perf_counter() - started_s)
     return percentile(took_s, 0.95)
+
+
+async def measure(
+    target: TritonTarget,
+    models: Sequence[str],
+    repositories: tuple[Path, ...],
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[ProfileRow, ...]:
+    """Profile models on a running Triton, loading those that are not loaded."""
+    client = await TritonClient.connect(target.url)
+    try:
+        repository = TritonRepository(client, repositories)
+        profiler = TritonProfiler(repository)
+        rows: list[ProfileRow] = []
+        for name in models:
+            await repository.load(name, instances=1)
+            spec = await repository.spec(name)
+            rows += await profiler.measure(
+                spec, target.hardware, on_progress=partial(on_progress, name)
+            )
+        return tuple(rows)
+    finally:
+        await client.close()

@@ -272,8 +272,13 @@ class TritonClient:
 class TritonFleet:
     """Machines by name (an `Executor`)."""
 
-    def __init__(self, clients: Mapping[str, TritonClient]) -> None:
-        self._clients = dict(clients)
+    def __init__(self, clients: Mapping[str, TritonClient] | None = None) -> None:
+        self._clients = dict(clients or {})
+
+    def add(self, machine: str, client: TritonClient) -> None:
+        """Execute on one more machine; the fleet closes its client."""
+        assert machine not in self._clients, machine
+        self._clients[machine] = client
 
     @property
     def machines(self) -> tuple[str, ...]:

@@ -1,0 +1,307 @@
+"""The command line: the only place that wires everything together.
+
+Exit codes: 0 done; 1 something outside failed (a Triton, a server, a model); 2 bad input, one
+line; 3 no plan meets the objective. Diagnostics go to stderr, results to stdout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+
+from paceline.config import read_chains, read_hardware, read_profiles, write_profiles
+from paceline.core.errors import ConfigError, PacelineError, PlanError
+from paceline.core.plan import Plan
+from paceline.core.profile import ProfileRow
+from paceline.report import console, plan_report, status_report, timeline_report
+
+MIB = 1 << 20
+
+app = typer.Typer(
+    name="paceline",
+    help="Serve chains of DNNs on NVIDIA Triton within a latency objective at the least cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ServerOption = Annotated[
+    str, typer.Option("--server", metavar="HOST:PORT", help="The running paceline's gRPC address.")
+]
+DEFAULT_SERVER = "127.0.0.1:8001"
+
+
+def _state_directory() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "paceline"
+
+
+StateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir",
+        help="Where profiles and Triton's log are kept (default: ~/.local/state/paceline).",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def serve(
+    chains: Annotated[
+        list[Path] | None,
+        typer.Option(help="A chain file, or a directory of them; may be given again."),
+    ] = None,
+    model_repository: Annotated[
+        list[Path] | None,
+        typer.Option(help="A Triton model repository (default: ./model_repository); repeatable."),
+    ] = None,
+    triton: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[HARDWARE@]HOST:PORT",
+            help="A running Triton (explicit model control), instead of a local one; repeatable.",
+        ),
+    ] = None,
+    hardware: Annotated[
+        Path | None, typer.Option(help="Prices: a CSV hardware,price_per_hour,memory_mib.")
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Batches a Triton executes at a time "
+            "(default: the processor cores of a local one, 1 elsewhere).",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8001,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8002,
+    state_dir: StateOption = None,
+    max_message_mib: Annotated[
+        int, typer.Option(min=1, max=2047, help="Largest request accepted.")
+    ] = 64,
+    drain_s: Annotated[
+        float, typer.Option(min=0, help="How long accepted requests may take after SIGTERM.")
+    ] = 30.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+) -> None:
+    """Serve chains over gRPC (KServe v2); without --triton, on a local Triton that it starts.
+
+    Every model of the repository can also be called by its own name. SIGTERM and Ctrl-C drain:
+    what was accepted is answered first.
+    """
+    from paceline.progress import ServeProgress
+    from paceline.serving import ServeSettings, TritonTarget
+    from paceline.serving import serve as run
+
+    _set_up_logging(log_level)
+    targets = tuple(TritonTarget.parse(text) for text in triton or ())
+    repositories = tuple(model_repository or ())
+    if not repositories and not targets:
+        repositories = (Path("model_repository"),)
+        if not repositories[0].is_dir():
+            raise ConfigError(
+                "no ./model_repository here; say where the models are", key="--model-repository"
+            )
+    settings = ServeSettings(
+        chains=tuple(chains or ()),
+        model_repositories=tuple(path.resolve() for path in repositories),
+        state_directory=(state_dir or _state_directory()).resolve(),
+        tritons=targets,
+        hardware=hardware,
+        slots=slots,
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        max_message_bytes=max_message_mib * MIB,
+        drain_s=drain_s,
+    )
+    with ServeProgress(host) as progress:
+        uvloop.run(run(settings, progress.events))
+
+
+@app.command()
+def plan(
+    chains: Annotated[list[Path], typer.Argument(metavar="CHAIN.yaml...", show_default=False)],
+    profiles: Annotated[Path, typer.Option(help="Durations: CSV from `paceline profile`.")],
+    hardware: Annotated[Path, typer.Option(help="Prices: hardware,price_per_hour,memory_mib.")],
+    rate_rps: Annotated[
+        float | None, typer.Option(help="Instead of the file's rate, requests/s.")
+    ] = None,
+    slo_ms: Annotated[float | None, typer.Option(help="Instead of the file's objective.")] = None,
+    policy: Annotated[str, typer.Option(help="Planning policy.")] = "harpagon",
+    billing: Annotated[str, typer.Option(help="How machines are paid for.")] = "fractional",
+    overhead_ms: Annotated[
+        float, typer.Option(min=0, help="Reserved per module for front server and network.")
+    ] = 0.0,
+    output: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+) -> None:
+    """What is the least that must be paid to serve these chains within their objectives, and how?
+
+    Exits 3 when no plan meets an objective, naming the module that lacks how many ms.
+    """
+    _one_of("--format", output, ("text", "json"))
+    _one_of("--policy", policy, ("harpagon",))
+    _one_of("--billing", billing, ("fractional",))
+    made = _plan_offline(chains, profiles, hardware, rate_rps, slo_ms, overhead_ms / 1e3)
+    if output == "json":
+        print(json.dumps(made.as_json(), indent=2))
+    else:
+        console().print(plan_report(made))
+
+
+@app.command()
+def profile(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", show_default=False)],
+    triton: Annotated[str, typer.Option(metavar="[HARDWARE@]HOST:PORT", help="Where to measure.")],
+    out: Annotated[Path, typer.Option(help="The CSV to write.")],
+    model_repository: Annotated[
+        list[Path] | None,
+        typer.Option(help="Where the models' files are, for their sample inputs (model_warmup)."),
+    ] = None,
+) -> None:
+    """Measure models on a running Triton: p95 duration by batch size, as CSV."""
+    from paceline.serving import TritonTarget, measure
+
+    target = TritonTarget.parse(triton)
+    repositories = tuple(path.resolve() for path in model_repository or ())
+
+    def progress(model: str, done: int, total: int) -> None:
+        print(f"{model}: {done} of {total} batch sizes", file=sys.stderr)
+
+    rows: tuple[ProfileRow, ...] = uvloop.run(measure(target, models, repositories, progress))
+    write_profiles(out, rows)
+    print(f"wrote {len(rows)} rows to {out}", file=sys.stderr)
+
+
+@app.command()
+def infer(
+    chain: Annotated[str, typer.Argument(help="A chain or model.")],
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            metavar="NAME=FILE",
+            help="An input tensor: .npy, an image (as RGB), .json, or any file for BYTES.",
+        ),
+    ],
+    server: ServerOption = DEFAULT_SERVER,
+    slo_ms: Annotated[float | None, typer.Option(help="A tighter objective.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Give up after this.")] = 60.0,
+    output: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+) -> None:
+    """Send one request and print the outputs and where the time went."""
+    from paceline import client
+
+    _one_of("--format", output, ("text", "json"))
+    answer = client.infer(server, chain, inputs, slo_ms=slo_ms, timeout_s=timeout_s)
+    if output == "json":
+        print(json.dumps(answer.as_json(), ensure_ascii=False))
+        return
+    for name, value in answer.outputs.items():
+        print(f"{name}: {value}")
+    print(f"request {answer.request_id}, {answer.latency_ms:.0f} ms", file=sys.stderr)
+
+
+@app.command()
+def status(
+    server: ServerOption = DEFAULT_SERVER,
+    watch: Annotated[bool, typer.Option(help="Print again whenever something changed.")] = False,
+    output: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+) -> None:
+    """What runs where, what waits, what was served."""
+    from paceline import client
+
+    _one_of("--format", output, ("text", "json"))
+    for document in client.statuses(server, watch=watch):
+        if output == "json":
+            print(json.dumps(document), flush=True)
+        else:
+            console().print(status_report(document))
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="The client's id, or the answer's number.")],
+    server: ServerOption = DEFAULT_SERVER,
+    output: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+) -> None:
+    """Where one recent request's time went, module by module."""
+    from paceline import client
+
+    _one_of("--format", output, ("text", "json"))
+    told = client.explain(server, request_id)
+    if output == "json":
+        print(json.dumps(told))
+    else:
+        console().print(
+            timeline_report(told["chain"], told["latency_ms"], told["spans"], told["error"])
+        )
+
+
+def main() -> None:
+    """Run the command line; expected failures are one line on stderr and an exit code."""
+    try:
+        app()
+    except PacelineError as error:
+        print(f"paceline: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, ConfigError) else 3 if isinstance(error, PlanError) else 1
+        sys.exit(code)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)
+
+
+def _plan_offline(
+    paths: list[Path],
+    profiles: Path,
+    hardware: Path,
+    rate_rps: float | None,
+    slo_ms: float | None,
+    overhead_s: float,
+) -> Plan:
+    from dataclasses import replace
+    from time import perf_counter
+
+    from paceline.planner.problem import Options, demand
+    from paceline.planner.solve import solve
+
+    measured, prices = read_profiles(profiles), read_hardware(hardware)
+    demands = []
+    for chain in read_chains(paths):
+        changed = chain if slo_ms is None else replace(chain, slo_s=slo_ms / 1e3)
+        rate = rate_rps if rate_rps is not None else chain.rate_rps
+        if rate is None:
+            raise ConfigError(
+                f"chain {chain.name!r} declares none; give --rate-rps", key="rate_rps"
+            )
+        demands.append(demand(changed, rate, measured, prices, {}, overhead_s))
+    started = perf_counter()
+    made = solve(demands, Options())
+    return replace(made, solve_s=perf_counter() - started)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"must be one of {', '.join(allowed)}, got {value!r}", key=option)
+
+
+def _set_up_logging(level: str) -> None:
+    names = logging.getLevelNamesMapping()
+    if level.upper() not in names:
+        raise ConfigError(
+            f"unknown level {level!r}; use debug, info, warning or error", key="--log-level"
+        )
+    logging.basicConfig(
+        level=names[level.upper()],
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
