@@ -22,12 +22,13 @@ from paceline.planner.paths import Graph
 from paceline.planner.problem import Options, PlannedModule
 from paceline.planner.schedule import (
     TOLERANCE,
+    Load,
     Schedule,
-    Walk,
     cheaper,
     ranked,
     schedule,
     show,
+    walk,
 )
 from paceline.planner.worst_case import Dispatch
 
@@ -41,10 +42,9 @@ def top_ups_rps(
 
     The rests are those that the published walk leaves after each of its tuples.
     """
-    walk = Walk(rate_rps, 0.0, budget_s, dispatch, None)
-    walk.take(ranks)
+    _, rests_rps = walk(Load(rate_rps, 0.0, budget_s, dispatch), ranks)
     found: set[float] = set()
-    for rest_rps in walk.rests_rps:
+    for rest_rps in rests_rps:
         for c in ranks:
             machines = ceil(rest_rps / c.throughput_rps - TOLERANCE)
             # Rounded, so that the same top-up reached on two ways is tried once.

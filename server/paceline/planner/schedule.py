@@ -89,24 +89,25 @@ def schedule(
     With `max_tuples`, the last tuple must take all that is left, fraction included.
     `dummy_rps` requests/s are served on top. Harpagon section on multi-tuple configurations.
     """
+    load = Load(rate_rps, dummy_rps, budget_s, dispatch)
     ranks = ranked(c for c in configurations if c.duration_s <= budget_s + TOLERANCE)
     best: Schedule | None = None
     for limit in _limits(max_tuples):
         start = 0
         while start < len(ranks):
-            bound = (rate_rps + dummy_rps) / ranks[start].tc_ratio
-            if best is not None and not cheaper(bound, best.cost_per_hour):
+            if best and not cheaper(load.total_rps / ranks[start].tc_ratio, best.cost_per_hour):
                 break
-            walk = Walk(rate_rps, dummy_rps, budget_s, dispatch, limit)
-            walk.take(ranks[start:])
-            if not walk.placements:
+            placements, rests_rps = walk(load, ranks[start:], limit)
+            if not placements:
                 break
-            if walk.done:
-                found = Schedule(rate_rps, dummy_rps, tuple(walk.placements))
+            # Configurations above the first one taken changed nothing: leave that one out next.
+            start = ranks.index(placements[0].configuration, start) + 1
+            if rests_rps[-1]:
+                placements = _held_back(load, ranks[start - 1 :], limit, placements)
+            if placements:
+                found = Schedule(rate_rps, dummy_rps, placements)
                 if best is None or cheaper(found.cost_per_hour, best.cost_per_hour):
                     best = found
-            # Configurations above the first one taken changed nothing: leave that one out next.
-            start = ranks.index(walk.placements[0].configuration, start) + 1
     return best
 
 
@@ -116,85 +117,112 @@ def _limits(max_tuples: int | None) -> tuple[int | None, ...]:
     return (max_tuples, *tighter)
 
 
-class Walk:
-    """One pass over ranked configurations; `rests_rps` is what was left after each placement."""
+def _held_back(
+    load: Load,
+    ranks: Sequence[Configuration],
+    limit: int | None,
+    stranded: tuple[Placement, ...],
+) -> tuple[Placement, ...]:
+    """A walk left a remainder that nothing serves; one full machine less, the last, may save it."""
+    for placement in reversed(stranded):
+        placements, rests_rps = walk(load, ranks, limit, held=placement.configuration)
+        if not rests_rps[-1]:
+            return placements
+    return ()
 
-    __slots__ = (
-        "_budget_s",
-        "_dispatch",
-        "_dummy_rps",
-        "_limit",
-        "_total_rps",
-        "placements",
-        "rests_rps",
-    )
 
-    def __init__(
-        self,
-        rate_rps: float,
-        dummy_rps: float,
-        budget_s: float,
-        dispatch: Dispatch,
-        limit: int | None,
-    ) -> None:
-        self._total_rps = rate_rps + dummy_rps
-        self._dummy_rps = dummy_rps
-        self._budget_s = budget_s + TOLERANCE
-        self._dispatch: Dispatch = dispatch
-        self._limit = limit
-        self.placements: list[Placement] = []
-        self.rests_rps = [self._total_rps]
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one module must serve, and within which latency budget."""
+
+    rate_rps: float
+    dummy_rps: float
+    budget_s: float
+    dispatch: Dispatch
 
     @property
-    def done(self) -> bool:
-        """Whether everything is served."""
-        return self.rests_rps[-1] <= 0.0
+    def total_rps(self) -> float:
+        """Real and dummy requests."""
+        return self.rate_rps + self.dummy_rps
 
-    def take(self, ranks: Sequence[Configuration]) -> None:
-        """Give each configuration in turn what it can serve in time, until nothing is left."""
-        for configuration in ranks:
-            if self.done or len(self.placements) == self._limit:
-                return
-            self._offer(configuration)
+    def in_time(self, worst_s: float) -> bool:
+        """Whether `worst_s` keeps the budget."""
+        return worst_s <= self.budget_s + TOLERANCE
 
-    def _offer(self, c: Configuration) -> None:
-        rest_rps = self.rests_rps[-1]
-        full = floor(rest_rps / c.throughput_rps + TOLERANCE)
-        remainder_rps = rest_rps - full * c.throughput_rps
-        if remainder_rps <= TOLERANCE * self._total_rps:
-            remainder_rps = 0.0
-        full_s = self._bound_s(c, rest_rps, full=True) if full else 0.0
-        remainder_s = self._bound_s(c, remainder_rps, full=False) if remainder_rps else 0.0
-        if full_s > self._budget_s:
-            return
-        machines = float(full)
-        worst_s = full_s
-        if remainder_s <= self._budget_s:
-            machines += remainder_rps / c.throughput_rps
-            worst_s = max(full_s, remainder_s)
-            remainder_rps = 0.0
-        elif not full or len(self.placements) + 1 == self._limit:
-            return
-        self.placements.append(Placement(c, machines, worst_s))
-        self.rests_rps.append(remainder_rps)
-
-    def _bound_s(self, c: Configuration, left_rps: float, *, full: bool) -> float:
-        """Worst case of `c` when `left_rps` is left for it.
+    def full_s(self, c: Configuration, left_rps: float) -> float:
+        """Worst case of a full machine when `left_rps` is left for its rank and below.
 
         Dummy requests are sent only when needed: a batch that real requests alone fill within the
         budget waits for those, and that longer wait is then its worst case.
         """
-        real_rps = left_rps - self._dummy_rps
-        if self._dummy_rps and real_rps > 0:
-            waiting_s = self._of(c, real_rps, self._total_rps - self._dummy_rps, full=full)
-            if waiting_s <= self._budget_s:
+        if 0 < self.dummy_rps < left_rps:
+            real_rps = left_rps - self.dummy_rps
+            waiting_s = full_machine_s(self.dispatch, c, left_rps=real_rps, rate_rps=self.rate_rps)
+            if self.in_time(waiting_s):
                 return waiting_s
-        return self._of(c, left_rps, self._total_rps, full=full)
+        return full_machine_s(self.dispatch, c, left_rps=left_rps, rate_rps=self.total_rps)
 
-    def _of(self, c: Configuration, left_rps: float, rate_rps: float, *, full: bool) -> float:
-        if full:
-            return full_machine_s(self._dispatch, c, left_rps=left_rps, rate_rps=rate_rps)
-        return residual_machine_s(self._dispatch, c, residual_rps=left_rps, rate_rps=rate_rps)
+    def residual_s(self, c: Configuration, left_rps: float) -> float:
+        """Worst case of a machine that serves `left_rps` and is not full; dummies as above."""
+        if 0 < self.dummy_rps < left_rps:
+            real_rps = left_rps - self.dummy_rps
+            waiting_s = residual_machine_s(
+                self.dispatch, c, residual_rps=real_rps, rate_rps=self.rate_rps
+            )
+            if self.in_time(waiting_s):
+                return waiting_s
+        return residual_machine_s(self.dispatch, c, residual_rps=left_rps, rate_rps=self.total_rps)
+
+
+def walk(
+    load: Load,
+    ranks: Iterable[Configuration],
+    limit: int | None = None,
+    held: Configuration | None = None,
+) -> tuple[tuple[Placement, ...], tuple[float, ...]]:
+    """The published pass: each configuration in turn takes what it can serve in time.
+
+    Returns the placements, at most `limit`, and the rate that was left before and after each of
+    them; everything is served if the last is 0. `held` takes one full machine less than it could.
+    """
+    placements: list[Placement] = []
+    rests_rps = [load.total_rps]
+    for c in ranks:
+        if not rests_rps[-1] or len(placements) == limit:
+            break
+        last = len(placements) + 1 == limit
+        placed = _held(load, rests_rps[-1], c) if c == held else _placed(load, rests_rps[-1], c)
+        if placed is None:
+            continue
+        rest_rps = rests_rps[-1] - placed.rate_rps
+        if rest_rps <= TOLERANCE * load.total_rps:
+            rest_rps = 0.0
+        if rest_rps and last:
+            continue
+        placements.append(placed)
+        rests_rps.append(rest_rps)
+    return tuple(placements), tuple(rests_rps)
+
+
+def _placed(load: Load, rest_rps: float, c: Configuration) -> Placement | None:
+    """Full machines of `c` for `rest_rps`, with the fraction if that keeps the budget as well."""
+    full = floor(rest_rps / c.throughput_rps + TOLERANCE)
+    remainder_rps = rest_rps - full * c.throughput_rps
+    if remainder_rps <= TOLERANCE * load.total_rps:
+        remainder_rps = 0.0
+    full_s = load.full_s(c, rest_rps) if full else 0.0
+    if not load.in_time(full_s):
+        return None
+    residual_s = load.residual_s(c, remainder_rps) if remainder_rps else 0.0
+    if load.in_time(residual_s):
+        return Placement(c, full + remainder_rps / c.throughput_rps, max(full_s, residual_s))
+    return Placement(c, float(full), full_s) if full else None
+
+
+def _held(load: Load, rest_rps: float, c: Configuration) -> Placement | None:
+    full = floor(rest_rps / c.throughput_rps + TOLERANCE) - 1
+    full_s = load.full_s(c, rest_rps)
+    return Placement(c, float(full), full_s) if full > 0 and load.in_time(full_s) else None
 
 
 def show(found: Schedule | None) -> str:

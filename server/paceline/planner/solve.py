@@ -179,6 +179,6 @@ def _module_plan(
 
 
 def _ms(seconds: float) -> str:
-    """Milliseconds for people: whole ones from 10 on."""
+    """Milliseconds for people: to a tenth from 10 on, to three digits below."""
     milliseconds = seconds * 1e3
-    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.3g}"
+    return f"{round(milliseconds, 1):.12g}" if milliseconds >= 10 else f"{milliseconds:.3g}"
