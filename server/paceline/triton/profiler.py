@@ -124,13 +124,16 @@ class TritonProfiler:
                     *(model.name, durations_s[-1], size),
                 )
                 break
+            if no_gain(sizes[: len(durations_s)], durations_s):
+                logger.info("model %r gains nothing from batches above %d", model.name, size)
+                break
             progress(len(durations_s), len(sizes))
         progress(len(sizes), len(sizes))
         repaired = monotone(durations_s)
         for size, was_s, is_s in zip(sizes, durations_s, repaired, strict=False):
             if was_s < is_s:
                 logger.info(
-                    "model %r: a batch of %d took %.2f ms, less than a smaller one: taken as %.2f ms",
+                    "model %r: a batch of %d took %.2f ms, less than a smaller one: using %.2f ms",
                     *(model.name, size, was_s * 1e3, is_s * 1e3),
                 )
         return tuple(
@@ -189,6 +192,22 @@ def percentile(values: Sequence[float], share: float) -> float:
     2.0
     """
     return sorted(values)[max(1, ceil(share * len(values))) - 1]
+
+
+def no_gain(sizes: Sequence[int], durations_s: Sequence[float]) -> bool:
+    """Whether the last two sizes (or one that takes over a second) lost throughput.
+
+    A batch that takes longer *and* serves fewer requests per second than a smaller one is in no
+    plan, so measuring further is time for nothing. Below 95 % of the best counts as a loss.
+
+    >>> no_gain((1, 2), (0.55, 1.3)), no_gain((1, 2), (0.01, 0.03))
+    (True, False)
+    >>> no_gain((1, 2, 4), (0.01, 0.03, 0.05)), no_gain((1, 2, 4), (0.01, 0.03, 0.035))
+    (True, False)
+    """
+    rates = [size / duration_s for size, duration_s in zip(sizes, durations_s, strict=True)]
+    losses = [rate < 0.95 * max(rates) for rate in rates]
+    return losses[-1] and (durations_s[-1] > 1.0 or losses[-2:] == [True, True])
 
 
 def monotone(durations_s: Sequence[float]) -> tuple[float, ...]:
