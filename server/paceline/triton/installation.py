@@ -34,6 +34,7 @@ class TritonInstallation:
     libpython: Path
     wheel_libraries: Path
     site_packages: tuple[Path, ...]
+    python_version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ def find_installation(
         libpython=_find_libpython(version, library_directories),
         wheel_libraries=site / "nvidia_pytriton.libs",
         site_packages=sites,
+        python_version=version,
     )
 
 
@@ -122,28 +124,53 @@ def prepare(
         if (source / "model.py").is_file():
             names.append(source.name)
             _copy_tree(source, directory / source.name)
+    interpreter = _write_interpreter(installation, state_directory / "python")
     base = dict(os.environ if environment is None else environment)
     return TritonRuntime(
         backend_directory=directory,
         backends=tuple(names),
-        environment=_environment(base, installation, libraries, threads),
+        environment=_environment(base, installation, libraries, interpreter, threads),
     )
 
 
 def _environment(
-    base: dict[str, str], installation: TritonInstallation, libraries: Path, threads: int
+    base: dict[str, str],
+    installation: TritonInstallation,
+    libraries: Path,
+    python: Path,
+    threads: int,
 ) -> dict[str, str]:
     for name in _DROPPED_VARIABLES:
         base.pop(name, None)
     search = [str(libraries), str(installation.wheel_libraries), base.get("LD_LIBRARY_PATH", "")]
     base["LD_LIBRARY_PATH"] = os.pathsep.join(part for part in search if part)
-    base["PYTHONPATH"] = os.pathsep.join(map(str, installation.site_packages))
-    # The stub embeds Python: without this it looks for its library where libpython was built.
-    base["PYTHONHOME"] = os.pathsep.join(dict.fromkeys((sys.base_prefix, sys.base_exec_prefix)))
+    base["PATH"] = os.pathsep.join((str(python), base.get("PATH", os.defpath)))
     base["PYTHONUNBUFFERED"] = "1"
     for name in _THREAD_VARIABLES:
         base[name] = str(threads)
     return base
+
+
+def _write_interpreter(installation: TritonInstallation, directory: Path) -> Path:
+    """A virtual environment for the stub's embedded Python; its `bin`.
+
+    The stub runs Python isolated: PYTHONPATH and PYTHONHOME do not reach it, so that it would take
+    numpy from wherever libpython was built. But it finds itself as `python3` on PATH, and beside
+    that a pyvenv.cfg, which works for any kind of installation.
+    """
+    base = Path(getattr(sys, "_base_executable", "") or sys.executable)
+    packages = directory / "lib" / f"python{installation.python_version}" / "site-packages"
+    binaries = directory / "bin"
+    for path in (packages, binaries):
+        path.mkdir(parents=True, exist_ok=True)
+    _link(binaries / "python3", base)
+    _write(
+        directory / "pyvenv.cfg",
+        f"home = {base.parent}\ninclude-system-site-packages = false\n",
+    )
+    lines = (str(site) for site in installation.site_packages)
+    _write(packages / "paceline.pth", "".join(f"{line}\n" for line in lines))
+    return binaries
 
 
 def _own_site_packages() -> tuple[Path, ...]:
@@ -217,6 +244,14 @@ def _link(link: Path, target: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)
     fresh.replace(link)
+
+
+def _write(path: Path, text: str) -> None:
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
 def _copy_tree(source: Path, target: Path) -> None:
