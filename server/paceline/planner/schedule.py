@@ -4,8 +4,9 @@ Invariant: a `Schedule` serves its whole rate, real and dummy, and no placement'
 exceeds the budget it was made for.
 
 The published walk takes configurations best throughput-cost ratio first. It can strand a
-remainder that nothing serves in time, or lose to a simpler mix, so it is also tried without its
-best configurations and with at most one or two tuples; the published result wins ties.
+remainder that nothing serves in time (then it is walked again with one full machine less), or lose
+to a simpler mix, so it is also tried without its best configurations and with at most one or two
+tuples; the published result wins ties. The gap to brute force is in the property tests.
 
 >>> m3 = [Configuration("gpu", b, d, 1.0) for b, d in ((2, 0.1), (8, 0.25), (32, 0.8))]
 >>> show(schedule(198.0, m3, 1.0, dispatch="round-robin", max_tuples=2))

@@ -66,10 +66,10 @@ def choices(scheduler: ModuleScheduler, slo_s: float) -> tuple[Choice, ...]:
         if option is not None:
             found.append(Choice(scheduler.latency_s(option), option))
     assert found, f"{scheduler.module.name}: no schedule even within {budgets_s[-1]} s"
+    found.sort(key=lambda c: (c.latency_s, c.cost_per_hour))
     # What serves in less time than any budget asked for: only mixes and dummy requests do.
     while (faster := scheduler.within(found[0].latency_s - 10 * TOLERANCE)) is not None:
         found.insert(0, Choice(scheduler.latency_s(faster), faster))
-    found.sort(key=lambda c: (c.latency_s, c.cost_per_hour))
     frontier = found[:1]
     for choice in found[1:]:
         if cheaper(choice.cost_per_hour, frontier[-1].cost_per_hour):
