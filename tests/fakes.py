@@ -27,7 +27,7 @@ MODELS: dict[str, ModelSpec] = {
     for spec in (
         # x and n are what the wording of Triton's errors was recorded with.
         ModelSpec("x", 8, PAIR, PAIR_OUT, platform="python"),
-        ModelSpec("n", 0, PAIR, PAIR_OUT, platform="python"),
+        ModelSpec("n", 0, PAIR, PAIR_OUT, platform="python", versions=("2", "10")),
         ModelSpec(
             "sometimes",
             0,
@@ -139,7 +139,7 @@ class FakeControl:
         what = f"Request for unknown model: '{name}'"
         if bound is None:
             raise RequestError(ErrorKind.UNKNOWN_MODEL, f"{what} is not found")
-        if version not in ("", "1"):
+        if version not in ("", "1", "2", "10"):
             raise RequestError(ErrorKind.UNKNOWN_MODEL, f"{what} version {version} is not found")
         if name in self.not_ready:
             raise RequestError(ErrorKind.NOT_READY, f"{what} has no available versions")

@@ -371,19 +371,6 @@ async def test_an_oversize_request_is_refused_and_the_connection_lives_on() -> N
     await server.stop(None)
 
 
-async def test_clients_may_ping_often(stand: Stand) -> None:
-    options = [("grpc.keepalive_time_ms", 20), ("grpc.keepalive_permit_without_calls", 1)]
-    async with grpc.aio.insecure_channel(
-        f"127.0.0.1:{stand.server.port}", options=options
-    ) as channel:
-        stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        stand.inference.gate.clear()
-        call = asyncio.ensure_future(stub.ModelInfer(infer_request()))
-        await stand.inference.until_waiting(1)
-        stand.inference.gate.set()
-        assert (await call).raw_output_contents[0] == b"x"
-
-
 def test_the_committed_stubs_are_what_protoc_makes_of_the_proto(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -680,6 +680,18 @@ async def test_a_models_configuration_leaves_out_the_batch_axis_that_its_metadat
     assert config.version_policy.latest.num_versions == 1
 
 
+async def test_a_model_of_several_versions_lists_them_and_its_latest_answers(
+    stand: Stand,
+) -> None:
+    metadata = await stand.stub.ModelMetadata(service_pb2.ModelMetadataRequest(name="n"))
+    assert list(metadata.versions) == ["2", "10"]
+    shapes = (("A", "INT32", [16]), ("B", "BYTES", [2]))
+    assert (await stand.stub.ModelInfer(request("n", *shapes))).model_version == "10"
+    assert (
+        await stand.stub.ModelInfer(request("n", *shapes, model_version="2"))
+    ).model_version == "2"
+
+
 @pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig"])
 async def test_metadata_of_an_unknown_model_is_not_found(stand: Stand, method: str) -> None:
     ask = getattr(service_pb2, f"{method}Request")

@@ -18,9 +18,6 @@ from paceline.core.tensor import Tensor, encode_bytes
 from paceline.rpc.parameters import read_parameters
 from paceline.rpc.validate import Signature, check_inputs, check_outputs
 
-VERSION = "1"
-"""Chains have one version, as a model directory with nothing but `1/` has."""
-
 _TYPED: dict[str, tuple[str, str]] = {
     "BOOL": ("bool_contents", "?"),
     "INT8": ("int_contents", "b"),
@@ -72,10 +69,12 @@ def infer_request(message: Any, signature: Signature, remaining_s: float | None)
     )
 
 
-def infer_response(message: Any, answer: InferAnswer) -> Any:
+def infer_response(message: Any, signature: Signature, answer: InferAnswer) -> Any:
     """The ModelInferResponse to the ModelInferRequest `message`."""
     response = service_pb2.ModelInferResponse(
-        model_name=message.model_name, model_version=message.model_version or VERSION, id=message.id
+        model_name=message.model_name,
+        model_version=message.model_version or signature.version,
+        id=message.id,
     )
     outputs, contents = response.outputs, response.raw_output_contents
     for tensor in answer.outputs:

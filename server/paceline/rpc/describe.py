@@ -13,7 +13,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from paceline.core.bind import BoundChain
 from paceline.core.ports import ModelState, ModelStatistics
 from paceline.core.tensor import TensorSpec
-from paceline.rpc.convert import VERSION
+from paceline.rpc.validate import VERSION, versions_of
 
 EXTENSIONS = (
     "model_repository",
@@ -27,15 +27,15 @@ EXTENSIONS = (
 CHAIN_PLATFORM = "paceline_chain"
 
 
-def platform_of(bound: BoundChain, *, is_chain: bool) -> str:
+def platform_of(bound: BoundChain) -> str:
     """A chain's is ours, a model called by its own name keeps Triton's."""
-    return CHAIN_PLATFORM if is_chain else bound.modules[0].spec.platform
+    return bound.modules[0].spec.platform if bound.direct else CHAIN_PLATFORM
 
 
-def metadata(bound: BoundChain, platform: str) -> Any:
+def metadata(bound: BoundChain) -> Any:
     """ModelMetadataResponse."""
     response = service_pb2.ModelMetadataResponse(
-        name=bound.name, versions=[VERSION], platform=platform
+        name=bound.name, versions=versions_of(bound), platform=platform_of(bound)
     )
     for spec in bound.inputs:
         response.inputs.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
@@ -44,12 +44,12 @@ def metadata(bound: BoundChain, platform: str) -> Any:
     return response
 
 
-def config(bound: BoundChain, platform: str) -> Any:
+def config(bound: BoundChain) -> Any:
     """ModelConfigResponse; dims leave out the batch axis where there is one."""
     response = service_pb2.ModelConfigResponse()
     described = response.config
     described.name = bound.name
-    described.platform = platform
+    described.platform = platform_of(bound)
     described.max_batch_size = bound.max_batch_size
     described.version_policy.latest.num_versions = 1
     for spec in bound.inputs:

@@ -21,7 +21,7 @@ from paceline.core import ports
 from paceline.core.bind import BoundChain
 from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.ports import Control, Inference
-from paceline.core.request import InferAnswer
+from paceline.core.request import Timeline
 from paceline.rpc import describe
 from paceline.rpc.convert import infer_request, infer_response
 from paceline.rpc.status import Status, abort, answered
@@ -52,15 +52,16 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     async def _unary(self, request: Any, context: Context) -> Any:
         """An answer to a request without an id says by which number `explain` knows it."""
-        answer = await self._answer(request, context.time_remaining())
+        response, timeline = await self._answer(request, context.time_remaining())
         if not request.id:
-            number = str(answer.timeline.request)
+            number = str(timeline.request)
             context.set_trailing_metadata((("paceline-request-id", number),))
-        return infer_response(request, answer)
+        return response
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> None:
         async def infer(request: Any) -> Any:
-            return infer_response(request, await self._answer(request, context.time_remaining()))
+            response, _ = await self._answer(request, context.time_remaining())
+            return response
 
         fail_fast = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
         stream = InferStream(infer, _stream_reply, fail_fast=fail_fast, stopping=self._stopping)
@@ -68,9 +69,11 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         if status is not None:
             await abort(context, status)
 
-    async def _answer(self, message: Any, remaining_s: float | None) -> InferAnswer:
+    async def _answer(self, message: Any, remaining_s: float | None) -> tuple[Any, Timeline]:
+        """ModelInferResponse and what happened to the request."""
         signature = self._signature(message.model_name, message.model_version)
-        return await self._inference.infer(infer_request(message, signature, remaining_s))
+        answer = await self._inference.infer(infer_request(message, signature, remaining_s))
+        return infer_response(message, signature, answer), answer.timeline
 
     def _signature(self, name: str, version: str) -> Signature:
         bound = self._control.callable(name, _checked(version))
@@ -116,8 +119,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     async def _describe(self, request: Any, what: Any) -> Any:
         bound = self._control.callable(request.name, _checked(request.version))
-        is_chain = any(chain.name == bound.name for chain in self._control.chains())
-        return what(bound, describe.platform_of(bound, is_chain=is_chain))
+        return what(bound)
 
     async def ModelStatistics(self, request: Any, context: Context) -> Any:
         return await answered(context, self._statistics(request))

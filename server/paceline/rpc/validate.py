@@ -23,6 +23,9 @@ _BATCH_AXIS_NOTE = (
 )
 _LENGTH_BYTES = 4
 
+VERSION = "1"
+"""Chains have one version, as a model directory with nothing but `1/` has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -33,6 +36,8 @@ class Signature:
     required: tuple[str, ...]
     outputs: frozenset[str]
     max_batch_size: int
+    version: str
+    """The one that answers when the client names none: the latest."""
 
     @classmethod
     def of(cls, bound: BoundChain) -> Signature:
@@ -42,7 +47,13 @@ class Signature:
             tuple(spec.name for spec in bound.inputs if not spec.optional),
             frozenset(spec.name for spec in bound.outputs),
             bound.max_batch_size,
+            max(versions_of(bound), key=lambda version: (len(version), version)),
         )
+
+
+def versions_of(bound: BoundChain) -> tuple[str, ...]:
+    """A model under its own name has the versions of its directory, a chain has one."""
+    return (bound.modules[0].spec.versions if bound.direct else ()) or (VERSION,)
 
 
 def check_outputs(signature: Signature, names: Sequence[str]) -> None:
