@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+# Before grpc is imported: its fork handlers are of no use to a child that execs, and talk.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 import typer
 import uvloop
 

@@ -8,6 +8,7 @@ piece is one ResidencyError that names what to install.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import sys
@@ -114,9 +115,10 @@ def prepare(
     for path in (python, libraries):
         path.mkdir(parents=True, exist_ok=True)
     _link(python / installation.stub.name, installation.stub)
+    # A real file each: Triton refuses a library that a link leads out of its backend directory.
     for source in sorted(installation.python_backend.iterdir()):
         if source.is_file():
-            _link(python / source.name, source)
+            _copy_file(source, python / source.name)
     # Only libpython itself: its directory may hold libraries that the wheel must not pick up.
     _link(libraries / installation.libpython.name, installation.libpython)
     names = ["python"]
@@ -258,10 +260,13 @@ def _copy_tree(source: Path, target: Path) -> None:
     for path in sorted(source.rglob("*")):
         if "__pycache__" in path.parts or not path.is_file():
             continue
-        copy = target / path.relative_to(source)
-        if copy.is_file() and copy.read_bytes() == path.read_bytes():
-            continue
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        fresh = copy.with_name(f".{copy.name}.{os.getpid()}")
-        shutil.copyfile(path, fresh)
-        fresh.replace(copy)
+        _copy_file(path, target / path.relative_to(source))
+
+
+def _copy_file(source: Path, copy: Path) -> None:
+    if copy.is_file() and not copy.is_symlink() and filecmp.cmp(source, copy, shallow=False):
+        return
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    fresh = copy.with_name(f".{copy.name}.{os.getpid()}")
+    shutil.copyfile(source, fresh)
+    fresh.replace(copy)
