@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import threading
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +121,11 @@ class LocalTriton:
         process = self._process
         return process.pid if process is not None and process.returncode is None else None
 
+    @property
+    def shm_prefix(self) -> str:
+        """Start of the names of its shared memory in /dev/shm, once started."""
+        return self._shm_prefix
+
     async def start(self) -> str:
         """Start it and wait until it is ready; its URL. Raises ResidencyError."""
         assert self._supervisor is None, "this Triton was started before"
@@ -202,7 +208,7 @@ class LocalTriton:
             if self._ports is None:
                 self._ports = _free_ports()
             log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
-            server_id = f"paceline-{os.getpid()}-{self._ports.grpc}"
+            server_id = f"paceline-{uuid.uuid4().hex[:12]}"
             self._process = await self._spawn(installation.binary, server_id)
             try:
                 failure = await self._await_ready(self._process, server_id, limit_s)

@@ -8,6 +8,7 @@ does some time after it answered. The caller runs one operation per model at a t
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +28,11 @@ from paceline.triton.config import (
     with_instances,
 )
 
+logger = logging.getLogger(__name__)
+
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 0.25
+REPAIR_WAIT_S = 3.0
 
 
 class TritonRepository:
@@ -123,21 +127,34 @@ class TritonRepository:
             raise ResidencyError(
                 f"model {model!r} was not unloaded from {self._client.name}: {error.message}"
             ) from None
-        await self._await_unloaded(model)
+        await self._await_unloaded(model, self._unload_timeout_s)
 
-    async def _await_unloaded(self, model: str) -> None:
+    async def repair(self, model: str, *, instances: int) -> None:
+        """Load afresh a model whose process died, which Triton still calls READY.
+
+        A process killed while it executed leaves its instance UNLOADING for ever, so the unload
+        is given only `REPAIR_WAIT_S`; the new load does not depend on it. Raises ResidencyError.
+        """
+        try:
+            await self._client.unload(model)
+            await self._await_unloaded(model, min(REPAIR_WAIT_S, self._unload_timeout_s))
+        except (BackendError, ResidencyError) as error:
+            logger.warning("repairing model %r without having unloaded it: %s", model, error)
+        await self.load(model, instances=instances)
+
+    async def _await_unloaded(self, model: str, limit_s: float) -> None:
         """Triton tells nobody when an unload is done: its index has to be asked."""
         pause_s = FIRST_POLL_S
         states = ""
         try:
-            async with asyncio.timeout(self._unload_timeout_s):
+            async with asyncio.timeout(limit_s):
                 while states := _still_held(await self.index(), model):
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, LONGEST_POLL_S)
         except TimeoutError:
             raise ResidencyError(
                 f"model {model!r} is still {states or 'not unloaded'} on {self._client.name} after "
-                f"{self._unload_timeout_s:g} s"
+                f"{limit_s:g} s"
             ) from None
 
     async def _server_config(self, model: str) -> ModelConfig:
