@@ -16,7 +16,7 @@ _END = object()
 
 
 async def until(stopping: asyncio.Event, items: AsyncIterator[T]) -> AsyncGenerator[T, None]:
-    """The items, until there are no more or `stopping` is set."""
+    """The items, until there are no more or `stopping` is set; closes `items`."""
     stop = asyncio.ensure_future(stopping.wait())
     step: asyncio.Task[object] | None = None
     try:
@@ -34,6 +34,8 @@ async def until(stopping: asyncio.Event, items: AsyncIterator[T]) -> AsyncGenera
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()
 
 
 async def _next(items: AsyncIterator[T]) -> object:
