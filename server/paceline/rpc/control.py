@@ -74,17 +74,27 @@ class ControlService(control_pb2_grpc.ControlServicer):
     async def List(
         self, request: control_pb2.ListRequest, context: Context
     ) -> control_pb2.ListResponse:
-        return control_pb2.ListResponse(chains=map(chain_message, self._control.chains()))
+        async def chains() -> control_pb2.ListResponse:
+            return control_pb2.ListResponse(chains=map(chain_message, self._control.chains()))
+
+        return await answered(context, chains())
 
     async def CurrentPlan(
         self, request: control_pb2.CurrentPlanRequest, context: Context
     ) -> control_pb2.CurrentPlanResponse:
-        return control_pb2.CurrentPlanResponse(plan=plan_message(self._control.current_plan()))
+        async def current() -> control_pb2.CurrentPlanResponse:
+            plan = plan_message(self._control.current_plan())
+            return control_pb2.CurrentPlanResponse(plan=plan)
+
+        return await answered(context, current())
 
     async def Status(
         self, request: control_pb2.StatusRequest, context: Context
     ) -> control_pb2.StatusResponse:
-        return status_message(self._control.status())
+        async def status() -> control_pb2.StatusResponse:
+            return status_message(self._control.status())
+
+        return await answered(context, status())
 
     async def WatchStatus(
         self, request: control_pb2.StatusRequest, context: Context
