@@ -1,0 +1,1 @@
+"""The gRPC outside: KServe v2, paceline.v1, health and reflection on one port."""
