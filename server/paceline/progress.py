@@ -29,6 +29,7 @@ class ServeProgress:
             disable=not sys.stderr.isatty(),
         )
         self._bars: dict[str, TaskID] = {}
+        self._told: set[str] = set()
         self.events = Events(on_step=self._step, on_note=self._note, on_ready=self._ready)
 
     def __enter__(self) -> ServeProgress:
@@ -46,7 +47,8 @@ class ServeProgress:
     def _step(self, step: Step) -> None:
         text = f"loading {step.name}" if step.what == "load" else f"profiling {step.name}"
         if self._progress.disable:
-            if step.what == "load" or step.done == step.total:
+            if (step.what == "load" or step.done == step.total) and text not in self._told:
+                self._told.add(text)
                 self._note(f"{text} ({step.done}/{step.total})")
             return
         # One bar for all loads; one for each model that is profiled.

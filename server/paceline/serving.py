@@ -25,6 +25,7 @@ from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.core.request import Timeline
 from paceline.metrics import Metrics
+from paceline.planner.problem import Options
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
 from paceline.runtime.controller import Controller, Machine, Step
 from paceline.runtime.engine import Engine
@@ -108,7 +109,14 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             on_timeline=lambda timeline: [observe(timeline) for observe in observers],
             on_batch=statistics.observe_batch,
         )
-        controller = Controller(engine, statistics, hardware=hardware, on_step=events.on_step)
+        # The dispatcher serves each module from one queue: plan with that bound.
+        controller = Controller(
+            engine,
+            statistics,
+            hardware=hardware,
+            options=Options(dispatch="pooled"),
+            on_step=events.on_step,
+        )
         observers.append(controller.observe)
         metrics.watch(controller)
         stack.push_async_callback(engine.close)
