@@ -42,6 +42,7 @@ FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 STEADY_LIFE_S = 60.0
 """A Triton that lived this long starts over with the shortest back-off."""
+GROUP_GONE_S = 2.0
 PORT_ATTEMPTS = 5
 _PORT_TAKEN = ("already in use", "Address already in use", "Failed to bind")
 _EXIT_TIMEOUT_S = 5
@@ -165,7 +166,7 @@ class LocalTriton:
             started_s = loop.time()
             code = await self._process.wait()
             reason = f"Triton (process {self._process.pid}) {_ending(code)}"
-            self._sweep()
+            await self._bury(self._process.pid)
             self._process = None
             logger.warning("%s; its log is %s", reason, self.log_path)
             await self._tell(self.on_down, reason)
@@ -323,17 +324,22 @@ class LocalTriton:
         process = self._process
         if process is None:
             return
-        self._sweep()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
-        self._sweep()
+        await self._bury(process.pid)
         self._process = None
 
-    def _sweep(self) -> None:
-        """Model processes and shared memory of a Triton that is to be gone."""
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+    async def _bury(self, pgid: int) -> None:
+        """Model processes and shared memory of a tritonserver that has ended.
+
+        They are init's children now, so nothing tells when they are gone: their group is asked.
+        """
+        with contextlib.suppress(TimeoutError, ProcessLookupError, PermissionError):
+            async with asyncio.timeout(GROUP_GONE_S):
+                while True:
+                    os.killpg(pgid, signal.SIGKILL)
+                    await asyncio.sleep(0.01)
         remove_shared_memory(self._shm_prefix)
 
 
