@@ -337,10 +337,23 @@ class LocalTriton:
         """
         with contextlib.suppress(TimeoutError, ProcessLookupError, PermissionError):
             async with asyncio.timeout(GROUP_GONE_S):
-                while True:
-                    os.killpg(pgid, signal.SIGKILL)
+                os.killpg(pgid, signal.SIGKILL)
+                while _lives(pgid):  # noqa: ASYNC110 - no event tells of it
                     await asyncio.sleep(0.01)
         remove_shared_memory(self._shm_prefix)
+
+
+def _lives(pgid: int) -> bool:
+    """Whether a process group has a member that is more than a zombie nobody has reaped yet."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            # "pid (name) state ppid pgrp ..."; a name may hold anything.
+            state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(group) == pgid and state not in "ZX":
+                return True
+    return False
 
 
 def shm_owner_prefix(pid: int) -> str:
