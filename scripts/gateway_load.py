@@ -1,0 +1,210 @@
+"""The other processes of `bench_gateway.py`: the load generator and the bare gRPC echo server.
+
+`load` reads one JSON object a line (see `Load`), keeps `in_flight` requests outstanding for
+`duration_s` and answers with one JSON line: latencies, rate, and the CPU time that the processes
+in `pids` used meanwhile. `echo` answers every message with itself: what grpc.aio costs at least.
+Both work on serialized messages; the generator's own work is the same for whatever it measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import grpc
+import grpc.aio
+import psutil
+import uvloop
+
+SERVICE = "inference.GRPCInferenceService"
+UNLIMITED = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+)
+GIVE_UP_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One measurement. `least_bytes` is how long an answer must be at least to be one."""
+
+    target: str
+    message: str
+    least_bytes: int
+    in_flight: int
+    duration_s: float
+    warmup_s: float = 0.2
+    stream: bool = False
+    pids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Observed:
+    """Answers of the measured window; those of the warm-up are counted nowhere."""
+
+    begin_s: float
+    latencies_s: list[float] = field(default_factory=list)
+    first: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def answer(self, response: bytes, least_bytes: int, sent_s: float) -> None:
+        if len(response) < least_bytes:
+            raise RuntimeError(f"answer of {len(response)} bytes: {response[:300]!r}")
+        now_s = perf_counter()
+        if now_s >= self.begin_s:
+            self.latencies_s.append(now_s - sent_s)
+            self.first.set()
+
+
+async def measure(load: Load) -> dict[str, float]:
+    """Median and p99 latency, answers a second, CPU seconds of `pids` per answer."""
+    message = await asyncio.to_thread(Path(load.message).read_bytes)
+    processes = [psutil.Process(pid) for pid in load.pids]
+    async with grpc.aio.insecure_channel(load.target, options=UNLIMITED) as channel:
+        begin_s = perf_counter() + load.warmup_s
+        observed = Observed(begin_s)
+        window = asyncio.create_task(_window(processes, observed, load))
+        run = _stream if load.stream else _unary
+        # A server that hangs ends the benchmark, not the night.
+        async with asyncio.timeout(load.duration_s + load.warmup_s + GIVE_UP_S):
+            await run(channel, message, load, observed, begin_s + load.duration_s)
+        cpu_s, answers, window_s = await window
+    if not answers:
+        raise RuntimeError(f"no answer from {load.target} within {load.duration_s:g} s")
+    latencies_s = sorted(observed.latencies_s)
+    return {
+        "p50_ms": statistics.median(latencies_s) * 1e3,
+        "p99_ms": latencies_s[int(0.99 * (len(latencies_s) - 1))] * 1e3,
+        "rps": answers / window_s,
+        "cpu_us": cpu_s / answers * 1e6,
+    }
+
+
+async def _window(
+    processes: list[psutil.Process], observed: Observed, load: Load
+) -> tuple[float, int, float]:
+    """CPU seconds, answers and length of the measured window."""
+    await asyncio.sleep(observed.begin_s - perf_counter())
+    before_s, started_s = _cpu_s(processes), perf_counter()
+    already = len(observed.latencies_s)
+    await asyncio.sleep(load.duration_s)
+    # Slow answers: wait for one, so that there is something to tell.
+    if len(observed.latencies_s) == already:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(observed.first.wait(), GIVE_UP_S)
+    answers = len(observed.latencies_s) - already
+    return _cpu_s(processes) - before_s, answers, perf_counter() - started_s
+
+
+def _cpu_s(processes: list[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return sum(spent.user + spent.system for spent in times)
+
+
+async def _unary(
+    channel: grpc.aio.Channel, message: bytes, load: Load, observed: Observed, end_s: float
+) -> None:
+    call: Any = channel.unary_unary(f"/{SERVICE}/ModelInfer", None, None)
+
+    async def client() -> None:
+        while (sent_s := perf_counter()) < end_s:
+            observed.answer(await call(message), load.least_bytes, sent_s)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(load.in_flight):
+            group.create_task(client())
+
+
+async def _stream(
+    channel: grpc.aio.Channel, message: bytes, load: Load, observed: Observed, end_s: float
+) -> None:
+    """One stream with `in_flight` requests on it; answers are matched to requests in order."""
+    start: Any = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer", None, None)
+    call = start()
+    sent: deque[float] = deque()
+    places = asyncio.Semaphore(load.in_flight)
+
+    async def send() -> None:
+        while True:
+            await places.acquire()
+            if perf_counter() >= end_s:
+                break
+            sent.append(perf_counter())
+            await call.write(message)
+        await call.done_writing()
+
+    # Sending and reading go on at once: a server that cannot write its answers stops reading.
+    async with asyncio.TaskGroup() as group:
+        group.create_task(send())
+        async for response in call:
+            observed.answer(response, load.least_bytes, sent.popleft())
+            places.release()
+
+
+async def _serve_load() -> None:
+    loop = asyncio.get_running_loop()
+    while line := await loop.run_in_executor(None, sys.stdin.readline):
+        request = json.loads(line)
+        try:
+            answer: dict[str, Any] = await measure(Load(**request))
+        except BaseException as error:
+            answer = {"error": _reason(error)}
+        print(json.dumps(answer), flush=True)
+
+
+def _reason(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
+
+
+async def _echo(port: int) -> None:
+    async def unary(request: bytes, context: Any) -> bytes:
+        return request
+
+    async def stream(requests: AsyncIterator[bytes], context: Any) -> None:
+        async for request in requests:
+            await context.write(request)
+
+    server = grpc.aio.server(options=UNLIMITED)
+    handlers = {
+        "ModelInfer": grpc.unary_unary_rpc_method_handler(unary),
+        "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    await server.wait_for_termination()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("role", choices=("load", "echo"))
+    parser.add_argument("--port", type=int, default=0, help="where `echo` listens")
+    options = parser.parse_args()
+    roles: dict[str, Callable[[], Awaitable[None]]] = {
+        "load": _serve_load,
+        "echo": lambda: _echo(options.port),
+    }
+
+    async def run() -> None:
+        await roles[options.role]()
+
+    uvloop.run(run())
+
+
+if __name__ == "__main__":
+    main()
