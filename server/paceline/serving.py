@@ -155,12 +155,16 @@ def _hardware(settings: ServeSettings) -> dict[str, Hardware]:
 
 
 def _stop_on_signals(events: Events) -> asyncio.Event:
-    """Set by the first SIGTERM or SIGINT; the second one ends the process at once."""
+    """Set by the first SIGTERM or SIGINT; a further SIGINT ends the process at once.
+
+    A further SIGTERM changes nothing: `timeout` and supervisors send it to a process and again
+    to its group, and that is no reason to lose accepted requests.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
+        if stop.is_set() and number == signal.SIGINT:
             events.on_note("stopped at once; requests under way are lost")
             os._exit(128 + number)
         stop.set()
