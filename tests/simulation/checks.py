@@ -1,0 +1,389 @@
+"""Independent oracles over the events a dispatcher is told and the actions it answers.
+
+`Oracle` follows a run from outside, with its own tables and `reference.evaluate`; it never looks
+into the dispatcher. The first thing that must never happen raises `Violation`. The checks:
+
+    once       every accepted request ends exactly once, cancelled ones not at all
+    answer     the answer's bytes are the only right ones (so rows were gathered in order)
+    batch      rows within the model's limit and the plan's target; of one kind and shape
+    work       a row runs only when it is somebody's, once, and again only after a failure
+    capacity   batches per machine within its slots, per model within its instances
+    dead       nothing starts for a request that has ended or cannot meet its deadline
+    wake       a waiting request is ended by its deadline, not by the next event after it
+    reason     a request fails only for a reason that was there
+    drained    in the end nothing is left anywhere
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tests.simulation.reference import Expected, RowKey, evaluate, row_key
+
+from paceline.core.bind import BoundModule
+from paceline.core.errors import ErrorKind
+from paceline.core.profile import Durations
+from paceline.core.tensor import BatchTensor, Tensor, split_rows
+from paceline.dispatch import (
+    Action,
+    Answer,
+    BatchDone,
+    BatchFailed,
+    Cancel,
+    ChainRoute,
+    Dispatcher,
+    Event,
+    Execute,
+    Fail,
+    InstallChain,
+    MachineDown,
+    MachineUp,
+    RemoveChain,
+    Submit,
+)
+from paceline.sim.content import TracingModels
+
+EPSILON_S = 1e-9
+OVERLOAD = (ErrorKind.DEADLINE, ErrorKind.QUEUE_FULL, ErrorKind.OVERLOADED)
+
+
+class Violation(AssertionError):
+    """Something that must never happen; `check` names which rule."""
+
+    def __init__(self, check: str, message: str) -> None:
+        self.check = check
+        super().__init__(f"{check}: {message}")
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    request: _Request
+    module: str
+    index: int
+    running: int = 0
+    done: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    submit: Submit
+    route: ChainRoute
+    expected: Expected
+    rows: dict[str, list[_Row]] = field(default_factory=dict)
+    running: int = 0
+    end: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"request {self.submit.request} ({self.submit.chain})"
+
+
+@dataclass(slots=True)
+class _Machine:
+    hardware: str
+    slots: int
+    instances: Mapping[str, int]
+    running: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    machine: str
+    rows: tuple[_Row, ...]
+    outputs: tuple[str, ...]
+    batches: bool
+
+
+class Oracle:
+    """An observer of a `World`; see the module docstring."""
+
+    def __init__(
+        self,
+        models: TracingModels,
+        durations: Mapping[str, Mapping[str, Durations]],
+        *,
+        faults: bool,
+    ) -> None:
+        """`faults`: batches may fail, so that requests may fail for other reasons than load."""
+        self._models = models
+        self._durations = durations
+        self._faults = faults
+        self._routes: dict[str, ChainRoute] = {}
+        self._requests: dict[int, _Request] = {}
+        self._refused: dict[int, ErrorKind] = {}
+        self._rows: dict[RowKey, list[_Row]] = {}
+        self._machines: dict[str, _Machine] = {}
+        self._batches: dict[int, _Batch] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self.ends: dict[int, tuple[float, str]] = {}
+        """When and how each request ended."""
+
+    def __call__(self, due_s: float, now_s: float, event: Event, actions: Sequence[Action]) -> None:
+        self._check_wake(due_s)
+        self._told(now_s, event)
+        for action in actions:
+            match action:
+                case Execute():
+                    self._execute(now_s, action)
+                case Answer():
+                    self._answer(now_s, action)
+                case Fail():
+                    self._fail(now_s, action, event)
+        if isinstance(event, Submit) and event.request not in self._requests:
+            self._require(event.request in self._refused, "once", f"{event.request} got no answer")
+
+    def finish(self, dispatcher: Dispatcher) -> None:
+        """After the last event: nothing may be left."""
+        for request in self._requests.values():
+            self._require(bool(request.end), "drained", f"{request.name} never ended")
+        self._require(not self._batches, "drained", f"batches {sorted(self._batches)} still run")
+        left = dispatcher.in_flight
+        self._require(left == 0, "drained", f"the dispatcher holds {left} requests")
+        self._require(not dispatcher.loads(), "drained", f"queues hold {dispatcher.loads()}")
+        for machine in dispatcher.machines():
+            self._require(machine.busy == 0, "drained", f"{machine.name} counts as busy")
+
+    # -- events -----------------------------------------------------------------------------
+
+    def _told(self, now_s: float, event: Event) -> None:
+        match event:
+            case InstallChain():
+                self._routes[event.route.bound.name] = event.route
+            case RemoveChain():
+                self._routes.pop(event.chain, None)
+            case Submit():
+                self._submit(event)
+            case Cancel():
+                self._requests[event.request].end = "cancelled"
+                self.ends[event.request] = (now_s, "cancelled")
+            case BatchDone():
+                self._ended(event.batch, good=self._good(event))
+            case BatchFailed():
+                self._ended(event.batch, good=False)
+            case MachineUp():
+                known = self._machines.get(event.machine)
+                running = known.running if known is not None else {}
+                self._machines[event.machine] = _Machine(
+                    event.hardware, event.slots, event.instances, running
+                )
+            case MachineDown():
+                self._machines.pop(event.machine, None)
+
+    def _submit(self, event: Submit) -> None:
+        route = self._routes.get(event.chain)
+        if route is None:
+            return
+        expected = evaluate(route.bound, self._models, event.inputs, event.outputs)
+        request = _Request(event, route, expected)
+        self._requests[event.request] = request
+        for module, keys in expected.rows.items():
+            request.rows[module] = [_Row(request, module, i) for i in range(len(keys))]
+            for key, row in zip(keys, request.rows[module], strict=True):
+                self._rows.setdefault(key, []).append(row)
+        heapq.heappush(self._deadlines, (event.deadline_s, event.request))
+
+    def _good(self, event: BatchDone) -> bool:
+        batch = self._batches[event.batch]
+        return len(event.outputs) == len(batch.outputs) and all(
+            not batch.batches or t.shape[:1] == (len(batch.rows),) for t in event.outputs
+        )
+
+    def _ended(self, batch_id: int, *, good: bool) -> None:
+        batch = self._batches.pop(batch_id)
+        machine = self._machines.get(batch.machine)
+        if machine is not None:
+            machine.running.pop(batch_id, None)
+        for row in batch.rows:
+            row.running -= 1
+            row.done = row.done or good
+            row.request.running -= 1
+            if not row.request.end:
+                item = (row.request.submit.deadline_s, row.request.submit.request)
+                heapq.heappush(self._deadlines, item)
+
+    def _check_wake(self, due_s: float) -> None:
+        """Whoever waits past its deadline was forgotten: an event after it comes too late."""
+        while self._deadlines and self._deadlines[0][0] < due_s - EPSILON_S:
+            deadline_s, identity = heapq.heappop(self._deadlines)
+            request = self._requests[identity]
+            self._require(
+                bool(request.end) or request.running > 0,
+                "wake",
+                f"{request.name} waits at {due_s}, its deadline was {deadline_s}",
+            )
+
+    # -- actions ----------------------------------------------------------------------------
+
+    def _execute(self, now_s: float, action: Execute) -> None:
+        what = f"batch {action.batch} of {action.call.model} on {action.machine}"
+        machine = self._machines.get(action.machine)
+        self._require(machine is not None, "capacity", f"{what}: the machine is down")
+        assert machine is not None
+        machine.running[action.batch] = action.call.model
+        self._require(
+            len(machine.running) <= machine.slots,
+            "capacity",
+            f"{what}: {len(machine.running)} batches in {machine.slots} slots",
+        )
+        same = sum(model == action.call.model for model in machine.running.values())
+        instances = machine.instances.get(action.call.model, 0)
+        self._require(
+            same <= instances, "capacity", f"{what}: {same} batches on {instances} instances"
+        )
+        rows = self._attribute(now_s, action, what)
+        module = _module(rows[0])
+        self._batches[action.batch] = _Batch(
+            action.machine, tuple(rows), action.call.outputs, module.spec.batches
+        )
+        for row in rows:
+            row.running += 1
+            row.request.running += 1
+            self._check_batch(row, action, machine, len(rows), what)
+
+    def _check_batch(
+        self, row: _Row, action: Execute, machine: _Machine, rows: int, what: str
+    ) -> None:
+        request, module = row.request, _module(row)
+        route = next(m for m in request.route.modules if m.bound.name == row.module)
+        limit = min(module.spec.row_limit, route.batch_sizes.get(machine.hardware, 1 << 30))
+        self._require(rows <= limit, "batch", f"{what}: {rows} rows, the limit is {limit}")
+        wanted = request.expected.wanted[row.module]
+        self._require(
+            set(action.call.outputs) >= set(wanted),
+            "batch",
+            f"{what}: asks for {action.call.outputs}, {request.name} needs {wanted}",
+        )
+        if request.route.bound.direct:
+            self._require(
+                action.call.version == request.submit.version
+                and dict(action.call.parameters) == dict(request.submit.parameters),
+                "batch",
+                f"{what}: version or parameters are not those of {request.name}",
+            )
+
+    def _attribute(self, now_s: float, action: Execute, what: str) -> list[_Row]:
+        """Whose rows these are: each must be a live request's, and due."""
+        rows: list[_Row] = []
+        for key in _keys(action, self._models.specs[action.call.model].batches):
+            owners = self._rows.get(key, [])
+            self._require(bool(owners), "work", f"{what}: a row that belongs to nobody")
+            idle = [r for r in owners if not r.request.end and not r.done and not r.running]
+            if not idle:
+                states = [
+                    f"{r.request.name} {r.module}[{r.index}] "
+                    f"({r.request.end or ('done' if r.done else 'running')})"
+                    for r in owners
+                ]
+                ended = all(r.request.end for r in owners)
+                self._require(False, "dead" if ended else "work", f"{what}: {', '.join(states)}")
+            row = next((r for r in idle if r not in rows), None)
+            self._require(row is not None, "work", f"{what}: a row twice in one batch")
+            assert row is not None
+            floor_s = self._floor_s(row.request, row.module)
+            self._require(
+                now_s + floor_s <= row.request.submit.deadline_s + EPSILON_S,
+                "dead",
+                f"{what}: {row.request.name} cannot finish by {row.request.submit.deadline_s} "
+                f"at {now_s}, it needs {floor_s}",
+            )
+            rows.append(row)
+        self._require(len(rows) == action.rows > 0, "batch", f"{what}: {action.rows} announced")
+        kinds = {(r.request.submit.chain, r.module) for r in rows}
+        self._require(len(kinds) == 1, "batch", f"{what}: mixes {sorted(kinds)}")
+        return rows
+
+    def _floor_s(self, request: _Request, start: str) -> float:
+        """The least time from the launch of `start` to the chain's end, alone in its batches."""
+        if not request.route.modules[0].floor_s and all(
+            not m.floor_s for m in request.route.modules
+        ):
+            return 0.0  # installed without durations
+        chain = request.route.bound.chain
+        tails: dict[str, float] = {}
+        for module in reversed(chain.modules):
+            after = max((tails[child] for child in chain.children(module.name)), default=0.0)
+            own = min(known.at(1) for known in self._durations[module.model].values())
+            tails[module.name] = own + after
+        return tails[start]
+
+    def _answer(self, now_s: float, action: Answer) -> None:
+        request = self._end(now_s, action.request, "answered")
+        for rows in request.rows.values():
+            for row in rows:
+                self._require(
+                    row.done, "work", f"{request.name} answered before {row.module}[{row.index}]"
+                )
+        got = tuple((t.name, t.datatype, t.shape, bytes(t.data)) for t in action.outputs)
+        if got == request.expected.answer:
+            return
+        wrong = [
+            f"{g[0]}{list(g[2])} for {e[0]}{list(e[2])}"
+            for g, e in zip(got, request.expected.answer, strict=False)
+            if g != e
+        ]
+        self._require(False, "answer", f"{request.name}: wrong {'; '.join(wrong) or 'count'}")
+
+    def _fail(self, now_s: float, action: Fail, event: Event) -> None:
+        kind = action.error.kind
+        if action.request not in self._requests:
+            self._require(action.request not in self._refused, "once", f"{action.request} twice")
+            self._require(
+                kind is ErrorKind.UNKNOWN_MODEL, "reason", f"{action.request}: {action.error}"
+            )
+            self._refused[action.request] = kind
+            self.ends[action.request] = (now_s, kind.value)
+            return
+        request = self._end(now_s, action.request, kind.value)
+        self._require(self._faults or kind in OVERLOAD, "reason", f"{request.name}: {action.error}")
+        if kind is ErrorKind.DEADLINE and not isinstance(event, (BatchFailed, Submit)):
+            left = [
+                self._floor_s(request, module)
+                for module, rows in request.rows.items()
+                if not all(row.done for row in rows)
+            ]
+            deadline_s = request.submit.deadline_s
+            self._require(
+                now_s + max(left, default=0.0) >= deadline_s - EPSILON_S,
+                "reason",
+                f"{request.name} failed at {now_s}: it needs {max(left, default=0.0)}, "
+                f"its deadline is {deadline_s}",
+            )
+
+    def _end(self, now_s: float, identity: int, how: str) -> _Request:
+        request = self._requests.get(identity)
+        self._require(request is not None, "once", f"{how} request {identity}, which is unknown")
+        assert request is not None
+        self._require(
+            not request.end, "once", f"{request.name} is {how} after it was {request.end}"
+        )
+        request.end = how
+        self.ends[identity] = (now_s, how)
+        return request
+
+    def _require(self, holds: bool, check: str, message: str) -> None:
+        if not holds:
+            raise Violation(check, message)
+
+
+def _module(row: _Row) -> BoundModule:
+    return next(m for m in row.request.route.bound.modules if m.name == row.module)
+
+
+def _keys(action: Execute, batches: bool) -> list[RowKey]:
+    joined = [_joined(tensor) for tensor in action.call.inputs]
+    if not batches:
+        return [row_key(action.call.model, joined)]
+    try:
+        columns = [split_rows(tensor, [1] * action.rows) for tensor in joined]
+    except ValueError as error:
+        raise Violation("batch", f"batch {action.batch}: {error}") from None
+    return [
+        row_key(action.call.model, [t.reshaped(t.shape[1:]) for t in row])
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _joined(tensor: BatchTensor) -> Tensor:
+    return Tensor(tensor.name, tensor.datatype, tensor.shape, b"".join(tensor.parts))
