@@ -56,6 +56,7 @@ class _ChainFile(_Strict):
     arrivals: Literal["poisson", "uniform"] = "poisson"
     priority: int = 0
     keep_alive_s: float | None = None
+    dispatch: Literal["pooled", "throughput-cost", "round-robin"] = "pooled"
     description: str = ""
 
 
@@ -192,6 +193,7 @@ def _to_chain(parsed: _ChainFile) -> Chain:
         arrivals=parsed.arrivals,
         priority=parsed.priority,
         keep_alive_s=parsed.keep_alive_s,
+        dispatch=parsed.dispatch,
         description=parsed.description,
     )
 

@@ -108,6 +108,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             fleet,
             on_timeline=lambda timeline: [observe(timeline) for observe in observers],
             on_batch=statistics.observe_batch,
+            on_broken=lambda *broken: controller.broken(*broken),
         )
         # The dispatcher serves each module from one queue: plan with that bound.
         controller = Controller(
@@ -120,6 +121,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         observers.append(controller.observe)
         metrics.watch(controller)
         stack.push_async_callback(engine.close)
+        stack.push_async_callback(controller.close)
         web = await start_web(
             controller, metrics.registry, host=settings.host, port=settings.http_port
         )

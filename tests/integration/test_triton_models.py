@@ -257,7 +257,7 @@ async def test_a_model_whose_process_was_killed_during_an_execution_is_repaired(
     stubs[0].kill()
     with pytest.raises(BackendError, match="is not healthy") as caught:
         await running
-    assert caught.value.kind is ErrorKind.BACKEND
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
     assert await triton_client.model_ready("timed"), "Triton has not noticed"
     await triton_repository.repair("timed", instances=1)
     await triton_client.execute(call, timeout_s=10)

@@ -19,6 +19,7 @@ from paceline.dispatch import (
     Answer,
     BatchDone,
     BatchFailed,
+    Broken,
     Cancel,
     Dispatcher,
     Execute,
@@ -249,9 +250,11 @@ def test_a_batch_lost_with_its_machine_is_executed_once_more_elsewhere() -> None
     (first,) = executes(submit(dispatcher, 1, 3))
     dispatcher.handle(MachineDown("m"), now_s=0.1)
     lost = BackendError("connection lost", kind=ErrorKind.UNAVAILABLE)
-    assert not executes(dispatcher.handle(BatchFailed(first.batch, lost), now_s=0.2))
+    actions = dispatcher.handle(BatchFailed(first.batch, lost), now_s=0.2)
+    assert not executes(actions) and not any(isinstance(a, Fail) for a in actions)
     (second,) = executes(dispatcher.handle(MachineUp("n", "cpu", 1, {"echo": 1}), now_s=0.3))
-    (fail,) = dispatcher.handle(BatchFailed(second.batch, lost), now_s=0.4)
+    broken, fail = dispatcher.handle(BatchFailed(second.batch, lost), now_s=0.4)
+    assert isinstance(broken, Broken) and (broken.machine, broken.model) == ("n", "echo")
     assert isinstance(fail, Fail) and fail.error.kind is ErrorKind.UNAVAILABLE
 
 
@@ -269,7 +272,7 @@ def test_outputs_that_do_not_hold_the_batchs_rows_fail_its_requests(
     dispatcher = single()
     (launch,) = executes(submit(dispatcher, 1, 3))
     wrong = Tensor("y", "INT32", shape, bytes(8))
-    (fail,) = dispatcher.handle(BatchDone(launch.batch, (wrong,)), now_s=0.1)
+    _, fail = dispatcher.handle(BatchDone(launch.batch, (wrong,)), now_s=0.1)
     assert isinstance(fail, Fail) and "malformed" in str(fail.error)
 
 

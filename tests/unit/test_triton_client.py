@@ -104,7 +104,8 @@ def test_raw_contents_that_do_not_match_the_outputs_are_an_error() -> None:
         ("UNAVAILABLE", "Exceeds maximum queue size", ErrorKind.QUEUE_FULL),
         ("UNAVAILABLE", "Request timeout expired", ErrorKind.DEADLINE),
         ("UNAVAILABLE", "something else", ErrorKind.BACKEND),
-        ("INTERNAL", "Stub process 'x' is not healthy.", ErrorKind.BACKEND),
+        ("INTERNAL", "Stub process 'x' is not healthy.", ErrorKind.UNAVAILABLE),
+        ("INTERNAL", "something else", ErrorKind.BACKEND),
     ],
 )
 def test_what_triton_says_has_a_kind(code: str, details: str, kind: ErrorKind) -> None:

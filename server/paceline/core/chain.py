@@ -20,6 +20,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 ARRIVALS = ("poisson", "uniform")
 ON_ERROR = ("fail", "skip")
+DISPATCHES = ("pooled", "throughput-cost", "round-robin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Chain:
     arrivals: str = "poisson"
     priority: int = 0
     keep_alive_s: float | None = None
+    dispatch: str = "pooled"
     description: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -118,6 +120,8 @@ def _check_scalars(chain: Chain) -> None:
         raise ConfigError("must be above 0", key="rate_rps")
     if chain.arrivals not in ARRIVALS:
         raise ConfigError(f"must be one of {', '.join(ARRIVALS)}", key="arrivals")
+    if chain.dispatch not in DISPATCHES:
+        raise ConfigError(f"must be one of {', '.join(DISPATCHES)}", key="dispatch")
     if chain.priority < 0:
         raise ConfigError("must be 0 (most urgent) or more", key="priority")
     if not chain.modules:

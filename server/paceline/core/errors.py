@@ -72,11 +72,20 @@ class RequestError(PacelineError):
 class Rejected(RequestError):
     """A request that was refused before (more) work was spent on it.
 
-    `shortfall_s` says by how much its deadline would be missed (0 when that is not the reason).
+    `shortfall_s` says by how much its deadline would be missed (0 when that is not the reason),
+    `retry_after_s` when it would be worth trying again (0: no idea).
     """
 
-    def __init__(self, kind: ErrorKind, message: str, *, shortfall_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        kind: ErrorKind,
+        message: str,
+        *,
+        shortfall_s: float = 0.0,
+        retry_after_s: float = 0.0,
+    ) -> None:
         self.shortfall_s = shortfall_s
+        self.retry_after_s = retry_after_s
         super().__init__(kind, message)
 
 

@@ -70,6 +70,10 @@ class ModelRepository(Protocol):
         """Unload; returns when its memory is free. Raises ResidencyError."""
         ...
 
+    async def repair(self, model: str, *, instances: int) -> None:
+        """Load afresh a model whose process died or hangs. Raises ResidencyError."""
+        ...
+
 
 class Profiler(Protocol):
     """Measures loaded models, from cache where nothing changed."""
@@ -106,11 +110,21 @@ class ModelStatistics:
     """(batch size, executions, compute seconds)."""
 
 
+OnPartial = Callable[[int, tuple[Tensor, ...]], None]
+"""Called with the index of the first item and the items' outputs, which carry the item axis."""
+
+
 class Inference(Protocol):
     """The data path that rpc drives."""
 
-    async def infer(self, request: InferRequest) -> InferAnswer:
-        """Raises RequestError. Cancelling the awaiting task cancels the request everywhere."""
+    async def infer(
+        self, request: InferRequest, on_partial: OnPartial | None = None
+    ) -> InferAnswer:
+        """Raises RequestError. Cancelling the awaiting task cancels the request everywhere.
+
+        With `on_partial` the items of fan-outs are also handed over as they come, in any order,
+        each once; the answer still holds everything.
+        """
         ...
 
 

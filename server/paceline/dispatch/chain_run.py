@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 
 from paceline.core.bind import BoundInput, BoundModule, Carry
 from paceline.core.chain import Source
 from paceline.core.errors import ErrorKind, Rejected, RequestError
 from paceline.core.request import Span, Timeline
-from paceline.core.tensor import Tensor, TensorSpec, join_rows
+from paceline.core.tensor import ITEM_BYTES, Tensor, TensorSpec, encode_bytes, join_rows
+from paceline.dispatch.admission import Ticket
 from paceline.dispatch.events import Submit
 from paceline.dispatch.queue import Entry
 from paceline.dispatch.route import ChainRoute, ModuleRoute
@@ -31,9 +33,11 @@ class Work:
 
 @dataclass(slots=True)
 class _Gather:
+    """Row ranges that have ended: first row, count, outputs (None: failed, `on_error: skip`)."""
+
     rows: int
     done: int = 0
-    parts: list[tuple[int, tuple[Tensor, ...]]] = field(default_factory=list)
+    parts: list[tuple[int, int, tuple[Tensor, ...] | None]] = field(default_factory=list)
 
 
 class ChainRun:
@@ -48,16 +52,21 @@ class ChainRun:
         "_values",
         "arrived_s",
         "entries",
+        "idle",
         "route",
         "spans",
         "submit",
+        "ticket",
     )
 
-    def __init__(self, submit: Submit, route: ChainRoute, *, now_s: float) -> None:
+    def __init__(self, submit: Submit, route: ChainRoute, ticket: Ticket, *, now_s: float) -> None:
         self.submit = submit
         self.route = route
+        self.ticket = ticket
         self.arrived_s = now_s
         self.entries: set[Entry] = set()
+        self.idle: list[ModuleRoute] = []
+        """Modules that ended without work, for whoever counts work to take away."""
         self.spans: list[Span] = []
         self._values: dict[Source, Tensor] = {
             Source(None, name): tensor for name, tensor in submit.inputs.items()
@@ -91,34 +100,48 @@ class ChainRun:
                 self._started.add(name)
                 ready = self._start(module)
                 if ready is None:
+                    self.idle.append(module)
                     moved = True
                 else:
                     work.append(ready)
         return work
 
-    def rows_done(self, name: str, start: int, outputs: tuple[Tensor, ...], count: int) -> bool:
-        """Rows `start ..` of a module are there (`outputs` carry the row axis).
-
-        Returns whether that completes the module.
+    def rows_done(
+        self, name: str, start: int, count: int, outputs: tuple[Tensor, ...] | None
+    ) -> bool:
+        """Rows `start ..` of a module have ended; `outputs` carry the row axis, None is a failure
+        that `on_error: skip` allows. Returns whether that completes the module.
         """
         gather = self._gathers[name]
-        gather.parts.append((start, outputs))
+        gather.parts.append((start, count, outputs))
         gather.done += count
         assert gather.done <= gather.rows, (name, gather.done, gather.rows)
         if gather.done < gather.rows:
             return False
         gather.parts.sort(key=lambda part: part[0])
         bound = self._left[name].bound
-        for index, tensor_name in enumerate(self.wanted(bound)):
-            try:
-                joined = join_rows([part[1][index] for part in gather.parts])
-            except ValueError as error:
-                raise RequestError(ErrorKind.BACKEND, f"module {name!r}: {error}") from None
-            if bound.carry is Carry.ONE:
-                joined = joined.reshaped(joined.shape[1:])
-            self._values[Source(name, tensor_name)] = joined
+        if bound.carry is not Carry.ITEMS and any(part[2] is None for part in gather.parts):
+            self._skipped.add(name)
+        else:
+            for index, tensor_name in enumerate(self.wanted(bound)):
+                gathered = _gathered(bound, gather, index, tensor_name)
+                self._values[Source(name, tensor_name)] = gathered
         self._finish(name)
         return True
+
+    def partial(self, name: str, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Those of a fan-out's row outputs that the request asked for, under the chain's names."""
+        bound = self._left[name].bound if name in self._left else None
+        if bound is None or bound.carry is not Carry.ITEMS:
+            return ()
+        by_name = dict(zip(self.wanted(bound), outputs, strict=True))
+        chain = self.route.bound.chain
+        return tuple(
+            by_name[source.tensor].renamed(output)
+            for output, source in chain.outputs.items()
+            if source.module == name and source.tensor in by_name
+            if not self.submit.outputs or output in self.submit.outputs
+        )
 
     def wanted(self, bound: BoundModule) -> tuple[str, ...]:
         """The outputs to ask the model for: those that the request or a later module uses."""
@@ -242,3 +265,30 @@ def _needed(route: ChainRoute, outputs: Iterable[str]) -> set[str]:
 
 def _empty(spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
     return Tensor(spec.name, spec.datatype, tuple(max(axis, 0) for axis in shape), b"")
+
+
+def _gathered(bound: BoundModule, gather: _Gather, index: int, tensor_name: str) -> Tensor:
+    """One output of a module from its parts, in order; failed items become typed nulls."""
+    name = bound.module.name
+    good = [outputs[index] for _, _, outputs in gather.parts if outputs is not None]
+    if len(good) == len(gather.parts):
+        tensors = good
+    else:
+        spec = bound.spec.output(tensor_name)
+        assert spec is not None, (name, tensor_name)
+        row = good[0].shape[1:] if good else tuple(max(axis, 0) for axis in spec.shape)
+        tensors = [
+            outputs[index] if outputs is not None else _null(spec, (count, *row))
+            for _, count, outputs in gather.parts
+        ]
+    try:
+        joined = join_rows(tensors)
+    except ValueError as error:
+        raise RequestError(ErrorKind.BACKEND, f"module {name!r}: {error}") from None
+    return joined.reshaped(joined.shape[1:]) if bound.carry is Carry.ONE else joined
+
+
+def _null(spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+    """Zeros, or BYTES elements of no length."""
+    size = prod(shape) * ITEM_BYTES.get(spec.datatype, len(encode_bytes([b""])))
+    return Tensor(spec.name, spec.datatype, shape, bytes(size))

@@ -17,7 +17,10 @@ from paceline.dispatch.route import ChainRoute
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A request enters a chain. `request` is unique; `outputs` empty means all."""
+    """A request enters a chain. `request` is unique; `outputs` empty means all.
+
+    `stream`: report the items of fan-outs as they come.
+    """
 
     request: int
     chain: str
@@ -28,6 +31,7 @@ class Submit:
     request_id: str = ""
     version: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,25 @@ class Execute:
     machine: str
     call: ModelCall
     rows: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Items `start ..` of a request's fan-out are there (only for a `stream` request)."""
+
+    request: int
+    start: int
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A model on a machine lost or garbled a batch and is quarantined: repair it if you can."""
+
+    machine: str
+    model: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,4 +160,4 @@ class Wake:
     at_s: float
 
 
-Action = Execute | Answer | Fail | Wake
+Action = Execute | Partial | Answer | Fail | Broken | Wake

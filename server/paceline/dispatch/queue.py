@@ -8,6 +8,7 @@ Order: priority, then launch-by time (earliest deadline first), then arrival.
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,10 @@ from paceline.dispatch.route import ModuleRoute
 
 if TYPE_CHECKING:
     from paceline.dispatch.chain_run import ChainRun
+
+
+Order = tuple[int, float, int, int]
+"""Priority, launch-by time, arrival, row: what is taken first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,18 +43,25 @@ class Entry:
     queued_s: float
     seq: int
     base: int = 0
-    attempt: int = 1
+    failed_on: frozenset[tuple[str, int]] = frozenset()
+    lot: int = 0
     taken: int = 0
     alive: bool = True
 
     @property
-    def order(self) -> tuple[int, float, int]:
-        return (self.priority, self.launch_by_s, self.seq)
+    def order(self) -> Order:
+        """Most urgent first; unique."""
+        return (self.priority, self.launch_by_s, self.seq, self.base)
 
     @property
     def waiting(self) -> int:
         """Rows nobody has taken yet."""
         return self.rows - self.taken if self.alive else 0
+
+    def part(self, start: int, count: int) -> Entry:
+        """Some of its rows as an entry of their own."""
+        inputs = tuple(row_slice(tensor, start, count) for tensor in self.inputs)
+        return replace(self, inputs=inputs, rows=count, base=self.base + start, taken=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +72,20 @@ class Piece:
     start: int
     count: int
 
-    def retry(self, *, seq: int) -> Entry:
-        """The same rows as an entry of their own, to be executed once more."""
-        entry = self.entry
-        inputs = tuple(row_slice(tensor, self.start, self.count) for tensor in entry.inputs)
-        return replace(
-            entry,
-            inputs=inputs,
-            rows=self.count,
-            base=entry.base + self.start,
-            seq=seq,
-            attempt=entry.attempt + 1,
-            taken=0,
-        )
+    def retry(
+        self, *, seq: int, alone: bool = False, failed_on: frozenset[tuple[str, int]] | None = None
+    ) -> Entry:
+        """The same rows as an entry of their own, to be executed once more.
+
+        `alone`: in a batch that no other entry joins; `failed_on`: not on those machines.
+        """
+        again = self.entry.part(self.start, self.count)
+        again.seq = seq
+        if failed_on is not None:
+            again.failed_on = failed_on
+        if alone:
+            again.key = seq
+        return again
 
 
 def batch_inputs(pieces: Sequence[Piece], *, batches: bool) -> tuple[BatchTensor, ...]:
@@ -94,17 +107,17 @@ class ModuleQueue:
 
     route: ModuleRoute
     rows: int = 0
-    _buckets: dict[Hashable, list[tuple[tuple[int, float, int], Entry]]] = field(
-        default_factory=dict
-    )
-    _expiry: list[tuple[float, int, Entry]] = field(default_factory=list)
+    _buckets: dict[Hashable, list[tuple[Order, Entry]]] = field(default_factory=dict)
+    _expiry: list[tuple[float, Order, Entry]] = field(default_factory=list)
+    _arrivals: deque[Entry] = field(default_factory=deque)
 
     def add(self, entry: Entry) -> None:
         """Queue an entry with rows to take."""
         assert entry.waiting > 0, entry
         heapq.heappush(self._buckets.setdefault(entry.key, []), (entry.order, entry))
         if entry.latest_s != float("inf"):
-            heapq.heappush(self._expiry, (entry.latest_s, entry.seq, entry))
+            heapq.heappush(self._expiry, (entry.latest_s, entry.order, entry))
+        self._arrivals.append(entry)
         self.rows += entry.waiting
 
     def discard(self, entry: Entry) -> None:
@@ -130,9 +143,9 @@ class ModuleQueue:
                 return limit
         return count
 
-    def take(self, limit: int) -> list[Piece]:
-        """Up to `limit` rows for one batch, starting with the most urgent entry's."""
-        head = self.head()
+    def take(self, limit: int, head: Entry | None = None) -> list[Piece]:
+        """Up to `limit` rows for one batch, starting with `head` (the most urgent entry)."""
+        head = head or self.head()
         pieces: list[Piece] = []
         while head is not None and limit > 0:
             count = min(head.waiting, limit)
@@ -143,10 +156,11 @@ class ModuleQueue:
             head = self._bucket_head(head.key)
         return pieces
 
-    def oldest_s(self) -> float | None:
-        """When the entry that waits longest was queued."""
-        waiting = (e for bucket in self._buckets.values() for _, e in bucket if e.waiting)
-        return min((entry.queued_s for entry in waiting), default=None)
+    def oldest(self) -> Entry | None:
+        """The entry that has waited longest."""
+        while self._arrivals and not self._arrivals[0].waiting:
+            self._arrivals.popleft()
+        return self._arrivals[0] if self._arrivals else None
 
     def expired(self, now_s: float) -> list[Entry]:
         """Remove and return entries whose latest launch has passed."""

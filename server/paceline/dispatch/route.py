@@ -8,27 +8,62 @@ same with batches of one: what cannot finish even then is not worth starting.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from paceline.core.bind import BoundChain, BoundModule
 from paceline.core.chain import Chain
-from paceline.core.plan import ChainPlan
+from paceline.core.plan import Allocation, ChainPlan
 from paceline.core.profile import Durations
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleRoute:
-    """One module. `batch_sizes` by hardware: the most rows a batch takes there."""
+    """One module. `batch_sizes` by hardware: the most rows a batch takes there.
+
+    `rate_rps` is the rows per second it was planned for (0: unplanned), `fan_out` the expected
+    rows per request, `allocations` what the plan gave it.
+    """
 
     chain: str
     bound: BoundModule
     batch_sizes: Mapping[str, int]
+    durations: Mapping[str, Durations]
     tail_s: float
     floor_s: float
+    rate_rps: float = 0.0
+    fan_out: float = 1.0
+    allocations: tuple[Allocation, ...] = ()
+    row_s: float = field(init=False)
+    """Machine time one row costs in a full batch, on the best hardware; 0 when unknown."""
+    full_rows: int = field(init=False)
+    """Rows of a full batch there."""
+
+    def __post_init__(self) -> None:
+        costs = [
+            (known.at(self.batch_size(hardware)) / self.batch_size(hardware), hardware)
+            for hardware, known in self.durations.items()
+        ]
+        row_s, hardware = min(costs, default=(0.0, ""))
+        object.__setattr__(self, "row_s", row_s)
+        object.__setattr__(self, "full_rows", self.batch_size(hardware))
+
+    @property
+    def model(self) -> str:
+        return self.bound.spec.name
+
+    @property
+    def name(self) -> str:
+        return self.bound.name
 
     def batch_size(self, hardware: str) -> int:
         """Rows per batch on `hardware`: the plan's, or all the model takes when unplanned."""
-        return self.batch_sizes.get(hardware, self.bound.spec.row_limit)
+        limit = self.bound.spec.row_limit
+        return min(self.batch_sizes.get(hardware, limit), limit)
+
+    def duration_s(self, hardware: str, rows: int) -> float | None:
+        """Profiled duration of a batch; None where it was never measured."""
+        known = self.durations.get(hardware)
+        return known.at(rows) if known is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +72,7 @@ class ChainRoute:
 
     bound: BoundChain
     modules: tuple[ModuleRoute, ...]
+    policy: str = "pooled"
     max_requests: int = 4096
     max_items: int = 4096
 
@@ -72,9 +108,20 @@ def route_chain(
     return ChainRoute(
         bound,
         tuple(
-            ModuleRoute(bound.name, m, sizes[m.name], tails[m.name], floors[m.name])
+            ModuleRoute(
+                chain=bound.name,
+                bound=m,
+                batch_sizes=sizes[m.name],
+                durations=durations.get(m.spec.name, {}),
+                tail_s=tails[m.name],
+                floor_s=floors[m.name],
+                rate_rps=plan.module(m.name).rate_rps if plan is not None else 0.0,
+                fan_out=m.module.fan_out,
+                allocations=plan.module(m.name).allocations if plan is not None else (),
+            )
             for m in bound.modules
         ),
+        policy=bound.chain.dispatch,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -95,6 +96,8 @@ def _request_metadata(error: RequestError) -> Metadata:
     found = [("paceline-reason", error.kind.value)]
     if isinstance(error, Rejected) and error.shortfall_s > 0:
         found.append(("paceline-shortfall-ms", f"{error.shortfall_s * 1e3:.3f}"))
+    if isinstance(error, Rejected) and error.retry_after_s > 0:
+        found.append(("retry-after-ms", str(max(1, ceil(error.retry_after_s * 1e3)))))
     return tuple(found)
 
 

@@ -41,6 +41,8 @@ ASSUMED_RATE_RPS = 1.0
 """What a chain that declares no rate is planned for."""
 
 _LOADS_AT_ONCE = 4
+_REPAIRABLE = ("is not healthy", "deadline exceeded")
+"""What a batch's failure says when the model's own process is dead or hangs."""
 _WATCH_INTERVAL_S = 1.0
 
 
@@ -95,6 +97,7 @@ class Controller:
         self._up: set[str] = set()
         self._started = False
         self._changing = asyncio.Lock()
+        self._repairing: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     # -- life -------------------------------------------------------------------------------
 
@@ -132,6 +135,24 @@ class Controller:
         async with self._changing:
             await self._load_on(self._machines[name], self._placed[name])
             self._announce(name)
+
+    def broken(self, name: str, model: str, reason: str) -> None:
+        """A model on a Triton lost a batch. Where its process died or hangs, load it afresh; a
+        Triton that is gone altogether comes back through `machine_up`.
+        """
+        dead = any(words in reason for words in _REPAIRABLE)
+        if not dead or name not in self._up or (name, model) in self._repairing:
+            return
+        task = asyncio.create_task(self._repair(name, model, reason), name=f"repair {model}")
+        self._repairing[name, model] = task
+        task.add_done_callback(lambda _: self._repairing.pop((name, model), None))
+
+    async def close(self) -> None:
+        """Give up repairs under way."""
+        tasks = list(self._repairing.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # -- what can be called -----------------------------------------------------------------
 
@@ -475,6 +496,14 @@ class Controller:
                 await machine.repository.unload(model)
             except ResidencyError as error:
                 raise RequestError(ErrorKind.BACKEND, str(error)) from None
+
+    async def _repair(self, name: str, model: str, reason: str) -> None:
+        logger.warning("model %s on %s is broken (%s); loading it afresh", model, name, reason)
+        instances = self._placed[name].get(model, 1)
+        try:
+            await self._machines[name].repository.repair(model, instances=instances)
+        except ResidencyError as error:
+            logger.error("model %s on %s could not be repaired: %s", model, name, error)
 
     async def _load_on(self, machine: Machine, wanted: Mapping[str, int]) -> None:
         """Bring one Triton to these instance counts. Raises ResidencyError."""

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from itertools import count
 
 from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
-from paceline.core.ports import Executor
+from paceline.core.ports import Executor, OnPartial
 from paceline.core.request import InferAnswer, InferRequest, Timeline
 from paceline.dispatch import (
     Answer,
     BatchDone,
     BatchFailed,
+    Broken,
     Cancel,
     Dispatcher,
     Event,
@@ -29,6 +30,7 @@ from paceline.dispatch import (
     InstallChain,
     MachineDown,
     MachineUp,
+    Partial,
     RemoveChain,
     Submit,
     Tick,
@@ -43,7 +45,6 @@ logger = logging.getLogger(__name__)
 class EngineLimits:
     """Bounds on what is held at once; see ARCHITECTURE.md."""
 
-    execute_timeout_s: float = 120.0
     default_budget_s: float = 300.0
     max_in_flight_bytes: int = 2 << 30
     kept_timelines: int = 2048
@@ -59,15 +60,20 @@ class Engine:
         limits: EngineLimits | None = None,
         on_timeline: Callable[[Timeline], object] | None = None,
         on_batch: Callable[[str, int, float], object] | None = None,
+        on_broken: Callable[[str, str, str], object] | None = None,
     ) -> None:
-        """`on_timeline` sees ended requests, `on_batch(model, rows, duration_s)` batches."""
+        """`on_timeline` sees ended requests, `on_batch(model, rows, duration_s)` batches,
+        `on_broken(machine, model, reason)` models that have to be repaired.
+        """
         self._executor = executor
         self._limits = limits or EngineLimits()
         self._on_timeline = on_timeline
         self._on_batch = on_batch
+        self._on_broken = on_broken
         self._dispatcher = Dispatcher()
         self._ids = count(1)
         self._waiting: dict[int, asyncio.Future[InferAnswer]] = {}
+        self._partials: dict[int, OnPartial] = {}
         self._executions: set[asyncio.Task[None]] = set()
         self._routes: dict[str, ChainRoute] = {}
         self._wake: asyncio.TimerHandle | None = None
@@ -77,7 +83,9 @@ class Engine:
         self._idle.set()
         self.draining = False
 
-    async def infer(self, request: InferRequest) -> InferAnswer:
+    async def infer(
+        self, request: InferRequest, on_partial: OnPartial | None = None
+    ) -> InferAnswer:
         """See `core.ports.Inference.infer`."""
         if self.draining:
             raise Rejected(ErrorKind.DRAINING, "the server is shutting down; retry elsewhere")
@@ -91,6 +99,8 @@ class Engine:
         self._bytes += size_bytes
         self._idle.clear()
         try:
+            if on_partial is not None:
+                self._partials[identity] = on_partial
             self._handle(self._submit(identity, request, loop.time()))
             return await future
         except asyncio.CancelledError:
@@ -98,6 +108,7 @@ class Engine:
             raise
         finally:
             del self._waiting[identity]
+            self._partials.pop(identity, None)
             self._bytes -= size_bytes
             if not self._waiting:
                 self._idle.set()
@@ -171,6 +182,7 @@ class Engine:
             request_id=request.request_id,
             version=request.version,
             parameters=request.parameters,
+            stream=identity in self._partials,
         )
 
     def _handle(self, event: Event) -> None:
@@ -187,6 +199,12 @@ class Engine:
                 case Fail():
                     self._record(action.timeline)
                     self._reject(action)
+                case Partial():
+                    if (on_partial := self._partials.get(action.request)) is not None:
+                        on_partial(action.start, action.outputs)
+                case Broken():
+                    if self._on_broken is not None:
+                        self._on_broken(action.machine, action.model, action.reason)
                 case Wake():
                     if self._wake is not None:
                         self._wake.cancel()
@@ -197,7 +215,7 @@ class Engine:
         started_s = loop.time()
         try:
             outputs = await self._executor.execute(
-                action.machine, action.call, timeout_s=self._limits.execute_timeout_s
+                action.machine, action.call, timeout_s=action.timeout_s
             )
         except BackendError as error:
             self._handle(BatchFailed(action.batch, error))
@@ -230,5 +248,10 @@ class Engine:
 def _copy(error: RequestError) -> RequestError:
     """Its own exception for each waiter: a shared one would collect all their tracebacks."""
     if isinstance(error, Rejected):
-        return Rejected(error.kind, error.message, shortfall_s=error.shortfall_s)
+        return Rejected(
+            error.kind,
+            error.message,
+            shortfall_s=error.shortfall_s,
+            retry_after_s=error.retry_after_s,
+        )
     return RequestError(error.kind, error.message)

@@ -108,7 +108,7 @@ class TritonClient:
     async def execute(self, call: ModelCall, *, timeout_s: float) -> tuple[Tensor, ...]:
         """Run one batch; outputs in the order of `call.outputs` (all, as sent, if it names none).
 
-        Raises BackendError: DEADLINE, Triton's own kind and words, BACKEND when unreachable.
+        Raises BackendError: DEADLINE, UNAVAILABLE (unreachable), or Triton's own kind and words.
         """
         if timeout_s <= 0:
             raise BackendError(
@@ -212,13 +212,18 @@ class TritonClient:
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from None
         except grpc.aio.UsageError:
-            raise BackendError(f"the connection to {self.name} is closed") from None
+            raise BackendError(
+                f"the connection to {self.name} is closed", kind=ErrorKind.UNAVAILABLE
+            ) from None
         except asyncio.CancelledError:
             # grpc.aio also raises this when the channel is closed under a call.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise BackendError(f"the connection to {self.name} was closed during a call") from None
+            raise BackendError(
+                f"the connection to {self.name} was closed during a call",
+                kind=ErrorKind.UNAVAILABLE,
+            ) from None
 
     def _error(self, error: grpc.aio.AioRpcError) -> BackendError:
         details = error.details() or error.code().name
@@ -227,7 +232,10 @@ class TritonClient:
                 f"deadline exceeded while waiting for {self.name}", kind=ErrorKind.DEADLINE
             )
         if error.code() is grpc.StatusCode.UNAVAILABLE and not _from_peer(error):
-            return BackendError(f"Triton at {self._url} is not reachable: {_one_line(details)}")
+            return BackendError(
+                f"Triton at {self._url} is not reachable: {_one_line(details)}",
+                kind=ErrorKind.UNAVAILABLE,
+            )
         return BackendError(details, kind=error_kind(error.code(), details))
 
     async def _await_live(self, timeout_s: float) -> None:
@@ -359,7 +367,13 @@ def decode_infer_response(response: Any) -> dict[str, Tensor]:
 
 
 def error_kind(code: grpc.StatusCode, details: str) -> ErrorKind:
-    """The kind of a failure that Triton itself reported."""
+    """The kind of a failure that Triton itself reported.
+
+    UNAVAILABLE also for a model whose process died, which Triton calls INTERNAL: the request was
+    not executed, and the model has to be repaired.
+    """
+    if code is grpc.StatusCode.INTERNAL and "is not healthy" in details:
+        return ErrorKind.UNAVAILABLE
     if code is grpc.StatusCode.NOT_FOUND and "no available versions" in details:
         return ErrorKind.NOT_READY
     if code is grpc.StatusCode.UNAVAILABLE:

@@ -1,0 +1,215 @@
+"""Machines as the dispatcher sees them: what they hold, do, and how they have behaved.
+
+A *lane* is one model on one machine: the unit that fails, is quarantined and is learned about.
+Invariants: a machine runs at most `slots` batches and of a model at most its instances; a lane in
+quarantine runs at most one batch, its probe, and only after its back-off.
+
+Durations are learned per lane as the ratio of what batches took to what the profile says
+(exponentially weighted), so that a machine that is slower than its kind is expected to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+from paceline.dispatch.route import ModuleRoute
+
+FIRST_BACKOFF_S = 0.5
+LONGEST_BACKOFF_S = 30.0
+LEARNING_WEIGHT = 0.1
+"""Weight of the newest batch in a lane's learned ratio."""
+
+STRAGGLER_RATIO = 1.5
+STRAGGLER_BATCHES = 20
+"""A lane is a straggler when it has been that much slower than profiled over that many batches."""
+
+HANG_FACTOR = 10.0
+LEAST_HANG_S = 2.0
+UNPROFILED_HANG_S = 120.0
+
+
+@dataclass(slots=True)
+class Lane:
+    """One model on one machine."""
+
+    instances: int
+    running: int = 0
+    ratio: float = 1.0
+    batches: int = 0
+    failures: int = 0
+    blocked_until_s: float = -inf
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether its last batch failed in a way that says the lane is broken."""
+        return self.failures > 0
+
+    @property
+    def straggling(self) -> bool:
+        return self.batches >= STRAGGLER_BATCHES and self.ratio > STRAGGLER_RATIO
+
+    def free(self, now_s: float) -> bool:
+        if self.quarantined:
+            return self.running == 0 and self.instances > 0 and now_s >= self.blocked_until_s
+        return self.running < self.instances
+
+
+@dataclass(slots=True)
+class Machine:
+    """An executor and its lanes by model; `ends_s` holds the expected end of every batch."""
+
+    name: str
+    hardware: str
+    slots: int
+    incarnation: int = 0
+    lanes: dict[str, Lane] = field(default_factory=dict)
+    ends_s: dict[int, float] = field(default_factory=dict)
+    up: bool = True
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        """Its name and how often it came up: a restarted machine is another one."""
+        return (self.name, self.incarnation)
+
+    @property
+    def busy(self) -> int:
+        """Batches it is executing."""
+        return len(self.ends_s)
+
+    def can_run(self, model: str, now_s: float) -> bool:
+        lane = self.lanes.get(model)
+        return self.up and self.busy < self.slots and lane is not None and lane.free(now_s)
+
+
+class MachinePool:
+    """All machines; see the module docstring."""
+
+    def __init__(self) -> None:
+        self._machines: dict[str, Machine] = {}
+        self._incarnations: dict[str, int] = {}
+
+    def up(self, name: str, hardware: str, slots: int, instances: Mapping[str, int]) -> None:
+        """A machine, new or changed; lanes keep what was learned of them."""
+        machine = self._machines.get(name)
+        if machine is None:
+            incarnation = self._incarnations[name] = self._incarnations.get(name, 0) + 1
+            machine = self._machines[name] = Machine(name, hardware, slots, incarnation)
+        machine.slots = slots
+        for model, lane in machine.lanes.items():
+            lane.instances = instances.get(model, 0)
+        for model, count in instances.items():
+            machine.lanes.setdefault(model, Lane(count)).instances = count
+
+    def down(self, name: str) -> None:
+        """A machine is gone; its batches are reported on their own."""
+        machine = self._machines.pop(name, None)
+        if machine is not None:
+            machine.up = False
+
+    def all(self) -> tuple[Machine, ...]:
+        """Machines that are up, by name."""
+        return tuple(machine for _, machine in sorted(self._machines.items()))
+
+    def free(
+        self, model: str, now_s: float, but: frozenset[tuple[str, int]] = frozenset()
+    ) -> list[Machine]:
+        """Machines that can start a batch of `model` now, `but` those identities."""
+        return [
+            m for m in self._machines.values() if m.can_run(model, now_s) and m.identity not in but
+        ]
+
+    def others(self, model: str, but: frozenset[tuple[str, int]]) -> bool:
+        """Whether any machine holds `model` besides those identities."""
+        return any(
+            (lane := m.lanes.get(model)) is not None and lane.instances > 0
+            for m in self._machines.values()
+            if m.identity not in but
+        )
+
+    def capacity(self, model: str) -> int:
+        """Batches of `model` that can run at a time when nothing else does."""
+        return sum(
+            min(m.slots, lane.instances)
+            for m in self._machines.values()
+            if (lane := m.lanes.get(model)) is not None and not lane.quarantined
+        )
+
+    def share_machine(self, model: str, other: str) -> bool:
+        """Whether some machine holds both models."""
+        return any(model in m.lanes and other in m.lanes for m in self._machines.values())
+
+    def slots(self) -> int:
+        """Batches that can run at a time in all."""
+        return sum(machine.slots for machine in self._machines.values())
+
+    def free_at_s(self, model: str, now_s: float) -> list[float]:
+        """When each slot that can run `model` is expected to be free, earliest first."""
+        times: list[float] = []
+        for machine in self._machines.values():
+            lane = machine.lanes.get(model)
+            if lane is None or lane.quarantined:
+                continue
+            idle = machine.slots - machine.busy
+            ends = [max(end_s, now_s) for end_s in machine.ends_s.values()]
+            times += sorted([now_s] * idle + ends)[: min(machine.slots, lane.instances)]
+        return sorted(times)
+
+    def next_probe_s(self, model: str, now_s: float) -> float | None:
+        """When a quarantined lane of `model` may be probed next."""
+        due = [
+            lane.blocked_until_s
+            for machine in self._machines.values()
+            if (lane := machine.lanes.get(model)) is not None
+            and lane.quarantined
+            and lane.blocked_until_s > now_s
+        ]
+        return min(due, default=None)
+
+    def expected_s(self, machine: Machine, route: ModuleRoute, rows: int) -> float | None:
+        """How long a batch should take there; None without a profile."""
+        profiled_s = route.duration_s(machine.hardware, rows)
+        if profiled_s is None:
+            return None
+        return profiled_s * machine.lanes[route.model].ratio
+
+    def hang_s(self, machine: Machine, route: ModuleRoute, rows: int) -> float:
+        """After how long a batch counts as hanging."""
+        expected_s = self.expected_s(machine, route, rows)
+        if expected_s is None:
+            return UNPROFILED_HANG_S
+        return max(LEAST_HANG_S, HANG_FACTOR * expected_s)
+
+    def started(
+        self, machine: Machine, route: ModuleRoute, rows: int, batch: int, now_s: float
+    ) -> None:
+        """A batch went to a machine."""
+        machine.lanes[route.model].running += 1
+        expected_s = self.expected_s(machine, route, rows)
+        machine.ends_s[batch] = now_s + (expected_s or 0.0)
+
+    def ended(self, machine: Machine, model: str, batch: int) -> None:
+        """A batch came back, one way or the other."""
+        machine.lanes[model].running -= 1
+        del machine.ends_s[batch]
+
+    def succeeded(self, machine: Machine, route: ModuleRoute, rows: int, took_s: float) -> None:
+        """The lane works: learn how fast, end a quarantine."""
+        lane = machine.lanes[route.model]
+        lane.failures = 0
+        lane.blocked_until_s = -inf
+        profiled_s = route.duration_s(machine.hardware, rows)
+        if profiled_s is None:
+            return
+        lane.batches += 1
+        lane.ratio += LEARNING_WEIGHT * (took_s / profiled_s - lane.ratio)
+
+    def broke(self, machine: Machine, model: str, now_s: float) -> bool:
+        """The lane lost or garbled a batch: quarantine it. True when that is news."""
+        lane = machine.lanes[model]
+        news = not lane.quarantined
+        backoff_s = min(FIRST_BACKOFF_S * 2**lane.failures, LONGEST_BACKOFF_S)
+        lane.failures = min(lane.failures + 1, 16)
+        lane.blocked_until_s = now_s + backoff_s
+        return news
