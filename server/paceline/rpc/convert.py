@@ -48,7 +48,9 @@ _FIELD_DATATYPES = {
 
 
 def infer_request(message: Any, signature: Signature, remaining_s: float | None) -> InferRequest:
-    """A ModelInferRequest as a validated request; `remaining_s` is what its deadline leaves.
+    """A ModelInferRequest (protobuf's or `wire`'s) as a validated request.
+
+    `remaining_s` is what its deadline leaves.
 
     Raises RequestError with Triton's message for whatever is wrong with it.
     """
@@ -69,11 +71,11 @@ def infer_request(message: Any, signature: Signature, remaining_s: float | None)
     )
 
 
-def infer_response(message: Any, signature: Signature, answer: InferAnswer) -> Any:
-    """The ModelInferResponse to the ModelInferRequest `message`."""
+def infer_response(message: Any, version: str, answer: InferAnswer) -> Any:
+    """The ModelInferResponse to `message`; `version` is the one that answered."""
     response = service_pb2.ModelInferResponse(
         model_name=message.model_name,
-        model_version=message.model_version or signature.version,
+        model_version=message.model_version or version,
         id=message.id,
     )
     outputs, contents = response.outputs, response.raw_output_contents

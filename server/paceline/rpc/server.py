@@ -54,17 +54,21 @@ async def start_grpc(
     host: str = "127.0.0.1",
     port: int = 8001,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    raw: bool = True,
 ) -> RpcServer:
     """Serve on `host:port` (0: a free one; see `RpcServer.port`).
 
-    A longer request ends with RESOURCE_EXHAUSTED. Raises ConfigError when it cannot listen there.
+    A longer request ends with RESOURCE_EXHAUSTED. `raw` false lets protobuf read and write every
+    inference message, for comparison. Raises ConfigError when it cannot listen there.
     """
     stopping = asyncio.Event()
     server = grpc.aio.server(options=_options(max_message_bytes))
     services = frozenset({service.SERVICE, control_service.SERVICE})
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-        InferenceService(inference, control, stopping=stopping), server
-    )
+    inference_service = InferenceService(inference, control, stopping=stopping)
+    if raw:
+        # The first handler registered for a method is the one that is called.
+        server.add_generic_rpc_handlers((inference_service.raw_handlers(),))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference_service, server)
     control_pb2_grpc.add_ControlServicer_to_server(
         ControlService(control, parse_chain=parse_chain, stopping=stopping), server
     )

@@ -21,11 +21,11 @@ from paceline.core import ports
 from paceline.core.bind import BoundChain
 from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.ports import Control, Inference
-from paceline.core.request import Timeline
-from paceline.rpc import describe
+from paceline.core.request import InferAnswer
+from paceline.rpc import describe, wire
 from paceline.rpc.convert import infer_request, infer_response
-from paceline.rpc.status import Status, abort, answered
-from paceline.rpc.stream import InferStream
+from paceline.rpc.status import Status, abort, answered, status_of
+from paceline.rpc.stream import Infer, InferStream, Reply
 from paceline.rpc.validate import Signature
 
 SERVICE = "inference.GRPCInferenceService"
@@ -47,33 +47,67 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     # Inference
 
+    def raw_handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """Inference on serialized messages; to be registered before the servicer itself."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "ModelInfer": grpc.unary_unary_rpc_method_handler(self._raw_infer),
+                "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._raw_stream),
+            },
+        )
+
+    async def _raw_infer(self, data: bytes, context: Context) -> bytes:
+        try:
+            message = wire.read_request(data)
+            answer, version = await self._serve(message, context.time_remaining())
+            if not message.id:
+                _tell_number(context, answer)
+            return wire.write_response(message, version, answer)
+        except Exception as error:
+            status = status_of(error)
+        await abort(context, status)
+
+    async def _raw_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        async def infer(message: Any) -> bytes:
+            answer, version = await self._serve(message, context.time_remaining())
+            return wire.write_response(message, version, answer)
+
+        await self._stream(_parsed(requests), context, infer, _raw_stream_reply)
+
     async def ModelInfer(self, request: Any, context: Context) -> Any:
         return await answered(context, self._unary(request, context))
 
     async def _unary(self, request: Any, context: Context) -> Any:
-        """An answer to a request without an id says by which number `explain` knows it."""
-        response, timeline = await self._answer(request, context.time_remaining())
+        answer, version = await self._serve(request, context.time_remaining())
         if not request.id:
-            number = str(timeline.request)
-            context.set_trailing_metadata((("paceline-request-id", number),))
-        return response
+            _tell_number(context, answer)
+        return infer_response(request, version, answer)
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> None:
         async def infer(request: Any) -> Any:
-            response, _ = await self._answer(request, context.time_remaining())
-            return response
+            answer, version = await self._serve(request, context.time_remaining())
+            return infer_response(request, version, answer)
 
+        await self._stream(requests, context, infer, _stream_reply)
+
+    async def _stream(
+        self, requests: AsyncIterator[Any], context: Context, infer: Infer, reply: Reply
+    ) -> None:
         fail_fast = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
-        stream = InferStream(infer, _stream_reply, fail_fast=fail_fast, stopping=self._stopping)
-        status = await stream.run(requests, context.write)
+        stream = InferStream(infer, reply, fail_fast=fail_fast, stopping=self._stopping)
+        try:
+            status = await stream.run(requests, context.write)
+        except ExceptionGroup as errors:
+            status = _malformed(errors)
         if status is not None:
             await abort(context, status)
 
-    async def _answer(self, message: Any, remaining_s: float | None) -> tuple[Any, Timeline]:
-        """ModelInferResponse and what happened to the request."""
+    async def _serve(self, message: Any, remaining_s: float | None) -> tuple[InferAnswer, str]:
+        """The answer, and the version that gave it when the client named none."""
         signature = self._signature(message.model_name, message.model_version)
         answer = await self._inference.infer(infer_request(message, signature, remaining_s))
-        return infer_response(message, signature, answer), answer.timeline
+        return answer, signature.version
 
     def _signature(self, name: str, version: str) -> Signature:
         bound = self._control.callable(name, _checked(version))
@@ -213,6 +247,35 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     async def LogSettings(self, request: Any, context: Context) -> Any:
         await _unsupported(context, "setting the log level over gRPC")
+
+
+def _tell_number(context: Context, answer: InferAnswer) -> None:
+    """An answer to a request without an id says by which number `explain` knows it."""
+    number = str(answer.timeline.request)
+    context.set_trailing_metadata((("paceline-request-id", number),))
+
+
+async def _parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for data in requests:
+        yield wire.read_request(data)
+
+
+def _malformed(errors: ExceptionGroup[Exception]) -> Status:
+    """How a stream ends on which something came that is no message."""
+    found, others = errors.split(RequestError)
+    if found is None or others is not None:
+        raise errors
+    leaf: Exception = found
+    while isinstance(leaf, ExceptionGroup):
+        leaf = leaf.exceptions[0]
+    return status_of(leaf)
+
+
+def _raw_stream_reply(request: Any, outcome: Any | Status) -> bytes:
+    if not isinstance(outcome, Status):
+        return wire.stream_response(outcome)
+    refused: bytes = _stream_reply(request, outcome).SerializeToString()
+    return refused
 
 
 def _stream_reply(request: Any, outcome: Any | Status) -> Any:

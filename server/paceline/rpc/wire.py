@@ -1,0 +1,174 @@
+"""ModelInferRequest in and ModelInferResponse out as bytes, without protobuf objects.
+
+Invariant: a request read here is the one that protobuf would parse; what `parse_request` does not
+know (parameters, typed contents, unknown fields, odd encodings) it leaves to protobuf, and what
+protobuf refuses is refused. A response is byte for byte what protobuf would serialize.
+Clients repeat themselves: the header of a tensor is looked up by its bytes, not parsed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2
+
+from paceline.core.errors import ErrorKind, RequestError
+from paceline.core.request import InferAnswer
+from paceline.core.tensor import Buffer
+from paceline.core.wire import (
+    Unusual,
+    encode_tensor_header,
+    fields,
+    length_delimited,
+    tag,
+    tensor_header,
+    text,
+    varint,
+)
+
+_MODEL, _VERSION, _ID, _INPUT, _OUTPUT, _RAW = (tag(number) for number in (1, 2, 3, 5, 6, 7))
+_ANSWERED_RAW = bytes((tag(6),))
+_STREAM_RESPONSE = bytes((tag(2),))
+_VIEW_BYTES = 4096
+"""Contents from this size on are views into the message; copying less costs less."""
+_KEPT_HEADERS = 4096
+_LONGEST_KEPT_BYTES = 1024
+
+_NONE: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class WireTensor:
+    """An input's header; stands where protobuf's InferInputTensor would."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    parameters: Mapping[str, Any] = field(default_factory=lambda: _NONE)
+
+    def HasField(self, name: str) -> bool:
+        """Never typed contents."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class WireOutput:
+    """A requested output."""
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=lambda: _NONE)
+
+
+@dataclass(slots=True)
+class WireRequest:
+    """What protobuf's ModelInferRequest offers, as far as Paceline reads it."""
+
+    model_name: str
+    model_version: str
+    id: str
+    inputs: list[WireTensor]
+    outputs: list[WireOutput]
+    raw_input_contents: list[Buffer]
+    parameters: Mapping[str, Any] = field(default_factory=lambda: _NONE)
+
+
+_headers: dict[bytes, WireTensor] = {}
+_answered_headers: dict[tuple[str, str, tuple[int, ...]], bytes] = {}
+
+
+def read_request(data: bytes) -> Any:
+    """A WireRequest, or protobuf's ModelInferRequest where the message is unusual.
+
+    Raises RequestError (INTERNAL, gRPC's own words) for bytes that are no ModelInferRequest.
+    """
+    try:
+        return parse_request(data)
+    except Unusual:
+        pass
+    try:
+        return service_pb2.ModelInferRequest.FromString(data)
+    except DecodeError:
+        raise RequestError(ErrorKind.INTERNAL, "Exception deserializing request!") from None
+
+
+def parse_request(data: bytes) -> WireRequest:
+    """Raises Unusual for what is protobuf's to judge."""
+    model = version = identity = ""
+    inputs: list[WireTensor] = []
+    outputs: list[WireOutput] = []
+    raw: list[Buffer] = []
+    view = memoryview(data) if len(data) > _VIEW_BYTES else None
+    for key, start, end in fields(data):
+        if key == _RAW:
+            large = view is not None and end - start > _VIEW_BYTES
+            raw.append(view[start:end] if view is not None and large else data[start:end])
+        elif key == _INPUT:
+            inputs.append(_input(data[start:end]))
+        elif key == _MODEL:
+            model = text(data[start:end])
+        elif key == _ID:
+            identity = text(data[start:end])
+        elif key == _OUTPUT:
+            outputs.append(_output(data[start:end]))
+        elif key == _VERSION:
+            version = text(data[start:end])
+        else:
+            raise Unusual
+    if inputs and not raw:
+        raise Unusual
+    return WireRequest(model, version, identity, inputs, outputs, raw)
+
+
+def write_response(message: Any, version: str, answer: InferAnswer) -> bytes:
+    """The serialized ModelInferResponse to `message`; `version` is the one that answered."""
+    parts: list[Buffer] = [
+        length_delimited(1, message.model_name.encode())
+        + length_delimited(2, (message.model_version or version).encode())
+        + length_delimited(3, message.id.encode())
+    ]
+    contents: list[Buffer] = []
+    for tensor in answer.outputs:
+        parts.append(_answered_header(tensor.name, tensor.datatype, tensor.shape))
+        contents.append(_ANSWERED_RAW + varint(len(tensor.data)))
+        contents.append(tensor.data)
+    return b"".join(parts + contents)
+
+
+def stream_response(response: bytes) -> bytes:
+    """A serialized ModelStreamInferResponse around a ModelInferResponse."""
+    return b"".join((_STREAM_RESPONSE, varint(len(response)), response))
+
+
+def _input(header: bytes) -> WireTensor:
+    known = _headers.get(header)
+    if known is None:
+        known = WireTensor(*tensor_header(header))
+        if len(header) <= _LONGEST_KEPT_BYTES:
+            if len(_headers) >= _KEPT_HEADERS:
+                _headers.clear()
+            _headers[header] = known
+    return known
+
+
+def _output(header: bytes) -> WireOutput:
+    name = ""
+    for key, start, end in fields(header):
+        if key != _MODEL:
+            raise Unusual
+        name = text(header[start:end])
+    return WireOutput(name)
+
+
+def _answered_header(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:
+    known = _answered_headers.get((name, datatype, shape))
+    if known is None:
+        content = encode_tensor_header(name, datatype, shape)
+        # Also where it is empty: the field is there, once per output.
+        known = bytes((tag(5),)) + varint(len(content)) + content
+        if len(_answered_headers) >= _KEPT_HEADERS:
+            _answered_headers.clear()
+        _answered_headers[name, datatype, shape] = known
+    return known
