@@ -1,0 +1,281 @@
+"""What starts and stops: draining, killed processes, cancelled requests, a warm second start."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.integration.conftest import Start
+from tests.integration.models import write_add, write_timed, write_transpose
+from tests.integration.paceline_process import Paceline
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from paceline.v1 import control_pb2
+
+pytestmark = pytest.mark.integration
+
+TIMEOUT_S = 30.0
+SLOW_MS = 700
+
+CHAIN = """\
+chain: calm
+slo_ms: 60000
+rate_rps: 1
+inputs:
+  x: {dtype: FP32, shape: [4]}
+modules:
+  only:
+    model: slow
+    inputs: {x: inputs.x}
+outputs:
+  y: only.y
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`slow`: 700 ms a row, one row at a time."""
+    repository = tmp_path_factory.mktemp("lifecycle-models")
+    write_timed(repository, {1: SLOW_MS}, "slow", max_batch_size=1)
+    return repository
+
+
+def slow_request(model: str = "slow", request_id: str = "") -> Any:
+    request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    request.inputs.add(name="x", datatype="FP32", shape=[4] if model == "calm" else [1, 4])
+    request.raw_input_contents.append(bytes(16))
+    return request
+
+
+@contextlib.contextmanager
+def inference(server: Paceline) -> Iterator[Any]:
+    """The generated stub, which gives futures that can be cancelled."""
+    with server.channel() as channel:
+        yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+
+def wait_status(
+    server: Paceline, condition: Callable[[Any], bool], timeout_s: float = TIMEOUT_S
+) -> Any:
+    """The first status of which `condition` is true; each look is a call to the server."""
+    give_up_s = time.monotonic() + timeout_s
+    with server.channel() as channel:
+        stub = server.control(channel)
+        while True:
+            status = stub.Status(control_pb2.StatusRequest(), timeout=timeout_s)
+            if condition(status):
+                return status
+            assert time.monotonic() < give_up_s, status
+
+
+def in_flight(count: int) -> Callable[[Any], bool]:
+    """Requests that the server has accepted and not answered."""
+    import json
+
+    return lambda status: json.loads(status.json)["in_flight"] == count
+
+
+def executions(server: Paceline, model: str) -> int:
+    """Batches of a model that have been executed since the start."""
+    with inference(server) as stub:
+        request = service_pb2.ModelStatisticsRequest(name=model)
+        (entry,) = stub.ModelStatistics(request, timeout=TIMEOUT_S).model_stats
+        return int(entry.execution_count)
+
+
+def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(
+    models: Path, start_paceline: Start
+) -> None:
+    server = start_paceline("--model-repository", str(models)).wait_ready()
+    with inference(server) as stub, server.channel() as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        serving = health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+        assert serving.status == health_pb2.HealthCheckResponse.SERVING
+        accepted = [stub.ModelInfer.future(slow_request(), timeout=TIMEOUT_S) for _ in range(3)]
+        wait_status(server, in_flight(3))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_line(r"draining (\d+) requests")[1] == "3"
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(slow_request(), timeout=TIMEOUT_S)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        gone = health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+        assert gone.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert [len(answer.result().raw_output_contents[0]) for answer in accepted] == [16] * 3
+    assert server.end() == 0
+    server.assert_nothing_left()
+    assert "Traceback" not in server.said
+
+
+def test_a_repeated_sigterm_still_drains(models: Path, start_paceline: Start) -> None:
+    """Supervisors send it to the process and again to its group."""
+    server = start_paceline("--model-repository", str(models)).wait_ready()
+    with inference(server) as stub:
+        accepted = stub.ModelInfer.future(slow_request(), timeout=TIMEOUT_S)
+        wait_status(server, in_flight(1))
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_line("draining 1 requests")
+        server.process.send_signal(signal.SIGTERM)
+        assert len(accepted.result().raw_output_contents) == 1
+    assert server.end() == 0
+
+
+def test_sigterm_while_models_load_ends_it_cleanly(models: Path, start_paceline: Start) -> None:
+    server = start_paceline("--model-repository", str(models))
+    server.wait_line("starting a local Triton")
+    assert server.stop() == 0
+    assert "Traceback" not in server.said
+
+
+def test_a_killed_paceline_leaves_no_triton_behind(models: Path, start_paceline: Start) -> None:
+    server = start_paceline("--model-repository", str(models)).wait_ready()
+    with inference(server) as stub:
+        lost = stub.ModelInfer.future(slow_request(), timeout=TIMEOUT_S)
+        wait_status(server, in_flight(1))
+        assert len(server.descendants()) >= 2, "tritonserver and a model process"
+        server.process.kill()
+        assert server.end() == -signal.SIGKILL
+        assert lost.code() is grpc.StatusCode.UNAVAILABLE
+    server.assert_nothing_left()
+
+
+def test_a_second_start_measures_nothing_again(
+    models: Path, start_paceline: Start, tmp_path: Path
+) -> None:
+    chain = tmp_path / "calm.yaml"
+    chain.write_text(CHAIN, encoding="utf-8")
+    arguments = ("--model-repository", str(models), "--chains", str(chain))
+    counts, plans = [], []
+    for _ in range(2):
+        server = start_paceline(*arguments, state=tmp_path / "state").wait_ready()
+        counts.append(triton_executions(server, "slow"))
+        with server.channel() as channel:
+            plan = server.control(channel).CurrentPlan(
+                control_pb2.CurrentPlanRequest(), timeout=TIMEOUT_S
+            )
+        plans.append([m.allocations[0].duration_ms for m in plan.plan.chains[0].modules])
+        assert server.stop() == 0
+    assert counts[0] > 0 and counts[1] == 0
+    assert plans[0] == plans[1]
+
+
+def triton_executions(server: Paceline, model: str) -> int:
+    """What the Triton behind it has executed."""
+    (port,) = [
+        argument.partition("=")[2]
+        for argument in server.triton_process().cmdline()
+        if argument.startswith("--grpc-port=")
+    ]
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = service_pb2.ModelStatisticsRequest(name=model)
+        return int(stub.ModelStatistics(request, timeout=TIMEOUT_S).model_stats[0].execution_count)
+
+
+def test_a_killed_triton_comes_back_and_serves_without_a_restart_of_paceline(
+    models: Path, start_paceline: Start, tmp_path: Path
+) -> None:
+    chain = tmp_path / "calm.yaml"
+    chain.write_text(CHAIN, encoding="utf-8")
+    server = start_paceline("--model-repository", str(models), "--chains", str(chain)).wait_ready()
+    with inference(server) as stub:
+        running = stub.ModelInfer.future(slow_request("calm"), timeout=TIMEOUT_S)
+        waiting = stub.ModelInfer.future(slow_request("calm"), timeout=TIMEOUT_S)
+        wait_status(server, in_flight(2))
+        victim = server.triton_process()
+        victim.kill()
+        victim.wait(TIMEOUT_S)
+        meanwhile = stub.ModelInfer.future(slow_request("calm"), timeout=TIMEOUT_S)
+        short = stub.ModelInfer.future(slow_request("calm"), timeout=0.2)
+        for answer in (running, waiting, meanwhile):
+            if answer.exception() is not None:
+                assert answer.code() is grpc.StatusCode.UNAVAILABLE, answer.details()
+        assert short.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+        server.wait_line("the local Triton is back")
+        for model in ("calm", "slow"):
+            after = stub.ModelInfer(slow_request(model), timeout=TIMEOUT_S)
+            assert len(after.raw_output_contents) == 1
+    assert server.triton_process().pid != victim.pid
+    assert server.stop() == 0
+
+
+def test_cancelled_requests_free_their_places(models: Path, start_paceline: Start) -> None:
+    server = start_paceline("--model-repository", str(models)).wait_ready()
+    with inference(server) as stub:
+        before = executions(server, "slow")
+        queued = [stub.ModelInfer.future(slow_request(), timeout=TIMEOUT_S) for _ in range(12)]
+        wait_status(server, in_flight(12))
+        for call in queued[1:]:
+            call.cancel()
+        wait_status(
+            server, lambda status: status.machines[0].executing > 0 and in_flight(1)(status)
+        )
+        later = stub.ModelInfer(slow_request(request_id="later"), timeout=TIMEOUT_S)
+        assert len(later.raw_output_contents) == 1
+        assert len(queued[0].result().raw_output_contents) == 1
+        # The first, one that had been started when it was cancelled (or none), and the last.
+        assert executions(server, "slow") - before <= 3
+    assert server.stop() == 0
+
+
+CLIENT = """\
+import sys
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+stub = service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(sys.argv[1]))
+request = service_pb2.ModelInferRequest(model_name="slow", raw_input_contents=[bytes(16)])
+request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+calls = [stub.ModelInfer.future(request) for _ in range(6)]
+sys.stdin.read()
+"""
+
+
+def test_a_client_that_dies_frees_its_places(models: Path, start_paceline: Start) -> None:
+    server = start_paceline("--model-repository", str(models)).wait_ready()
+    with subprocess.Popen(
+        [sys.executable, "-c", CLIENT, server.address],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"},
+    ) as client:
+        try:
+            wait_status(server, in_flight(6))
+        finally:
+            client.kill()
+    wait_status(server, in_flight(0))
+    with inference(server) as stub:
+        assert len(stub.ModelInfer(slow_request(), timeout=TIMEOUT_S).raw_output_contents) == 1
+        assert executions(server, "slow") <= 3
+    assert server.stop() == 0
+
+
+def test_a_message_above_the_limit_is_refused_and_one_below_is_served(
+    start_paceline: Start, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    write_transpose(models)
+    write_add(models)
+    server = start_paceline(
+        "--model-repository", str(models), "--max-message-mib", "1"
+    ).wait_ready()
+    with inference(server) as stub:
+        for rows, code in ((1200, grpc.StatusCode.RESOURCE_EXHAUSTED), (200, None)):
+            request = service_pb2.ModelInferRequest(model_name="transpose")
+            request.inputs.add(name="x", datatype="FP32", shape=[rows, 256])
+            request.raw_input_contents.append(bytes(rows * 1024))
+            call = stub.ModelInfer.future(request, timeout=TIMEOUT_S)
+            if code is None:
+                assert len(call.result().raw_output_contents[0]) == rows * 1024
+            else:
+                assert call.exception() is not None and call.code() is code
+    assert server.stop() == 0
