@@ -206,10 +206,10 @@ class Controller:
         """See `core.ports.Control.load`."""
         async with self._changing:
             bound = self._bound.get(name)
-            if bound is not None and name in self._withdrawn:
-                await self._restore(bound)
-            elif bound is None or bound.direct:
+            if bound is None or bound.direct:
                 await self._load_model(name)
+            elif name in self._withdrawn:
+                await self._apply([bound.chain])
 
     async def unload(self, name: str) -> None:
         """See `core.ports.Control.unload`. Unloading what is not there is no error (as Triton)."""
@@ -239,16 +239,7 @@ class Controller:
     async def apply(self, chains: Sequence[Chain]) -> Plan:
         """See `core.ports.Control.apply`."""
         async with self._changing:
-            served = self._merged(chains)
-            bound = {chain.name: self._bind(chain) for chain in served}
-            await self._profile([m.spec for b in bound.values() for m in b.modules])
-            plan = self._solve(served)
-            placed = place(plan, self._sites(), self._loaded())
-            for name, machine in self._machines.items():
-                if name in self._up or not self._started:
-                    await self._load_on(machine, placed[name])
-            self._install(bound, plan, placed)
-            return plan
+            return await self._apply(chains)
 
     async def delete(self, chain: str) -> bool:
         """See `core.ports.Control.delete`. Its models stay callable by their own names."""
@@ -267,7 +258,7 @@ class Controller:
 
     def chains(self) -> tuple[Chain, ...]:
         """See `core.ports.Control.chains`."""
-        return tuple(b.chain for _, b in sorted(self._bound.items()) if not b.direct)
+        return tuple(bound.chain for bound in self.callables() if not bound.direct)
 
     async def plan(self, chains: Sequence[Chain]) -> Plan:
         """See `core.ports.Control.plan`. Profiles models that were not profiled yet."""
@@ -331,6 +322,18 @@ class Controller:
 
     # -- steps of a change ------------------------------------------------------------------
 
+    async def _apply(self, chains: Sequence[Chain]) -> Plan:
+        served = self._merged(chains)
+        bound = {chain.name: self._bind(chain) for chain in served}
+        await self._profile([m.spec for b in bound.values() for m in b.modules])
+        plan = self._solve(served)
+        placed = place(plan, self._sites(), self._loaded())
+        for name, machine in self._machines.items():
+            if name in self._up or not self._started:
+                await self._load_on(machine, placed[name])
+        self._install(bound, plan, placed)
+        return plan
+
     def _sites(self) -> list[Site]:
         return [machine.site for machine in self._machines.values()]
 
@@ -354,6 +357,11 @@ class Controller:
                 raise ResidencyError(
                     f"chain {chain.name!r} needs model {module.model!r}, "
                     f"which could not be loaded: {reason}"
+                )
+            if module.model in self._withdrawn:
+                raise ResidencyError(
+                    f"chain {chain.name!r} needs model {module.model!r}, which was unloaded: "
+                    "load it first"
                 )
         try:
             return bind(chain, self._models)
@@ -471,21 +479,29 @@ class Controller:
                 self._models[name] = await machine.repository.spec(name)
             bound = single_model_chain(self._models[name])
         except (ResidencyError, ConfigError) as error:
-            self._failed[name] = str(error)
+            if not await self._exists(name):
+                message = f"Request for unknown model: '{name}' is not found"
+                raise RequestError(ErrorKind.UNKNOWN_MODEL, message) from None
+            # Triton goes on serving a model whose reload failed.
+            if name not in self._bound:
+                self._failed[name] = str(error)
             raise RequestError(ErrorKind.BACKEND, str(error)) from None
         self._failed.pop(name, None)
-        await self._restore(bound, load=False)
+        self._bound[name] = bound
+        self._withdrawn.discard(name)
+        self._engine.install(route_chain(bound, None, self._durations()))
+        for machine_name in self._up:
+            self._announce(machine_name)
 
-    async def _restore(self, bound: BoundChain, *, load: bool = True) -> None:
-        """Make a chain or model callable (again)."""
-        if bound.direct and load:
-            await self._load_model(bound.name)
-            return
-        self._bound[bound.name] = bound
-        self._withdrawn.discard(bound.name)
-        self._engine.install(route_chain(bound, self._plan.chain(bound.name), self._durations()))
-        for name in self._up:
-            self._announce(name)
+    async def _exists(self, model: str) -> bool:
+        """Whether a repository has it; one that cannot be asked may."""
+        try:
+            for machine in self._machines.values():
+                if any(state.name == model for state in await machine.repository.index()):
+                    return True
+        except ResidencyError:
+            return True
+        return False
 
     async def _unload_everywhere(self, model: str) -> None:
         for name, machine in self._machines.items():
