@@ -1,10 +1,10 @@
 """Admission control: refuse at the door what would miss its deadline, so that overload does not
 spend machines on late answers.
 
-A request is predicted to end after the slowest path of its chain, plus the longest wait that any
-of its modules adds to that path. The wait at a module: rows ahead (admitted, not yet launched,
-as urgent or more) fill whole batches; those start on the slots in the order in which they are
-expected to be free; what happens before the request would get there anyway is no wait.
+A request's end is predicted by walking its chain: a module starts when its parents have ended, and
+not before a batch for one more row could start there. Rows ahead (admitted, not yet launched, as
+urgent or more) fill whole batches, which start on the slots in the order in which they are expected
+to be free; the batch that the request joins grows at the planned rate until it starts.
 
 Invariant: `ahead` counts, by module and priority, exactly the rows (expected, then actual) that
 admitted requests have not yet had launched there.
@@ -78,14 +78,14 @@ class Admission:
         self, chain: ChainRoute, priority: int, pool: MachinePool, now_s: float
     ) -> float:
         """Time from now to the answer of a request that would enter now."""
-        tail_s = max(route.tail_s for route in chain.modules)
-        floor_s = max(route.floor_s for route in chain.modules)
-        wait_s = 0.0
+        ends_s: dict[str, float] = {}
         for route in chain.modules:
-            head_s = floor_s - route.floor_s
-            wait_s = max(wait_s, self._start_s(route, priority, pool, now_s) - head_s)
-        # Batches are as full as the wait gives them time to become.
-        return wait_s + min(tail_s, floor_s + wait_s)
+            there_s = max((ends_s[parent] for parent in route.bound.module.parents), default=0.0)
+            start_s, rows = self._start(route, priority, pool, now_s)
+            start_s = max(there_s, start_s)
+            rows = min(route.full_rows, rows + int(route.rate_rps * start_s))
+            ends_s[route.name] = start_s + route.best_s(rows)
+        return max(ends_s.values())
 
     def counted(self, ticket: Ticket, route: ModuleRoute, rows: int) -> None:
         """A module's real number of rows is known."""
@@ -109,17 +109,22 @@ class Admission:
         """A module does not run."""
         self._add(ticket, route, -ticket.rows.get(id(route), 0.0))
 
-    def _start_s(self, route: ModuleRoute, priority: int, pool: MachinePool, now_s: float) -> float:
-        """When a batch of a row that came now would start, from now; 0 when nobody can tell."""
+    def _start(
+        self, route: ModuleRoute, priority: int, pool: MachinePool, now_s: float
+    ) -> tuple[float, int]:
+        """When a batch with one more row could start, from now, and its rows so far.
+
+        At once, where nobody can tell.
+        """
         free_s = pool.free_at_s(route.model, now_s)
-        ahead = self._ahead.get(id(route))
         if not free_s or route.row_s <= 0:
-            return 0.0
+            return 0.0, 1
+        ahead = self._ahead.get(id(route))
         rows = ahead.up_to(priority) if ahead is not None else 0.0
-        batches = int((rows + _NOTHING_ROWS) / route.full_rows)
+        batches, joined = divmod(int(rows + _NOTHING_ROWS), route.full_rows)
         rounds, position = divmod(batches, len(free_s))
         own_s = free_s[position] - now_s + rounds * route.row_s * route.full_rows
-        return own_s + self._others_s(route, priority, pool)
+        return own_s + self._others_s(route, priority, pool), joined + 1
 
     def _others_s(self, route: ModuleRoute, priority: int, pool: MachinePool) -> float:
         """Work of other modules that goes before, spread over all slots."""

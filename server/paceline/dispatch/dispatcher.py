@@ -270,10 +270,11 @@ class Dispatcher:
 
     def _expire(self, now_s: float, actions: list[Action]) -> None:
         for module in self._waiting():
-            for queue in module.queues():
-                for entry in queue.expired(now_s):
-                    error = _too_late(entry.route, now_s, entry.run.submit.deadline_s)
-                    self._fail(entry.run, error, now_s, actions)
+            gone = [entry for queue in module.queues() for entry in queue.expired(now_s)]
+            gone += module.doomed(self._pool, now_s)
+            for entry in gone:
+                error = _too_late(entry.route, now_s, entry.run.submit.deadline_s)
+                self._fail(entry.run, error, now_s, actions)
 
     def _schedule_wake(self, now_s: float, actions: list[Action]) -> None:
         at_s = inf

@@ -27,6 +27,9 @@ from paceline.dispatch.machines import Machine, MachinePool
 from paceline.dispatch.queue import Entry, ModuleQueue, Order, Piece
 from paceline.dispatch.route import ChainRoute, ModuleRoute
 
+WORTHWHILE = 0.75
+"""The share of a full batch below which it is not shrunk to save its most urgent request."""
+
 _TIE_S = 1e-9
 """Instants this close are the same: planned rates fill batches exactly when machines free up."""
 
@@ -75,6 +78,14 @@ class Collector(Protocol):
 
     def queues(self) -> Iterator[ModuleQueue]:
         """Every queue it has, for expiry and for looking."""
+        ...
+
+    def doomed(self, pool: MachinePool, now_s: float) -> list[Entry]:
+        """Take out entries that would be late even if launched now, in a batch worth its time.
+
+        Behind a full batch's worth of rows, an entry past its launch-by time could only be saved
+        by a smaller batch, at the cost of those behind it, which then are late in turn.
+        """
         ...
 
     def offer(self, pool: MachinePool, now_s: float) -> Offer | None:
@@ -126,6 +137,21 @@ class Pooled:
     def queues(self) -> Iterator[ModuleQueue]:
         yield self._queue
 
+    def doomed(self, pool: MachinePool, now_s: float) -> list[Entry]:
+        gone: list[Entry] = []
+        while (head := self._queue.head()) is not None and now_s > head.launch_by_s + _TIE_S:
+            machine = self._machine(pool, head, now_s)
+            if machine is None:
+                break
+            size = self.route.batch_size(machine.hardware)
+            if size == 1 or self._queue.rows_like(head, size) < size:
+                break
+            if _in_time(head, machine, size, now_s) >= WORTHWHILE * size:
+                break
+            self._queue.discard(head)
+            gone.append(head)
+        return gone
+
     def offer(self, pool: MachinePool, now_s: float) -> Offer | None:
         head = self._queue.head()
         if head is None:
@@ -138,7 +164,7 @@ class Pooled:
         closed = rows >= size or now_s >= head.launch_by_s
         if not closed and self._unsafe_s(pool, machine, rows, now_s) > 0:
             return None
-        return Offer(self._queue, head, machine, size, closed)
+        return Offer(self._queue, head, machine, _in_time(head, machine, rows, now_s), closed)
 
     def next_offer_s(self, pool: MachinePool, now_s: float) -> float | None:
         head = self._queue.head()
@@ -214,6 +240,10 @@ class _Lots:
 
     def ended(self, lot: int) -> None:
         self._lots[lot].running -= 1
+
+    def doomed(self, pool: MachinePool, now_s: float) -> list[Entry]:
+        """The published policies have no such rule."""
+        return []
 
     def offer(self, pool: MachinePool, now_s: float) -> Offer | None:
         offers = [
@@ -301,7 +331,11 @@ class _Due:
 
 
 class ThroughputCost(_Lots):
-    """One lot per allocation, best throughput-cost ratio first, and a last one of rows waiting."""
+    """One lot per allocation, best throughput-cost ratio first.
+
+    A rank of n machines starts a batch every `d/n` and takes consecutive rows until it is full;
+    rows that no rank is due for go to the last one, whose share they are.
+    """
 
     __slots__ = ("_due",)
 
@@ -310,71 +344,56 @@ class ThroughputCost(_Lots):
         for allocation in _ranked(route):
             size = min(allocation.batch_size, route.bound.spec.row_limit)
             machines = ceil(allocation.machines - _TIE_S)
-            lot = _Lot(ModuleQueue(route), allocation.hardware, size, machines, allocation.rate_rps)
-            lots.append(lot)
-            due.append(_Due(every_s=size / allocation.rate_rps))
-        lots.append(_Lot(ModuleQueue(route), "", 1, 0, 0.0))
+            rate_rps = allocation.rate_rps
+            queue = ModuleQueue(route)
+            lots.append(_Lot(queue, allocation.hardware, size, machines, rate_rps))
+            due.append(_Due(every_s=size / rate_rps))
         super().__init__(route, lots)
         self._due = due
 
     def add(self, entry: Entry, now_s: float) -> list[Entry]:
-        """Give rows to the ranks that are due; the rest wait until one is."""
-        placed = self._place_waiting(now_s)
-        parts = [] if self._lots[-1].queue.rows else self._place(entry, now_s)
-        done = sum(part.rows for part in parts)
-        if done < entry.rows:
-            rest = entry if not parts else entry.part(done, entry.rows - done)
-            parts.append(self._put(rest, len(self._lots) - 1))
-        return placed + parts
-
-    def offer(self, pool: MachinePool, now_s: float) -> Offer | None:
-        self._place_waiting(now_s)
-        return super().offer(pool, now_s)
-
-    def next_offer_s(self, pool: MachinePool, now_s: float) -> float | None:
-        due = [super().next_offer_s(pool, now_s)]
-        if self._lots[-1].queue.rows:
-            due.append(min(rank.at_s for rank in self._due))
-        return min((at_s for at_s in due if at_s is not None), default=None)
-
-    def _place_waiting(self, now_s: float) -> list[Entry]:
-        """Rows that waited for a rank to be due, in the order of their urgency."""
-        waiting = self._lots[-1].queue
-        placed: list[Entry] = []
-        while waiting.rows and self._open(now_s) is not None:
-            index = self._open(now_s)
-            assert index is not None
-            for piece in waiting.take(self._due[index].wanted):
-                part = piece.entry.part(piece.start, piece.count)
-                part.run.entries.add(part)
-                self._due[index].wanted -= piece.count
-                placed.append(self._put(part, index))
-        return placed
-
-    def _place(self, entry: Entry, now_s: float) -> list[Entry]:
+        """Give the rows to the ranks that are due."""
         parts: list[Entry] = []
         start = 0
-        while start < entry.rows and (index := self._open(now_s)) is not None:
-            count = min(self._due[index].wanted, entry.rows - start)
+        while start < entry.rows:
+            index = self._open(now_s)
+            left = entry.rows - start
+            last = index == len(self._lots) - 1
+            count = left if last else min(self._due[index].wanted, left)
             whole = count == entry.rows
             parts.append(self._put(entry if whole else entry.part(start, count), index))
             self._due[index].wanted -= count
             start += count
         return parts
 
-    def _open(self, now_s: float) -> int | None:
+    def _open(self, now_s: float) -> int:
         """The best rank that is collecting, starting a new batch where one is due."""
-        for index, rank in enumerate(self._due):
-            if rank.wanted > 0:
-                return index
-            if now_s >= rank.at_s - _TIE_S:
+        for index, rank in enumerate(self._due[:-1]):
+            if rank.wanted <= 0 and now_s >= rank.at_s - _TIE_S:
                 # From due time to due time, so that the rank's rate is kept exactly; from now
                 # after a pause, so that it does not collect two batches at once.
                 start_s = rank.at_s if now_s - rank.at_s < rank.every_s else now_s
                 rank.at_s = start_s + rank.every_s
                 rank.wanted = self._lots[index].size
+            if rank.wanted > 0:
                 return index
-        return None
+        return len(self._due) - 1
+
+
+def _in_time(head: Entry, machine: Machine, rows: int, now_s: float) -> int:
+    """Rows that a batch may hold so that its most urgent one is still answered in time."""
+    route = head.route
+    if now_s <= head.launch_by_s or rows == 1:
+        return rows
+    known = route.durations.get(machine.hardware)
+    if known is None:
+        return rows
+    left_s = head.latest_s + known.at(1) - now_s
+    low, high = 1, rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if known.at(middle) <= left_s else (low, middle - 1)
+    return low
 
 
 def _ranked(route: ModuleRoute) -> list[Allocation]:

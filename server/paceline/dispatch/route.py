@@ -37,6 +37,8 @@ class ModuleRoute:
     """Machine time one row costs in a full batch, on the best hardware; 0 when unknown."""
     full_rows: int = field(init=False)
     """Rows of a full batch there."""
+    best: Durations | None = field(init=False)
+    """Durations there; None when unknown."""
 
     def __post_init__(self) -> None:
         costs = [
@@ -46,6 +48,7 @@ class ModuleRoute:
         row_s, hardware = min(costs, default=(0.0, ""))
         object.__setattr__(self, "row_s", row_s)
         object.__setattr__(self, "full_rows", self.batch_size(hardware))
+        object.__setattr__(self, "best", self.durations.get(hardware))
 
     @property
     def model(self) -> str:
@@ -59,6 +62,10 @@ class ModuleRoute:
         """Rows per batch on `hardware`: the plan's, or all the model takes when unplanned."""
         limit = self.bound.spec.row_limit
         return min(self.batch_sizes.get(hardware, limit), limit)
+
+    def best_s(self, rows: int) -> float:
+        """Profiled duration of a batch on the hardware where a row costs least; 0 if unknown."""
+        return self.best.at(rows) if self.best is not None else 0.0
 
     def duration_s(self, hardware: str, rows: int) -> float | None:
         """Profiled duration of a batch; None where it was never measured."""
