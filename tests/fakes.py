@@ -15,7 +15,7 @@ from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import ErrorKind, PacelineError, Rejected, RequestError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan, Plan
-from paceline.core.ports import ModelState, ModelStatistics
+from paceline.core.ports import ModelState, ModelStatistics, OnPartial
 from paceline.core.request import InferAnswer, InferRequest, Span, Timeline
 from paceline.core.tensor import DATATYPES, Tensor, TensorSpec
 
@@ -294,7 +294,9 @@ class FakeInference:
             self._moved.clear()
             await self._moved.wait()
 
-    async def infer(self, request: InferRequest) -> InferAnswer:
+    async def infer(
+        self, request: InferRequest, on_partial: OnPartial | None = None
+    ) -> InferAnswer:
         if self.control.draining:
             raise Rejected(ErrorKind.DRAINING, "the server is stopping")
         self.requests.append(request)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from paceline.core.chain import Chain, Module, Source
+from paceline.core.chain import Chain, Dispatch, Module, Source
 from paceline.core.errors import ConfigError
 from paceline.core.profile import Hardware, ProfileRow, Profiles
 from paceline.core.tensor import TensorSpec
@@ -56,7 +56,7 @@ class _ChainFile(_Strict):
     arrivals: Literal["poisson", "uniform"] = "poisson"
     priority: int = 0
     keep_alive_s: float | None = None
-    dispatch: Literal["pooled", "throughput-cost", "round-robin"] = "pooled"
+    dispatch: Dispatch = "pooled"
     description: str = ""
 
 

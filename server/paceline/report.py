@@ -141,6 +141,16 @@ def status_report(status: Mapping[str, Any]) -> RenderableType:
         if model["state"] != "READY"
     ]
     notes += [
+        Text(
+            f"{lane['model']} on {machine['machine']}: "
+            + ("quarantined after failures" if lane["quarantined"] else "")
+            + (f"takes {lane['slowdown']:.1f}x its profile" if lane["straggling"] else "")
+        )
+        for machine in status["machines"]
+        for lane in machine["lanes"]
+        if lane["quarantined"] or lane["straggling"]
+    ]
+    notes += [
         Text(f"the plan needs {s['needed']} machines of {s['hardware']}, {s['present']} are there")
         for s in status["shortage"]
     ]

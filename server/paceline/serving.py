@@ -20,18 +20,16 @@ from time import perf_counter
 
 from paceline.config import parse_chain, read_chains, read_hardware
 from paceline.core.chain import Chain
-from paceline.core.errors import ConfigError
+from paceline.core.errors import ConfigError, ResidencyError
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
-from paceline.core.request import Timeline
 from paceline.metrics import Metrics
-from paceline.planner.problem import Options
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
 from paceline.runtime.controller import Controller, Machine, Step
 from paceline.runtime.engine import Engine
 from paceline.runtime.placement import Site
 from paceline.runtime.statistics import Statistics
-from paceline.triton.client import TritonClient, TritonFleet
+from paceline.triton.client import TritonClient, TritonFleet, checked_url
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 from paceline.triton.profiler import TritonProfiler, percentile
 from paceline.triton.repository import TritonRepository
@@ -59,11 +57,13 @@ class TritonTarget:
     def parse(cls, text: str) -> TritonTarget:
         """`HOST:PORT` or `HARDWARE@HOST:PORT`."""
         hardware, at, url = text.rpartition("@")
-        if not at:
-            return cls(text)
-        if not hardware or not url:
-            raise ConfigError(f"{text!r} is not [HARDWARE@]HOST:PORT", key="--triton")
-        return cls(url, hardware)
+        try:
+            checked_url(url)
+        except ResidencyError:
+            raise ConfigError(f"{text!r} is not [HARDWARE@]HOST:PORT", key="--triton") from None
+        if at and not hardware:
+            raise ConfigError(f"{text!r} names no hardware before the @", key="--triton")
+        return cls(url, hardware) if at else cls(url)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,27 +98,20 @@ async def serve(settings: ServeSettings, events: Events) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises PacelineError when it cannot start."""
     chains = read_chains(settings.chains)
     hardware = _hardware(settings)
+    _check_directories(settings)
     stop = _stop_on_signals(events)
     async with AsyncExitStack() as stack:
         fleet = TritonFleet()
         metrics = Metrics()
         statistics = Statistics()
-        observers: list[Callable[[Timeline], None]] = [metrics.observe]
-        engine = Engine(
-            fleet,
-            on_timeline=lambda timeline: [observe(timeline) for observe in observers],
+        engine = Engine(fleet)
+        controller = Controller(engine, statistics, hardware=hardware, on_step=events.on_step)
+        engine.watch(on_timeline=metrics.observe)
+        engine.watch(
+            on_timeline=controller.observe,
             on_batch=statistics.observe_batch,
-            on_broken=lambda *broken: controller.broken(*broken),
+            on_broken=controller.broken,
         )
-        # The dispatcher serves each module from one queue: plan with that bound.
-        controller = Controller(
-            engine,
-            statistics,
-            hardware=hardware,
-            options=Options(dispatch="pooled"),
-            on_step=events.on_step,
-        )
-        observers.append(controller.observe)
         metrics.watch(controller)
         stack.push_async_callback(engine.close)
         stack.push_async_callback(controller.close)
@@ -154,6 +147,18 @@ def _hardware(settings: ServeSettings) -> dict[str, Hardware]:
         return read_hardware(settings.hardware)
     names = {target.hardware for target in settings.tritons} or {"cpu"}
     return {name: Hardware(name, UNDECLARED_PRICE_PER_HOUR) for name in sorted(names)}
+
+
+def _check_directories(settings: ServeSettings) -> None:
+    """Raises ConfigError for a repository that is not there, a state directory that cannot be."""
+    for repository in settings.model_repositories:
+        if not repository.is_dir():
+            raise ConfigError(f"{repository} is not a directory", key="--model-repository")
+    try:
+        settings.state_directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = settings.state_directory
+        raise ConfigError(f"{where}: {error.strerror}", key="--state-dir") from None
 
 
 def _stop_on_signals(events: Events) -> asyncio.Event:

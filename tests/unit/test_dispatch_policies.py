@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from paceline.core.bind import bind
-from paceline.core.chain import Chain, Module, Source
+from paceline.core.chain import Chain, Dispatch, Module, Source
 from paceline.core.errors import BackendError, ErrorKind, Rejected
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan
@@ -39,7 +39,7 @@ M3_DURATIONS = Durations(((1, 0.08), (2, 0.1), (8, 0.25), (32, 0.8)))
 
 
 def m3_chain(
-    policy: str, allocations: list[tuple[int, float]], rate_rps: float, slo_s: float
+    policy: Dispatch, allocations: list[tuple[int, float]], rate_rps: float, slo_s: float
 ) -> InstallChain:
     """Module M3 of algorithms.md 1.2 under a schedule of (batch size, machines)."""
     chain = Chain(
@@ -110,7 +110,7 @@ def play(install: InstallChain, machines: int, arrivals_s: list[float], slo_s: f
     ],
 )
 def test_evenly_spaced_requests_stay_within_the_policys_published_bound(
-    policy: str, allocations: list[tuple[int, float]], machines: int, bound_s: float
+    policy: Dispatch, allocations: list[tuple[int, float]], machines: int, bound_s: float
 ) -> None:
     arrivals_s = [request / 198 for request in range(4000)]
     played = play(m3_chain(policy, allocations, 198, 10.0), machines, arrivals_s, 10.0)

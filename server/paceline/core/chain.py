@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import Literal, get_args
 
 from paceline.core.errors import ConfigError
 from paceline.core.tensor import TensorSpec
@@ -20,7 +21,8 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 ARRIVALS = ("poisson", "uniform")
 ON_ERROR = ("fail", "skip")
-DISPATCHES = ("pooled", "throughput-cost", "round-robin")
+Dispatch = Literal["pooled", "throughput-cost", "round-robin"]
+DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Chain:
     arrivals: str = "poisson"
     priority: int = 0
     keep_alive_s: float | None = None
-    dispatch: str = "pooled"
+    dispatch: Dispatch = "pooled"
     description: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:

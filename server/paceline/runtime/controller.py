@@ -395,20 +395,31 @@ class Controller:
         present = {site.hardware for site in self._sites()}
         hardware = {name: h for name, h in self._hardware.items() if name in present}
         limits = {name: spec.row_limit for name, spec in self._models.items()}
-        demands = [
-            demand(
-                chain,
-                chain.rate_rps or ASSUMED_RATE_RPS,
-                self._profiles,
-                hardware,
-                limits,
-                max(machine.overhead_s for machine in self._machines.values()),
+        overhead_s = max(machine.overhead_s for machine in self._machines.values())
+        started = perf_counter()
+        # Each chain under the bound of the policy by which it is dispatched.
+        plans = [
+            solve(
+                [
+                    demand(
+                        chain,
+                        chain.rate_rps or ASSUMED_RATE_RPS,
+                        self._profiles,
+                        hardware,
+                        limits,
+                        overhead_s,
+                    )
+                ],
+                replace(self._options, dispatch=chain.dispatch),
             )
             for chain in chains
         ]
-        started = perf_counter()
-        plan = solve(demands, self._options)
-        return replace(plan, solve_s=perf_counter() - started)
+        return replace(
+            plans[0],
+            chains=tuple(planned for plan in plans for planned in plan.chains),
+            lower_bound_per_hour=sum(plan.lower_bound_per_hour for plan in plans),
+            solve_s=perf_counter() - started,
+        )
 
     def _install(
         self, bound: Mapping[str, BoundChain], plan: Plan, placed: dict[str, dict[str, int]]

@@ -53,23 +53,12 @@ class EngineLimits:
 class Engine:
     """Implements `core.ports.Inference` over an Executor."""
 
-    def __init__(
-        self,
-        executor: Executor,
-        *,
-        limits: EngineLimits | None = None,
-        on_timeline: Callable[[Timeline], object] | None = None,
-        on_batch: Callable[[str, int, float], object] | None = None,
-        on_broken: Callable[[str, str, str], object] | None = None,
-    ) -> None:
-        """`on_timeline` sees ended requests, `on_batch(model, rows, duration_s)` batches,
-        `on_broken(machine, model, reason)` models that have to be repaired.
-        """
+    def __init__(self, executor: Executor, *, limits: EngineLimits | None = None) -> None:
         self._executor = executor
         self._limits = limits or EngineLimits()
-        self._on_timeline = on_timeline
-        self._on_batch = on_batch
-        self._on_broken = on_broken
+        self._on_timeline: list[Callable[[Timeline], object]] = []
+        self._on_batch: list[Callable[[str, int, float], object]] = []
+        self._on_broken: list[Callable[[str, str, str], object]] = []
         self._dispatcher = Dispatcher()
         self._ids = count(1)
         self._waiting: dict[int, asyncio.Future[InferAnswer]] = {}
@@ -82,6 +71,20 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+
+    def watch(
+        self,
+        *,
+        on_timeline: Callable[[Timeline], object] | None = None,
+        on_batch: Callable[[str, int, float], object] | None = None,
+        on_broken: Callable[[str, str, str], object] | None = None,
+    ) -> None:
+        """From now on tell of ended requests, of executed batches `(model, rows, duration_s)`,
+        and of models that have to be repaired `(machine, model, reason)`.
+        """
+        self._on_timeline += [on_timeline] if on_timeline is not None else []
+        self._on_batch += [on_batch] if on_batch is not None else []
+        self._on_broken += [on_broken] if on_broken is not None else []
 
     async def infer(
         self, request: InferRequest, on_partial: OnPartial | None = None
@@ -203,8 +206,8 @@ class Engine:
                     if (on_partial := self._partials.get(action.request)) is not None:
                         on_partial(action.start, action.outputs)
                 case Broken():
-                    if self._on_broken is not None:
-                        self._on_broken(action.machine, action.model, action.reason)
+                    for tell in self._on_broken:
+                        tell(action.machine, action.model, action.reason)
                 case Wake():
                     if self._wake is not None:
                         self._wake.cancel()
@@ -224,14 +227,14 @@ class Engine:
             logger.exception("executing %s on %s", action.call.model, action.machine)
             self._handle(BatchFailed(action.batch, BackendError(f"executor failed: {error}")))
         else:
-            if self._on_batch is not None:
-                self._on_batch(action.call.model, action.rows, loop.time() - started_s)
+            for tell in self._on_batch:
+                tell(action.call.model, action.rows, loop.time() - started_s)
             self._handle(BatchDone(action.batch, outputs))
 
     def _record(self, timeline: Timeline) -> None:
         self._timelines.append(timeline)
-        if self._on_timeline is not None:
-            self._on_timeline(timeline)
+        for tell in self._on_timeline:
+            tell(timeline)
 
     def _resolve(self, action: Answer) -> None:
         future = self._waiting.get(action.request)

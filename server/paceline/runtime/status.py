@@ -131,4 +131,14 @@ def _machine(site: Site, dispatcher: Dispatcher, placed: Placed) -> dict[str, An
         "slots": site.slots,
         "models": list(instances),
         "instances": instances,
+        "lanes": [
+            {
+                "model": model,
+                "slowdown": round(lane.ratio, 3),
+                "batches": lane.batches,
+                "quarantined": lane.quarantined,
+                "straggling": lane.straggling,
+            }
+            for model, lane in (sorted(up[site.name].lanes.items()) if site.name in up else ())
+        ],
     }
