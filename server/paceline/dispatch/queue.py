@@ -77,12 +77,14 @@ class Piece:
     ) -> Entry:
         """The same rows as an entry of their own, to be executed once more.
 
-        `alone`: in a batch that no other entry joins; `failed_on`: not on those machines.
+        `alone`: in a batch that no other entry joins; `failed_on`: not on those machines, so
+        only with rows that must avoid the same ones.
         """
         again = self.entry.part(self.start, self.count)
         again.seq = seq
         if failed_on is not None:
             again.failed_on = failed_on
+            again.key = (again.key, failed_on)
         if alone:
             again.key = seq
         return again

@@ -1,0 +1,50 @@
+"""What is tried again, and where; found by the simulation (tests/simulation)."""
+
+from __future__ import annotations
+
+from paceline.core.bind import single_model_chain
+from paceline.core.errors import BackendError, ErrorKind
+from paceline.core.model import ModelSpec
+from paceline.core.tensor import Tensor, TensorSpec
+from paceline.dispatch import (
+    Action,
+    BatchFailed,
+    Dispatcher,
+    Execute,
+    InstallChain,
+    MachineUp,
+    Submit,
+    Tick,
+    route_chain,
+)
+
+ECHO = ModelSpec("echo", 4, (TensorSpec("x", "UINT8", (1,)),), (TensorSpec("y", "UINT8", (1,)),))
+
+
+def executes(actions: list[Action]) -> list[Execute]:
+    return [action for action in actions if isinstance(action, Execute)]
+
+
+def rows(action: Execute) -> bytes:
+    return b"".join(action.call.inputs[0].parts)
+
+
+def test_rows_that_a_machine_lost_do_not_come_back_to_it_in_somebody_elses_batch() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.handle(InstallChain(route_chain(single_model_chain(ECHO))), now_s=0.0)
+    for machine in ("m0", "m1"):
+        dispatcher.handle(MachineUp(machine, "cpu", 1, {"echo": 1}), now_s=0.0)
+    running: dict[str, Execute] = {}
+    for request, value in ((1, b"a"), (2, b"b")):
+        submit = Submit(request, "echo", {"x": Tensor("x", "UINT8", (1, 1), value)}, 100.0)
+        (launch,) = executes(dispatcher.handle(submit, now_s=0.0))
+        running[launch.machine] = launch
+    lost = BackendError("gone", kind=ErrorKind.UNAVAILABLE)
+    for launch in running.values():
+        actions = dispatcher.handle(BatchFailed(launch.batch, lost), now_s=0.1)
+        assert not executes(actions)  # both machines are in quarantine
+    again = executes(dispatcher.handle(Tick(), now_s=10.0))
+    assert {probe.machine: rows(probe) for probe in again} == {
+        "m0": rows(running["m1"]),
+        "m1": rows(running["m0"]),
+    }
