@@ -254,7 +254,12 @@ def explain(
 def main() -> None:
     """Run the command line; expected failures are one line on stderr and an exit code."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        # Wrong arguments; without any, the help has been printed and there is no message.
+        if message := " ".join(error.format_message().split()).removesuffix("."):
+            print(f"paceline: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
     except PacelineError as error:
         print(f"paceline: {error}", file=sys.stderr)
         code = 2 if isinstance(error, ConfigError) else 3 if isinstance(error, PlanError) else 1
