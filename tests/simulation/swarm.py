@@ -67,7 +67,6 @@ class Case:
     stimuli: tuple[Stimulus, ...]
     heal: tuple[Stimulus, ...]
     noise: float
-    execute_timeout_s: float
 
     @property
     def calm(self) -> bool:
@@ -84,7 +83,6 @@ def run(case: Case, stimuli: Sequence[Stimulus] | None = None, log: EventLog | N
         case.models,
         seed=case.seed,
         noise=case.noise,
-        execute_timeout_s=case.execute_timeout_s,
         observers=(log, oracle) if log is not None else (oracle,),
     )
     played = case.stimuli if stimuli is None else stimuli
@@ -147,7 +145,6 @@ def draw(seed: int) -> Case:
             for step in (Resize(late_s, m.name, m.slots, m.instances), Start(late_s, m.name))
         ),
         noise=rng.choice((0.0, 0.0, 0.1, 0.5)),
-        execute_timeout_s=rng.choice((2.0, 20.0)),
     )
 
 
@@ -344,6 +341,7 @@ def _arrival(
         priority=rng.choice(priorities),
         version="1" if direct else "",
         parameters={"beam": rng.randint(1, 2)} if direct else {},
+        stream=rng.random() < 0.2,
     )
 
 

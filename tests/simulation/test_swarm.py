@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from paceline.sim.world import EventLog
 from tests.simulation.replay import explain, violation
 from tests.simulation.swarm import draw, run
+
+from paceline.sim.world import EventLog
 
 ROOT = Path(__file__).parents[2]
 PER_TEST = 250

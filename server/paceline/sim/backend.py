@@ -81,7 +81,6 @@ class Backend:
         *,
         rng: Random,
         noise: float = 0.0,
-        execute_timeout_s: float = 120.0,
     ) -> None:
         """`durations` by model and hardware; `noise` is the largest relative deviation."""
         self.machines = {machine.name: machine for machine in machines}
@@ -89,7 +88,6 @@ class Backend:
         self._models = models
         self._rng = rng
         self._noise = noise
-        self._execute_timeout_s = execute_timeout_s
         self._known_s: dict[tuple[str, str, int], float] = {}
         self.busy_s = dict.fromkeys(self.machines, 0.0)
 
@@ -102,19 +100,18 @@ class Backend:
             return Started(now_s + REFUSED_S, machine, action, _unreachable(machine))
         mishap = machine.mishaps.popleft() if machine.mishaps else None
         took_s = self._duration_s(machine, action)
-        match mishap:
-            case Mishap.UNREACHABLE:
-                return Started(now_s + REFUSED_S, machine, action, _unreachable(machine))
-            case Mishap.HANG | Mishap.LOST_REPLY:
-                late = BackendError(
-                    f"deadline exceeded while waiting for {machine.name}", kind=ErrorKind.DEADLINE
-                )
-                at_s = now_s + self._execute_timeout_s
-                return Started(at_s, machine, action, late, mishap, took_s)
-            case Mishap.ERROR:
-                failed = BackendError(f"model '{action.call.model}' failed")
-                return Started(now_s + took_s, machine, action, failed, mishap, took_s)
-        return Started(now_s + took_s, machine, action, None, mishap, took_s)
+        if mishap is Mishap.UNREACHABLE:
+            return Started(now_s + REFUSED_S, machine, action, _unreachable(machine))
+        hangs = mishap in (Mishap.HANG, Mishap.LOST_REPLY)
+        if hangs or took_s > action.timeout_s:
+            late = BackendError(
+                f"deadline exceeded while waiting for {machine.name}", kind=ErrorKind.DEADLINE
+            )
+            return Started(now_s + action.timeout_s, machine, action, late, mishap, took_s)
+        failed = None
+        if mishap is Mishap.ERROR:
+            failed = BackendError(f"model '{action.call.model}' failed")
+        return Started(now_s + took_s, machine, action, failed, mishap, took_s)
 
     def finish(self, started: Started) -> Event | None:
         """A batch ends; None where its machine was lost before."""

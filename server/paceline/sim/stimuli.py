@@ -28,6 +28,7 @@ class Arrive:
     priority: int | None = None
     version: str = ""
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)

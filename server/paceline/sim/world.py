@@ -21,6 +21,7 @@ from paceline.dispatch import (
     Answer,
     BatchDone,
     BatchFailed,
+    Broken,
     Cancel,
     Dispatcher,
     Event,
@@ -29,6 +30,7 @@ from paceline.dispatch import (
     InstallChain,
     MachineDown,
     MachineUp,
+    Partial,
     RemoveChain,
     Submit,
     Tick,
@@ -70,7 +72,6 @@ class World:
         *,
         seed: int = 0,
         noise: float = 0.0,
-        execute_timeout_s: float = 120.0,
         observers: Sequence[Observer] = (),
     ) -> None:
         """`durations` by model and hardware. Machines are announced when they are there."""
@@ -81,7 +82,6 @@ class World:
             models,
             rng=Random(seed),
             noise=noise,
-            execute_timeout_s=execute_timeout_s,
         )
         self.now_s = 0.0
         self.events = 0
@@ -103,16 +103,26 @@ class World:
             due_s, seq, item = heapq.heappop(due)
             if due_s > self.now_s:
                 self.now_s = due_s
-            if isinstance(item, Started):
-                self._finish(due_s, item)
-            elif isinstance(item, Tick):
-                if self._wake == (due_s, seq):
-                    self._wake = None
-                    self._handle(due_s, item)
-            elif isinstance(item, Arrive):
-                self._arrive(due_s, item)
-            else:
-                self._stimulate(due_s, item)
+            self._step(due_s, seq, item)
+
+    def run_stream(self, stimuli: Iterable[Stimulus]) -> None:
+        """As `run`, with stimuli in order of time that are drawn only when they are due."""
+        for stimulus in stimuli:
+            self._push(stimulus.at_s, stimulus)
+            self.run(until_s=stimulus.at_s)
+        self.run()
+
+    def _step(self, due_s: float, seq: int, item: Stimulus | Started | Event) -> None:
+        if isinstance(item, Started):
+            self._finish(due_s, item)
+        elif isinstance(item, Tick):
+            if self._wake == (due_s, seq):
+                self._wake = None
+                self._handle(due_s, item)
+        elif isinstance(item, Arrive):
+            self._arrive(due_s, item)
+        else:
+            self._stimulate(due_s, item)
 
     def _push(self, at_s: float, item: Stimulus | Started | Event) -> None:
         self._seq += 1
@@ -160,6 +170,7 @@ class World:
             priority=arrival.priority,
             version=arrival.version,
             parameters=arrival.parameters,
+            stream=arrival.stream,
         )
         self._handle(due_s, submit)
 
@@ -266,6 +277,12 @@ def _wanted(action: Action) -> str:
             return f"answer {action.request} {digest:08x}{met}"
         case Fail():
             return f"fail {action.request}: {action.error.kind.value}: {action.error}"
+        case Partial():
+            digest = crc32(b"".join(tensor.data for tensor in action.outputs))
+            shapes = " ".join(f"{tensor.name}{list(tensor.shape)}" for tensor in action.outputs)
+            return f"partial {action.request} from {action.start}: {shapes} {digest:08x}"
+        case Broken():
+            return f"broken {action.model} on {action.machine}: {action.reason}"
         case Wake():
             return f"wake at {action.at_s:.9f}"
         case _:
