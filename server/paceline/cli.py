@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-# Before grpc is imported: its fork handlers are of no use to a child that execs, and talk.
+# Before grpc is imported: its fork handlers are of no use to a child that execs, and talk; what
+# its core writes to stderr (a busy port, say) is said again, in one line, by us.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import typer
 import uvloop

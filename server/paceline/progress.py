@@ -60,7 +60,8 @@ class ServeProgress:
         )
 
     def _note(self, text: str) -> None:
-        self._console.print(f"paceline: {text}", markup=False)
+        # Not folded: a note is one line, also where it is longer than a table would be.
+        self._console.print(f"paceline: {text}", markup=False, soft_wrap=True)
 
     def _ready(self, plan: Plan, grpc_port: int, http_port: int, priced: bool) -> None:
         self._progress.stop()
