@@ -59,17 +59,17 @@ class Module:
     when: Source | None = None
     fan_out: float = 1.0
     on_error: str = "fail"
+    sources: tuple[Source, ...] = field(init=False, repr=False, compare=False)
+    """Everything it waits for."""
+    parents: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """Modules it waits for, by name, each once."""
 
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """Everything it waits for."""
+    def __post_init__(self) -> None:
         extra = tuple(s for s in (self.for_each, self.when) if s is not None)
-        return (*self.inputs.values(), *extra)
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        """Modules it waits for, by name, each once."""
-        return tuple(sorted({s.module for s in self.sources if s.module is not None}))
+        sources = (*self.inputs.values(), *extra)
+        parents = sorted({s.module for s in sources if s.module is not None})
+        object.__setattr__(self, "sources", sources)
+        object.__setattr__(self, "parents", tuple(parents))
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,12 +116,16 @@ class Admission:
 
         At once, where nobody can tell.
         """
-        free_s = pool.free_at_s(route.model, now_s)
-        if not free_s or route.row_s <= 0:
+        if route.row_s <= 0:
             return 0.0, 1
         ahead = self._ahead.get(id(route))
         rows = ahead.up_to(priority) if ahead is not None else 0.0
         batches, joined = divmod(int(rows + _NOTHING_ROWS), route.full_rows)
+        if batches == 0 and len(self._ahead) <= 1 and pool.any_free(route.model, now_s):
+            return 0.0, joined + 1
+        free_s = pool.free_at_s(route.model, now_s)
+        if not free_s:
+            return 0.0, 1
         rounds, position = divmod(batches, len(free_s))
         own_s = free_s[position] - now_s + rounds * route.row_s * route.full_rows
         return own_s + self._others_s(route, priority, pool), joined + 1

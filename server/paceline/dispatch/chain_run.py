@@ -7,7 +7,7 @@ false or when it needs a tensor of a skipped module; its outputs are then typed 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from math import prod
 
@@ -247,12 +247,12 @@ class ChainRun:
         return Tensor(value.name, value.datatype, shape, bytes(value.data) * rows)
 
 
-def _needed(route: ChainRoute, outputs: Iterable[str]) -> set[str]:
+def _needed(route: ChainRoute, outputs: Iterable[str]) -> Set[str]:
     """Modules that the requested outputs depend on; all when none are named."""
     chain = route.bound.chain
     wanted = [chain.outputs[name].module for name in outputs]
     if not wanted:
-        return {m.bound.name for m in route.modules}
+        return route.names
     found: set[str] = set()
     stack = [name for name in wanted if name is not None]
     while stack:

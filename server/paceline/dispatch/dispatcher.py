@@ -319,6 +319,8 @@ class Dispatcher:
             if offer is None or oldest is None or now_s - oldest.queued_s < AGED_AFTER_S:
                 continue
             behind = oldest.priority > best[1].head.priority
+            if offer.machine.identity in oldest.failed_on:
+                continue
             if behind and (aged is None or oldest.queued_s < aged.queued_s):
                 aged, found = oldest, (module, offer.led_by(oldest))
         return found

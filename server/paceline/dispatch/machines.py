@@ -51,7 +51,7 @@ class Lane:
         return self.batches >= STRAGGLER_BATCHES and self.ratio > STRAGGLER_RATIO
 
     def free(self, now_s: float) -> bool:
-        if self.quarantined:
+        if self.failures:
             return self.running == 0 and self.instances > 0 and now_s >= self.blocked_until_s
         return self.running < self.instances
 
@@ -66,6 +66,8 @@ class Machine:
     incarnation: int = 0
     lanes: dict[str, Lane] = field(default_factory=dict)
     ends_s: dict[int, float] = field(default_factory=dict)
+    busy: int = 0
+    """Batches it is executing."""
     up: bool = True
 
     @property
@@ -73,14 +75,11 @@ class Machine:
         """Its name and how often it came up: a restarted machine is another one."""
         return (self.name, self.incarnation)
 
-    @property
-    def busy(self) -> int:
-        """Batches it is executing."""
-        return len(self.ends_s)
-
     def can_run(self, model: str, now_s: float) -> bool:
+        if self.busy >= self.slots or not self.up:
+            return False
         lane = self.lanes.get(model)
-        return self.up and self.busy < self.slots and lane is not None and lane.free(now_s)
+        return lane is not None and lane.free(now_s)
 
 
 class MachinePool:
@@ -116,9 +115,12 @@ class MachinePool:
         self, model: str, now_s: float, but: frozenset[tuple[str, int]] = frozenset()
     ) -> list[Machine]:
         """Machines that can start a batch of `model` now, `but` those identities."""
-        return [
-            m for m in self._machines.values() if m.can_run(model, now_s) and m.identity not in but
-        ]
+        free = [m for m in self._machines.values() if m.can_run(model, now_s)]
+        return [m for m in free if m.identity not in but] if but else free
+
+    def any_free(self, model: str, now_s: float) -> bool:
+        """Whether `free` would find one."""
+        return any(m.can_run(model, now_s) for m in self._machines.values())
 
     def others(self, model: str, but: frozenset[tuple[str, int]]) -> bool:
         """Whether any machine holds `model` besides those identities."""
@@ -151,9 +153,13 @@ class MachinePool:
             lane = machine.lanes.get(model)
             if lane is None or lane.quarantined:
                 continue
+            most = min(machine.slots, lane.instances)
             idle = machine.slots - machine.busy
-            ends = [max(end_s, now_s) for end_s in machine.ends_s.values()]
-            times += sorted([now_s] * idle + ends)[: min(machine.slots, lane.instances)]
+            if idle >= most:
+                times += [now_s] * most
+                continue
+            ends = sorted(max(end_s, now_s) for end_s in machine.ends_s.values())
+            times += [now_s] * idle + ends[: most - idle]
         return sorted(times)
 
     def next_probe_s(self, model: str, now_s: float) -> float | None:
@@ -186,12 +192,14 @@ class MachinePool:
     ) -> None:
         """A batch went to a machine."""
         machine.lanes[route.model].running += 1
+        machine.busy += 1
         expected_s = self.expected_s(machine, route, rows)
         machine.ends_s[batch] = now_s + (expected_s or 0.0)
 
     def ended(self, machine: Machine, model: str, batch: int) -> None:
         """A batch came back, one way or the other."""
         machine.lanes[model].running -= 1
+        machine.busy -= 1
         del machine.ends_s[batch]
 
     def succeeded(self, machine: Machine, route: ModuleRoute, rows: int, took_s: float) -> None:
