@@ -27,6 +27,8 @@ class InferRequest:
     budget_s: float | None = None
     priority: int | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    stream_items: bool = False
+    """Whether the client of a stream wants the items of fan-outs as they come."""
 
     @property
     def size_bytes(self) -> int:

@@ -7,6 +7,7 @@ become bytes once; only typed contents (the slow way that the protocol also allo
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -68,21 +69,41 @@ def infer_request(message: Any, signature: Signature, remaining_s: float | None)
         parameters.budget_s,
         parameters.priority,
         parameters.forwarded,
+        parameters.stream_items,
     )
 
 
 def infer_response(message: Any, version: str, answer: InferAnswer) -> Any:
     """The ModelInferResponse to `message`; `version` is the one that answered."""
+    return _response(message, version, answer.outputs)
+
+
+def _response(message: Any, version: str, tensors: Sequence[Tensor]) -> Any:
     response = service_pb2.ModelInferResponse(
         model_name=message.model_name,
         model_version=message.model_version or version,
         id=message.id,
     )
     outputs, contents = response.outputs, response.raw_output_contents
-    for tensor in answer.outputs:
+    for tensor in tensors:
         outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         data = tensor.data
         contents.append(data if isinstance(data, bytes) else bytes(data))
+    return response
+
+
+def items_response(message: Any, version: str, start: int, outputs: Sequence[Tensor]) -> Any:
+    """A ModelInferResponse that holds items `start ..` of a fan-out, ahead of the full answer."""
+    response = _response(message, version, outputs)
+    response.parameters["paceline_first_item"].int64_param = start
+    response.parameters["triton_final_response"].bool_param = False
+    return response
+
+
+def final_response(message: Any, version: str, answer: InferAnswer) -> Any:
+    """The full answer behind `items_response`s."""
+    response = infer_response(message, version, answer)
+    response.parameters["triton_final_response"].bool_param = True
     return response
 
 

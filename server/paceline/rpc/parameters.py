@@ -25,6 +25,7 @@ class RequestParameters:
     budget_s: float | None = None
     priority: int | None = None
     forwarded: Mapping[str, Parameter] = field(default_factory=dict)
+    stream_items: bool = False
 
 
 def read_parameters(parameters: Mapping[str, Any], remaining_s: float | None) -> RequestParameters:
@@ -36,6 +37,7 @@ def read_parameters(parameters: Mapping[str, Any], remaining_s: float | None) ->
         return RequestParameters(remaining_s)
     budget_s = remaining_s
     priority: int | None = None
+    stream_items = False
     forwarded: dict[str, Parameter] = {}
     for name, parameter in parameters.items():
         kind = parameter.WhichOneof("parameter_choice")
@@ -48,6 +50,12 @@ def read_parameters(parameters: Mapping[str, Any], remaining_s: float | None) ->
             budget_s = _tightest(budget_s, _timeout_s(kind, value))
         elif name == "priority":
             priority = _priority(kind, value)
+        elif name == "stream_items":
+            if kind != "bool_param":
+                raise _invalid(
+                    "invalid value type for 'stream_items' parameter, expected bool_param."
+                )
+            stream_items = bool(value)
         elif name.startswith("sequence_"):
             if value:
                 raise RequestError(
@@ -56,7 +64,7 @@ def read_parameters(parameters: Mapping[str, Any], remaining_s: float | None) ->
                 )
         elif name not in _DROPPED and not name.startswith("triton_"):
             forwarded[name] = value
-    return RequestParameters(budget_s, priority, forwarded)
+    return RequestParameters(budget_s, priority, forwarded, stream_items)
 
 
 def _slo_s(kind: str, value: Parameter) -> float:

@@ -22,10 +22,16 @@ from paceline.core.bind import BoundChain
 from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.ports import Control, Inference
 from paceline.core.request import InferAnswer
+from paceline.core.tensor import Tensor
 from paceline.rpc import describe, wire
-from paceline.rpc.convert import infer_request, infer_response
+from paceline.rpc.convert import (
+    final_response,
+    infer_request,
+    infer_response,
+    items_response,
+)
 from paceline.rpc.status import Status, abort, answered, status_of
-from paceline.rpc.stream import Infer, InferStream, Reply
+from paceline.rpc.stream import Emit, Infer, InferStream, Reply
 from paceline.rpc.validate import Signature
 
 SERVICE = "inference.GRPCInferenceService"
@@ -69,8 +75,14 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         await abort(context, status)
 
     async def _raw_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        async def infer(message: Any) -> bytes:
-            answer, version = await self._serve(message, context.time_remaining())
+        async def infer(message: Any, emit: Emit) -> bytes:
+            def emit_raw(response: Any) -> None:
+                emit(response.SerializeToString())
+
+            answer, version = await self._serve(message, context.time_remaining(), emit_raw)
+            if "stream_items" in message.parameters:
+                final: bytes = final_response(message, version, answer).SerializeToString()
+                return final
             return wire.write_response(message, version, answer)
 
         await self._stream(_parsed(requests), context, infer, _raw_stream_reply)
@@ -85,8 +97,10 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         return infer_response(request, version, answer)
 
     async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> None:
-        async def infer(request: Any) -> Any:
-            answer, version = await self._serve(request, context.time_remaining())
+        async def infer(request: Any, emit: Emit) -> Any:
+            answer, version = await self._serve(request, context.time_remaining(), emit)
+            if "stream_items" in request.parameters:
+                return final_response(request, version, answer)
             return infer_response(request, version, answer)
 
         await self._stream(requests, context, infer, _stream_reply)
@@ -103,11 +117,22 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         if status is not None:
             await abort(context, status)
 
-    async def _serve(self, message: Any, remaining_s: float | None) -> tuple[InferAnswer, str]:
-        """The answer, and the version that gave it when the client named none."""
+    async def _serve(
+        self, message: Any, remaining_s: float | None, emit: Emit | None = None
+    ) -> tuple[InferAnswer, str]:
+        """The answer, and the version that gave it when the client named none.
+
+        `emit` gets the items of fan-outs as they come, where the request asks for it.
+        """
         signature = self._signature(message.model_name, message.model_version)
-        answer = await self._inference.infer(infer_request(message, signature, remaining_s))
-        return answer, signature.version
+        request = infer_request(message, signature, remaining_s)
+        if emit is None or not request.stream_items:
+            return await self._inference.infer(request), signature.version
+
+        def on_partial(start: int, outputs: tuple[Tensor, ...]) -> None:
+            emit(items_response(message, signature.version, start, outputs))
+
+        return await self._inference.infer(request, on_partial), signature.version
 
     def _signature(self, name: str, version: str) -> Signature:
         bound = self._control.callable(name, _checked(version))

@@ -20,7 +20,10 @@ from paceline.rpc.stopping import until
 
 IN_FLIGHT = 64
 
-Infer = Callable[[Any], Awaitable[Any]]
+Emit = Callable[[Any], None]
+"""Writes a response ahead of the one that ends its request."""
+
+Infer = Callable[[Any, Emit], Awaitable[Any]]
 Reply = Callable[[Any, Any | Status], Any]
 """`(request, response or failure)` as a ModelStreamInferResponse."""
 
@@ -38,8 +41,9 @@ class InferStream:
         self._fail_fast = fail_fast
         self._stopping = stopping
         self._slots = asyncio.Semaphore(IN_FLIGHT)
-        # Bounded by the slots: one is given back when its answer has been written.
-        self._finished: asyncio.Queue[tuple[Any, Any | Status] | None] = asyncio.Queue()
+        # Bounded by the slots, one of which is given back when a request's last response has been
+        # written, and by the limit on the items of a fan-out.
+        self._finished: asyncio.Queue[tuple[Any, Any | Status, bool] | None] = asyncio.Queue()
 
     async def run(
         self, requests: AsyncIterator[Any], write: Callable[[Any], Awaitable[None]]
@@ -48,12 +52,13 @@ class InferStream:
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(self._read(requests))
             while (item := await self._finished.get()) is not None:
-                request, outcome = item
+                request, outcome, last = item
                 if self._fail_fast and isinstance(outcome, Status):
                     reader.cancel()
                     return outcome
                 await write(self._reply(request, outcome))
-                self._slots.release()
+                if last:
+                    self._slots.release()
         return _STOPPING if self._stopping.is_set() else None
 
     async def _read(self, requests: AsyncIterator[Any]) -> None:
@@ -64,8 +69,11 @@ class InferStream:
         self._finished.put_nowait(None)
 
     async def _serve(self, request: Any) -> None:
+        def emit(response: Any) -> None:
+            self._finished.put_nowait((request, response, False))
+
         try:
-            outcome = await self._infer(request)
+            outcome = await self._infer(request, emit)
         except Exception as error:
             outcome = status_of(error)
-        self._finished.put_nowait((request, outcome))
+        self._finished.put_nowait((request, outcome, True))
