@@ -70,11 +70,11 @@ outputs:
 
 @pytest.fixture(scope="session")
 def front_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`slow` takes 150 ms whatever the batch, one batch at a time."""
+    """`slow` takes 80 ms whatever the batch, one batch at a time."""
     repository = tmp_path_factory.mktemp("front-models")
     write_identity(repository)
     write_add(repository)
-    write_timed(repository, {1: 150}, "slow", max_batch_size=4)
+    write_timed(repository, {1: 80}, "slow", max_batch_size=4)
     write_transpose(repository)
     write_failing(repository)
     write_broken(repository)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+from PIL import Image
 from tests import ocr_images
 from tests.integration.ocr_reference import reference_boxes, reference_lines
 from tests.integration.paceline_process import Paceline, run_cli
@@ -107,3 +109,20 @@ def test_only_what_is_asked_for_is_computed_and_returned(ocr: Paceline) -> None:
     told = run_cli("explain", "boxes-only", "--server", ocr.address, "--format", "json")
     modules = [span["module"] for span in json.loads(told.stdout)["spans"]]
     assert modules == ["prepare", "detect", "extract"]
+
+
+def test_the_command_line_reads_an_image_file(ocr: Paceline, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.png"
+    Image.fromarray(ocr_images.tiny()).save(file)
+    ended = run_cli(
+        *("infer", "ocr", "--input", f"image={file}", "--server", ocr.address),
+        *("--format", "json"),
+    )
+    assert ended.returncode == 0, ended.stderr
+    outputs = json.loads(ended.stdout)["outputs"]
+    sure = [
+        text
+        for (text,), (confidence,) in zip(outputs["text"], outputs["confidence"], strict=True)
+        if confidence >= LEAST_CONFIDENCE
+    ]
+    assert sure == [text for text, _ in reference("tiny")[0]]
