@@ -121,7 +121,7 @@ def draw(seed: int) -> Case:
     durations = {name: {kind: _durations(rng) for kind in kinds} for name in specs}
     machines = _machines(rng, tuple(specs), kinds)
     bounds = _chains(rng, specs, datatype)
-    setup = tuple(Install(0.0, _route(rng, b, durations, kinds)) for b in bounds)
+    setup = tuple(Install(0.0, _route(rng, b, durations, machines)) for b in bounds)
     slots = sum(m.slots for m in machines)
     arrivals = _arrivals(rng, bounds, durations, slots, datatype)
     end_s = arrivals[-1].at_s if arrivals else 0.0
@@ -129,7 +129,7 @@ def draw(seed: int) -> Case:
     if rng.random() < 0.65:
         stimuli += _faults(rng, machines, end_s)
     if rng.random() < 0.2:
-        stimuli += _operations(rng, machines, bounds, durations, kinds, end_s)
+        stimuli += _operations(rng, machines, bounds, durations, end_s)
     stimuli.sort(key=lambda s: s.at_s)
     late_s = max((s.at_s for s in stimuli), default=0.0) + 1.0
     return Case(
@@ -225,7 +225,15 @@ def _chain(rng: Random, name: str, specs: Mapping[str, ModelSpec], datatype: str
     outputs["last"] = produced[-1] if modules[-1].for_each is None else tables[-1]
     inputs_spec = (TensorSpec("image", datatype, (-1,)),)
     rng.shuffle(modules)
-    chain = Chain(name, 1.0, inputs_spec, tuple(modules), outputs, priority=rng.choice((0, 0, 1)))
+    chain = Chain(
+        name,
+        1.0,
+        inputs_spec,
+        tuple(modules),
+        outputs,
+        priority=rng.choice((0, 0, 1)),
+        dispatch=rng.choice(("pooled", "pooled", "throughput-cost", "round-robin")),
+    )
     return bind(chain, specs)
 
 
@@ -237,7 +245,7 @@ def _route(
     rng: Random,
     bound: BoundChain,
     durations: Mapping[str, Mapping[str, Durations]],
-    kinds: tuple[str, ...],
+    machines: tuple[MachineSpec, ...],
 ) -> ChainRoute:
     """A route with a plan, with durations alone, or with nothing."""
     how = rng.random()
@@ -245,16 +253,18 @@ def _route(
         return route_chain(bound)
     if how < 0.3:
         return route_chain(bound, None, durations)
+    rate_rps = rng.choice((1.0, 10.0, 100.0))
     modules = []
     for module in bound.modules:
-        limit = module.spec.row_limit
-        allocations = tuple(
-            Allocation(kind, batch, durations[module.spec.name][kind].at(batch), 1.0, 1.0)
-            for kind in kinds[: rng.choice((1, 2))]
-            for batch in [rng.randint(1, limit)]
-        )
-        modules.append(ModulePlan(module.name, module.spec.name, 1.0, 0.0, 1.0, 1.0, allocations))
-    plan = ChainPlan(bound.name, bound.chain.slo_s, 1.0, 1.0, tuple(modules))
+        model, limit = module.spec.name, module.spec.row_limit
+        homes = sorted({m.hardware for m in machines if model in m.instances})
+        allocations = []
+        for kind in rng.sample(homes, rng.randint(1, len(homes))):
+            batch, share = rng.randint(1, limit), rng.choice((0.4, 1.0, 1.0, 2.5))
+            took_s = durations[model][kind].at(batch)
+            allocations.append(Allocation(kind, batch, took_s, share, 1.0))
+        modules.append(ModulePlan(module.name, model, rate_rps, 0.0, 1.0, 1.0, tuple(allocations)))
+    plan = ChainPlan(bound.name, bound.chain.slo_s, rate_rps, 1.0, tuple(modules))
     return route_chain(bound, plan, durations)
 
 
@@ -384,7 +394,6 @@ def _operations(
     machines: tuple[MachineSpec, ...],
     bounds: list[BoundChain],
     durations: Mapping[str, Mapping[str, Durations]],
-    kinds: tuple[str, ...],
     end_s: float,
 ) -> list[Stimulus]:
     """What an operator does: plan anew, remove a chain, resize a machine."""
@@ -393,7 +402,7 @@ def _operations(
         at_s, bound = rng.random() * end_s, rng.choice(bounds)
         match rng.choice(("replan", "remove", "resize")):
             case "replan":
-                found.append(Install(at_s, _route(rng, bound, durations, kinds)))
+                found.append(Install(at_s, _route(rng, bound, durations, machines)))
             case "remove":
                 found.append(Remove(at_s, bound.name))
             case _:

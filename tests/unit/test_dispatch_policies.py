@@ -312,13 +312,13 @@ def test_garbled_outputs_are_the_machines_fault_and_run_elsewhere() -> None:
     assert isinstance(again, Execute) and again.machine != first.machine
 
 
-def test_a_batch_may_hang_for_ten_times_its_profiled_duration_before_it_is_given_up() -> None:
+def test_a_batch_may_hang_for_twenty_times_its_profiled_duration_and_ten_seconds_at_least() -> None:
     dispatcher = Dispatcher()
     dispatcher.handle(m3_chain("pooled", [(32, 1.0)], 40, 100.0), now_s=0.0)
     dispatcher.handle(MachineUp("g0", "gpu", 1, {"m3": 1}), now_s=0.0)
     x = Tensor("x", "BOOL", (1,), b"1")
     (launch, *_) = executes(dispatcher.handle(Submit(1, "m3_chain", {"x": x}, 90.0), now_s=0.0))
-    assert launch.timeout_s == pytest.approx(2.0), "never less than 2 s"
+    assert launch.timeout_s == pytest.approx(10.0)
 
 
 def test_low_priority_is_served_now_and_then_under_constant_high_priority_load() -> None:

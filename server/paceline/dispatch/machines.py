@@ -25,8 +25,9 @@ STRAGGLER_RATIO = 1.5
 STRAGGLER_BATCHES = 20
 """A lane is a straggler when it has been that much slower than profiled over that many batches."""
 
-HANG_FACTOR = 10.0
-LEAST_HANG_S = 2.0
+HANG_FACTOR = 20.0
+LEAST_HANG_S = 10.0
+"""Generous: durations depend on what is in a request, and a false alarm costs a reload."""
 UNPROFILED_HANG_S = 120.0
 
 
