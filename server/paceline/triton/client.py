@@ -1,9 +1,8 @@
 """One Triton over gRPC: executing batches, repository calls, what it says about its models.
 
 Invariant: every failure of a call becomes one BackendError (ResidencyError while connecting)
-that names the server; cancelling the caller cancels the call. A batch's bytes are joined once,
-straight into the message that is sent: a serialized message is a concatenation of its fields,
-so the raw contents are appended to the serialized rest.
+that names the server; cancelling the caller cancels the call. Batches take the fast way
+(`execution`: raw bytes, HTTP/2 by hand, shared memory), everything else goes through grpc.aio.
 """
 
 from __future__ import annotations
@@ -19,11 +18,29 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from paceline.core.errors import BackendError, ErrorKind, ResidencyError
 from paceline.core.ports import ModelCall, ModelState
-from paceline.core.request import Parameter
-from paceline.core.tensor import BatchTensor, Buffer, Tensor
-from paceline.triton.contents import typed_bytes
+from paceline.core.tensor import Tensor
+from paceline.triton.execution import Execution
+from paceline.triton.http2 import Http2Transport
+from paceline.triton.messages import INT32_MAX, decode_infer_response, encode_infer_request
+from paceline.triton.shared_memory import SharedMemoryPool
+from paceline.triton.transport import (
+    NO_TIMEOUT_S,
+    CallFailed,
+    ChannelClosed,
+    GrpcTransport,
+    call_failed,
+)
 
-INT32_MAX = 2**31 - 1
+__all__ = [
+    "ServerIdentity",
+    "TritonClient",
+    "TritonFleet",
+    "checked_url",
+    "decode_infer_response",
+    "encode_infer_request",
+    "error_kind",
+]
+
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", INT32_MAX),
     ("grpc.max_receive_message_length", INT32_MAX),
@@ -42,9 +59,6 @@ CHANNEL_OPTIONS = (
 )
 DEFAULT_TIMEOUT_S = 10.0
 _PROBE_MODEL = "paceline-probe-of-model-control-mode"
-_RAW_INPUT_TAG = bytes(
-    [service_pb2.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number << 3 | 2]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +73,11 @@ class ServerIdentity:
 class TritonClient:
     """A channel to one Triton. Use inside a running event loop; `close` when done."""
 
-    def __init__(self, url: str, *, name: str = "") -> None:
+    def __init__(self, url: str, *, name: str = "", fast: bool = True) -> None:
+        """`fast` false sends batches through grpc.aio, without shared memory; for comparison."""
         self._url = checked_url(url)
         self._name = name
+        self._fast = fast
         self._open()
 
     @classmethod
@@ -96,14 +112,15 @@ class TritonClient:
         Also for an unchanged `url`: the old connection may still wait out its back-off. Calls in
         flight on it fail. Raises ResidencyError when nothing answers within `timeout_s`.
         """
-        self._url, old = checked_url(url), self._channel
+        old = (self._channel, self._execution, self._pool)
+        self._url = checked_url(url)
         self._open()
-        await old.close(None)
+        await _close(*old, unregister=False)
         await self._await_live(timeout_s)
 
     async def close(self) -> None:
         """Close the channel; calls in flight fail with BackendError."""
-        await self._channel.close(None)
+        await _close(self._channel, self._execution, self._pool, unregister=True)
 
     async def execute(self, call: ModelCall, *, timeout_s: float) -> tuple[Tensor, ...]:
         """Run one batch; outputs in the order of `call.outputs` (all, as sent, if it names none).
@@ -115,9 +132,10 @@ class TritonClient:
                 f"deadline exceeded before model {call.model!r} was started",
                 kind=ErrorKind.DEADLINE,
             )
-        message = encode_infer_request(call)
-        response = await self._call(self._infer, message, timeout_s)
-        tensors = decode_infer_response(response)
+        try:
+            tensors = await self._execution.run(call, timeout_s)
+        except (CallFailed, ChannelClosed) as error:
+            raise self._failure(error) from None
         if not call.outputs:
             return tuple(tensors.values())
         try:
@@ -189,11 +207,27 @@ class TritonClient:
     def _open(self) -> None:
         self._channel = grpc.aio.insecure_channel(self._url, options=CHANNEL_OPTIONS)
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._infer: Any = self._channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            request_serializer=None,
-            response_deserializer=service_pb2.ModelInferResponse.FromString,
+        channel, url = self._channel, self._url
+        self._pool = None
+        if self._fast:
+            self._pool = SharedMemoryPool(self._register, self._unregister, self._registered)
+        transport = Http2Transport(url) if self._fast else GrpcTransport(channel)
+        self._execution = Execution(transport, self._pool, lambda: GrpcTransport(channel))
+
+    async def _register(self, region: str, key: str, size_bytes: int) -> None:
+        request = service_pb2.SystemSharedMemoryRegisterRequest(
+            name=region, key=key, offset=0, byte_size=size_bytes
         )
+        await self._call(self._stub.SystemSharedMemoryRegister, request, DEFAULT_TIMEOUT_S)
+
+    async def _unregister(self, region: str) -> None:
+        request = service_pb2.SystemSharedMemoryUnregisterRequest(name=region)
+        await self._call(self._stub.SystemSharedMemoryUnregister, request, DEFAULT_TIMEOUT_S)
+
+    async def _registered(self) -> list[str]:
+        request = service_pb2.SystemSharedMemoryStatusRequest()
+        response = await self._call(self._stub.SystemSharedMemoryStatus, request, DEFAULT_TIMEOUT_S)
+        return list(response.regions)
 
     async def _flag(self, method: Any, request: Any, timeout_s: float) -> bool:
         try:
@@ -206,37 +240,34 @@ class TritonClient:
         self, method: Any, request: Any, timeout_s: float, *, wait_for_ready: bool = False
     ) -> Any:
         """One unary call; AioRpcError becomes BackendError."""
-        timeout = timeout_s if timeout_s < 1e9 else None
+        timeout = timeout_s if timeout_s < NO_TIMEOUT_S else None
         try:
             return await method(request, timeout=timeout, wait_for_ready=wait_for_ready)
         except grpc.aio.AioRpcError as error:
-            raise self._error(error) from None
+            raise self._failure(call_failed(error)) from None
         except grpc.aio.UsageError:
-            raise BackendError(
-                f"the connection to {self.name} is closed", kind=ErrorKind.UNAVAILABLE
-            ) from None
+            raise self._failure(ChannelClosed(during_call=False)) from None
         except asyncio.CancelledError:
             # grpc.aio also raises this when the channel is closed under a call.
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise BackendError(
-                f"the connection to {self.name} was closed during a call",
-                kind=ErrorKind.UNAVAILABLE,
-            ) from None
+            raise self._failure(ChannelClosed(during_call=True)) from None
 
-    def _error(self, error: grpc.aio.AioRpcError) -> BackendError:
-        details = error.details() or error.code().name
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+    def _failure(self, error: CallFailed | ChannelClosed) -> BackendError:
+        if isinstance(error, ChannelClosed):
+            how = "was closed during a call" if error.during_call else "is closed"
+            return BackendError(f"the connection to {self.name} {how}", kind=ErrorKind.UNAVAILABLE)
+        if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return BackendError(
                 f"deadline exceeded while waiting for {self.name}", kind=ErrorKind.DEADLINE
             )
-        if error.code() is grpc.StatusCode.UNAVAILABLE and not _from_peer(error):
+        if error.unreachable:
             return BackendError(
-                f"Triton at {self._url} is not reachable: {_one_line(details)}",
+                f"Triton at {self._url} is not reachable: {_one_line(error.message)}",
                 kind=ErrorKind.UNAVAILABLE,
             )
-        return BackendError(details, kind=error_kind(error.code(), details))
+        return BackendError(error.message, kind=error_kind(error.code, error.message))
 
     async def _await_live(self, timeout_s: float) -> None:
         try:
@@ -324,48 +355,6 @@ def checked_url(url: str) -> str:
     return bare
 
 
-def encode_infer_request(call: ModelCall) -> bytes:
-    """A serialized ModelInferRequest with raw contents; each part is copied once.
-
-    Raises BackendError (INVALID) above what one gRPC message can hold.
-    """
-    header = service_pb2.ModelInferRequest(
-        model_name=call.model, model_version=call.version, id=call.request_id
-    )
-    for tensor in call.inputs:
-        header.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-    for name in call.outputs:
-        header.outputs.add(name=name)
-    for key, value in call.parameters.items():
-        _set_parameter(header.parameters[key], value)
-    chunks: list[Buffer] = [header.SerializeToString()]
-    for tensor in call.inputs:
-        chunks += _raw_field(tensor)
-    size_bytes = sum(map(len, chunks))
-    if size_bytes > INT32_MAX:
-        raise BackendError(
-            f"a batch of {size_bytes} bytes for model {call.model!r} is above gRPC's limit of "
-            f"{INT32_MAX}",
-            kind=ErrorKind.INVALID,
-        )
-    return b"".join(chunks)
-
-
-def decode_infer_response(response: Any) -> dict[str, Tensor]:
-    """Outputs by name, raw or typed. Raises BackendError when contents are missing."""
-    raw = response.raw_output_contents
-    tensors: dict[str, Tensor] = {}
-    if raw and len(raw) != len(response.outputs):
-        raise BackendError(
-            f"model {response.model_name!r} answered {len(response.outputs)} outputs with "
-            f"{len(raw)} raw contents"
-        )
-    for index, output in enumerate(response.outputs):
-        data = raw[index] if raw else typed_bytes(output.datatype, output.contents)
-        tensors[output.name] = Tensor(output.name, output.datatype, tuple(output.shape), data)
-    return tensors
-
-
 def error_kind(code: grpc.StatusCode, details: str) -> ErrorKind:
     """The kind of a failure that Triton itself reported.
 
@@ -397,35 +386,18 @@ _UNAVAILABLE_KINDS = (
 )
 
 
-def _from_peer(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the server sent this status (rather than gRPC making it up for a lost connection)."""
-    return "Error received from peer" in (error.debug_error_string() or "")
+async def _close(
+    channel: grpc.aio.Channel,
+    execution: Execution,
+    pool: SharedMemoryPool | None,
+    *,
+    unregister: bool,
+) -> None:
+    await execution.close()
+    if pool is not None:
+        await pool.close(unregister=unregister)
+    await channel.close(None)
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:300]
-
-
-def _raw_field(tensor: BatchTensor) -> list[Buffer]:
-    size = tensor.size_bytes
-    return [_RAW_INPUT_TAG + _varint(size), *tensor.parts]
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _set_parameter(slot: Any, value: Parameter) -> None:
-    if isinstance(value, bool):
-        slot.bool_param = value
-    elif isinstance(value, int):
-        slot.int64_param = value
-    elif isinstance(value, float):
-        slot.double_param = value
-    else:
-        slot.string_param = value

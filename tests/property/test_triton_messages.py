@@ -1,0 +1,99 @@
+"""Towards Triton, too, hand-made messages are those that protobuf makes and reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from tritonclient.grpc import service_pb2
+
+from paceline.core.errors import BackendError
+from paceline.core.ports import ModelCall
+from paceline.core.tensor import BatchTensor
+from paceline.triton.messages import Place, decode_infer_response, infer_request, read_response
+
+TEXT = st.text(max_size=6)
+SHAPE = st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple)
+PARTS = st.lists(st.binary(max_size=40), max_size=3).map(tuple)
+PARAMETERS = st.dictionaries(
+    TEXT,
+    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXT,
+    max_size=3,
+)
+PLACE = st.builds(Place, TEXT, st.integers(0, 2**40), st.integers(0, 2**40))
+
+calls = st.builds(
+    ModelCall,
+    TEXT,
+    st.lists(st.builds(BatchTensor, TEXT, TEXT, SHAPE, PARTS), max_size=3).map(tuple),
+    st.lists(TEXT, max_size=3).map(tuple),
+    TEXT,
+    TEXT,
+    PARAMETERS,
+)
+
+
+def value_of(parameter: Any) -> Any:
+    return getattr(parameter, parameter.WhichOneof("parameter_choice"))
+
+
+@given(call=calls)
+def test_protobuf_reads_what_was_asked_for(call: ModelCall) -> None:
+    message = service_pb2.ModelInferRequest.FromString(b"".join(infer_request(call)))
+    assert (message.model_name, message.model_version) == (call.model, call.version)
+    assert message.id == call.request_id
+    assert {k: value_of(v) for k, v in message.parameters.items()} == dict(call.parameters)
+    headers = [(t.name, t.datatype, tuple(t.shape)) for t in message.inputs]
+    assert headers == [(t.name, t.datatype, t.shape) for t in call.inputs]
+    assert list(message.raw_input_contents) == [b"".join(t.parts) for t in call.inputs]
+    assert tuple(output.name for output in message.outputs) == call.outputs
+
+
+@given(call=calls, data=st.data())
+def test_places_in_shared_memory_stand_where_triton_looks_for_them(
+    call: ModelCall, data: st.DataObject
+) -> None:
+    inputs = [data.draw(PLACE) for _ in call.inputs]
+    outputs = [data.draw(PLACE) for _ in call.outputs]
+    message = service_pb2.ModelInferRequest.FromString(
+        b"".join(infer_request(call, inputs, outputs))
+    )
+    for tensors, places in ((message.inputs, inputs), (message.outputs, outputs)):
+        for tensor, place in zip(tensors, places, strict=True):
+            assert {k: value_of(v) for k, v in tensor.parameters.items()} == {
+                "shared_memory_region": place.region,
+                "shared_memory_byte_size": place.size_bytes,
+                "shared_memory_offset": place.offset,
+            }
+    assert not inputs or not message.raw_input_contents
+
+
+@given(
+    outputs=st.lists(st.tuples(TEXT, TEXT, SHAPE, st.binary(max_size=200)), max_size=3),
+    parameter=st.booleans(),
+    more=st.binary(max_size=5),
+)
+def test_an_answer_is_read_as_protobuf_reads_it(
+    outputs: list[tuple[str, str, tuple[int, ...], bytes]], parameter: bool, more: bytes
+) -> None:
+    message = service_pb2.ModelInferResponse(model_name="m", model_version="1", id="7")
+    for name, datatype, shape, data in outputs:
+        message.outputs.add(name=name, datatype=datatype, shape=shape)
+        message.raw_output_contents.append(data)
+    if parameter:
+        message.parameters["triton_final_response"].bool_param = True
+    data = message.SerializeToString() + more
+    try:
+        expected: Any = decode_infer_response(service_pb2.ModelInferResponse.FromString(data))
+    except Exception:
+        expected = None
+    try:
+        read = read_response(memoryview(data))
+    except BackendError:
+        assert expected is None
+        return
+    assert expected is not None
+    assert {k: (t.datatype, t.shape, bytes(t.data)) for k, t in read.items()} == {
+        k: (t.datatype, t.shape, bytes(t.data)) for k, t in expected.items()
+    }

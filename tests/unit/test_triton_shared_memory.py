@@ -1,0 +1,147 @@
+"""Regions of shared memory are bounded, used by one batch at a time, and leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+from paceline.core.errors import BackendError
+from paceline.core.tensor import BatchTensor
+from paceline.triton.messages import Place
+from paceline.triton.shared_memory import DIRECTORY, SharedMemoryPool
+
+MIB = 1 << 20
+NAMESPACE = Path("/proc/self/ns/pid").stat().st_ino
+
+
+class Registry:
+    """What a Triton knows; `refuses` is how one on another machine answers."""
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.regions: dict[str, int] = {}
+        self.seen: list[Path] = []
+
+    async def register(self, name: str, key: str, size_bytes: int) -> None:
+        path = DIRECTORY / key.lstrip("/")
+        assert path.stat().st_size == size_bytes
+        self.seen.append(path)
+        if self.refuses:
+            raise BackendError("Unable to open shared memory region")
+        self.regions[name] = size_bytes
+
+    async def unregister(self, name: str) -> None:
+        self.regions.pop(name, None)
+
+    async def registered(self) -> list[str]:
+        return list(self.regions)
+
+    def pool(self, limit_bytes: int = 8 * MIB) -> SharedMemoryPool:
+        return SharedMemoryPool(
+            self.register, self.unregister, self.registered, limit_bytes=limit_bytes
+        )
+
+
+def tensor(*parts: bytes) -> BatchTensor:
+    return BatchTensor("x", "UINT8", (sum(map(len, parts)),), parts)
+
+
+async def test_a_region_is_made_once_and_used_again() -> None:
+    registry = Registry()
+    pool = registry.pool()
+    first = await pool.acquire(700_000)
+    assert first is not None and first.size_bytes == MIB
+    second = await pool.acquire(700_000)
+    assert second is not None and second is not first
+    pool.release(first)
+    assert await pool.acquire(1000) is first
+    assert sorted(registry.regions.values()) == [MIB, MIB]
+    assert not any(path.exists() for path in registry.seen)
+
+
+async def test_tensors_are_joined_one_behind_the_other() -> None:
+    region = await Registry().pool().acquire(1000)
+    assert region is not None
+    places = region.write((tensor(b"ab", b"cd"), tensor(), tensor(b"e")))
+    assert places == (
+        Place(region.name, 0, 4),
+        Place(region.name, 64, 0),
+        Place(region.name, 64, 1),
+    )
+    assert bytes(region.view[:4]) == b"abcd" and region.view[64] == ord("e")
+
+
+async def test_a_lent_region_comes_back_with_its_last_view() -> None:
+    pool = Registry().pool(limit_bytes=MIB)
+    region = await pool.acquire(1000)
+    assert region is not None
+    returned: list[bool] = []
+    view = region.lend(lambda: returned.append(True))
+    region.view[2:4] = b"hi"
+    piece = view[2:4]
+    del view
+    gc.collect()
+    assert not returned and bytes(piece) == b"hi"
+    del piece
+    gc.collect()
+    assert returned
+
+
+async def test_all_regions_together_stay_below_the_limit() -> None:
+    registry = Registry()
+    pool = registry.pool(limit_bytes=4 * MIB)
+    small = [await pool.acquire(MIB) for _ in range(4)]
+    assert all(region is not None for region in small)
+    assert await pool.acquire(MIB) is None
+    for region in small:
+        assert region is not None
+        pool.release(region)
+    large = await pool.acquire(3 * MIB)
+    assert large is not None and large.size_bytes == 4 * MIB
+    assert registry.regions == {large.name: 4 * MIB}
+    assert await pool.acquire(5 * MIB) is None
+    assert pool.size_bytes == 4 * MIB
+
+
+async def test_a_region_that_triton_may_still_use_is_never_used_again() -> None:
+    registry = Registry()
+    pool = registry.pool(limit_bytes=2 * MIB)
+    first = await pool.acquire(1000)
+    assert first is not None
+    pool.give_up(first)
+    second = await pool.acquire(1000)
+    assert second is not None and second.name != first.name
+    assert await pool.acquire(1000) is None
+    await pool.close(unregister=True)
+    assert first.name in registry.regions
+
+
+async def test_a_triton_elsewhere_turns_the_pool_off_for_good() -> None:
+    registry = Registry(refuses=True)
+    pool = registry.pool()
+    assert await pool.acquire(1000) is None
+    assert not pool.on and pool.size_bytes == 0
+    assert await pool.acquire(1000) is None
+    assert len(registry.seen) == 1 and not registry.seen[0].exists()
+
+
+async def test_closing_unregisters_what_is_free() -> None:
+    registry = Registry()
+    pool = registry.pool()
+    region = await pool.acquire(1000)
+    assert region is not None
+    pool.release(region)
+    await pool.close(unregister=True)
+    assert not registry.regions
+    assert await pool.acquire(1000) is None
+
+
+async def test_regions_of_a_paceline_that_was_killed_are_unregistered_first() -> None:
+    registry = Registry()
+    dead, alive = f"paceline-{NAMESPACE}-999999999-x", f"paceline-{NAMESPACE}-{os.getpid()}-x"
+    foreign = ("somebody-elses", f"paceline-{NAMESPACE + 1}-999999999-x")
+    registry.regions = dict.fromkeys((dead, alive, *foreign), MIB)
+    region = await registry.pool().acquire(1000)
+    assert region is not None
+    assert set(registry.regions) == {alive, *foreign, region.name}
