@@ -97,7 +97,18 @@ def serve(
     drain_s: Annotated[
         float, typer.Option(min=0, help="How long accepted requests may take after SIGTERM.")
     ] = 30.0,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Front processes on the gRPC port, each with its share of the machines; "
+            "worker i serves HTTP on the HTTP port + i.",
+        ),
+    ] = 1,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    worker: Annotated[str, typer.Option(hidden=True)] = "0/1",
+    ready_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve chains over gRPC (KServe v2); without --triton, on a local Triton that it starts.
 
@@ -105,8 +116,10 @@ def serve(
     what was accepted is answered first.
     """
     from paceline.progress import ServeProgress
+    from paceline.runtime.placement import Share
     from paceline.serving import ServeSettings, TritonTarget
     from paceline.serving import serve as run
+    from paceline.workers import serve_workers
 
     _set_up_logging(log_level)
     targets = tuple(TritonTarget.parse(text) for text in triton or ())
@@ -129,9 +142,13 @@ def serve(
         http_port=http_port,
         max_message_bytes=max_message_mib * MIB,
         drain_s=drain_s,
+        share=Share(*map(int, worker.split("/"))),
     )
-    with ServeProgress(host) as progress:
-        uvloop.run(run(settings, progress.events))
+    with ServeProgress(host, ready_fd=ready_fd) as progress:
+        if workers == 1:
+            uvloop.run(run(settings, progress.events))
+        else:
+            uvloop.run(serve_workers(settings, workers, progress.events, log_level))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 
@@ -17,8 +18,10 @@ from paceline.serving import Events
 class ServeProgress:
     """Turns the server's events into output on stderr."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, *, ready_fd: int | None = None) -> None:
+        """`ready_fd`: a pipe of the supervisor's that is told when requests are served."""
         self._host = host
+        self._ready_fd = ready_fd
         self._console: Console = console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -71,3 +74,6 @@ class ServeProgress:
             f"serving gRPC on {self._host}:{grpc_port}, "
             f"HTTP on {self._host}:{http_port}; Ctrl-C stops"
         )
+        if self._ready_fd is not None:
+            os.write(self._ready_fd, b"1")
+            os.close(self._ready_fd)

@@ -27,7 +27,7 @@ from paceline.metrics import Metrics
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
 from paceline.runtime.controller import Controller, Machine, Step
 from paceline.runtime.engine import Engine
-from paceline.runtime.placement import Site
+from paceline.runtime.placement import Share, Site
 from paceline.runtime.statistics import Statistics
 from paceline.triton.client import TritonClient, TritonFleet, checked_url
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
@@ -38,12 +38,16 @@ from paceline.web.app import start_web
 logger = logging.getLogger(__name__)
 
 LOCAL = "local"
-"""The name of the machine that Paceline starts itself."""
+LOCAL_HARDWARE = "cpu"
+"""The name and hardware of the machine that Paceline starts itself."""
 
 UNDECLARED_PRICE_PER_HOUR = 1.0
 """Price of hardware when no --hardware file is given: costs then count machines."""
 
 _OVERHEAD_PROBES = 20
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_WATCH_EVERY_S = 1.0
+_WATCH_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,8 @@ class ServeSettings:
     http_port: int = 8002
     max_message_bytes: int = MAX_MESSAGE_BYTES
     drain_s: float = 30.0
+    share: Share = field(default_factory=Share)
+    """Which of several workers this is."""
 
 
 @dataclass(slots=True)
@@ -98,14 +104,16 @@ async def serve(settings: ServeSettings, events: Events) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises PacelineError when it cannot start."""
     chains = read_chains(settings.chains)
     hardware = _hardware(settings)
-    _check_directories(settings)
-    stop = _stop_on_signals(events)
+    check_directories(settings)
+    stop = stop_on_signals(events)
     async with AsyncExitStack() as stack:
         fleet = TritonFleet()
         metrics = Metrics()
         statistics = Statistics()
         engine = Engine(fleet)
-        controller = Controller(engine, statistics, hardware=hardware, on_step=events.on_step)
+        controller = Controller(
+            engine, statistics, hardware=hardware, share=settings.share, on_step=events.on_step
+        )
         engine.watch(on_timeline=metrics.observe)
         engine.watch(
             on_timeline=controller.observe,
@@ -126,6 +134,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             host=settings.host,
             port=settings.grpc_port,
             max_message_bytes=settings.max_message_bytes,
+            shared_port=settings.share.count > 1,
         )
         stack.push_async_callback(rpc.stop, 1.0)
         stack.push_async_callback(fleet.close)
@@ -145,11 +154,11 @@ async def serve(settings: ServeSettings, events: Events) -> None:
 def _hardware(settings: ServeSettings) -> dict[str, Hardware]:
     if settings.hardware is not None:
         return read_hardware(settings.hardware)
-    names = {target.hardware for target in settings.tritons} or {"cpu"}
+    names = {target.hardware for target in settings.tritons} or {LOCAL_HARDWARE}
     return {name: Hardware(name, UNDECLARED_PRICE_PER_HOUR) for name in sorted(names)}
 
 
-def _check_directories(settings: ServeSettings) -> None:
+def check_directories(settings: ServeSettings) -> None:
     """Raises ConfigError for a repository that is not there, a state directory that cannot be."""
     for repository in settings.model_repositories:
         if not repository.is_dir():
@@ -161,7 +170,7 @@ def _check_directories(settings: ServeSettings) -> None:
         raise ConfigError(f"{where}: {error.strerror}", key="--state-dir") from None
 
 
-def _stop_on_signals(events: Events) -> asyncio.Event:
+def stop_on_signals(events: Events) -> asyncio.Event:
     """Set by the first SIGTERM or SIGINT; a further SIGINT ends the process at once.
 
     A further SIGTERM changes nothing: `timeout` and supervisors send it to a process and again
@@ -210,7 +219,11 @@ async def _start(
             client = await TritonClient.connect(target.url, name=name)
             fleet.add(name, client)
             site = Site(name, target.hardware, settings.slots or 1)
-            controller.add_machine(await _machine(settings, client, site, local=False))
+            # Its port may be another one next time; this processor is the same.
+            local = target.url.rpartition(":")[0] in _LOOPBACK
+            controller.add_machine(await _machine(settings, client, site, local=local))
+            watch = asyncio.create_task(_watch(client, controller), name=f"watch {name}")
+            stack.push_async_callback(_cancelled, watch)
     else:
         await _start_local(settings, controller, fleet, stack, events)
     return await controller.start(chains)
@@ -235,21 +248,55 @@ async def _start_local(
         await controller.machine_up(LOCAL)
         logger.warning("the local Triton is back, models loaded")
 
+    triton = local_triton(settings, events)
+    triton.on_down, triton.on_up = on_down, on_up
+    stack.push_async_callback(triton.stop)
+    url = await triton.start()
+    client = await TritonClient.connect(url, name=LOCAL)
+    fleet.add(LOCAL, client)
+    site = Site(LOCAL, LOCAL_HARDWARE, settings.slots or os.cpu_count() or 1)
+    controller.add_machine(await _machine(settings, client, site, local=True))
+
+
+def local_triton(settings: ServeSettings, events: Events) -> LocalTriton:
+    """The local Triton, not started yet."""
     triton = LocalTriton(
         LocalTritonSettings(
             state_directory=settings.state_directory / "triton",
             model_repositories=settings.model_repositories,
-        ),
-        on_down=on_down,
-        on_up=on_up,
+        )
     )
-    stack.push_async_callback(triton.stop)
     events.on_note(f"starting a local Triton (log: {triton.log_path})")
-    url = await triton.start()
-    client = await TritonClient.connect(url, name=LOCAL)
-    fleet.add(LOCAL, client)
-    site = Site(LOCAL, "cpu", settings.slots or os.cpu_count() or 1)
-    controller.add_machine(await _machine(settings, client, site, local=True))
+    return triton
+
+
+async def _watch(client: TritonClient, controller: Controller) -> None:
+    """Notice when a Triton that somebody else runs goes away, or comes back empty."""
+    name = client.name
+    while True:
+        await asyncio.sleep(_WATCH_EVERY_S)
+        held = controller.holds(name)
+        if held is None:
+            continue
+        alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
+        if controller.is_up(name):
+            if alive and await client.model_ready(held):
+                continue
+            logger.error("Triton %s %s", client.url, "restarted" if alive else "does not answer")
+            controller.machine_down(name)
+        if alive:
+            try:
+                await client.retarget(client.url)
+                await controller.machine_up(name)
+            except ResidencyError as error:
+                logger.error("Triton %s is not usable yet: %s", client.url, error)
+            else:
+                logger.warning("Triton %s is back, models loaded", client.url)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _machine(

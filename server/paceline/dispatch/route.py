@@ -95,8 +95,12 @@ def route_chain(
     bound: BoundChain,
     plan: ChainPlan | None = None,
     durations: Mapping[str, Mapping[str, Durations]] | None = None,
+    *,
+    workers: int = 1,
 ) -> ChainRoute:
     """The route of `bound` under `plan`; `durations` by model and hardware.
+
+    `workers` front processes share the planned rate evenly.
 
     Without plan (a model called by its own name) batches are as large as the model takes and
     only the request's own deadline counts.
@@ -129,7 +133,7 @@ def route_chain(
                 durations=durations.get(m.spec.name, {}),
                 tail_s=tails[m.name],
                 floor_s=floors[m.name],
-                rate_rps=plan.module(m.name).rate_rps if plan is not None else 0.0,
+                rate_rps=plan.module(m.name).rate_rps / workers if plan is not None else 0.0,
                 fan_out=m.module.fan_out,
                 allocations=plan.module(m.name).allocations if plan is not None else (),
             )

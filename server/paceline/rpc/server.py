@@ -55,14 +55,16 @@ async def start_grpc(
     port: int = 8001,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     raw: bool = True,
+    shared_port: bool = False,
 ) -> RpcServer:
     """Serve on `host:port` (0: a free one; see `RpcServer.port`).
 
     A longer request ends with RESOURCE_EXHAUSTED. `raw` false lets protobuf read and write every
-    inference message, for comparison. Raises ConfigError when it cannot listen there.
+    inference message, for comparison. `shared_port`: other processes listen there too and the
+    kernel deals connections out (SO_REUSEPORT). Raises ConfigError when it cannot listen there.
     """
     stopping = asyncio.Event()
-    server = grpc.aio.server(options=_options(max_message_bytes))
+    server = grpc.aio.server(options=_options(max_message_bytes, shared_port=shared_port))
     services = frozenset({service.SERVICE, control_service.SERVICE})
     inference_service = InferenceService(inference, control, stopping=stopping)
     if raw:
@@ -82,13 +84,13 @@ async def start_grpc(
     return RpcServer(server, port=bound, stopping=stopping)
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, int]]:
+def _options(max_message_bytes: int, *, shared_port: bool) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         # An answer may be longer than any request: the client's own limit decides.
         ("grpc.max_send_message_length", -1),
-        # With it a second server on the same port would take half of the first one's clients.
-        ("grpc.so_reuseport", 0),
+        # Unless meant, a second server on a port would take half of the first one's clients.
+        ("grpc.so_reuseport", int(shared_port)),
         # Clients may ping as often as they like, also without a call.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 1000),

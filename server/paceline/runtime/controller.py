@@ -31,7 +31,7 @@ from paceline.dispatch.route import route_chain
 from paceline.planner.problem import Options, demand
 from paceline.planner.solve import solve
 from paceline.runtime.engine import Engine
-from paceline.runtime.placement import Site, place, shortage
+from paceline.runtime.placement import Share, Site, place, shortage
 from paceline.runtime.statistics import Statistics
 from paceline.runtime.status import describe
 
@@ -79,6 +79,7 @@ class Controller:
         *,
         hardware: Mapping[str, Hardware],
         options: Options | None = None,
+        share: Share | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self._engine = engine
@@ -86,6 +87,7 @@ class Controller:
         self._statistics = statistics
         self._hardware = dict(hardware)
         self._options = options or Options()
+        self._share = share or Share()
         self._on_step = on_step or (lambda step: None)
         self._models: dict[str, ModelSpec] = {}
         self._failed: dict[str, str] = {}
@@ -131,10 +133,33 @@ class Controller:
         self._engine.machine_down(name)
 
     async def machine_up(self, name: str) -> None:
-        """A Triton is back, empty: load what it had, then use it."""
+        """A Triton is back, empty: load what it had, then use it.
+
+        A model that does not load again is left out there. Raises ResidencyError when none does.
+        """
         async with self._changing:
-            await self._load_on(self._machines[name], self._placed[name])
+            placed = self._placed[name]
+            repository = self._machines[name].repository
+            failures: dict[str, ResidencyError] = {}
+            for model, instances in sorted(placed.items()):
+                try:
+                    await repository.load(model, instances=instances)
+                except ResidencyError as error:
+                    logger.error("model %s did not load again on %s: %s", model, name, error)
+                    failures[model] = error
+            if placed and len(failures) == len(placed):
+                raise next(iter(failures.values()))
+            for model in failures:
+                del placed[model]
             self._announce(name)
+
+    def holds(self, name: str) -> str | None:
+        """A model that should be loaded on a Triton, to ask it for; None if it holds none."""
+        return min(self._placed[name], default=None)
+
+    def is_up(self, name: str) -> bool:
+        """Whether batches are sent to that Triton."""
+        return name in self._up
 
     def broken(self, name: str, model: str, reason: str) -> None:
         """A model on a Triton lost a batch. Where its process died or hangs, load it afresh; a
@@ -204,6 +229,7 @@ class Controller:
 
     async def load(self, name: str) -> None:
         """See `core.ports.Control.load`."""
+        self._check_changeable()
         async with self._changing:
             bound = self._bound.get(name)
             if bound is None or bound.direct:
@@ -213,6 +239,7 @@ class Controller:
 
     async def unload(self, name: str) -> None:
         """See `core.ports.Control.unload`. Unloading what is not there is no error (as Triton)."""
+        self._check_changeable()
         async with self._changing:
             bound = self._bound.get(name)
             if bound is None or name in self._withdrawn:
@@ -238,11 +265,13 @@ class Controller:
 
     async def apply(self, chains: Sequence[Chain]) -> Plan:
         """See `core.ports.Control.apply`."""
+        self._check_changeable()
         async with self._changing:
             return await self._apply(chains)
 
     async def delete(self, chain: str) -> bool:
         """See `core.ports.Control.delete`. Its models stay callable by their own names."""
+        self._check_changeable()
         async with self._changing:
             bound = self._bound.get(chain)
             if bound is None or bound.direct:
@@ -333,6 +362,14 @@ class Controller:
                 await self._load_on(machine, placed[name])
         self._install(bound, plan, placed)
         return plan
+
+    def _check_changeable(self) -> None:
+        """Several workers serve the chains they started with: a change would reach one of them."""
+        if self._started and self._share.count > 1:
+            raise ConfigError(
+                "chains and models are fixed while several workers serve; restart to change them",
+                key="--workers",
+            )
 
     def _sites(self) -> list[Site]:
         return [machine.site for machine in self._machines.values()]
@@ -431,7 +468,9 @@ class Controller:
         for name, chain in bound.items():
             self._bound[name] = chain
             self._withdrawn.discard(name)
-            self._engine.install(route_chain(chain, plan.chain(name), durations))
+            self._engine.install(
+                route_chain(chain, plan.chain(name), durations, workers=self._share.count)
+            )
         for name in self._machines:
             if name in self._up or not self._started:
                 self._announce(name)
@@ -450,7 +489,8 @@ class Controller:
     def _announce(self, name: str) -> None:
         site = self._machines[name].site
         self._up.add(name)
-        self._engine.machine_up(name, site.hardware, site.slots, self._placed[name])
+        instances = {model: self._share.of(n) for model, n in self._placed[name].items()}
+        self._engine.machine_up(name, site.hardware, self._share.of(site.slots), instances)
 
     # -- models -----------------------------------------------------------------------------
 

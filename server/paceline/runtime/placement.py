@@ -27,6 +27,22 @@ class Site:
     slots: int
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Worker `index` of `count` front processes that divide the same machines."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, whole: int) -> int:
+        """This worker's part of `whole` slots or instances, at least 1.
+
+        >>> [Share(index, 2).of(5) for index in range(2)], Share(1, 2).of(1)
+        ([3, 2], 1)
+        """
+        return max(1, whole // self.count + (self.index < whole % self.count))
+
+
 def place(plan: Plan, sites: Iterable[Site], models: Iterable[str]) -> dict[str, dict[str, int]]:
     """Instances by site and model, for all `models`.
 
