@@ -1,5 +1,6 @@
-"""Pure functions from demand to plan: Harpagon's dispatch bounds, scheduling and splitting.
+"""Pure functions from demand to plan: the optimum, Harpagon, the systems it is compared with.
 
-Start reading at `solve.solve`. Bottom up: `worst_case` (level 1), `schedule` and `residual`
-(level 2), `paths` and `split` (level 3), `bound` (what no plan can go below), `problem` (input).
+Start reading at `solve.solve`. Input: `problem`. Optimum: `frontier` (one module), `compose` and
+`series_parallel` (the DAG), `optimal`. Harpagon, bottom up: `worst_case` (level 1), `schedule` and
+`residual` (level 2), `paths` and `split` (level 3), `harpagon`. Whole machines: `pack`, `machines`.
 """

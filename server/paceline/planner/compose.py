@@ -1,0 +1,360 @@
+"""The cheapest choice for every module with every path of the DAG within the objective.
+
+Invariant: the result is the minimum over all combinations of the options given.
+
+Each module offers options (latency, cost). Series-parallel DAGs are solved by dynamic programming
+over Pareto fronts: latencies add up along series, and parallel parts share a latency. Any other
+DAG is a mixed integer program for HiGHS (algorithms 1.4).
+
+`Prices` of latency come from the linear relaxation. Whatever keeps the objective costs at least
+sum over modules of (cost + price * latency) - total price * objective; where a part alone makes
+that exceed a cost that is known to be possible, it is left out without losing the minimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import csr_array
+
+from paceline.planner.frontier import SAME_S, Floats
+from paceline.planner.paths import Graph
+from paceline.planner.series_parallel import Series, Tree, tree
+
+Index = npt.NDArray[np.intp]
+
+_MANY, _MOST = 200, 500
+"""From how many options on a front is thinned as the tolerance allows, and to how many at most."""
+
+_PAIRS_AT_ONCE = 1 << 20
+_NODES = 50
+"""After that many nodes HiGHS gives the best plan found, and its bound."""
+
+Offers = tuple[Floats, Floats]
+"""Latencies and costs of one module's options."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a second of latency costs for each module, and the latencies of the relaxed optimum.
+
+    For any latencies that keep the objective, sum(per_s * latency) <= total_per_s * objective.
+    """
+
+    per_s: tuple[float, ...]
+    total_per_s: float
+    latencies_s: tuple[float, ...]
+
+
+def latency_prices(graph: Graph, offers: Sequence[Offers], slo_s: float) -> Prices | None:
+    """Solve the linear relaxation, in which options may be blended; None if infeasible."""
+    hulls = [_lower_hull(*offer) for offer in offers]
+    costs, latencies, owner = _columns(hulls)
+    matrix, limits = _path_rows(graph, latencies, owner, slo_s)
+    count = len(graph.parents)
+    one_each = csr_array(
+        (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(count, len(owner) + count)
+    )
+    answer = linprog(
+        np.concatenate((costs, np.zeros(count))),
+        A_ub=matrix,
+        b_ub=limits,
+        A_eq=one_each,
+        b_eq=np.ones(count),
+        method="highs-ds",
+    )
+    if not answer.success:
+        return None
+    duals = np.maximum(0.0, -np.asarray(answer.ineqlin.marginals))
+    per_s = np.zeros(count)
+    total = 0.0
+    for row, (module, child) in enumerate(_rows(graph)):
+        per_s[module] += duals[row]
+        total += duals[row] if child is None else 0.0
+    blended = np.bincount(owner, weights=latencies * answer.x[: len(owner)], minlength=count)
+    return Prices(tuple(per_s.tolist()), float(total), tuple(blended.tolist()))
+
+
+def compose(
+    graph: Graph,
+    offers: Sequence[Offers],
+    slo_s: float,
+    *,
+    prices: Prices | None = None,
+    at_most: float = inf,
+    tolerance: float = 0.0,
+) -> Composed | None:
+    """The cheapest option of every module; None if no combination keeps `slo_s`.
+
+    With `prices`, combinations that cost more than `at_most` may be left out: None then means
+    that there may be only those. With a `tolerance` (money) above 0, work is limited: the result
+    need not be the cheapest, but nothing costs less than its bound.
+    """
+    if any(len(costs) == 0 for _, costs in offers):
+        return None
+    structure = tree(graph)
+    if structure is None:
+        return _by_program(graph, offers, slo_s, tolerance)
+    free = Prices((0.0,) * len(offers), 0.0, ())
+    return _Search.of(offers, slo_s, prices or free, at_most, tolerance).cheapest(structure)
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """For every module the index of its option; what no combination can cost less than."""
+
+    chosen: tuple[int, ...]
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """Options of a part of the DAG, fastest first and each cheaper than the one before.
+
+    `per_s` is the part's price of latency and `least` the least of cost + price * latency. Of a
+    module, `left` is the index of its option; of two parts, `left` and `right` are indices into
+    theirs.
+    """
+
+    latencies_s: Floats
+    costs: Floats
+    least: float
+    per_s: float
+    left: Index
+    right: Index
+    parts: tuple[_Front, _Front] | None = None
+    module: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """`surplus`: by how much a combination within the asked cost can exceed the sum of leasts.
+
+    With a tolerance, options that cost nearly the same are taken for one.
+    """
+
+    offers: Sequence[Offers]
+    slo_s: float
+    per_s: tuple[float, ...]
+    surplus: float
+    tolerance: float
+
+    @classmethod
+    def of(
+        cls,
+        offers: Sequence[Offers],
+        slo_s: float,
+        prices: Prices,
+        at_most: float,
+        tolerance: float,
+    ) -> _Search:
+        leasts = sum(
+            float(np.min(costs + per_s * latencies_s))
+            for (latencies_s, costs), per_s in zip(offers, prices.per_s, strict=True)
+        )
+        surplus = at_most + prices.total_per_s * slo_s - leasts
+        surplus += 1e-9 * (abs(surplus) + abs(leasts))
+        return cls(offers, slo_s, prices.per_s, surplus, tolerance)
+
+    def cheapest(self, structure: Tree) -> Composed | None:
+        front = self._front(structure, root=True)
+        if not len(front.costs):
+            return None
+        at = int(np.argmin(front.costs))
+        chosen = [0] * len(self.offers)
+        _trace(front, at, chosen)
+        return Composed(tuple(chosen), float(front.costs[at]))
+
+    def _front(self, part: Tree, *, root: bool = False) -> _Front:
+        if isinstance(part, int):
+            return self._of_module(part)
+        fronts = [self._front(each) for each in part.parts]
+        join = self._series if isinstance(part, Series) else self._parallel
+        # The two smallest first: it keeps what is multiplied small.
+        while len(fronts) > 2:
+            fronts.sort(key=lambda front: len(front.costs))
+            fronts[:2] = [join(fronts[0], fronts[1])]
+        if root and isinstance(part, Series):
+            return self._last(*fronts)
+        return join(*fronts)
+
+    def _of_module(self, module: int) -> _Front:
+        latencies_s, costs = self.offers[module]
+        per_s = self.per_s[module]
+        least = float(np.min(costs + per_s * latencies_s))
+        index = np.arange(len(costs), dtype=np.intp)
+        return self._pruned(_Front(latencies_s, costs, least, per_s, index, index, module=module))
+
+    def _series(self, a: _Front, b: _Front) -> _Front:
+        # Prices are a flow through the DAG, so they are the same along series, rounding aside.
+        per_s, least = min(a.per_s, b.per_s), a.least + b.least
+        paid_a = a.costs + per_s * a.latencies_s - a.least
+        paid_b = b.costs + per_s * b.latencies_s - b.least
+        found: list[tuple[Index, Index]] = []
+        rows = max(1, _PAIRS_AT_ONCE // max(1, len(b.costs)))
+        for first in range(0, len(a.costs), rows):
+            of_a = slice(first, first + rows)
+            near = paid_a[of_a, None] + paid_b[None, :] <= self.surplus
+            near &= a.latencies_s[of_a, None] + b.latencies_s[None, :] <= self.slo_s + SAME_S
+            left, right = np.nonzero(near)
+            found.append((left + first, right))
+        left = np.concatenate([pair[0] for pair in found] or [np.zeros(0, dtype=np.intp)])
+        right = np.concatenate([pair[1] for pair in found] or [np.zeros(0, dtype=np.intp)])
+        latencies_s = a.latencies_s[left] + b.latencies_s[right]
+        costs = a.costs[left] + b.costs[right]
+        return self._pruned(_Front(latencies_s, costs, least, per_s, left, right, (a, b)))
+
+    def _last(self, a: _Front, b: _Front) -> _Front:
+        """Series at the root: only the cheapest partner of every option matters."""
+        right = np.searchsorted(b.latencies_s, self.slo_s + SAME_S - a.latencies_s, "right") - 1
+        left = np.flatnonzero(right >= 0)
+        right = right[left]
+        latencies_s = a.latencies_s[left] + b.latencies_s[right]
+        costs = a.costs[left] + b.costs[right]
+        return _Front(latencies_s, costs, a.least + b.least, 0.0, left, right, (a, b))
+
+    def _parallel(self, a: _Front, b: _Front) -> _Front:
+        latencies_s = np.union1d(a.latencies_s, b.latencies_s)
+        left = np.searchsorted(a.latencies_s, latencies_s, side="right") - 1
+        right = np.searchsorted(b.latencies_s, latencies_s, side="right") - 1
+        both = (left >= 0) & (right >= 0)
+        latencies_s, left, right = latencies_s[both], left[both], right[both]
+        costs = a.costs[left] + b.costs[right]
+        per_s, least = a.per_s + b.per_s, a.least + b.least
+        return self._pruned(_Front(latencies_s, costs, least, per_s, left, right, (a, b)))
+
+    def _pruned(self, front: _Front) -> _Front:
+        paid = front.costs + front.per_s * front.latencies_s - front.least
+        keep = (front.latencies_s <= self.slo_s + SAME_S) & (paid <= self.surplus)
+        index = np.flatnonzero(keep)
+        order = index[np.lexsort((front.costs[index], front.latencies_s[index]))]
+        costs = front.costs[order]
+        cheaper = costs < np.minimum.accumulate(np.concatenate(([inf], costs)))[:-1]
+        order, costs = order[cheaper], costs[cheaper]
+        latencies_s = front.latencies_s[order]
+        if self.tolerance and len(order) > _MANY:
+            # A group takes the least latency and the least cost of its options, never a real
+            # one's loss: bounds stay bounds. The option that stands for it is the fastest.
+            grain = max(self.tolerance / (2 * len(self.offers)), (costs[0] - costs[-1]) / _MOST)
+            group = np.floor((costs[0] - costs) / grain)
+            first = np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1])))
+            last = np.append(first[1:], len(order)) - 1
+            order, costs, latencies_s = order[first], costs[last], latencies_s[first]
+        return _Front(
+            latencies_s,
+            costs,
+            front.least,
+            front.per_s,
+            front.left[order],
+            front.right[order],
+            front.parts,
+            front.module,
+        )
+
+
+def _trace(front: _Front, at: int, chosen: list[int]) -> None:
+    """Write the options that made up `front`'s option `at` into `chosen`."""
+    if front.parts is None:
+        chosen[front.module] = int(front.left[at])
+        return
+    _trace(front.parts[0], int(front.left[at]), chosen)
+    _trace(front.parts[1], int(front.right[at]), chosen)
+
+
+def _by_program(
+    graph: Graph, offers: Sequence[Offers], slo_s: float, tolerance: float
+) -> Composed | None:
+    """One binary for every option, a start time for every module; solved by HiGHS."""
+    offers, kept = zip(*(_pareto(*offer) for offer in offers), strict=True)
+    costs, latencies, owner = _columns(offers)
+    matrix, limits = _path_rows(graph, latencies / slo_s, owner, 1.0)
+    count, size = len(offers), len(owner) + len(offers)
+    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(count, size))
+    scale = max(float(np.max(costs)), 1e-300)
+    answer = milp(
+        np.concatenate((costs / scale, np.zeros(count))),
+        constraints=[
+            LinearConstraint(matrix, -inf, limits + SAME_S),
+            LinearConstraint(one_each, 1.0, 1.0),
+        ],
+        integrality=np.concatenate((np.ones(len(owner)), np.zeros(count))),
+        bounds=Bounds(0.0, np.concatenate((np.ones(len(owner)), np.ones(count)))),
+        options={"mip_rel_gap": 0.0}
+        if not tolerance
+        else {
+            "mip_rel_gap": tolerance / (2 * sum(float(np.min(each)) for _, each in offers)),
+            "node_limit": _NODES,
+        },
+    )
+    if answer.x is None:
+        return None
+    chosen = [0] * count
+    for column in np.flatnonzero(answer.x[: len(owner)] > 0.5):
+        module = owner[column]
+        chosen[module] = int(kept[module][column - np.searchsorted(owner, module)])
+    bound = answer.mip_dual_bound if tolerance else answer.fun
+    return Composed(tuple(chosen), float(bound) * scale)
+
+
+def _pareto(latencies_s: Floats, costs: Floats) -> tuple[Offers, Index]:
+    order = np.lexsort((costs, latencies_s))
+    ordered = costs[order]
+    order = order[ordered < np.minimum.accumulate(np.concatenate(([inf], ordered)))[:-1]]
+    return (latencies_s[order], costs[order]), order
+
+
+def _columns(offers: Sequence[Offers]) -> tuple[Floats, Floats, Any]:
+    costs = np.concatenate([costs for _, costs in offers])
+    latencies = np.concatenate([latencies for latencies, _ in offers])
+    owner = np.repeat(np.arange(len(offers)), [len(costs) for _, costs in offers])
+    return costs, latencies, owner
+
+
+def _rows(graph: Graph) -> list[tuple[int, int | None]]:
+    """What must end before what starts; None: before the objective."""
+    return [
+        (module, child)
+        for module, below in enumerate(graph.children)
+        for child in (below or (None,))
+    ]
+
+
+def _path_rows(graph: Graph, latencies: Floats, owner: Any, slo_s: float) -> tuple[Any, Floats]:
+    """start + latency - next start <= 0, and start + latency <= objective at the ends."""
+    rows: list[Any] = []
+    columns: list[Any] = []
+    values: list[Any] = []
+    limits: list[float] = []
+    for row, (module, child) in enumerate(_rows(graph)):
+        own = np.flatnonzero(owner == module)
+        starts = [len(owner) + module] + ([] if child is None else [len(owner) + child])
+        columns += [own, starts]
+        values += [latencies[own], [1.0, -1.0][: len(starts)]]
+        rows += [np.full(len(own), row), [row] * len(starts)]
+        limits.append(slo_s if child is None else 0.0)
+    shape = (len(limits), len(owner) + len(graph.parents))
+    flat = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+    return csr_array(flat, shape=shape), np.array(limits)
+
+
+def _lower_hull(latencies_s: Floats, costs: Floats) -> Offers:
+    """The corners of the convex hull from below: all that a blend can use."""
+    order = np.lexsort((costs, latencies_s))
+    hull: list[tuple[float, float]] = []
+    for x, y in zip(latencies_s[order].tolist(), costs[order].tolist(), strict=True):
+        if hull and y >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _above(hull[-2], hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    return np.array([x for x, _ in hull]), np.array([y for _, y in hull])
+
+
+def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
