@@ -97,8 +97,12 @@ class Dispatcher:
         self._wake_s = inf
         self._launches = 0
 
-    def handle(self, event: Event, *, now_s: float) -> list[Action]:
-        """Take one event in and return what to do about it, in order."""
+    def handle(self, event: Event, *, now_s: float, settled: bool = True) -> list[Action]:
+        """Take one event in and return what to do about it, in order.
+
+        With `settled` false more events are at hand: batches are launched and deadlines looked
+        at by a later call, which is to come at once (`Settled` where there is no event left).
+        """
         actions: list[Action] = []
         match event:
             case Submit():
@@ -121,9 +125,10 @@ class Dispatcher:
                 self._pool.up(event.machine, event.hardware, event.slots, event.instances)
             case MachineDown():
                 self._pool.down(event.machine)
-        self._expire(now_s, actions)
-        self._launch(now_s, actions)
-        self._schedule_wake(now_s, actions)
+        if settled:
+            self._expire(now_s, actions)
+            self._launch(now_s, actions)
+            self._schedule_wake(now_s, actions)
         return actions
 
     @property

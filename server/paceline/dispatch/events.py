@@ -63,6 +63,11 @@ class Tick:
 
 
 @dataclass(frozen=True, slots=True)
+class Settled:
+    """Nothing new: what earlier events held back (`settled` false) can be launched."""
+
+
+@dataclass(frozen=True, slots=True)
 class InstallChain:
     """Serve new requests of this chain by `route`; those under way keep the route they have."""
 
@@ -99,6 +104,7 @@ Event = (
     | BatchDone
     | BatchFailed
     | Tick
+    | Settled
     | InstallChain
     | RemoveChain
     | MachineUp

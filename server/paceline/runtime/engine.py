@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -18,6 +18,7 @@ from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
 from paceline.core.ports import Executor, OnPartial
 from paceline.core.request import InferAnswer, InferRequest, Timeline
 from paceline.dispatch import (
+    Action,
     Answer,
     BatchDone,
     BatchFailed,
@@ -32,6 +33,7 @@ from paceline.dispatch import (
     MachineUp,
     Partial,
     RemoveChain,
+    Settled,
     Submit,
     Tick,
     Wake,
@@ -39,6 +41,9 @@ from paceline.dispatch import (
 from paceline.dispatch.route import ChainRoute
 
 logger = logging.getLogger(__name__)
+
+SETTLING_PASSES = 1
+"""Further passes of the event loop before a launch; see `Engine._handle_soon`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Engine:
         self._timelines: deque[Timeline] = deque(maxlen=self._limits.kept_timelines)
         self._idle = asyncio.Event()
         self._idle.set()
+        self._settling = False
         self.draining = False
 
     def watch(
@@ -104,7 +110,7 @@ class Engine:
         try:
             if on_partial is not None:
                 self._partials[identity] = on_partial
-            self._handle(self._submit(identity, request, loop.time()))
+            self._handle_soon(self._submit(identity, request, loop.time()))
             return await future
         except asyncio.CancelledError:
             self._handle(Cancel(identity))
@@ -188,9 +194,37 @@ class Engine:
             stream=identity in self._partials,
         )
 
+    def _handle_soon(self, event: Event) -> None:
+        """Take an event in now, and launch batches when what arrived with it has been read too.
+
+        One pass of the event loop reads many requests, each in a task of its own: launching for
+        the first of them would make a batch of one, and a second one of all others.
+        """
+        if self._dispatcher.in_flight == 0:
+            self._handle(event)
+            return
+        self._perform(self._dispatcher.handle(event, now_s=self._loop_s(), settled=False))
+        if not self._settling:
+            self._settling = True
+            asyncio.get_running_loop().call_soon(self._settle, SETTLING_PASSES)
+
+    def _settle(self, passes: int) -> None:
+        if passes:
+            asyncio.get_running_loop().call_soon(self._settle, passes - 1)
+            return
+        self._settling = False
+        self._handle(Settled())
+
     def _handle(self, event: Event) -> None:
+        self._perform(self._dispatcher.handle(event, now_s=self._loop_s()))
+
+    @staticmethod
+    def _loop_s() -> float:
+        return asyncio.get_running_loop().time()
+
+    def _perform(self, actions: Sequence[Action]) -> None:
         loop = asyncio.get_running_loop()
-        for action in self._dispatcher.handle(event, now_s=loop.time()):
+        for action in actions:
             match action:
                 case Execute():
                     task = loop.create_task(self._execute(action))
@@ -229,7 +263,7 @@ class Engine:
         else:
             for tell in self._on_batch:
                 tell(action.call.model, action.rows, loop.time() - started_s)
-            self._handle(BatchDone(action.batch, outputs))
+            self._handle_soon(BatchDone(action.batch, outputs))
 
     def _record(self, timeline: Timeline) -> None:
         self._timelines.append(timeline)
