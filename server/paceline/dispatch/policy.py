@@ -190,17 +190,29 @@ class Pooled:
         return min(free, key=lambda m: (m.hardware not in planned, m.busy, m.name))
 
     def _unsafe_s(self, pool: MachinePool, machine: Machine, rows: int, now_s: float) -> float:
-        """By how much an early launch would delay a full batch to come; 0 when it is safe."""
+        """How long until an early launch might delay no full batch to come; 0 when it does not.
+
+        When nobody else will be busy by the end of the early batch, waiting would not help: that
+        happens only where there are fewer machines than the planned rate needs.
+        """
         expected_s = pool.expected_s(machine, self.route, rows)
         if self.route.rate_rps <= 0 or expected_s is None:
             return 0.0
         fill_s = self.route.batch_size(machine.hardware) / self.route.rate_rps
-        free_s = pool.free_at_s(self.route.model, now_s)
-        if free_s:
-            free_s[0] = now_s + expected_s
-        late_s = [at - now_s - j * fill_s for j, at in enumerate(sorted(free_s), start=1)]
-        worst_s = max(late_s, default=0.0)
-        return worst_s if worst_s > _TIE_S else 0.0
+        own_s = now_s + expected_s
+        others_s = pool.free_at_s(self.route.model, now_s)[1:]
+        free_s = sorted([own_s, *others_s])
+        if free_s[-1] == own_s:
+            free_s.pop()
+        late_s = (at - now_s - j * fill_s for j, at in enumerate(free_s, start=1))
+        if max(late_s, default=0.0) <= _TIE_S:
+            return 0.0
+        # It changes when another machine is early enough in its place, or passes this one.
+        changes_s = [
+            at - j * fill_s - now_s for i, at in enumerate(others_s) for j in (i + 1, i + 2)
+        ]
+        changes_s += [at - own_s for at in others_s]
+        return min((wait_s for wait_s in changes_s if wait_s > _TIE_S), default=inf)
 
 
 @dataclass(slots=True)

@@ -1,10 +1,12 @@
-"""What is tried again, and where; found by the simulation (tests/simulation)."""
+"""Regressions of what the simulation found (tests/simulation)."""
 
 from __future__ import annotations
 
 from paceline.core.bind import single_model_chain
 from paceline.core.errors import BackendError, ErrorKind
 from paceline.core.model import ModelSpec
+from paceline.core.plan import Allocation, ChainPlan, ModulePlan
+from paceline.core.profile import Durations
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import (
     Action,
@@ -48,3 +50,19 @@ def test_rows_that_a_machine_lost_do_not_come_back_to_it_in_somebody_elses_batch
         "m0": rows(running["m1"]),
         "m1": rows(running["m0"]),
     }
+
+
+def test_a_lone_request_does_not_wait_where_machines_are_fewer_than_the_planned_rate_needs() -> (
+    None
+):
+    durations = Durations(((1, 0.2), (4, 0.3)))
+    allocation = Allocation("cpu", 4, 0.3, 7.5, 1.0)
+    module = ModulePlan("echo", "echo", 100.0, 0.0, 1.0, 1.0, (allocation,))
+    plan = ChainPlan("echo", 1.0, 100.0, 1.0, (module,))
+    dispatcher = Dispatcher()
+    route = route_chain(single_model_chain(ECHO), plan, {"echo": {"cpu": durations}})
+    dispatcher.handle(InstallChain(route), now_s=0.0)
+    dispatcher.handle(MachineUp("m", "cpu", 1, {"echo": 1}), now_s=0.0)
+    submit = Submit(1, "echo", {"x": Tensor("x", "UINT8", (1, 1), b"a")}, 1000.0)
+    (launch,) = executes(dispatcher.handle(submit, now_s=0.0))
+    assert launch.rows == 1
