@@ -54,7 +54,9 @@ AGED_EVERY = 16
 MOST_TRIES = 3
 """Machines that rows are tried on before their request fails."""
 
-_LOST = (ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE)
+_GONE = (ErrorKind.NOT_READY, ErrorKind.UNKNOWN_MODEL)
+"""The lane does not hold its model any more: it is being repaired, or its Triton came back."""
+_LOST = (ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE, *_GONE)
 """Failures of the lane, not of the request: unreachable, hanging, its process dead."""
 
 
@@ -409,6 +411,9 @@ class Dispatcher:
         garbled: bool = False,
     ) -> None:
         lost = error.kind in _LOST or garbled
+        if error.kind in _GONE:
+            # To the client this is no unknown model: it asked for what is served.
+            error = BackendError(error.message, kind=ErrorKind.UNAVAILABLE)
         if lost and self._pool.broke(batch.machine, batch.route.model, now_s):
             actions.append(Broken(batch.machine.name, batch.route.model, error.message))
         # A batch that the model refused may hold one bad request: try the others without it.
