@@ -19,6 +19,7 @@ from paceline.core.chain import Chain
 from paceline.core.errors import (
     ConfigError,
     ErrorKind,
+    Rejected,
     RequestError,
     ResidencyError,
 )
@@ -230,6 +231,7 @@ class Controller:
     async def load(self, name: str) -> None:
         """See `core.ports.Control.load`."""
         self._check_changeable()
+        self._refuse_when_draining()
         async with self._changing:
             bound = self._bound.get(name)
             if bound is None or bound.direct:
@@ -240,6 +242,7 @@ class Controller:
     async def unload(self, name: str) -> None:
         """See `core.ports.Control.unload`. Unloading what is not there is no error (as Triton)."""
         self._check_changeable()
+        self._refuse_when_draining()
         async with self._changing:
             bound = self._bound.get(name)
             if bound is None or name in self._withdrawn:
@@ -266,12 +269,14 @@ class Controller:
     async def apply(self, chains: Sequence[Chain]) -> Plan:
         """See `core.ports.Control.apply`."""
         self._check_changeable()
+        self._refuse_when_draining()
         async with self._changing:
             return await self._apply(chains)
 
     async def delete(self, chain: str) -> bool:
         """See `core.ports.Control.delete`. Its models stay callable by their own names."""
         self._check_changeable()
+        self._refuse_when_draining()
         async with self._changing:
             bound = self._bound.get(chain)
             if bound is None or bound.direct:
@@ -350,6 +355,11 @@ class Controller:
             self._statistics.observe_request(timeline, direct=direct, wall_ms=int(time() * 1e3))
 
     # -- steps of a change ------------------------------------------------------------------
+
+    def _refuse_when_draining(self) -> None:
+        """Raises Rejected: what is changed now would be gone in a moment."""
+        if self.draining:
+            raise Rejected(ErrorKind.DRAINING, "the server is shutting down; nothing is changed")
 
     async def _apply(self, chains: Sequence[Chain]) -> Plan:
         served = self._merged(chains)
