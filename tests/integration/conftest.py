@@ -24,7 +24,7 @@ from tests.integration.models import (
 )
 from tests.integration.paceline_process import Paceline
 
-OCR_START_TIMEOUT_S = 110.0
+OCR_START_TIMEOUT_S = 240.0
 EXAMPLE_CHAIN = REPOSITORY.parent / "examples" / "chains" / "ocr.yaml"
 GENEROUS_SLO_MS = 60_000
 

@@ -18,7 +18,8 @@ from tests import ocr_images
 from tests.integration.ocr_reference import reference_boxes, reference_lines
 from tests.integration.paceline_process import Paceline, run_cli
 
-pytestmark = pytest.mark.integration
+# The first test also waits for the server, which measures five models.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 LEAST_CONFIDENCE = 0.5
 """Below it the reference pipeline drops a line."""

@@ -122,6 +122,10 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(
         with pytest.raises(grpc.RpcError) as caught:
             stub.ModelInfer(slow_request(), timeout=TIMEOUT_S)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        load = service_pb2.RepositoryModelLoadRequest(model_name="slow")
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.RepositoryModelLoad(load, timeout=TIMEOUT_S)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         gone = health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
         assert gone.status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert [len(answer.result().raw_output_contents[0]) for answer in accepted] == [16] * 3
@@ -141,6 +145,22 @@ def test_a_repeated_sigterm_still_drains(models: Path, start_paceline: Start) ->
         server.process.send_signal(signal.SIGTERM)
         assert len(accepted.result().raw_output_contents) == 1
     assert server.end() == 0
+
+
+def test_ctrl_c_drains_and_a_second_one_ends_it_at_once(
+    models: Path, start_paceline: Start
+) -> None:
+    server = start_paceline("--model-repository", str(models)).wait_ready()
+    with inference(server) as stub:
+        accepted = [stub.ModelInfer.future(slow_request(), timeout=TIMEOUT_S) for _ in range(20)]
+        wait_status(server, in_flight(20))
+        server.process.send_signal(signal.SIGINT)
+        server.wait_line("draining 20 requests")
+        server.process.send_signal(signal.SIGINT)
+        server.wait_line("stopped at once; requests under way are lost")
+        assert server.end() == 128 + signal.SIGINT
+        assert accepted[-1].code() is grpc.StatusCode.UNAVAILABLE
+    server.assert_nothing_left()
 
 
 def test_sigterm_while_models_load_ends_it_cleanly(models: Path, start_paceline: Start) -> None:
@@ -219,6 +239,24 @@ def test_a_killed_triton_comes_back_and_serves_without_a_restart_of_paceline(
             after = stub.ModelInfer(slow_request(model), timeout=TIMEOUT_S)
             assert len(after.raw_output_contents) == 1
     assert server.triton_process().pid != victim.pid
+    assert server.stop() == 0
+
+
+def test_a_killed_model_process_is_replaced_and_nobody_hears_of_an_unknown_model(
+    models: Path, start_paceline: Start
+) -> None:
+    server = start_paceline("--model-repository", str(models)).wait_ready()
+    (victim,) = [p for p in server.descendants() if "stub" in p.name()]
+    with inference(server) as stub:
+        calls = [stub.ModelInfer.future(slow_request(), timeout=TIMEOUT_S) for _ in range(2)]
+        wait_status(server, in_flight(2))
+        victim.kill()
+        give_up_s = time.monotonic() + TIMEOUT_S
+        while calls[-1].exception() is not None or len(calls) < 3:
+            assert time.monotonic() < give_up_s, calls[-1].details()
+            calls.append(stub.ModelInfer.future(slow_request(), timeout=TIMEOUT_S))
+    for call in calls[:-1]:
+        assert call.code() in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE), call.details()
     assert server.stop() == 0
 
 

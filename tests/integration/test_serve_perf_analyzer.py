@@ -13,7 +13,8 @@ from scripts.prepare_models import REPOSITORY
 from tests import ocr_images
 from tests.integration.paceline_process import Paceline
 
-pytestmark = pytest.mark.integration
+# The first test also waits for the server, which measures five models.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 SCRIPT = REPOSITORY.parent / "scripts" / "perf_analyzer"
 FETCH_TIMEOUT_S = 100.0
