@@ -74,18 +74,48 @@ class ChainPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What one module has of a machine; `cycle_s` is the machine's duty cycle (0: its own)."""
+
+    chain: str
+    module: str
+    batch_size: int
+    utilisation: float
+    cycle_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMachine:
+    """One whole machine and the modules that share it."""
+
+    hardware: str
+    price_per_hour: float
+    shares: tuple[Share, ...]
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything planned together."""
+    """Everything planned together; `machines` is the packing where whole machines are paid for."""
 
     policy: str
     billing: str
     chains: tuple[ChainPlan, ...]
     lower_bound_per_hour: float = 0.0
     solve_s: float = field(default=0.0, compare=False)
+    machines: tuple[PackedMachine, ...] = ()
 
     @property
     def cost_per_hour(self) -> float:
+        if self.billing == "machine":
+            return sum(m.price_per_hour for m in self.machines)
         return sum(c.cost_per_hour for c in self.chains)
+
+    @property
+    def gap(self) -> float:
+        """By how much, relatively, the cost is above the lower bound."""
+        bound = self.lower_bound_per_hour
+        return self.cost_per_hour / bound - 1 if bound > 0 else 0.0
 
     def chain(self, name: str) -> ChainPlan | None:
         return next((c for c in self.chains if c.chain == name), None)
@@ -99,7 +129,27 @@ class Plan:
             "lower_bound_per_hour": _round(self.lower_bound_per_hour),
             "solve_ms": _ms(self.solve_s),
             "chains": [_chain_json(c) for c in self.chains],
+            **({"machines": packing} if (packing := self._packing_json()) else {}),
         }
+
+    def _packing_json(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "hardware": machine.hardware,
+                "shares": [
+                    {
+                        "chain": share.chain,
+                        "module": share.module,
+                        "batch_size": share.batch_size,
+                        "utilisation": _round(share.utilisation),
+                        "duty_cycle_ms": _ms(share.cycle_s),
+                    }
+                    for share in machine.shares
+                ],
+                "memory_mib": machine.memory_bytes // (1 << 20),
+            }
+            for machine in self.machines
+        ]
 
 
 def _chain_json(chain: ChainPlan) -> dict[str, Any]:

@@ -42,20 +42,20 @@ def chain_plan(chain: PlannedChain, graph: Graph, schedules: Sequence[Schedule])
     latencies_s = [
         s.worst_s + module.overhead_s for module, s in zip(chain.modules, schedules, strict=True)
     ]
-    budgets_s = _budgets_s(graph, latencies_s, chain.slo_s)
+    each_s = budgets_s(graph, latencies_s, chain.slo_s)
     return ChainPlan(
         chain=chain.name,
         slo_s=chain.slo_s,
         rate_rps=chain.rate_rps,
         latency_worst_s=graph.longest(latencies_s),
         modules=tuple(
-            _module_plan(module, schedules[i], latencies_s[i], budgets_s[i])
+            _module_plan(module, schedules[i], latencies_s[i], each_s[i])
             for i, module in enumerate(chain.modules)
         ),
     )
 
 
-def _budgets_s(graph: Graph, latencies_s: Sequence[float], slo_s: float) -> list[float]:
+def budgets_s(graph: Graph, latencies_s: Sequence[float], slo_s: float) -> list[float]:
     """Latencies raised to budgets: in proportion to fill the slowest path, then one by one."""
     factor = max(1.0, slo_s / graph.longest(latencies_s))
     budgets_s = [latency_s * factor for latency_s in latencies_s]

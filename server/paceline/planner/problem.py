@@ -7,20 +7,25 @@ Invariant: a `PlannedChain` that exists has positive rates, an objective and a t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
+from typing import Literal, get_args
 
 from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError
 from paceline.core.profile import Configuration, Hardware, Profiles
 from paceline.planner.worst_case import DISPATCHES, Dispatch
 
+Billing = Literal["fractional", "machine"]
+BILLINGS: tuple[str, ...] = get_args(Billing)
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
     """One module's demand; `rate_rps` is the chain's rate times the module's fan-out.
 
-    `overhead_s` is what the front server and the network add to its worst case.
+    `overhead_s` is what the front server and the network add to its worst case. `memory_bytes` is
+    what the model needs by hardware; left out: unknown.
     """
 
     name: str
@@ -29,6 +34,7 @@ class PlannedModule:
     parents: tuple[str, ...]
     configurations: tuple[Configuration, ...]
     overhead_s: float = 0.0
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         key = f"modules.{self.name}"
@@ -74,7 +80,11 @@ class Options:
 
     `max_tuples` limits the configurations a module may mix (None: no limit); `dummy` tops rates
     up to whole machines; `reassign` offers unused latency to the residuals; `node_merger` and
-    `cost_direct` are the two refinements of latency splitting.
+    `cost_direct` are the two refinements of latency splitting. These are Harpagon's; `optimal` has
+    nothing to switch off.
+
+    `billing` "machine" plans whole machines that modules share, at most `machine_limits` of each
+    hardware, each with `memory_bytes` (left out: no limit).
     """
 
     policy: str = "harpagon"
@@ -84,8 +94,19 @@ class Options:
     reassign: bool = True
     node_merger: bool = True
     cost_direct: bool = True
+    billing: Billing = "fractional"
+    machine_limits: Mapping[str, int] = field(default_factory=dict)
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.billing not in BILLINGS:
+            raise ConfigError(
+                f"unknown billing {self.billing!r}; choose one of {', '.join(BILLINGS)}",
+                key="billing",
+            )
+        for name, limit in self.machine_limits.items():
+            if limit < 0:
+                raise ConfigError(f"{name!r} needs a limit of 0 or more", key="machine_limits")
         if self.dispatch not in DISPATCHES:
             raise ConfigError(
                 f"unknown dispatch {self.dispatch!r}; choose one of {', '.join(DISPATCHES)}",
@@ -123,7 +144,17 @@ def demand(
                     module.model, hardware, limit=row_limits.get(module.model, 1 << 30)
                 ),
                 overhead_s=overhead_s,
+                memory_bytes=_memory_bytes(profiles, module.model),
             )
             for module in chain.modules
         ),
     )
+
+
+def _memory_bytes(profiles: Profiles, model: str) -> dict[str, int]:
+    """The most that any measured batch size of `model` needs, by hardware, where known."""
+    found: dict[str, int] = {}
+    for row in profiles.rows:
+        if row.model == model and row.memory_bytes:
+            found[row.hardware] = max(found.get(row.hardware, 0), row.memory_bytes)
+    return dict(sorted(found.items()))

@@ -33,6 +33,7 @@ from paceline.planner.baselines.nexus import nexus
 from paceline.planner.baselines.scrooge import scrooge
 from paceline.planner.frontier import Choice, Frontier
 from paceline.planner.harpagon import harpagon
+from paceline.planner.machines import whole_machines
 from paceline.planner.optimal import Optimum, optimum
 from paceline.planner.problem import Options, PlannedChain, PlannedModule, demand
 from paceline.planner.schedule import Placement, Schedule
@@ -59,7 +60,7 @@ _HEURISTICS: Mapping[str, Callable[[PlannedChain, Options], list[Schedule]]] = {
 
 
 def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:  # noqa: B008
-    """The cheapest plan found for `chains`; machines are fractional and `solve_s` is left at 0.
+    """The cheapest plan found for `chains`; `solve_s` is left at 0.
 
     Raises PlanError when a chain cannot keep its objective (which module lacks how many
     milliseconds) and ConfigError for an unknown policy.
@@ -69,6 +70,13 @@ def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:
             f"unknown policy {options.policy!r}; choose one of {', '.join(sorted(POLICIES))}",
             key="policy",
         )
+    if options.billing == "machine":
+        if options.policy != "optimal":
+            raise ConfigError(
+                f"policy {options.policy!r} plans fractional machines only; use 'optimal'",
+                key="billing",
+            )
+        return whole_machines(chains, options)
     planned = [_solve_chain(chain, options) for chain in chains]
     return Plan(
         policy=options.policy,
