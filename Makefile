@@ -1,7 +1,7 @@
 # Every target sets up what it needs; see scripts/setup.
 PROTOS := $(shell find proto -name '*.proto')
 
-.PHONY: check test run lock proto
+.PHONY: check test run sim lock proto
 
 check: ## format, lint, types, import contracts
 	scripts/setup --dev
@@ -15,6 +15,11 @@ test: ## everything that CI runs
 
 run: ## the OCR example
 	scripts/run
+
+sim: ## the dispatcher in virtual time; SEED=n replays one seed, SEEDS=n runs so many
+	scripts/setup --dev
+	.venv/bin/python -m tests.simulation.replay $(if $(SEED),--seed $(SEED)) \
+	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST),--first $(FIRST))
 
 lock: ## resolves the dependencies of pyproject.toml anew
 	scripts/setup --dev

@@ -45,6 +45,7 @@ from paceline.dispatch import (
     MachineUp,
     Partial,
     RemoveChain,
+    Settled,
     Submit,
 )
 from paceline.sim.content import TracingModels
@@ -115,11 +116,16 @@ class Oracle:
         durations: Mapping[str, Mapping[str, Durations]],
         *,
         faults: bool,
+        settle_s: float = 0.0,
     ) -> None:
-        """`faults`: batches may fail, so that requests may fail for other reasons than load."""
+        """`faults`: batches may fail, so that requests may fail for other reasons than load.
+
+        `settle_s`: how long after an event its consequences may come.
+        """
         self._models = models
         self._durations = durations
         self._faults = faults
+        self._settle_s = settle_s
         self._routes: dict[str, ChainRoute] = {}
         self._requests: dict[int, _Request] = {}
         self._refused: dict[int, ErrorKind] = {}
@@ -132,7 +138,8 @@ class Oracle:
         """When and how each request ended."""
 
     def __call__(self, due_s: float, now_s: float, event: Event, actions: Sequence[Action]) -> None:
-        self._check_wake(due_s)
+        if not isinstance(event, Settled):  # that one brings what earlier events held back
+            self._check_wake(due_s)
         self._told(now_s, event)
         for action in actions:
             match action:
@@ -172,9 +179,9 @@ class Oracle:
                 self._requests[event.request].end = "cancelled"
                 self.ends[event.request] = (now_s, "cancelled")
             case BatchDone():
-                self._ended(event.batch, good=self._good(event), lost=False)
+                self._ended(now_s, event.batch, good=self._good(event), lost=False)
             case BatchFailed():
-                self._ended(event.batch, good=False, lost=event.error.kind in LOST)
+                self._ended(now_s, event.batch, good=False, lost=event.error.kind in LOST)
             case MachineUp():
                 known = self._machines.get(event.machine)
                 if known is None:
@@ -213,7 +220,7 @@ class Oracle:
                 return False
         return True
 
-    def _ended(self, batch_id: int, *, good: bool, lost: bool) -> None:
+    def _ended(self, now_s: float, batch_id: int, *, good: bool, lost: bool) -> None:
         batch = self._batches.pop(batch_id)
         machine = self._machines.get(batch.machine)
         if machine is not None:
@@ -225,18 +232,19 @@ class Oracle:
                 row.lost_on.add(batch.incarnation)
             row.request.running -= 1
             if not row.request.end:
-                item = (row.request.submit.deadline_s, row.request.submit.request)
-                heapq.heappush(self._deadlines, item)
+                submit = row.request.submit
+                heapq.heappush(self._deadlines, (max(submit.deadline_s, now_s), submit.request))
 
     def _check_wake(self, due_s: float) -> None:
         """Whoever waits past its deadline was forgotten: an event after it comes too late."""
-        while self._deadlines and self._deadlines[0][0] < due_s - EPSILON_S:
+        latest_s = due_s - self._settle_s - EPSILON_S
+        while self._deadlines and self._deadlines[0][0] < latest_s:
             deadline_s, identity = heapq.heappop(self._deadlines)
             request = self._requests[identity]
             self._require(
                 bool(request.end) or request.running > 0,
                 "wake",
-                f"{request.name} waits at {due_s}, its deadline was {deadline_s}",
+                f"{request.name} waits at {due_s}, it should have ended at {deadline_s}",
             )
 
     # -- actions ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from paceline.core.model import ModelSpec
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan
 from paceline.core.profile import Durations
 from paceline.core.tensor import Tensor, TensorSpec
-from paceline.dispatch import ChainRoute, route_chain
+from paceline.dispatch import ChainRoute, Dispatcher, route_chain
 from paceline.sim import workload
 from paceline.sim.backend import SimMachine
 from paceline.sim.content import TracingModels, fill
@@ -67,6 +67,8 @@ class Case:
     stimuli: tuple[Stimulus, ...]
     heal: tuple[Stimulus, ...]
     noise: float
+    settle_s: float | None
+    dispatcher: type[Dispatcher] = Dispatcher
 
     @property
     def calm(self) -> bool:
@@ -76,13 +78,17 @@ class Case:
 
 def run(case: Case, stimuli: Sequence[Stimulus] | None = None, log: EventLog | None = None) -> None:
     """Play a case to its end. Raises Violation."""
-    oracle = Oracle(case.models, case.durations, faults=not case.calm)
+    oracle = Oracle(
+        case.models, case.durations, faults=not case.calm, settle_s=case.settle_s or 0.0
+    )
     world = World(
         [machine.build() for machine in case.machines],
         case.durations,
         case.models,
         seed=case.seed,
         noise=case.noise,
+        settle_s=case.settle_s,
+        dispatcher=case.dispatcher(),
         observers=(log, oracle) if log is not None else (oracle,),
     )
     played = case.stimuli if stimuli is None else stimuli
@@ -145,6 +151,7 @@ def draw(seed: int) -> Case:
             for step in (Resize(late_s, m.name, m.slots, m.instances), Start(late_s, m.name))
         ),
         noise=rng.choice((0.0, 0.0, 0.1, 0.5)),
+        settle_s=rng.choice((None, 0.0, 0.0005)),
     )
 
 
@@ -340,6 +347,8 @@ def _arrival(
         names = list(bound.chain.outputs)
         outputs = tuple(rng.sample(names, rng.randint(1, len(names))))
     slack = rng.choice(slacks)
+    if slack == FOREVER_S and bound.chain.dispatch != "pooled":
+        slack = 10.0  # the published policies wait for a full batch for as long as there is time
     direct = bound.direct and rng.random() < 0.3
     return Arrive(
         at_s,

@@ -27,19 +27,19 @@ def test_every_seed_keeps_every_safety_and_liveness_check(first: int) -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes_in_any_process() -> None:
-    logs = []
-    for hash_seed in ("1", "2"):
-        told = subprocess.run(
-            [sys.executable, "-m", "tests.simulation.replay", "--seed", "6"],
+    told = [
+        subprocess.run(
+            [sys.executable, "-m", "tests.simulation.replay", "--seed", "2"],
             cwd=ROOT,
             env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
             capture_output=True,
             check=True,
             timeout=60,
-        )
-        logs.append(told.stdout)
-    assert logs[0] == logs[1]
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]
+    assert told[0] == told[1]
     log = EventLog()
-    run(draw(6), log=log)
-    assert logs[0].decode().startswith(log.text())
-    assert len(log.lines) > 20
+    run(draw(2), log=log)
+    assert told[0].decode().startswith(log.text())
+    assert len(log.lines) > 100

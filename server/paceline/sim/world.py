@@ -32,6 +32,7 @@ from paceline.dispatch import (
     MachineUp,
     Partial,
     RemoveChain,
+    Settled,
     Submit,
     Tick,
     Wake,
@@ -51,6 +52,14 @@ from paceline.sim.stimuli import (
     Stimulus,
     Withdraw,
 )
+
+INSTANT_S = 1e-6
+MOST_AT_ONCE = 10_000
+"""Events within `INSTANT_S` after which the world is said to have stopped."""
+
+
+class StandstillError(AssertionError):
+    """Time does not go on: the dispatcher asks to be woken again and again at once."""
 
 
 class Observer(Protocol):
@@ -72,10 +81,16 @@ class World:
         *,
         seed: int = 0,
         noise: float = 0.0,
+        settle_s: float | None = None,
+        dispatcher: Dispatcher | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
-        """`durations` by model and hardware. Machines are announced when they are there."""
-        self.dispatcher = Dispatcher()
+        """`durations` by model and hardware. Machines are announced when they are there.
+
+        `settle_s`: how long the engine collects requests and results before it launches batches
+        (None: every event is settled by itself).
+        """
+        self.dispatcher = dispatcher or Dispatcher()
         self.backend = Backend(
             machines,
             durations,
@@ -85,6 +100,8 @@ class World:
         )
         self.now_s = 0.0
         self.events = 0
+        self._settle_s = settle_s
+        self._settling = False
         self._observers = tuple(observers)
         self._due: list[tuple[float, int, Stimulus | Started | Event]] = []
         self._seq = 0
@@ -98,11 +115,15 @@ class World:
         """Go on until nothing is due any more, or to `until_s`."""
         for stimulus in stimuli:
             self._push(stimulus.at_s, stimulus)
-        due = self._due
+        due, since_s, events = self._due, self.now_s, self.events
         while due and due[0][0] <= until_s:
             due_s, seq, item = heapq.heappop(due)
             if due_s > self.now_s:
                 self.now_s = due_s
+                if due_s > since_s + INSTANT_S:
+                    since_s, events = due_s, self.events
+            if self.events - events > MOST_AT_ONCE:
+                raise StandstillError(f"{MOST_AT_ONCE} events between {since_s} and {due_s}")
             self._step(due_s, seq, item)
 
     def run_stream(self, stimuli: Iterable[Stimulus]) -> None:
@@ -121,6 +142,9 @@ class World:
                 self._handle(due_s, item)
         elif isinstance(item, Arrive):
             self._arrive(due_s, item)
+        elif isinstance(item, Settled):
+            self._settling = False
+            self._handle(due_s, item)
         else:
             self._stimulate(due_s, item)
 
@@ -128,10 +152,20 @@ class World:
         self._seq += 1
         heapq.heappush(self._due, (at_s, self._seq, item))
 
-    def _handle(self, due_s: float, event: Event) -> None:
+    def _handle_soon(self, due_s: float, event: Event) -> None:
+        """As the engine: what comes at about the same time is launched together."""
+        if self._settle_s is None or self.dispatcher.in_flight == 0:
+            self._handle(due_s, event)
+            return
+        self._handle(due_s, event, settled=False)
+        if not self._settling:
+            self._settling = True
+            self._push(self.now_s + self._settle_s, Settled())
+
+    def _handle(self, due_s: float, event: Event, *, settled: bool = True) -> None:
         now_s = self.now_s
         self.events += 1
-        actions = self.dispatcher.handle(event, now_s=now_s)
+        actions = self.dispatcher.handle(event, now_s=now_s, settled=settled)
         for observer in self._observers:
             observer(due_s, now_s, event, actions)
         for action in actions:
@@ -157,7 +191,10 @@ class World:
             self._handle(due_s, MachineUp(machine.name, machine.hardware, 0, machine.instances))
             rest_s = started.took_s * (1.0 - machine.share) / machine.share
             self._push(self.now_s + rest_s, machine.up())
-        self._handle(due_s, event)
+        if isinstance(event, BatchDone):
+            self._handle_soon(due_s, event)
+        else:
+            self._handle(due_s, event)
 
     def _arrive(self, due_s: float, arrival: Arrive) -> None:
         self._open.add(arrival.request)
@@ -172,7 +209,7 @@ class World:
             parameters=arrival.parameters,
             stream=arrival.stream,
         )
-        self._handle(due_s, submit)
+        self._handle_soon(due_s, submit)
 
     def _stimulate(self, due_s: float, item: Stimulus | Event) -> None:
         machines = self.backend.machines
@@ -245,8 +282,8 @@ def _told(event: Event) -> str:
             return f"batch {event.batch} done {shapes} {digest:08x}"
         case BatchFailed():
             return f"batch {event.batch} failed: {event.error.kind.value}: {event.error}"
-        case Tick():
-            return "tick"
+        case Tick() | Settled():
+            return type(event).__name__.lower()
         case InstallChain():
             sizes = {m.bound.name: dict(m.batch_sizes) for m in event.route.modules}
             return f"install {event.route.bound.name} {sizes}"

@@ -1,0 +1,100 @@
+"""The oracles themselves: a planted bug is caught, and the story told about it is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from tests.simulation.replay import explain, violation
+from tests.simulation.swarm import draw
+
+from paceline.dispatch import Action, Answer, Dispatcher, Event, Execute, Fail, Wake
+
+Tamper = Callable[[list[Action]], list[Action]]
+
+
+class Sabotaged(Dispatcher):
+    """Changes what the real dispatcher wants done."""
+
+    tamper: Tamper
+
+    def handle(self, event: Event, *, now_s: float, settled: bool = True) -> list[Action]:
+        return type(self).tamper(super().handle(event, now_s=now_s, settled=settled))
+
+
+def sabotaged(tamper: Tamper) -> type[Sabotaged]:
+    return type("Sabotaged", (Sabotaged,), {"tamper": staticmethod(tamper)})
+
+
+def answer_twice(actions: list[Action]) -> list[Action]:
+    return [*actions, *(a for a in actions if isinstance(a, Answer))]
+
+
+def swallow_failures(actions: list[Action]) -> list[Action]:
+    return [a for a in actions if not isinstance(a, Fail)]
+
+
+def forget_wakes(actions: list[Action]) -> list[Action]:
+    return [a for a in actions if not isinstance(a, Wake)]
+
+
+def swap_answers(actions: list[Action]) -> list[Action]:
+    """Two answers that come together get each other's outputs."""
+    answers = [a for a in actions if isinstance(a, Answer)]
+    if len(answers) < 2:
+        return actions
+    first, second = answers[:2]
+    swapped = {first.request: second.outputs, second.request: first.outputs}
+    return [
+        replace(a, outputs=swapped[a.request])
+        if isinstance(a, Answer) and a.request in swapped
+        else a
+        for a in actions
+    ]
+
+
+def reverse_rows(actions: list[Action]) -> list[Action]:
+    """Items of a gathered answer come in the wrong order."""
+    return [
+        replace(
+            a,
+            outputs=tuple(
+                replace(t, data=bytes(t.data)[::-1]) if len(t.shape) > 1 else t for t in a.outputs
+            ),
+        )
+        if isinstance(a, Answer)
+        else a
+        for a in actions
+    ]
+
+
+def one_machine_for_all(actions: list[Action]) -> list[Action]:
+    return [replace(a, machine="m0") if isinstance(a, Execute) else a for a in actions]
+
+
+@pytest.mark.parametrize(
+    ("tamper", "checks"),
+    [
+        (answer_twice, {"once"}),
+        (swallow_failures, {"once", "drained", "wake"}),
+        (forget_wakes, {"wake", "drained"}),
+        (swap_answers, {"answer"}),
+        (reverse_rows, {"answer"}),
+        (one_machine_for_all, {"capacity"}),
+    ],
+)
+def test_a_planted_bug_is_caught_and_shown_by_few_stimuli(tamper: Tamper, checks: set[str]) -> None:
+    dispatcher = sabotaged(tamper)
+    for seed in range(60):
+        case = replace(draw(seed), dispatcher=dispatcher)
+        found = violation(case)
+        if found is None:
+            continue
+        assert found.check in checks, found
+        story = explain(case, found)
+        assert f"make sim SEED={seed}" in story
+        shortest = int(story.split("that shows it (")[1].split(" of ")[0])
+        assert shortest <= 6
+        return
+    pytest.fail("no seed noticed")
