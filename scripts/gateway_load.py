@@ -1,9 +1,11 @@
-"""The other processes of `bench_gateway.py`: the load generator and the bare gRPC echo server.
+"""The other processes of `bench_gateway.py`: load generator, bare gRPC echo server, front server.
 
 `load` reads one JSON object a line (see `Load`), keeps `in_flight` requests outstanding for
 `duration_s` and answers with one JSON line: latencies, rate, and the CPU time that the processes
 in `pids` used meanwhile. `echo` answers every message with itself: what grpc.aio costs at least.
 Both work on serialized messages; the generator's own work is the same for whatever it measures.
+`paceline` and `protobuf` take the arguments of the `paceline` command: the product as it is, and
+without its fast paths (protobuf objects for every message, no shared memory).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,6 +28,8 @@ import grpc
 import grpc.aio
 import psutil
 import uvloop
+
+from paceline.triton.client import TritonClient
 
 SERVICE = "inference.GRPCInferenceService"
 UNLIMITED = (
@@ -63,6 +68,13 @@ class Observed:
         if now_s >= self.begin_s:
             self.latencies_s.append(now_s - sent_s)
             self.first.set()
+
+
+class SlowClient(TritonClient):
+    """Batches through grpc.aio, without shared memory."""
+
+    def __init__(self, url: str, *, name: str = "") -> None:
+        super().__init__(url, name=name, fast=False)
 
 
 async def measure(load: Load) -> dict[str, float]:
@@ -188,13 +200,29 @@ async def _echo(port: int) -> None:
     await server.wait_for_termination()
 
 
+def _front(arguments: list[str], *, fast: bool) -> None:
+    """`paceline ARGUMENTS`; not `fast`: protobuf objects and grpc.aio for every message."""
+    import paceline.cli
+    from paceline import serving
+    from paceline.rpc.server import start_grpc
+
+    if not fast:
+        slow = {"start_grpc": partial(start_grpc, raw=False), "TritonClient": SlowClient}
+        vars(serving).update(slow)
+    sys.argv = ["paceline", *arguments]
+    paceline.cli.main()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("role", choices=("load", "echo"))
+    parser.add_argument("role", choices=("load", "echo", "paceline", "protobuf"))
     parser.add_argument("--port", type=int, default=0, help="where `echo` listens")
-    options = parser.parse_args()
+    options, rest = parser.parse_known_args()
+    if options.role in ("paceline", "protobuf"):
+        _front(rest, fast=options.role == "paceline")
+        return
     roles: dict[str, Callable[[], Awaitable[None]]] = {
         "load": _serve_load,
         "echo": lambda: _echo(options.port),

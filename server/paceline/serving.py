@@ -8,6 +8,7 @@ accepted, stop serving, stop Triton.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -143,12 +144,21 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         )
         if not await _finished_before(starting, stop):
             return
+        _settle_garbage_collection()
         events.on_ready(starting.result(), rpc.port, web.port, settings.hardware is not None)
         await stop.wait()
         events.on_note(f"draining {engine.dispatcher.in_flight} requests")
         if not await engine.drain(timeout_s=settings.drain_s):
             left = engine.dispatcher.in_flight
             logger.warning("%d requests were not answered within %g s", left, settings.drain_s)
+
+
+def _settle_garbage_collection() -> None:
+    """Requests make no cycles worth looking for: what start-up made is never looked at again, and
+    the rest seldom. A sixth of the processor time per request otherwise."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def _hardware(settings: ServeSettings) -> dict[str, Hardware]:

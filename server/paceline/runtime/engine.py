@@ -42,8 +42,9 @@ from paceline.dispatch.route import ChainRoute
 
 logger = logging.getLogger(__name__)
 
-SETTLING_PASSES = 1
-"""Further passes of the event loop before a launch; see `Engine._handle_soon`."""
+QUIET_PASSES = 1
+SETTLING_LIMIT_S = 0.001
+"""A launch waits for so many passes of the event loop without news, and no longer than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Engine:
         self._timelines: deque[Timeline] = deque(maxlen=self._limits.kept_timelines)
         self._idle = asyncio.Event()
         self._idle.set()
-        self._settling = False
+        self._settling = self._news = False
         self.draining = False
 
     def watch(
@@ -200,17 +201,23 @@ class Engine:
         One pass of the event loop reads many requests, each in a task of its own: launching for
         the first of them would make a batch of one, and a second one of all others.
         """
-        if self._dispatcher.in_flight == 0:
+        others = self._dispatcher.in_flight - isinstance(event, BatchDone)
+        if others <= 0:
             self._handle(event)
             return
-        self._perform(self._dispatcher.handle(event, now_s=self._loop_s(), settled=False))
+        now_s = self._loop_s()
+        self._perform(self._dispatcher.handle(event, now_s=now_s, settled=False))
+        self._news = True
         if not self._settling:
             self._settling = True
-            asyncio.get_running_loop().call_soon(self._settle, SETTLING_PASSES)
+            asyncio.get_running_loop().call_soon(self._settle, 0, now_s + SETTLING_LIMIT_S)
 
-    def _settle(self, passes: int) -> None:
-        if passes:
-            asyncio.get_running_loop().call_soon(self._settle, passes - 1)
+    def _settle(self, quiet: int, latest_s: float) -> None:
+        """Launch after a pass or two that brought nothing, or when it is late enough."""
+        quiet = 0 if self._news else quiet + 1
+        self._news = False
+        if quiet < QUIET_PASSES and self._loop_s() < latest_s:
+            asyncio.get_running_loop().call_soon(self._settle, quiet, latest_s)
             return
         self._settling = False
         self._handle(Settled())
