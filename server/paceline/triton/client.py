@@ -106,6 +106,11 @@ class TritonClient:
         """The machine's name, or the URL where none was given."""
         return self._name or self._url
 
+    @property
+    def shared_memory(self) -> SharedMemoryPool | None:
+        """Through which large batches go; None where they never do."""
+        return self._pool
+
     async def retarget(self, url: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Talk to a restarted Triton, perhaps at another port; returns when it answers.
 

@@ -1,0 +1,189 @@
+"""Large batches on a real Triton: through shared memory, and through messages where that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import random
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from tests.integration.models import write_model
+
+from paceline.core.errors import BackendError, ErrorKind
+from paceline.core.ports import ModelCall
+from paceline.core.tensor import BatchTensor, Tensor
+from paceline.triton.client import TritonClient
+from paceline.triton.launcher import LocalTriton, LocalTritonSettings
+from paceline.triton.shared_memory import DIRECTORY
+
+pytestmark = pytest.mark.integration
+
+# `wanted` says how many bytes to give back of `x` (more than there are: zeros), after `wait_ms`.
+CONFIG = """
+max_batch_size: 0
+input [{name: "x" data_type: TYPE_UINT8 dims: [-1]}]
+input [{name: "wanted" data_type: TYPE_INT32 dims: [1]}]
+input [{name: "wait_ms" data_type: TYPE_INT32 dims: [1]}]
+output [{name: "y" data_type: TYPE_UINT8 dims: [-1]}]
+output [{name: "size" data_type: TYPE_INT32 dims: [1]}]
+"""
+CODE = """
+import time
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+            wanted = int(pb_utils.get_input_tensor_by_name(request, "wanted").as_numpy()[0])
+            time.sleep(pb_utils.get_input_tensor_by_name(request, "wait_ms").as_numpy()[0] / 1e3)
+            y = np.zeros(wanted, dtype=np.uint8)
+            y[: x.size] = x[:wanted]
+            size = np.array([x.size], dtype=np.int32)
+            responses.append(pb_utils.InferenceResponse(
+                [pb_utils.Tensor("y", y), pb_utils.Tensor("size", size)]))
+        return responses
+"""
+SIZE = 700_000
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalTriton]:
+    models = tmp_path_factory.mktemp("models")
+    write_model(models, "cut", CONFIG, CODE)
+    settings = LocalTritonSettings(
+        state_directory=tmp_path_factory.mktemp("triton"),
+        model_repositories=(models,),
+        stop_timeout_s=0.5,
+    )
+    async with LocalTriton(settings) as local:
+        yield local
+
+
+@pytest_asyncio.fixture
+async def client(server: LocalTriton) -> AsyncIterator[TritonClient]:
+    made = await TritonClient.connect(server.url)
+    await made.load("cut", timeout_s=60)
+    yield made
+    await made.close()
+
+
+def call(x: bytes, wanted: int, wait_ms: int = 0) -> ModelCall:
+    half = len(x) // 2
+    return ModelCall(
+        "cut",
+        (
+            BatchTensor("x", "UINT8", (len(x),), (x[:half], memoryview(x)[half:])),
+            BatchTensor("wanted", "INT32", (1,), (struct.pack("<i", wanted),)),
+            BatchTensor("wait_ms", "INT32", (1,), (struct.pack("<i", wait_ms),)),
+        ),
+        ("size", "y"),
+    )
+
+
+def check(outputs: tuple[Tensor, ...], x: bytes, wanted: int) -> None:
+    size, y = outputs
+    assert (size.name, size.shape, bytes(size.data)) == ("size", (1,), struct.pack("<i", len(x)))
+    assert (y.name, y.datatype, y.shape) == ("y", "UINT8", (wanted,))
+    assert bytes(y.data) == x[:wanted].ljust(wanted, b"\0")
+
+
+def regions() -> list[str]:
+    return [path.name for path in DIRECTORY.glob("paceline-*")]
+
+
+def pool_of(client: TritonClient) -> tuple[int, int]:
+    """(regions made, bytes held)."""
+    pool = client.shared_memory
+    assert pool is not None and pool.on
+    return pool.regions, pool.size_bytes
+
+
+async def test_large_batches_go_through_a_few_regions_and_leave_no_file(
+    client: TritonClient,
+) -> None:
+    rng = random.Random(1)
+    for _ in range(12):
+        x = rng.randbytes(SIZE)
+        check(await client.execute(call(x, SIZE), timeout_s=30), x, SIZE)
+        gc.collect()
+    assert pool_of(client) == (2, 2 << 20)  # one for inputs, one for outputs
+    assert not regions()
+
+
+async def test_answers_stay_what_they_were_while_others_are_computed(client: TritonClient) -> None:
+    rng = random.Random(2)
+    inputs = [rng.randbytes(SIZE) for _ in range(10)]
+    answers = [await client.execute(call(x, SIZE), timeout_s=30) for x in inputs]
+    answers += await asyncio.gather(*(client.execute(call(x, SIZE), timeout_s=30) for x in inputs))
+    for outputs, x in zip(answers, inputs * 2, strict=True):
+        check(outputs, x, SIZE)
+
+
+async def test_outputs_may_shrink_and_grow_after_their_size_was_learned(
+    client: TritonClient,
+) -> None:
+    x = random.Random(3).randbytes(SIZE)
+    for wanted in (SIZE, SIZE, SIZE, SIZE, 1000, 0, 600_000, 2 * SIZE, 2 * SIZE, SIZE):
+        check(await client.execute(call(x, wanted), timeout_s=30), x, wanted)
+        gc.collect()
+
+
+async def test_a_region_of_a_call_that_timed_out_is_not_used_again(client: TritonClient) -> None:
+    x = random.Random(4).randbytes(SIZE)
+    for _ in range(4):
+        check(await client.execute(call(x, SIZE), timeout_s=30), x, SIZE)
+        gc.collect()
+    before, _ = pool_of(client)
+    with pytest.raises(BackendError) as caught:
+        await client.execute(call(b"\xff" * SIZE, SIZE, wait_ms=300), timeout_s=0.1)
+    assert caught.value.kind is ErrorKind.DEADLINE
+    outputs = await client.execute(call(x, SIZE), timeout_s=30)
+    # By now the abandoned call has ended, too, and written its output.
+    check(outputs, x, SIZE)
+    assert pool_of(client)[0] == before + 2
+
+
+async def test_a_failed_call_gives_its_regions_back(client: TritonClient) -> None:
+    x = bytes(SIZE)
+    for _ in range(3):
+        wrong = call(x, SIZE)
+        with pytest.raises(BackendError):
+            await client.execute(ModelCall("cut", wrong.inputs[:2], wrong.outputs), timeout_s=30)
+    assert pool_of(client)[0] == 1
+
+
+async def test_without_shared_memory_messages_carry_the_same(server: LocalTriton) -> None:
+    x = random.Random(5).randbytes(3 * SIZE)
+    for fast in (False, True):
+        client = TritonClient(server.url, fast=fast)
+        await client.load("cut", timeout_s=60)
+        if client.shared_memory is not None:
+            client.shared_memory.on = False
+        check(await client.execute(call(x, 2 * SIZE), timeout_s=30), x, 2 * SIZE)
+        await client.close()
+
+
+async def test_closing_returns_the_memory_to_the_machine(server: LocalTriton) -> None:
+    before = await asyncio.to_thread(mapped, server)
+    client = TritonClient(server.url)
+    await client.load("cut", timeout_s=60)
+    check(await client.execute(call(bytes(SIZE), 10), timeout_s=30), bytes(SIZE), 10)
+    assert len(await asyncio.to_thread(mapped, server)) == len(before) + 1
+    await client.close()
+    assert await asyncio.to_thread(mapped, server) == before
+
+
+def mapped(server: LocalTriton) -> set[str]:
+    """Regions of this process that the Triton has mapped."""
+    assert server.pid is not None
+    lines = Path(f"/proc/{server.pid}/maps").read_text().splitlines()
+    own = f"-{os.getpid()}-"
+    return {line.split()[5] for line in lines if "/paceline-" in line and own in line}
