@@ -22,9 +22,8 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import typer
 import uvloop
 
-from paceline.config import read_chains, read_hardware, read_profiles, write_profiles
+from paceline.config import write_profiles
 from paceline.core.errors import ConfigError, PacelineError, PlanError
-from paceline.core.plan import Plan
 from paceline.core.profile import ProfileRow
 from paceline.report import console, plan_report, status_report, timeline_report
 
@@ -160,25 +159,76 @@ def plan(
         float | None, typer.Option(help="Instead of the file's rate, requests/s.")
     ] = None,
     slo_ms: Annotated[float | None, typer.Option(help="Instead of the file's objective.")] = None,
-    policy: Annotated[str, typer.Option(help="Planning policy.")] = "harpagon",
-    billing: Annotated[str, typer.Option(help="How machines are paid for.")] = "fractional",
+    policy: Annotated[
+        str, typer.Option(help="optimal, harpagon, nexus, scrooge, inferline or clipper.")
+    ] = "optimal",
+    billing: Annotated[
+        str, typer.Option(help="fractional, or machine: whole ones that modules share.")
+    ] = "fractional",
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HARDWARE=N", help="Most machines of a kind (--billing machine)."),
+    ] = None,
     overhead_ms: Annotated[
         float, typer.Option(min=0, help="Reserved per module for front server and network.")
     ] = 0.0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw cost against objective and rate (.png or .svg).")
+    ] = None,
     output: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    dispatch: Annotated[
+        str, typer.Option(help="harpagon: throughput-cost, round-robin or pooled.")
+    ] = "throughput-cost",
+    max_tuples: Annotated[
+        int | None, typer.Option(min=1, help="harpagon: most configurations a module may mix.")
+    ] = None,
+    dummy: Annotated[bool, typer.Option(help="harpagon: dummy requests.")] = True,
+    reassign: Annotated[bool, typer.Option(help="harpagon: latency reassignment.")] = True,
+    node_merger: Annotated[bool, typer.Option(help="harpagon: siblings as one node.")] = True,
+    cost_direct: Annotated[bool, typer.Option(help="harpagon: also split by saving.")] = True,
 ) -> None:
     """What is the least that must be paid to serve these chains within their objectives, and how?
 
     Exits 3 when no plan meets an objective, naming the module that lacks how many ms.
     """
+    from paceline.planner.problem import BILLINGS, Options
+    from paceline.planner.solve import POLICIES
+    from paceline.planner.worst_case import DISPATCHES
+    from paceline.planning import cheaper_slo, limits, plan_offline
+    from paceline.planning import plot as draw
+
     _one_of("--format", output, ("text", "json"))
-    _one_of("--policy", policy, ("harpagon",))
-    _one_of("--billing", billing, ("fractional",))
-    made = _plan_offline(chains, profiles, hardware, rate_rps, slo_ms, overhead_ms / 1e3)
+    _one_of("--policy", policy, POLICIES)
+    _one_of("--billing", billing, BILLINGS)
+    _one_of("--dispatch", dispatch, DISPATCHES)
+    options = Options(
+        policy=policy,
+        dispatch=dispatch,  # type: ignore[arg-type]
+        max_tuples=max_tuples,
+        dummy=dummy,
+        reassign=reassign,
+        node_merger=node_merger,
+        cost_direct=cost_direct,
+        billing=billing,  # type: ignore[arg-type]
+        machine_limits=limits(limit or ()),
+    )
+    made = plan_offline(
+        chains,
+        profiles,
+        hardware,
+        options,
+        rate_rps=rate_rps,
+        slo_ms=slo_ms,
+        overhead_s=overhead_ms / 1e3,
+    )
+    if plot is not None:
+        draw(made, plot)
     if output == "json":
-        print(json.dumps(made.as_json(), indent=2))
+        print(json.dumps(made.plan.as_json(), indent=2))
     else:
-        console().print(plan_report(made))
+        cheaper = cheaper_slo(made)
+        told = None if cheaper is None else cheaper.told(len(made.chains))
+        console().print(plan_report(made.plan, cheaper=told))
 
 
 @app.command()
@@ -285,35 +335,6 @@ def main() -> None:
         sys.exit(code)
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)
-
-
-def _plan_offline(
-    paths: list[Path],
-    profiles: Path,
-    hardware: Path,
-    rate_rps: float | None,
-    slo_ms: float | None,
-    overhead_s: float,
-) -> Plan:
-    from dataclasses import replace
-    from time import perf_counter
-
-    from paceline.planner.problem import Options, demand
-    from paceline.planner.solve import solve
-
-    measured, prices = read_profiles(profiles), read_hardware(hardware)
-    demands = []
-    for chain in read_chains(paths):
-        changed = chain if slo_ms is None else replace(chain, slo_s=slo_ms / 1e3)
-        rate = rate_rps if rate_rps is not None else chain.rate_rps
-        if rate is None:
-            raise ConfigError(
-                f"chain {chain.name!r} declares none; give --rate-rps", key="rate_rps"
-            )
-        demands.append(demand(changed, rate, measured, prices, {}, overhead_s))
-    started = perf_counter()
-    made = solve(demands, Options())
-    return replace(made, solve_s=perf_counter() - started)
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

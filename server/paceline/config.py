@@ -7,7 +7,9 @@ Units are converted here: milliseconds and MiB outside, seconds and bytes inside
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +27,8 @@ MAX_FILE_BYTES = 4 << 20
 """A chain, profile or hardware file larger than this is a mistake."""
 
 MIB = 1 << 20
+
+logger = logging.getLogger(__name__)
 
 
 class _Strict(BaseModel):
@@ -102,7 +106,11 @@ def read_chains(paths: Iterable[Path]) -> tuple[Chain, ...]:
 
 
 def read_profiles(path: Path) -> Profiles:
-    """Read `model,hardware,batch_size,duration_ms,memory_mib` (memory may be empty)."""
+    """Read `model,hardware,batch_size,duration_ms,memory_mib` (memory may be empty).
+
+    A batch that was measured faster than a smaller one is given that one's duration, with a
+    warning that says so: what is planned must not be faster than anything that was measured.
+    """
     rows: list[ProfileRow] = []
     seen: dict[tuple[str, str, int], int] = {}
     columns = ("model", "hardware", "batch_size", "duration_ms", "memory_mib")
@@ -121,7 +129,36 @@ def read_profiles(path: Path) -> Profiles:
         rows.append(ProfileRow(*key, duration_ms / 1e3, int(memory_mib * MIB)))
     if not rows:
         raise ConfigError("no profile in this file", where=path.name)
-    return Profiles(tuple(rows))
+    return Profiles(_monotone(rows, seen, path.name))
+
+
+def _monotone(
+    rows: Sequence[ProfileRow], lines: Mapping[tuple[str, str, int], int], name: str
+) -> tuple[ProfileRow, ...]:
+    """The rows with durations that never fall as the batch grows, in the file's order."""
+    slowest: dict[tuple[str, str], ProfileRow] = {}
+    raised: dict[tuple[str, str, int], ProfileRow] = {}
+    for row in sorted(rows, key=lambda row: row.batch_size):
+        kept, before = row, slowest.get((row.model, row.hardware))
+        if before is not None and row.duration_s < before.duration_s:
+            line = lines[row.model, row.hardware, row.batch_size]
+            logger.warning(
+                "%s:%d: %s on %s takes %.6g ms at batch %d, less than %.6g ms at batch %d; "
+                "planned with %.6g ms (measure it again to be sure)",
+                name,
+                line,
+                row.model,
+                row.hardware,
+                row.duration_s * 1e3,
+                row.batch_size,
+                before.duration_s * 1e3,
+                before.batch_size,
+                before.duration_s * 1e3,
+            )
+            kept = replace(row, duration_s=before.duration_s)
+        slowest[row.model, row.hardware] = kept
+        raised[row.model, row.hardware, row.batch_size] = kept
+    return tuple(raised[row.model, row.hardware, row.batch_size] for row in rows)
 
 
 def write_profiles(path: Path, rows: Sequence[ProfileRow]) -> None:

@@ -9,21 +9,43 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from paceline.core.plan import ChainPlan, ModulePlan, Plan
+from paceline.core.plan import ChainPlan, ModulePlan, PackedMachine, Plan
 
 
-def plan_report(plan: Plan, *, priced: bool = True) -> RenderableType:
-    """One table per chain, then the total beside the lower bound."""
+def plan_report(plan: Plan, *, priced: bool = True, cheaper: str | None = None) -> RenderableType:
+    """One table per chain, the machines that are shared, then the total beside the lower bound."""
     parts: list[RenderableType] = [_chain_table(chain) for chain in plan.chains]
+    if shared := [m for m in plan.machines if len(m.shares) > 1]:
+        parts.append(_machines_table(shared))
     unit = "per hour" if priced else "machines (no prices declared: every machine counts 1)"
     total = f"cost {plan.cost_per_hour:.4g} {unit}; no plan can cost less than "
     parts.append(
         Text(
-            f"{total}{plan.lower_bound_per_hour:.4g}; policy {plan.policy}, {plan.billing} "
-            f"billing, planned in {plan.solve_s * 1e3:.1f} ms"
+            f"{total}{plan.lower_bound_per_hour:.4g} (gap {plan.gap:.1%}); policy {plan.policy}, "
+            f"{plan.billing} billing, planned in {plan.solve_s * 1e3:.1f} ms"
         )
     )
+    if cheaper:
+        parts.append(Text(cheaper))
     return Group(*parts)
+
+
+def _machines_table(machines: Sequence[PackedMachine]) -> Table:
+    table = _table(
+        "shared machines",
+        ("hardware", "left"),
+        ("cycle ms", "right"),
+        ("busy", "right"),
+        ("runs in each cycle", "left"),
+    )
+    for machine in machines:
+        table.add_row(
+            machine.hardware,
+            f"{machine.shares[0].cycle_s * 1e3:.1f}",
+            f"{sum(share.utilisation for share in machine.shares):.0%}",
+            ", ".join(f"{s.chain}.{s.module} b{s.batch_size}" for s in machine.shares),
+        )
+    return table
 
 
 def _chain_table(chain: ChainPlan) -> Table:
@@ -37,6 +59,7 @@ def _chain_table(chain: ChainPlan) -> Table:
         ("batch", "right"),
         ("hardware", "left"),
         ("machines", "right"),
+        ("used", "right"),
         ("cost/h", "right"),
     )
     for module in chain.modules:
@@ -46,9 +69,16 @@ def _chain_table(chain: ChainPlan) -> Table:
                 f"{allocation.batch_size} x {allocation.duration_s * 1e3:.1f} ms",
                 allocation.hardware,
                 f"{allocation.machines:.3g}",
+                f"{_used(module):.0%}",
                 f"{allocation.cost_per_hour:.3g}",
             )
     return table
+
+
+def _used(module: ModulePlan) -> float:
+    """The share of what its machines can serve that real requests take."""
+    served_rps = sum(allocation.rate_rps for allocation in module.allocations)
+    return module.rate_rps / served_rps if served_rps else 0.0
 
 
 def _module_cells(module: ModulePlan) -> tuple[str, str, str, str]:

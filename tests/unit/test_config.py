@@ -169,6 +169,31 @@ def test_a_mistake_in_a_profile_file_names_file_line_and_column(
     assert message in str(caught.value)
 
 
+def test_a_batch_measured_faster_than_a_smaller_one_is_planned_with_that_ones_duration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(
+        "model,hardware,batch_size,duration_ms,memory_mib\n"
+        "m,t4,4,4.5,\nm,t4,1,5,\nm,t4,2,4,\nm,t4,8,9,\nm,v100,4,1,\n",
+        encoding="utf-8",
+    )
+    rows = read_profiles(path).rows
+    assert [(r.batch_size, r.duration_s) for r in rows] == [
+        (4, 0.005),
+        (1, 0.005),
+        (2, 0.005),
+        (8, 0.009),
+        (4, 0.001),
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        "p.csv:4: m on t4 takes 4 ms at batch 2, less than 5 ms at batch 1; "
+        "planned with 5 ms (measure it again to be sure)",
+        "p.csv:2: m on t4 takes 4.5 ms at batch 4, less than 5 ms at batch 2; "
+        "planned with 5 ms (measure it again to be sure)",
+    ]
+
+
 def test_profiles_survive_being_written_and_read(tmp_path: Path) -> None:
     rows = (ProfileRow("m", "gpu", 1, 0.0125, 3 << 20), ProfileRow("m", "gpu", 8, 0.05))
     write_profiles(tmp_path / "p.csv", rows)

@@ -39,6 +39,7 @@ from paceline.planner.problem import Options, PlannedChain, PlannedModule, deman
 from paceline.planner.schedule import Placement, Schedule
 
 __all__ = [
+    "HEURISTICS",
     "POLICIES",
     "Configuration",
     "Options",
@@ -50,7 +51,7 @@ __all__ = [
 
 POLICIES = ("optimal", "harpagon", "nexus", "scrooge", "inferline", "clipper")
 
-_HEURISTICS: Mapping[str, Callable[[PlannedChain, Options], list[Schedule]]] = {
+HEURISTICS: Mapping[str, Callable[[PlannedChain, Options], list[Schedule]]] = {
     "harpagon": harpagon,
     "nexus": nexus,
     "scrooge": scrooge,
@@ -91,7 +92,7 @@ def _solve_chain(chain: PlannedChain, options: Options) -> tuple[ChainPlan, floa
     frontiers = [Frontier.of(m.configurations, m.rate_rps, m.overhead_s) for m in chain.modules]
     best = optimum(graph, frontiers, chain.slo_s)
     if options.policy != "optimal":
-        schedules = _HEURISTICS[options.policy](chain, options)
+        schedules = HEURISTICS[options.policy](chain, options)
     elif best is not None:
         schedules = optimal_schedules(chain, best)
     else:

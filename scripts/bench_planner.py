@@ -1,0 +1,289 @@
+#!/usr/bin/env python3
+"""Plans 1,131 generated workloads with every policy and prints how they compare.
+
+    .venv/bin/python scripts/bench_planner.py            # all; --quick for 90
+    .venv/bin/python scripts/bench_planner.py --json out.json
+
+Workloads are seeded: chains of 2 to 4, forks, trees and diamonds of the models in examples/data;
+fan-outs 0.25 to 3, rates 3 to 1,600 requests/s, objectives 1.2 to 5 times the least latency; a
+third on V100 only, a third on T4 only, a third on everything the models were measured on. Times are
+processor times, so that a busy machine does not change them, but for the 100 chains: those are wall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter, process_time
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "server"))
+
+from paceline.config import read_hardware, read_profiles  # noqa: E402
+from paceline.core.errors import PlanError  # noqa: E402
+from paceline.core.profile import Configuration, Hardware, Profiles  # noqa: E402
+from paceline.planner.assemble import graph_of  # noqa: E402
+from paceline.planner.compose import compose  # noqa: E402
+from paceline.planner.paths import Graph  # noqa: E402
+from paceline.planner.problem import Options, PlannedChain, PlannedModule  # noqa: E402
+from paceline.planner.residual import ModuleScheduler  # noqa: E402
+from paceline.planner.solve import HEURISTICS, POLICIES, solve  # noqa: E402
+from paceline.planner.split import choices  # noqa: E402
+
+WORKLOADS = 1131
+SHAPES: Mapping[str, Sequence[Sequence[int]]] = {
+    "chain of 2": ((), (0,)),
+    "chain of 3": ((), (0,), (1,)),
+    "chain of 4": ((), (0,), (1,), (2,)),
+    "fork of 2": ((), (0,), (0,)),
+    "fork of 3": ((), (0,), (0,), (0,)),
+    "tree": ((), (0,), (0,), (1,)),
+    "diamond": ((), (0,), (0,), (1, 2)),
+}
+FAN_OUTS = (0.25, 0.5, 1.0, 2.0, 3.0)
+HARDWARE = ("v100", "t4", "mixed")
+
+OPTIMAL = Options(policy="optimal")
+PLAIN = Options(policy="harpagon")
+ABLATIONS: Mapping[str, Options] = {
+    "round-robin dispatch": replace(PLAIN, dispatch="round-robin"),
+    "two tuples": replace(PLAIN, max_tuples=2),
+    "no dummy requests": replace(PLAIN, dummy=False),
+    "no reassignment": replace(PLAIN, reassign=False),
+    "no node merger": replace(PLAIN, node_merger=False),
+    "no cost-direct": replace(PLAIN, cost_direct=False),
+    "pooled dispatch": replace(PLAIN, dispatch="pooled"),
+}
+
+
+class Source:
+    """Where workloads draw their models from."""
+
+    def __init__(self) -> None:
+        self.profiles: Profiles = read_profiles(ROOT / "examples/data/profiles.csv")
+        self.prices = read_hardware(ROOT / "examples/data/hardware.csv")
+        self.models = sorted({row.model for row in self.profiles.rows})
+
+    def chain(
+        self, seed: str, shape: Sequence[Sequence[int]] | None = None, hardware: str = "mixed"
+    ) -> PlannedChain:
+        """The workload of this seed."""
+        rng = random.Random(seed)
+        parents = shape or SHAPES[rng.choice(sorted(SHAPES))]
+        rate_rps = 3.0 * (1600 / 3.0) ** rng.random()
+        allowed: dict[str, Hardware] = dict(self.prices)
+        if hardware != "mixed":
+            allowed = {hardware: self.prices[hardware]}
+        least = 2 if hardware == "mixed" else 1
+        models = [
+            m for m in self.models if len(set(self.profiles.hardware_of(m)) & set(allowed)) >= least
+        ]
+        modules = []
+        for i, above in enumerate(parents):
+            model = rng.choice(models)
+            fan_out = 1.0 if i == 0 else rng.choice(FAN_OUTS)
+            configurations = self.profiles.configurations(model, allowed)
+            names = tuple(f"m{parent}" for parent in above)
+            modules.append(PlannedModule(f"m{i}", model, rate_rps * fan_out, names, configurations))
+        least_s = Graph.of(parents).longest(
+            [min(c.duration_s for c in m.configurations) for m in modules]
+        )
+        return PlannedChain(seed, least_s * rng.uniform(1.2, 5.0), rate_rps, tuple(modules))
+
+
+def four_kinds(chain: PlannedChain) -> PlannedChain:
+    """The same with a fourth kind of hardware, where only up to three were measured."""
+    modules = []
+    for module in chain.modules:
+        kinds = sorted({c.hardware for c in module.configurations})
+        found = list(module.configurations)
+        for i in range(4 - len(kinds)):
+            like = [c for c in module.configurations if c.hardware == kinds[i % len(kinds)]]
+            found += [
+                Configuration(
+                    f"made-{i}", c.batch_size, c.duration_s * (1.3 + i), c.price_per_hour / 1.5
+                )
+                for c in like
+            ]
+        modules.append(replace(module, configurations=tuple(found)))
+    return replace(chain, modules=tuple(modules))
+
+
+def heuristic_cost(chain: PlannedChain, options: Options) -> float | None:
+    try:
+        return sum(s.cost_per_hour for s in HEURISTICS[options.policy](chain, options))
+    except PlanError:
+        return None
+
+
+def exact_split_cost(chain: PlannedChain) -> float | None:
+    """Harpagon's schedules for every budget that changes one, in the cheapest of all splits."""
+    offers = []
+    for module in chain.modules:
+        front = choices(ModuleScheduler(module, PLAIN), chain.slo_s)
+        offers.append(
+            (np.array([c.latency_s for c in front]), np.array([c.cost_per_hour for c in front]))
+        )
+    found = compose(graph_of(chain), offers, chain.slo_s)
+    return None if found is None else found.bound
+
+
+def measure(at: int) -> dict[str, Any]:
+    """Everything about one workload."""
+    source = Source()
+    hardware = HARDWARE[at % 3]
+    chain = source.chain(f"workload {at}", hardware=hardware)
+    result: dict[str, Any] = {"at": at, "hardware": hardware, "modules": len(chain.modules)}
+    started = process_time()
+    plan = solve([chain], OPTIMAL)
+    result["optimal_s"] = process_time() - started
+    result["optimal"] = plan.cost_per_hour
+    result["bound"] = plan.lower_bound_per_hour
+    for policy in POLICIES[1:]:
+        started = process_time()
+        result[policy] = heuristic_cost(chain, Options(policy=policy))
+        result[f"{policy}_s"] = process_time() - started
+    for name, options in ABLATIONS.items():
+        result[name] = heuristic_cost(chain, options)
+    result["exact split"] = exact_split_cost(chain)
+    started = process_time()
+    whole = solve([chain], replace(OPTIMAL, billing="machine"))
+    result["machine_s"] = process_time() - started
+    result["machine"] = whole.cost_per_hour
+    result["machine_gap"] = whole.gap
+    return result
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def report(results: Sequence[Mapping[str, Any]]) -> None:
+    """The tables of docs/benchmarks/planner.md."""
+    count = len(results)
+    print(f"{count} workloads\n")
+    print("| policy | feasible | cost / optimal, mean | max | plans in ms of CPU, median | p99 |")
+    print("|---|---|---|---|---|---|")
+    beaten = 0
+    for policy in POLICIES:
+        costs = [(r[policy] / r["optimal"]) for r in results if r[policy] is not None]
+        times = [r[f"{policy}_s"] * 1e3 for r in results]
+        beaten += sum(ratio < 1 - 1e-9 for ratio in costs)
+        print(
+            f"| {policy} | {len(costs) / count:.1%} | {mean(costs):.3f} | {max(costs):.2f} | "
+            f"{median(times):.1f} | {percentile(times, 0.99):.1f} |"
+        )
+    print(f"\nworkloads on which a policy beats `optimal`: {beaten}")
+    gaps = [1 - r["bound"] / r["optimal"] for r in results]
+    print(
+        f"`optimal` above its own lower bound: median {median(gaps):.4%}, "
+        f"p99 {percentile(gaps, 0.99):.4%}, max {max(gaps):.4%}"
+    )
+    both = [r for r in results if r["harpagon"] is not None and r["exact split"] is not None]
+    equal = sum(r["harpagon"] <= r["exact split"] * (1 + 1e-6) for r in both)
+    print(
+        f"harpagon costs no more than its exact split: {equal / len(both):.1%} (published 91.5 %)"
+    )
+    print("\n| harpagon with | cost / full harpagon, mean | max | feasible |")
+    print("|---|---|---|---|")
+    for name in ABLATIONS:
+        ratios = [r[name] / r["harpagon"] for r in results if r[name] and r["harpagon"]]
+        feasible = sum(r[name] is not None for r in results)
+        print(f"| {name} | {mean(ratios):.3f} | {max(ratios):.2f} | {feasible / count:.1%} |")
+    print("\n| hardware | harpagon / optimal | nexus | scrooge | inferline | clipper |")
+    print("|---|---|---|---|---|---|")
+    for hardware in HARDWARE:
+        own = [r for r in results if r["hardware"] == hardware]
+        cells = [
+            f"{mean(r[p] / r['optimal'] for r in own if r[p] is not None):.3f}"
+            for p in POLICIES[1:]
+        ]
+        print(f"| {hardware} | {' | '.join(cells)} |")
+    times = [r["machine_s"] * 1e3 for r in results]
+    print(
+        f"\nwhole machines, one chain at a time: gap median "
+        f"{median(r['machine_gap'] for r in results):.1%}, cost / fractional optimum median "
+        f"{median(r['machine'] / r['optimal'] for r in results):.2f}; "
+        f"planned in {median(times):.0f} ms median, {percentile(times, 0.99):.0f} ms p99"
+    )
+
+
+def timings(source: Source, repeats: int) -> None:
+    """Four modules on four kinds of hardware; twelve modules."""
+    long_chain = tuple((i - 1,) if i else () for i in range(12))
+    cases = {
+        "4 modules, 4 kinds of hardware, series": (SHAPES["chain of 4"], True),
+        "4 modules, 4 kinds of hardware, diamond": (SHAPES["diamond"], True),
+        "4 modules, not series-parallel (the letter N)": (((), (), (0,), (0, 1)), True),
+        "12 modules in series": (long_chain, False),
+    }
+    print("\n| optimal | ms, median | p99 | gap, max |")
+    print("|---|---|---|---|")
+    for name, (shape, four) in cases.items():
+        times, gaps = [], []
+        for i in range(repeats):
+            chain = source.chain(f"timing {i}", shape)
+            chain = four_kinds(chain) if four else chain
+            started = process_time()
+            plan = solve([chain], OPTIMAL)
+            times.append((process_time() - started) * 1e3)
+            gaps.append(1 - plan.lower_bound_per_hour / plan.cost_per_hour)
+        print(f"| {name} | {median(times):.1f} | {percentile(times, 0.99):.1f} | {max(gaps):.3%} |")
+
+
+def together(source: Source, repeats: int) -> None:
+    """100 chains of four modules, in whole machines."""
+    shapes = [shape for shape in SHAPES.values() if len(shape) == 4]
+    print("\n| 100 chains of 4 modules, whole machines | cost/h | lower bound | gap | s |")
+    print("|---|---|---|---|---|")
+    gaps = []
+    for repeat in range(repeats):
+        chains = [
+            source.chain(f"together {repeat} {i}", shapes[i % len(shapes)]) for i in range(100)
+        ]
+        started = perf_counter()
+        plan = solve(chains, replace(OPTIMAL, billing="machine"))
+        wall_s = perf_counter() - started
+        gaps.append(plan.gap)
+        print(
+            f"| {repeat} | {plan.cost_per_hour:.1f} | {plan.lower_bound_per_hour:.1f} | "
+            f"{plan.gap:.1%} | {wall_s:.1f} |"
+        )
+    print(f"\nmedian gap {median(gaps):.1%}")
+
+
+def main() -> None:
+    """See the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="90 workloads and fewer repeats")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--json", type=Path, help="also write every result here")
+    parser.add_argument("--together", action="store_true", help="only the 100 chains")
+    arguments = parser.parse_args()
+    if arguments.together:
+        together(Source(), 5)
+        return
+    count = 90 if arguments.quick else WORKLOADS
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        results = list(pool.map(measure, range(count), chunksize=5))
+    report(results)
+    source = Source()
+    timings(source, 10 if arguments.quick else 50)
+    together(source, 1 if arguments.quick else 5)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Planning without serving: files in, a plan and what a person wants to know about it out.
+
+Invariant: what is reported besides the plan (a cheaper objective, a plot) is planned by the same
+policy, billing and options as the plan itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from paceline.config import read_chains, read_hardware, read_profiles
+from paceline.core.errors import ConfigError, PlanError
+from paceline.core.plan import Plan
+from paceline.planner.problem import Options, PlannedChain, demand
+from paceline.planner.solve import solve
+
+WORTH_TELLING = 0.1
+"""A longer objective is told when it saves this share of the cost, else what the longest saves."""
+
+LONGER = tuple(1 + step / 20 for step in range(1, 41))
+"""The factors of the objective that are tried, up to three times."""
+
+PLOT_POINTS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Offline:
+    """A plan with what it was made of; `chains` and `options` plan again."""
+
+    plan: Plan
+    chains: tuple[PlannedChain, ...]
+    options: Options
+
+
+@dataclass(frozen=True, slots=True)
+class Cheaper:
+    """All objectives made `factor` times as long lower the cost by `saving` (a share)."""
+
+    factor: float
+    saving: float
+    slo_s: float
+
+    def told(self, chains: int) -> str:
+        """One line for people."""
+        at = f"at {self.slo_s * 1e3:.4g} ms" if chains == 1 else f"with {self.factor:.3g}x the slo"
+        return f"{at} this costs {self.saving:.0%} less"
+
+
+def plan_offline(
+    paths: Sequence[Path],
+    profiles: Path,
+    hardware: Path,
+    options: Options,
+    *,
+    rate_rps: float | None = None,
+    slo_ms: float | None = None,
+    overhead_s: float = 0.0,
+) -> Offline:
+    """Read the files and plan. Raises ConfigError and PlanError."""
+    measured, prices = read_profiles(profiles), read_hardware(hardware)
+    for name in options.machine_limits:
+        if name not in prices:
+            raise ConfigError(
+                f"no hardware {name!r}; {hardware.name} has {', '.join(sorted(prices))}",
+                key="--limit",
+            )
+    demands: list[PlannedChain] = []
+    for chain in read_chains(paths):
+        changed = chain if slo_ms is None else replace(chain, slo_s=slo_ms / 1e3)
+        rate = rate_rps if rate_rps is not None else chain.rate_rps
+        if rate is None:
+            raise ConfigError(
+                f"chain {chain.name!r} declares none; give --rate-rps", key="rate_rps"
+            )
+        demands.append(demand(changed, rate, measured, prices, {}, overhead_s))
+    memory = {name: kind.memory_bytes for name, kind in prices.items() if kind.memory_bytes}
+    used = replace(options, memory_bytes=memory)
+    started = perf_counter()
+    plan = solve(demands, used)
+    solve_s = perf_counter() - started
+    return Offline(replace(plan, solve_s=solve_s), tuple(demands), used)
+
+
+def limits(texts: Sequence[str]) -> dict[str, int]:
+    """`t4=10` as the most machines of each hardware."""
+    found: dict[str, int] = {}
+    for text in texts:
+        name, equals, count = text.partition("=")
+        if not name or not equals or not count.isdecimal():
+            raise ConfigError(f"{text!r} is not HARDWARE=NUMBER", key="--limit")
+        found[name] = int(count)
+    return found
+
+
+def cheaper_slo(made: Offline) -> Cheaper | None:
+    """The next objective that saves a tenth; else the longest tried that saves 1 % or more."""
+    now = made.plan.cost_per_hour
+    found: Cheaper | None = None
+    for factor in LONGER:
+        saving = 1 - _cost(made, slo_factor=factor) / now
+        if saving >= 0.01 and (found is None or saving > found.saving):
+            found = Cheaper(factor, saving, made.chains[0].slo_s * factor)
+        if saving >= WORTH_TELLING:
+            break
+    return found
+
+
+def _cost(made: Offline, *, slo_factor: float = 1.0, rate_factor: float = 1.0) -> float:
+    """What it costs with longer objectives or higher rates; infinite when there is no plan."""
+    changed = [
+        replace(
+            chain,
+            slo_s=chain.slo_s * slo_factor,
+            rate_rps=chain.rate_rps * rate_factor,
+            modules=tuple(replace(m, rate_rps=m.rate_rps * rate_factor) for m in chain.modules),
+        )
+        for chain in made.chains
+    ]
+    try:
+        return solve(changed, made.options).cost_per_hour
+    except PlanError:
+        return float("inf")
+
+
+def curves(made: Offline) -> Mapping[str, list[tuple[float, float]]]:
+    """Cost against the factor of every objective (a third to three), and of every rate."""
+    steps = [3 ** (2 * i / (PLOT_POINTS - 1) - 1) for i in range(PLOT_POINTS)]
+    return {
+        "slo": [(factor, _cost(made, slo_factor=factor)) for factor in steps],
+        "rate": [(factor, _cost(made, rate_factor=factor)) for factor in steps],
+    }
+
+
+def plot(made: Offline, path: Path) -> None:
+    """Draw cost against objective and against rate. ConfigError unless PNG or SVG."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"{path.name!r} must end in .png or .svg", key="--plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    first = made.chains[0]
+    single = len(made.chains) == 1
+    scales = {"slo": first.slo_s * 1e3, "rate": first.rate_rps}
+    units = {"slo": "objective, ms", "rate": "rate, requests/s"}
+    whole = {"slo": "objective, times as declared", "rate": "rate, times as declared"}
+    for axes, (name, points) in zip(figure.subplots(1, 2), curves(made).items(), strict=True):
+        _draw(axes, points, scales[name] if single else 1.0, made.plan.cost_per_hour)
+        axes.set_xlabel(units[name] if single else whole[name])
+        axes.set_ylabel("cost per hour")
+    names = ", ".join(chain.name for chain in made.chains[:4])
+    more = f" and {len(made.chains) - 4} more" if len(made.chains) > 4 else ""
+    figure.suptitle(f"{names}{more}: {made.plan.policy}, {made.plan.billing} billing")
+    try:
+        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", where=str(path)) from None
+
+
+def _draw(axes: Any, points: Sequence[tuple[float, float]], scale: float, cost: float) -> None:
+    feasible = [(x * scale, y) for x, y in points if y < float("inf")]
+    axes.plot([x for x, _ in feasible], [y for _, y in feasible], drawstyle="default")
+    axes.plot([scale], [cost], "o")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
