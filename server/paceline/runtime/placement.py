@@ -1,21 +1,26 @@
 """From planned machine counts to instances of each model on each Triton.
 
 A Triton of hardware `h` with `slots` stands for that many of the plan's machines of kind `h`:
-each slot executes one batch at a time. A model planned on x machines gets ceil(x) instances,
-spread over the Tritons of that hardware; every model has at least one on every machine, so that
-it can be called wherever there is room.
+each slot executes one batch at a time. A plan says what is busy on average; how much of a model
+is wanted at once varies about that as a Poisson number does, by sqrt(x) for x machines. So a model
+gets ceil(x + 2 sqrt(x)) instances (square-root staffing), no more than there are slots, spread over
+the Tritons of that hardware: with ceil(x) a burst waits for one instance while slots are idle.
+Every model has at least one on every machine, so that it can be called wherever there is room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, sqrt
 
 from paceline.core.plan import Plan
 
 _EPSILON = 1e-6
 """Planned fractions are sums of floats: 2.0000001 machines are two."""
+
+_SPREAD = 2.0
+"""Standard deviations of the number of batches wanted at once that find an instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +55,9 @@ def place(plan: Plan, sites: Iterable[Site], models: Iterable[str]) -> dict[str,
     >>> module = ModulePlan("m", "net", 10, 0, 1, 1, (Allocation("cpu", 4, 0.5, 1.25, 1.0),))
     >>> plan = Plan("harpagon", "fractional", (ChainPlan("c", 1, 10, 1, (module,)),))
     >>> place(plan, [Site("a", "cpu", 4), Site("b", "cpu", 4)], ["net", "other"])
-    {'a': {'net': 1, 'other': 1}, 'b': {'net': 1, 'other': 1}}
-    >>> place(plan, [Site("a", "cpu", 4)], ["net"])
-    {'a': {'net': 2}}
+    {'a': {'net': 2, 'other': 1}, 'b': {'net': 2, 'other': 1}}
+    >>> place(plan, [Site("a", "cpu", 3)], ["net"])
+    {'a': {'net': 3}}
     """
     ordered = sorted(sites, key=lambda site: site.name)
     models = sorted(models)
@@ -61,7 +66,7 @@ def place(plan: Plan, sites: Iterable[Site], models: Iterable[str]) -> dict[str,
         homes = [site for site in ordered if site.hardware == hardware]
         if not homes or model not in models:
             continue
-        wanted = ceil(machines - _EPSILON)
+        wanted = ceil(machines + _SPREAD * sqrt(machines) - _EPSILON)
         for index, site in enumerate(homes):
             share = wanted // len(homes) + (index < wanted % len(homes))
             placed[site.name][model] = max(1, min(share, site.slots))
