@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import ConfigError
-from paceline.core.plan import Allocation, ChainPlan, ModulePlan, Plan
+from paceline.core.plan import Allocation, ChainPlan, ModulePlan, PackedMachine, Plan, Share
 from paceline.core.profile import ProfileRow, Profiles
 from paceline.core.tensor import TensorSpec
 from paceline.sim.fleet import RequestInputs
@@ -98,6 +99,18 @@ def test_a_fraction_of_a_machine_works_for_that_share_of_the_time() -> None:
     whole = simulate([chain], plan, PROFILES, arrivals=arrivals, shed=False, whole=True)
     assert whole.duration_s == pytest.approx(50 * 0.05, rel=0.02)
     assert half.duration_s == pytest.approx(50 * 0.05 * 2, rel=0.02)
+
+
+def test_modules_that_a_plan_packs_on_one_machine_take_turns_on_it() -> None:
+    chain = traffic()
+    alone = planned(chain, 2.0, machines=0.25)
+    shares = tuple(Share("traffic", m.module, 8, 0.25) for m in alone.chains[0].modules)
+    packed = replace(alone, machines=(PackedMachine("gpu", 1.0, shares),))
+    result = simulate([chain], packed, PROFILES, requests=200, seed=1)
+    assert result.attainment > 0.9
+    busy = sum(m.utilisation * 0.25 for m in result.modules)
+    assert busy == pytest.approx(result.utilisation, rel=0.05)
+    assert result.utilisation < 1.0
 
 
 def test_two_chains_are_served_together_for_the_same_time() -> None:

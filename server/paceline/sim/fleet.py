@@ -42,8 +42,22 @@ class BlankModels:
 
 
 def planned_machines(plan: Plan, *, whole: bool = False) -> list[SimMachine]:
-    """The machines of a plan; `whole`: fractions of one are had all the time."""
-    machines = []
+    """The machines of a plan: its packing, or else those of every module for itself.
+
+    `whole`: fractions of one are had all the time.
+    """
+    models = {(c.chain, m.module): m.model for c in plan.chains for m in c.modules}
+    machines = [
+        SimMachine(
+            f"{packed.hardware}.{index}",
+            packed.hardware,
+            1,
+            {models[share.chain, share.module]: 1 for share in packed.shares},
+        )
+        for index, packed in enumerate(plan.machines)
+    ]
+    if machines:
+        return machines
     for chain in plan.chains:
         for module in chain.modules:
             for rank, allocation in enumerate(module.allocations):

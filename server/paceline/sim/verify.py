@@ -39,7 +39,10 @@ UNBOUNDED_S = 1e7
 
 @dataclass(frozen=True, slots=True)
 class ModuleResult:
-    """One module over a run. Times are means over rows, or their 99th percentile."""
+    """One module over a run: `batches` by size; times per row, mean or 99th percentile.
+
+    `utilisation` is the share of the machines planned for it that its batches took.
+    """
 
     chain: str
     module: str
@@ -132,7 +135,7 @@ def simulate(
     bounds = {chain.name: blank_chain(chain, limits[chain.name]) for chain in chains}
     specs = {m.spec.name: m.spec for bound in bounds.values() for m in bound.modules}
     machines = planned_machines(plan, whole=whole)
-    tally = _Tally(chains)
+    tally = _Tally(chains, plan)
     world = World(
         machines, durations, BlankModels(specs), seed=rng.randrange(1 << 30), observers=(tally,)
     )
@@ -211,7 +214,9 @@ def _requests(
 class _Tally:
     """An observer that keeps what a result needs."""
 
-    def __init__(self, chains: Sequence[Chain]) -> None:
+    def __init__(self, chains: Sequence[Chain], plan: Plan) -> None:
+        self._machines = {(c.chain, m.module): m.machines for c in plan.chains for m in c.modules}
+        self._busy_s: dict[tuple[str, str], float] = {}
         self._slo_s = {chain.name: chain.slo_s for chain in chains}
         self._last_s = 0.0
         self._met = dict.fromkeys(self._slo_s, 0)
@@ -225,8 +230,10 @@ class _Tally:
         for action in actions:
             if isinstance(action, Answer):
                 self._answered(action.timeline)
+                self._spans(action.timeline)
             elif isinstance(action, Fail):
                 self._rejected[action.timeline.chain] += 1
+                self._spans(action.timeline)
 
     def _answered(self, timeline: Timeline) -> None:
         self._last_s = timeline.ended_s
@@ -235,8 +242,10 @@ class _Tally:
         self._latencies[chain].append(latency_s)
         if latency_s <= self._slo_s[chain] + 1e-9:
             self._met[chain] += 1
+
+    def _spans(self, timeline: Timeline) -> None:
         for span in timeline.spans:
-            key = (chain, span.module)
+            key = (timeline.chain, span.module)
             queues = self._queues.get(key)
             if queues is None:
                 queues = self._queues[key] = []
@@ -246,7 +255,9 @@ class _Tally:
             self._runs[key].append(span.ended_s - span.started_s)
             # A batch shows up once for each of its requests, with its rows: weigh them.
             sizes = self._batches[key]
-            sizes[span.batch_size] = sizes.get(span.batch_size, 0.0) + span.rows / span.batch_size
+            part = span.rows / span.batch_size
+            sizes[span.batch_size] = sizes.get(span.batch_size, 0.0) + part
+            self._busy_s[key] = self._busy_s.get(key, 0.0) + part * (span.ended_s - span.started_s)
 
     def result(self, world: World) -> SimResult:
         """After the run."""
@@ -268,29 +279,23 @@ class _Tally:
                     sorted(latencies),
                 )
             )
-        modules = [self._module(key, busy_s, shares, span_s) for key in sorted(self._queues)]
+        modules = [self._module(key, span_s) for key in sorted(self._queues)]
         total = sum(shares.values())
         used = sum(busy_s.values()) / span_s / total if total else 0.0
         return SimResult(tuple(chains), tuple(modules), span_s, world.events, used)
 
-    def _module(
-        self,
-        key: tuple[str, str],
-        busy_s: Mapping[str, float],
-        shares: Mapping[str, float],
-        span_s: float,
-    ) -> ModuleResult:
+    def _module(self, key: tuple[str, str], span_s: float) -> ModuleResult:
         queues, runs = sorted(self._queues[key]), self._runs[key]
-        mine = [name for name in busy_s if name.startswith(f"{key[0]}/{key[1]}/")]
-        had_s = span_s * sum(shares[name] for name in mine)
-        batches = {size: round(n) for size, n in sorted(self._batches[key].items())}
+        sizes = self._batches[key]
+        batches = {size: round(n) for size, n in sorted(sizes.items())}
+        had_s = self._machines[key] * span_s
         return ModuleResult(
             chain=key[0],
             module=key[1],
-            rows=sum(size * n for size, n in batches.items()),
+            rows=round(sum(size * n for size, n in sizes.items())),
             batches=batches,
             queue_s=sum(queues) / len(queues),
             queue_p99_s=percentile(queues, 0.99),
             execute_s=sum(runs) / len(runs),
-            utilisation=sum(busy_s[name] for name in mine) / had_s if had_s else 0.0,
+            utilisation=self._busy_s[key] / had_s if had_s else 0.0,
         )
