@@ -72,7 +72,7 @@ def parse_chain(text: str, *, name: str = "<chain>") -> Chain:
     except ValidationError as error:
         raise _first_error(error, document, name) from None
     try:
-        return _to_chain(parsed)
+        return replace(_to_chain(parsed), places=_places(document, name))
     except ConfigError as error:
         path = error.key.split(".") if error.key else []
         raise ConfigError(
@@ -294,6 +294,21 @@ def _line(document: Any, path: Sequence[Any]) -> int:
         except (KeyError, IndexError, TypeError, AttributeError):
             break
     return line
+
+
+def _places(document: Mapping[str, Any], name: str) -> dict[str, str]:
+    """`file:line` of every key in a document, by dotted path."""
+    places = {"": f"{name}:1"}
+
+    def walk(at: Any, path: tuple[Any, ...]) -> None:
+        if isinstance(at, Mapping):
+            for key, value in at.items():
+                here = (*path, key)
+                places[".".join(map(str, here))] = f"{name}:{_line(document, here)}"
+                walk(value, here)
+
+    walk(document, ())
+    return places
 
 
 def _short(value: Any) -> str:

@@ -26,8 +26,9 @@ from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.metrics import Metrics
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
-from paceline.runtime.controller import Controller, Machine, Step
+from paceline.runtime.controller import Controller, Step
 from paceline.runtime.engine import Engine
+from paceline.runtime.machines import Machine
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.statistics import Statistics
 from paceline.triton.client import TritonClient, TritonFleet, checked_url
@@ -119,11 +120,11 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         engine.watch(
             on_timeline=controller.observe,
             on_batch=statistics.observe_batch,
-            on_broken=controller.broken,
+            on_broken=controller.machines.broken,
         )
         metrics.watch(controller)
         stack.push_async_callback(engine.close)
-        stack.push_async_callback(controller.close)
+        stack.push_async_callback(controller.machines.close)
         web = await start_web(
             controller, metrics.registry, host=settings.host, port=settings.http_port
         )
@@ -250,7 +251,7 @@ async def _start_local(
 
     async def on_down(reason: str) -> None:
         logger.error("the local Triton stopped (%s); restarting it", reason)
-        controller.machine_down(LOCAL)
+        controller.machines.down(LOCAL)
 
     async def on_up(url: str) -> None:
         assert client is not None
@@ -285,15 +286,15 @@ async def _watch(client: TritonClient, controller: Controller) -> None:
     name = client.name
     while True:
         await asyncio.sleep(_WATCH_EVERY_S)
-        held = controller.holds(name)
+        held = controller.machines.holds(name)
         if held is None:
             continue
         alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
-        if controller.is_up(name):
+        if controller.machines.is_up(name):
             if alive and await client.model_ready(held):
                 continue
             logger.error("Triton %s %s", client.url, "restarted" if alive else "does not answer")
-            controller.machine_down(name)
+            controller.machines.down(name)
         if alive:
             try:
                 await client.retarget(client.url)

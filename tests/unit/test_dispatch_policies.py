@@ -303,6 +303,19 @@ def test_a_quarantined_machine_is_probed_with_growing_back_off_until_it_answers(
     assert executes(submit(dispatcher, 5, b"d", now_s=now_s + 4.2)), "it is trusted again"
 
 
+def test_rows_behind_one_that_waits_for_another_machine_do_not_wait_with_it() -> None:
+    dispatcher = reader(machines=2)
+    (first,) = executes(submit(dispatcher, 1, b"a"))
+    (second,) = executes(submit(dispatcher, 2, b"b"))
+    dispatcher.handle(lost(first), now_s=0.1)
+    (waiting,) = executes(submit(dispatcher, 3, b"c", now_s=0.7)) or (None,)
+    # The lane of `first` may be probed from 0.6 on, but not with the row that it lost.
+    assert waiting is not None and waiting.machine == first.machine
+    assert crops_of(waiting) == [b"c"]
+    (again, *_) = executes(dispatcher.handle(read(second), now_s=0.8))
+    assert (again.machine, crops_of(again)) == (second.machine, [b"a"])
+
+
 def test_garbled_outputs_are_the_machines_fault_and_run_elsewhere() -> None:
     dispatcher = reader(machines=2)
     (first,) = executes(submit(dispatcher, 1, b"a"))

@@ -88,6 +88,8 @@ class Chain:
     keep_alive_s: float | None = None
     dispatch: Dispatch = "pooled"
     description: str = field(default="", compare=False)
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where keys stand in the file it came from: `modules.a.model` at `ocr.yaml:12`."""
 
     def __post_init__(self) -> None:
         _check_scalars(self)
@@ -95,6 +97,14 @@ class Chain:
         for key, source in _references(self):
             _check_reference(self, key, source)
         object.__setattr__(self, "modules", _topological(self.modules))
+
+    def where(self, key: str) -> str:
+        """The place of a key, or of what it is in; the chain's name where that is unknown."""
+        parts = key.split(".")
+        for end in range(len(parts), -1, -1):
+            if (place := self.places.get(".".join(parts[:end]))) is not None:
+                return place
+        return f"chain {self.name}"
 
     def module(self, name: str) -> Module:
         return next(m for m in self.modules if m.name == name)

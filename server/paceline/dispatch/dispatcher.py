@@ -416,6 +416,9 @@ class Dispatcher:
             error = BackendError(error.message, kind=ErrorKind.UNAVAILABLE)
         if lost and self._pool.broke(batch.machine, batch.route.model, now_s):
             actions.append(Broken(batch.machine.name, batch.route.model, error.message))
+        if error.kind is ErrorKind.DEADLINE:
+            # The batch hung; to its requests that is a failure, their own deadlines may be far.
+            error = BackendError(error.message, kind=ErrorKind.UNAVAILABLE)
         # A batch that the model refused may hold one bad request: try the others without it.
         alone = not lost and len(batch.pieces) > 1
         for piece in batch.pieces:

@@ -98,6 +98,9 @@ class MachinePool:
             machine = self._machines[name] = Machine(name, hardware, slots, incarnation)
         machine.slots = slots
         for model, lane in machine.lanes.items():
+            if lane.instances == 0 and instances.get(model, 0) > 0:
+                # Loaded afresh: what it did before says nothing any more.
+                lane.failures, lane.blocked_until_s = 0, -inf
             lane.instances = instances.get(model, 0)
         for model, count in instances.items():
             machine.lanes.setdefault(model, Lane(count)).instances = count

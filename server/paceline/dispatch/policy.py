@@ -153,12 +153,10 @@ class Pooled:
         return gone
 
     def offer(self, pool: MachinePool, now_s: float) -> Offer | None:
-        head = self._queue.head()
-        if head is None:
+        first = self._first(pool, now_s)
+        if first is None:
             return None
-        machine = self._machine(pool, head, now_s)
-        if machine is None:
-            return None
+        head, machine = first
         size = self.route.batch_size(machine.hardware)
         rows = self._queue.rows_like(head, size)
         closed = rows >= size or now_s >= head.launch_by_s
@@ -167,10 +165,10 @@ class Pooled:
         return Offer(self._queue, head, machine, _in_time(head, machine, rows, now_s), closed)
 
     def next_offer_s(self, pool: MachinePool, now_s: float) -> float | None:
-        head = self._queue.head()
-        machine = self._machine(pool, head, now_s) if head is not None else None
-        if head is None or machine is None:
-            return pool.next_probe_s(self.route.model, now_s) if head is not None else None
+        first = self._first(pool, now_s)
+        if first is None:
+            return pool.next_probe_s(self.route.model, now_s) if self._queue.rows else None
+        head, machine = first
         rows = self._queue.rows_like(head, self.route.batch_size(machine.hardware))
         unsafe_s = self._unsafe_s(pool, machine, rows, now_s)
         return min(head.launch_by_s, nextafter(now_s + unsafe_s, inf))
@@ -180,6 +178,20 @@ class Pooled:
 
     def ended(self, lot: int) -> None:
         """Nothing to keep."""
+
+    def _first(self, pool: MachinePool, now_s: float) -> tuple[Entry, Machine] | None:
+        """The most urgent entry that a free machine may take, and the machine."""
+        head = self._queue.head()
+        if head is None:
+            return None
+        if (machine := self._machine(pool, head, now_s)) is not None:
+            return head, machine
+        if head.failed_on:
+            # It waits for another machine than those that are free; others need not wait with it.
+            for other in self._queue.heads():
+                if (machine := self._machine(pool, other, now_s)) is not None:
+                    return other, machine
+        return None
 
     def _machine(self, pool: MachinePool, head: Entry, now_s: float) -> Machine | None:
         """Planned hardware first, then the machine that is the least busy."""

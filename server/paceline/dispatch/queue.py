@@ -136,6 +136,11 @@ class ModuleQueue:
                 best = entry
         return best
 
+    def heads(self) -> list[Entry]:
+        """The most urgent entry of every kind that may share a batch, most urgent first."""
+        found = [entry for key in list(self._buckets) if (entry := self._bucket_head(key))]
+        return sorted(found, key=lambda entry: entry.order)
+
     def rows_like(self, entry: Entry, limit: int) -> int:
         """Rows that could join `entry` in a batch, itself included, counted up to `limit`."""
         count = 0

@@ -25,14 +25,15 @@ from paceline.core.errors import (
 )
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
-from paceline.core.ports import ModelRepository, ModelState, ModelStatistics, Profiler
+from paceline.core.ports import ModelState, ModelStatistics
 from paceline.core.profile import Durations, Hardware, Profiles
 from paceline.core.request import Timeline
 from paceline.dispatch.route import route_chain
 from paceline.planner.problem import Options, demand
 from paceline.planner.solve import solve
 from paceline.runtime.engine import Engine
-from paceline.runtime.placement import Share, Site, place, shortage
+from paceline.runtime.machines import Machine, Machines
+from paceline.runtime.placement import Share, place, shortage
 from paceline.runtime.statistics import Statistics
 from paceline.runtime.status import describe
 
@@ -41,23 +42,11 @@ logger = logging.getLogger(__name__)
 ASSUMED_RATE_RPS = 1.0
 """What a chain that declares no rate is planned for."""
 
+SETTLE_S = 60.0
+"""How long an unload waits for requests that were accepted before."""
+
 _LOADS_AT_ONCE = 4
-_REPAIRABLE = ("is not healthy", "deadline exceeded")
-"""What a batch's failure says when the model's own process is dead or hangs."""
 _WATCH_INTERVAL_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """One Triton as the controller uses it.
-
-    `overhead_s` is what the front and the network add to every execution there, measured.
-    """
-
-    site: Site
-    repository: ModelRepository
-    profiler: Profiler
-    overhead_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +73,11 @@ class Controller:
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self._engine = engine
-        self._machines: dict[str, Machine] = {}
         self._statistics = statistics
         self._hardware = dict(hardware)
         self._options = options or Options()
         self._share = share or Share()
+        self.machines = Machines(engine, self._share)
         self._on_step = on_step or (lambda step: None)
         self._models: dict[str, ModelSpec] = {}
         self._failed: dict[str, str] = {}
@@ -96,11 +85,8 @@ class Controller:
         self._withdrawn: set[str] = set()
         self._profiles = Profiles()
         self._plan = Plan(self._options.policy, "fractional", ())
-        self._placed: dict[str, dict[str, int]] = {}
-        self._up: set[str] = set()
         self._started = False
         self._changing = asyncio.Lock()
-        self._repairing: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     # -- life -------------------------------------------------------------------------------
 
@@ -113,8 +99,7 @@ class Controller:
                 f"have {', '.join(sorted(self._hardware)) or 'none'}",
                 key="hardware",
             )
-        self._machines[site.name] = machine
-        self._placed[site.name] = {}
+        self.machines.add(machine)
 
     async def start(self, chains: Sequence[Chain]) -> Plan:
         """Load every model of the repository, then serve `chains`.
@@ -128,57 +113,10 @@ class Controller:
         self._started = True
         return plan
 
-    def machine_down(self, name: str) -> None:
-        """A Triton is gone: nothing more is sent to it."""
-        self._up.discard(name)
-        self._engine.machine_down(name)
-
     async def machine_up(self, name: str) -> None:
-        """A Triton is back, empty: load what it had, then use it.
-
-        A model that does not load again is left out there. Raises ResidencyError when none does.
-        """
+        """A Triton is back, empty; see `Machines.up`."""
         async with self._changing:
-            placed = self._placed[name]
-            repository = self._machines[name].repository
-            failures: dict[str, ResidencyError] = {}
-            for model, instances in sorted(placed.items()):
-                try:
-                    await repository.load(model, instances=instances)
-                except ResidencyError as error:
-                    logger.error("model %s did not load again on %s: %s", model, name, error)
-                    failures[model] = error
-            if placed and len(failures) == len(placed):
-                raise next(iter(failures.values()))
-            for model in failures:
-                del placed[model]
-            self._announce(name)
-
-    def holds(self, name: str) -> str | None:
-        """A model that should be loaded on a Triton, to ask it for; None if it holds none."""
-        return min(self._placed[name], default=None)
-
-    def is_up(self, name: str) -> bool:
-        """Whether batches are sent to that Triton."""
-        return name in self._up
-
-    def broken(self, name: str, model: str, reason: str) -> None:
-        """A model on a Triton lost a batch. Where its process died or hangs, load it afresh; a
-        Triton that is gone altogether comes back through `machine_up`.
-        """
-        dead = any(words in reason for words in _REPAIRABLE)
-        if not dead or name not in self._up or (name, model) in self._repairing:
-            return
-        task = asyncio.create_task(self._repair(name, model, reason), name=f"repair {model}")
-        self._repairing[name, model] = task
-        task.add_done_callback(lambda _: self._repairing.pop((name, model), None))
-
-    async def close(self) -> None:
-        """Give up repairs under way."""
-        tasks = list(self._repairing.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            await self.machines.up(name)
 
     # -- what can be called -----------------------------------------------------------------
 
@@ -206,7 +144,7 @@ class Controller:
 
     @property
     def ready(self) -> bool:
-        return self._started and not self.draining and bool(self._up)
+        return self._started and not self.draining and self.machines.any_up
 
     @property
     def draining(self) -> bool:
@@ -262,7 +200,7 @@ class Controller:
             self._withdrawn.add(name)
             self._engine.remove(name)
             if bound.direct:
-                await self._unload_everywhere(name)
+                await self._unload_model(name)
 
     # -- chains and plans -------------------------------------------------------------------
 
@@ -307,7 +245,7 @@ class Controller:
 
     def shortage(self) -> dict[str, tuple[float, int]]:
         """Hardware of which the plan needs more than there is."""
-        return shortage(self._plan, self._sites())
+        return shortage(self._plan, self.machines.sites())
 
     # -- what is shown ----------------------------------------------------------------------
 
@@ -327,8 +265,8 @@ class Controller:
             self,
             self._engine.dispatcher,
             self._statistics,
-            self._sites(),
-            self._placed,
+            self.machines.sites(),
+            self.machines.placed,
             now_s=asyncio.get_running_loop().time(),
         )
 
@@ -366,11 +304,9 @@ class Controller:
         bound = {chain.name: self._bind(chain) for chain in served}
         await self._profile([m.spec for b in bound.values() for m in b.modules])
         plan = self._solve(served)
-        placed = place(plan, self._sites(), self._loaded())
-        for name, machine in self._machines.items():
-            if name in self._up or not self._started:
-                await self._load_on(machine, placed[name])
-        self._install(bound, plan, placed)
+        placed = place(plan, self.machines.sites(), self._loaded())
+        await self.machines.bring_to(placed, first=not self._started)
+        self._install(bound, plan)
         return plan
 
     def _check_changeable(self) -> None:
@@ -380,9 +316,6 @@ class Controller:
                 "chains and models are fixed while several workers serve; restart to change them",
                 key="--workers",
             )
-
-    def _sites(self) -> list[Site]:
-        return [machine.site for machine in self._machines.values()]
 
     def _loaded(self) -> list[str]:
         return sorted(name for name in self._models if name not in self._withdrawn)
@@ -413,13 +346,13 @@ class Controller:
         try:
             return bind(chain, self._models)
         except ConfigError as error:
-            raise ConfigError(error.message, key=error.key, where=f"chain {chain.name}") from None
+            raise ConfigError(error.message, key=error.key, where=chain.where(error.key)) from None
 
     async def _profile(self, specs: Sequence[ModelSpec]) -> None:
         """Measure what was not measured yet, one model after the other, once per hardware."""
         wanted = {spec.name: spec for spec in specs}
         by_hardware: dict[str, Machine] = {}
-        for machine in self._machines.values():
+        for machine in self.machines.all():
             by_hardware.setdefault(machine.site.hardware, machine)
         todo = [
             (spec, hardware, machine)
@@ -439,10 +372,10 @@ class Controller:
     def _solve(self, chains: Sequence[Chain]) -> Plan:
         if not chains:
             return Plan(self._options.policy, "fractional", ())
-        present = {site.hardware for site in self._sites()}
+        present = {site.hardware for site in self.machines.sites()}
         hardware = {name: h for name, h in self._hardware.items() if name in present}
         limits = {name: spec.row_limit for name, spec in self._models.items()}
-        overhead_s = max(machine.overhead_s for machine in self._machines.values())
+        overhead_s = max(machine.overhead_s for machine in self.machines.all())
         started = perf_counter()
         # Each chain under the bound of the policy by which it is dispatched.
         plans = [
@@ -468,12 +401,9 @@ class Controller:
             solve_s=perf_counter() - started,
         )
 
-    def _install(
-        self, bound: Mapping[str, BoundChain], plan: Plan, placed: dict[str, dict[str, int]]
-    ) -> None:
+    def _install(self, bound: Mapping[str, BoundChain], plan: Plan) -> None:
         """The moment a change becomes visible; nothing in here can fail or wait."""
         self._plan = plan
-        self._placed = placed
         durations = self._durations()
         for name, chain in bound.items():
             self._bound[name] = chain
@@ -481,12 +411,13 @@ class Controller:
             self._engine.install(
                 route_chain(chain, plan.chain(name), durations, workers=self._share.count)
             )
-        for name in self._machines:
-            if name in self._up or not self._started:
-                self._announce(name)
+        if not self._started:
+            for site in self.machines.sites():
+                self.machines.announce(site.name)
+        self.machines.announce_up()
 
     def _durations(self) -> dict[str, dict[str, Durations]]:
-        present = sorted({site.hardware for site in self._sites()})
+        present = sorted({site.hardware for site in self.machines.sites()})
         return {
             model: {
                 hardware: known
@@ -496,18 +427,10 @@ class Controller:
             for model in self._models
         }
 
-    def _announce(self, name: str) -> None:
-        site = self._machines[name].site
-        self._up.add(name)
-        instances = {model: self._share.of(n) for model, n in self._placed[name].items()}
-        self._engine.machine_up(name, site.hardware, self._share.of(site.slots), instances)
-
     # -- models -----------------------------------------------------------------------------
 
     async def _load_all(self, used: set[str]) -> None:
-        names = sorted(
-            {s.name for m in self._machines.values() for s in await m.repository.index()}
-        )
+        names = await self.machines.names()
         gate = asyncio.Semaphore(_LOADS_AT_ONCE)
         done = 0
 
@@ -533,14 +456,10 @@ class Controller:
     async def _load_model(self, name: str) -> None:
         """Load on every machine and make it callable; RequestError in Triton's words."""
         try:
-            for machine in self._machines.values():
-                instances = self._placed[machine.site.name].get(name, 1)
-                await machine.repository.load(name, instances=instances)
-                self._placed[machine.site.name][name] = instances
-                self._models[name] = await machine.repository.spec(name)
-            bound = single_model_chain(self._models[name])
+            spec = await self.machines.load(name)
+            bound = single_model_chain(spec)
         except (ResidencyError, ConfigError) as error:
-            if not await self._exists(name):
+            if not await self.machines.exists(name):
                 message = f"Request for unknown model: '{name}' is not found"
                 raise RequestError(ErrorKind.UNKNOWN_MODEL, message) from None
             # Triton goes on serving a model whose reload failed.
@@ -548,45 +467,17 @@ class Controller:
                 self._failed[name] = str(error)
             raise RequestError(ErrorKind.BACKEND, str(error)) from None
         self._failed.pop(name, None)
+        self._models[name] = spec
         self._bound[name] = bound
         self._withdrawn.discard(name)
         self._engine.install(route_chain(bound, None, self._durations()))
-        for machine_name in self._up:
-            self._announce(machine_name)
+        self.machines.announce_up()
 
-    async def _exists(self, model: str) -> bool:
-        """Whether a repository has it; one that cannot be asked may."""
+    async def _unload_model(self, name: str) -> None:
+        """As Triton does, after the requests that were accepted; RequestError in its words."""
+        if not await self._engine.settled(name, timeout_s=SETTLE_S):
+            logger.warning("unloading %s under %g s old requests", name, SETTLE_S)
         try:
-            for machine in self._machines.values():
-                if any(state.name == model for state in await machine.repository.index()):
-                    return True
-        except ResidencyError:
-            return True
-        return False
-
-    async def _unload_everywhere(self, model: str) -> None:
-        for name, machine in self._machines.items():
-            self._placed[name].pop(model, None)
-            if name in self._up:
-                self._announce(name)
-            try:
-                await machine.repository.unload(model)
-            except ResidencyError as error:
-                raise RequestError(ErrorKind.BACKEND, str(error)) from None
-
-    async def _repair(self, name: str, model: str, reason: str) -> None:
-        logger.warning("model %s on %s is broken (%s); loading it afresh", model, name, reason)
-        instances = self._placed[name].get(model, 1)
-        try:
-            await self._machines[name].repository.repair(model, instances=instances)
+            await self.machines.unload(name)
         except ResidencyError as error:
-            logger.error("model %s on %s could not be repaired: %s", model, name, error)
-
-    async def _load_on(self, machine: Machine, wanted: Mapping[str, int]) -> None:
-        """Bring one Triton to these instance counts. Raises ResidencyError."""
-        known = self._placed[machine.site.name]
-        up = machine.site.name in self._up or not self._started
-        for model, instances in sorted(wanted.items()):
-            if not up or known.get(model) != instances:
-                await machine.repository.load(model, instances=instances)
-                known[model] = instances
+            raise RequestError(ErrorKind.BACKEND, str(error)) from None

@@ -73,6 +73,7 @@ class Engine:
         self._routes: dict[str, ChainRoute] = {}
         self._wake: asyncio.TimerHandle | None = None
         self._bytes = 0
+        self._last_ones: dict[str, list[asyncio.Future[None]]] = {}
         self._timelines: deque[Timeline] = deque(maxlen=self._limits.kept_timelines)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -122,6 +123,10 @@ class Engine:
             self._bytes -= size_bytes
             if not self._waiting:
                 self._idle.set()
+            if self._last_ones and not self._dispatcher.in_flight_of(request.chain):
+                for ended in self._last_ones.pop(request.chain, ()):
+                    if not ended.done():
+                        ended.set_result(None)
 
     def install(self, route: ChainRoute) -> None:
         """Serve a chain by `route` from now on."""
@@ -142,6 +147,18 @@ class Engine:
     def machine_down(self, machine: str) -> None:
         """Send nothing more to a machine."""
         self._handle(MachineDown(machine))
+
+    async def settled(self, chain: str, *, timeout_s: float) -> bool:
+        """Wait until no request of a chain is under way; False when time ran out first."""
+        if not self._dispatcher.in_flight_of(chain):
+            return True
+        ended = asyncio.get_running_loop().create_future()
+        self._last_ones.setdefault(chain, []).append(ended)
+        try:
+            await asyncio.wait_for(ended, timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     async def drain(self, *, timeout_s: float) -> bool:
         """Refuse new requests and wait for the others; False when time ran out first."""

@@ -37,6 +37,8 @@ class Effort:
     """How much measuring is enough for one batch size."""
 
     warm_up_calls: int = 2
+    long_s: float = 0.5
+    """One call that takes so long is warm-up enough."""
     least_calls: int = 3
     enough_calls: int = 10
     """From here on, calls that agree (p95 within `agreement` of the median) are enough."""
@@ -151,7 +153,7 @@ class TritonProfiler:
             request_id=f"profile-{size}",
         )
         for _ in range(effort.warm_up_calls):
-            if await self._timed(call, size) > effort.longest_batch_s:
+            if await self._timed(call, size) > effort.long_s:
                 break
         took_s: list[float] = []
         while not _enough(took_s, effort):
@@ -198,16 +200,18 @@ def no_gain(sizes: Sequence[int], durations_s: Sequence[float]) -> bool:
     """Whether the last two sizes (or one that takes over a second) lost throughput.
 
     A batch that takes longer *and* serves fewer requests per second than a smaller one is in no
-    plan, so measuring further is time for nothing. Below 95 % of the best counts as a loss.
+    plan, so measuring further is time for nothing. Below 95 % of the best counts as a loss; a
+    batch of over a second has to gain 5 %.
 
-    >>> no_gain((1, 2), (0.55, 1.3)), no_gain((1, 2), (0.01, 0.03))
+    >>> no_gain((1, 2), (0.55, 1.1)), no_gain((1, 2), (0.01, 0.03))
     (True, False)
     >>> no_gain((1, 2, 4), (0.01, 0.03, 0.05)), no_gain((1, 2, 4), (0.01, 0.03, 0.035))
     (True, False)
     """
     rates = [size / duration_s for size, duration_s in zip(sizes, durations_s, strict=True)]
-    losses = [rate < 0.95 * max(rates) for rate in rates]
-    return losses[-1] and (durations_s[-1] > 1.0 or losses[-2:] == [True, True])
+    if len(rates) > 1 and durations_s[-1] > 1.0:
+        return rates[-1] < 1.05 * max(rates[:-1])
+    return len(rates) > 2 and max(rates[-2:]) < 0.95 * max(rates)
 
 
 def monotone(durations_s: Sequence[float]) -> tuple[float, ...]:

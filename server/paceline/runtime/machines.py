@@ -1,0 +1,193 @@
+"""The Tritons behind the server: which models each holds, whether it is up, repairing what breaks.
+
+Invariant: the engine is only told of instances that are loaded; `placed` is what Triton was asked
+for last. Not concurrent: the controller makes one change at a time (repairs are of one model, and
+take that model out of use while they last).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from paceline.core.errors import ResidencyError
+from paceline.core.model import ModelSpec
+from paceline.core.ports import ModelRepository, Profiler
+from paceline.runtime.engine import Engine
+from paceline.runtime.placement import Share, Site
+
+logger = logging.getLogger(__name__)
+
+_REPAIRABLE = ("is not healthy", "deadline exceeded")
+"""What a batch's failure says when the model's own process is dead or hangs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One Triton as the controller uses it.
+
+    `overhead_s` is what the front and the network add to every execution there, measured.
+    """
+
+    site: Site
+    repository: ModelRepository
+    profiler: Profiler
+    overhead_s: float = 0.0
+
+
+class Machines:
+    """See the module docstring."""
+
+    def __init__(self, engine: Engine, share: Share) -> None:
+        self._engine = engine
+        self._share = share
+        self._machines: dict[str, Machine] = {}
+        self._up: set[str] = set()
+        self._repairing: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self.placed: dict[str, dict[str, int]] = {}
+        """Instances by machine and model."""
+
+    def add(self, machine: Machine) -> None:
+        """One more Triton; nothing is sent to it before `announce`."""
+        self._machines[machine.site.name] = machine
+        self.placed[machine.site.name] = {}
+
+    def all(self) -> tuple[Machine, ...]:
+        return tuple(self._machines.values())
+
+    def sites(self) -> list[Site]:
+        return [machine.site for machine in self._machines.values()]
+
+    @property
+    def any_up(self) -> bool:
+        return bool(self._up)
+
+    def is_up(self, name: str) -> bool:
+        """Whether batches are sent to that Triton."""
+        return name in self._up
+
+    def holds(self, name: str) -> str | None:
+        """A model that should be loaded on a Triton, to ask it for; None if it holds none."""
+        return min(self.placed[name], default=None)
+
+    def announce(self, name: str) -> None:
+        """Tell the engine what a Triton holds; from now on it is up."""
+        site = self._machines[name].site
+        self._up.add(name)
+        instances = {
+            model: self._share.of(count)
+            for model, count in self.placed[name].items()
+            if (name, model) not in self._repairing
+        }
+        self._engine.machine_up(name, site.hardware, self._share.of(site.slots), instances)
+
+    def announce_up(self) -> None:
+        """`announce` every Triton that is up."""
+        for name in sorted(self._up):
+            self.announce(name)
+
+    # -- models -----------------------------------------------------------------------------
+
+    async def names(self) -> list[str]:
+        """Every model that some repository knows. Raises ResidencyError."""
+        found = {s.name for m in self._machines.values() for s in await m.repository.index()}
+        return sorted(found)
+
+    async def exists(self, model: str) -> bool:
+        """Whether a repository has it; one that cannot be asked may."""
+        try:
+            return model in await self.names()
+        except ResidencyError:
+            return True
+
+    async def load(self, model: str) -> ModelSpec:
+        """Load it on every Triton, as often as it was. Raises ResidencyError, ConfigError."""
+        spec: ModelSpec | None = None
+        for name, machine in self._machines.items():
+            instances = self.placed[name].get(model, 1)
+            await machine.repository.load(model, instances=instances)
+            self.placed[name][model] = instances
+            spec = await machine.repository.spec(model)
+        if spec is None:
+            raise ResidencyError(f"model {model!r} cannot be loaded: there is no machine")
+        return spec
+
+    async def unload(self, model: str) -> None:
+        """Unload it from every Triton; nothing is sent to it any more. Raises ResidencyError."""
+        for name, machine in self._machines.items():
+            self.placed[name].pop(model, None)
+            if name in self._up:
+                self.announce(name)
+            await machine.repository.unload(model)
+
+    async def bring_to(self, placed: Mapping[str, Mapping[str, int]], *, first: bool) -> None:
+        """Load these counts on every Triton that is up (`first`: on all). Raises ResidencyError."""
+        for name, machine in self._machines.items():
+            if not first and name not in self._up:
+                continue
+            known = self.placed[name]
+            for model, instances in sorted(placed[name].items()):
+                if known.get(model) != instances:
+                    await machine.repository.load(model, instances=instances)
+                    known[model] = instances
+
+    # -- what goes wrong --------------------------------------------------------------------
+
+    def down(self, name: str) -> None:
+        """A Triton is gone: nothing more is sent to it."""
+        self._up.discard(name)
+        self._engine.machine_down(name)
+
+    async def up(self, name: str) -> list[str]:
+        """A Triton is back, empty: load what it had, then use it. Returns what did not load.
+
+        Raises ResidencyError when nothing loads.
+        """
+        placed = self.placed[name]
+        repository = self._machines[name].repository
+        failures: dict[str, ResidencyError] = {}
+        for model, instances in sorted(placed.items()):
+            try:
+                await repository.load(model, instances=instances)
+            except ResidencyError as error:
+                logger.error("model %s did not load again on %s: %s", model, name, error)
+                failures[model] = error
+        if placed and len(failures) == len(placed):
+            raise next(iter(failures.values()))
+        for model in failures:
+            del placed[model]
+        self.announce(name)
+        return sorted(failures)
+
+    def broken(self, name: str, model: str, reason: str) -> None:
+        """A model on a Triton lost a batch. Where its process died or hangs, load it afresh; a
+        Triton that is gone altogether comes back through `up`.
+        """
+        dead = any(words in reason for words in _REPAIRABLE)
+        if not dead or name not in self._up or (name, model) in self._repairing:
+            return
+        logger.warning("model %s on %s is broken (%s); loading it afresh", model, name, reason)
+        task = asyncio.create_task(self._repair(name, model), name=f"repair {model}")
+        self._repairing[name, model] = task
+        self.announce(name)
+
+    async def close(self) -> None:
+        """Give up repairs under way."""
+        tasks = list(self._repairing.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _repair(self, name: str, model: str) -> None:
+        """No batch is sent to the model while this lasts, so that none is lost to a probe."""
+        try:
+            instances = self.placed[name].get(model, 1)
+            await self._machines[name].repository.repair(model, instances=instances)
+        except ResidencyError as error:
+            logger.error("model %s on %s could not be repaired: %s", model, name, error)
+        finally:
+            del self._repairing[name, model]
+            if name in self._up:
+                self.announce(name)
