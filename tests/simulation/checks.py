@@ -20,15 +20,23 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
-from tests.simulation.reference import Expected, RowKey, evaluate, row_key
+from tests.simulation.book import (
+    BatchSeen,
+    MachineSeen,
+    Request,
+    Row,
+    Violation,
+    module_of,
+    row_keys,
+    skips,
+    with_nulls,
+)
+from tests.simulation.reference import RowKey, evaluate
 
-from paceline.core.bind import BoundModule
 from paceline.core.errors import ErrorKind
-from paceline.core.model import ModelSpec
 from paceline.core.profile import Durations
-from paceline.core.tensor import BatchTensor, Tensor, row_slice, split_rows
+from paceline.core.tensor import Tensor, row_slice
 from paceline.dispatch import (
     Action,
     Answer,
@@ -56,57 +64,6 @@ MOST_TRIES = 3
 OVERLOAD = (ErrorKind.DEADLINE, ErrorKind.QUEUE_FULL, ErrorKind.OVERLOADED)
 
 
-class Violation(AssertionError):
-    """Something that must never happen; `check` names which rule."""
-
-    def __init__(self, check: str, message: str) -> None:
-        self.check = check
-        super().__init__(f"{check}: {message}")
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    request: _Request
-    module: str
-    index: int
-    running: int = 0
-    done: bool = False
-    lost_on: set[str] = field(default_factory=set)
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    submit: Submit
-    route: ChainRoute
-    expected: Expected
-    rows: dict[str, list[_Row]] = field(default_factory=dict)
-    running: int = 0
-    end: str = ""
-    streamed: dict[str, set[int]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f"request {self.submit.request} ({self.submit.chain})"
-
-
-@dataclass(slots=True)
-class _Machine:
-    hardware: str
-    slots: int
-    instances: Mapping[str, int]
-    running: dict[int, str] = field(default_factory=dict)
-    incarnation: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    machine: str
-    incarnation: str
-    rows: tuple[_Row, ...]
-    outputs: tuple[str, ...]
-    spec: ModelSpec
-
-
 class Oracle:
     """An observer of a `World`; see the module docstring."""
 
@@ -127,11 +84,11 @@ class Oracle:
         self._faults = faults
         self._settle_s = settle_s
         self._routes: dict[str, ChainRoute] = {}
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._refused: dict[int, ErrorKind] = {}
-        self._rows: dict[RowKey, list[_Row]] = {}
-        self._machines: dict[str, _Machine] = {}
-        self._batches: dict[int, _Batch] = {}
+        self._rows: dict[RowKey, list[Row]] = {}
+        self._machines: dict[str, MachineSeen] = {}
+        self._batches: dict[int, BatchSeen] = {}
         self._starts = 0
         self._deadlines: list[tuple[float, int]] = []
         self.ends: dict[int, tuple[float, str]] = {}
@@ -186,7 +143,9 @@ class Oracle:
                 known = self._machines.get(event.machine)
                 if known is None:
                     self._starts += 1
-                    known = _Machine(event.hardware, 0, {}, {}, f"{event.machine}#{self._starts}")
+                    known = MachineSeen(
+                        event.hardware, 0, {}, {}, f"{event.machine}#{self._starts}"
+                    )
                     self._machines[event.machine] = known
                 known.slots, known.instances = event.slots, event.instances
             case MachineDown():
@@ -197,10 +156,10 @@ class Oracle:
         if route is None:
             return
         expected = evaluate(route.bound, self._models, event.inputs, event.outputs)
-        request = _Request(event, route, expected)
+        request = Request(event, route, expected)
         self._requests[event.request] = request
         for module, keys in expected.rows.items():
-            request.rows[module] = [_Row(request, module, i) for i in range(len(keys))]
+            request.rows[module] = [Row(request, module, i) for i in range(len(keys))]
             for key, row in zip(keys, request.rows[module], strict=True):
                 self._rows.setdefault(key, []).append(row)
         heapq.heappush(self._deadlines, (event.deadline_s, event.request))
@@ -228,6 +187,7 @@ class Oracle:
         for row in batch.rows:
             row.running -= 1
             row.done = row.done or good
+            row.failed = row.failed or not good
             if lost:
                 row.lost_on.add(batch.incarnation)
             row.request.running -= 1
@@ -266,8 +226,8 @@ class Oracle:
             same <= instances, "capacity", f"{what}: {same} batches on {instances} instances"
         )
         rows = self._attribute(now_s, action, what)
-        module = _module(rows[0])
-        self._batches[action.batch] = _Batch(
+        module = module_of(rows[0])
+        self._batches[action.batch] = BatchSeen(
             action.machine,
             machine.incarnation,
             tuple(rows),
@@ -280,9 +240,9 @@ class Oracle:
             self._check_batch(row, action, machine, len(rows), what)
 
     def _check_batch(
-        self, row: _Row, action: Execute, machine: _Machine, rows: int, what: str
+        self, row: Row, action: Execute, machine: MachineSeen, rows: int, what: str
     ) -> None:
-        request, module = row.request, _module(row)
+        request, module = row.request, module_of(row)
         self._require(
             machine.incarnation not in row.lost_on and len(row.lost_on) < MOST_TRIES,
             "retry",
@@ -305,10 +265,10 @@ class Oracle:
                 f"{what}: version or parameters are not those of {request.name}",
             )
 
-    def _attribute(self, now_s: float, action: Execute, what: str) -> list[_Row]:
+    def _attribute(self, now_s: float, action: Execute, what: str) -> list[Row]:
         """Whose rows these are: each must be a live request's, and due."""
-        rows: list[_Row] = []
-        for key in _keys(action, self._models.specs[action.call.model].batches):
+        rows: list[Row] = []
+        for key in row_keys(action, self._models.specs[action.call.model].batches):
             owners = self._rows.get(key, [])
             self._require(bool(owners), "work", f"{what}: a row that belongs to nobody")
             idle = [r for r in owners if not r.request.end and not r.done and not r.running]
@@ -336,7 +296,7 @@ class Oracle:
         self._require(len(kinds) == 1, "batch", f"{what}: mixes {sorted(kinds)}")
         return rows
 
-    def _floor_s(self, request: _Request, start: str) -> float:
+    def _floor_s(self, request: Request, start: str) -> float:
         """The least time from the launch of `start` to the chain's end, alone in its batches."""
         if not request.route.modules[0].floor_s and all(
             not m.floor_s for m in request.route.modules
@@ -355,12 +315,14 @@ class Oracle:
         for rows in request.rows.values():
             for row in rows:
                 self._require(
-                    row.done, "work", f"{request.name} answered before {row.module}[{row.index}]"
+                    row.done or (row.failed and skips(row)),
+                    "work",
+                    f"{request.name} answered before {row.module}[{row.index}]",
                 )
         if request.submit.stream:
             self._check_streamed(request)
         got = tuple((t.name, t.datatype, t.shape, bytes(t.data)) for t in action.outputs)
-        if got == request.expected.answer:
+        if got == with_nulls(request, got):
             return
         wrong = [
             f"{g[0]}{list(g[2])} for {e[0]}{list(e[2])}"
@@ -415,18 +377,19 @@ class Oracle:
                 f"{request.name}: wrong items {sorted(items)} of {got.name}",
             )
 
-    def _check_streamed(self, request: _Request) -> None:
+    def _check_streamed(self, request: Request) -> None:
         chain = request.route.bound.chain
-        for name, _, shape, _ in request.expected.answer:
+        for name, *_ in request.expected.answer:
             source = chain.outputs[name].module
             if source is None or chain.module(source).for_each is None:
                 continue
             told = len(request.streamed.get(name, ()))
+            there = sum(row.done for row in request.rows[source])
             self._require(
-                told == shape[0], "stream", f"{request.name}: {told} of {shape[0]} items of {name}"
+                told == there, "stream", f"{request.name}: {told} of {there} items of {name}"
             )
 
-    def _end(self, now_s: float, identity: int, how: str) -> _Request:
+    def _end(self, now_s: float, identity: int, how: str) -> Request:
         request = self._requests.get(identity)
         self._require(request is not None, "once", f"{how} request {identity}, which is unknown")
         assert request is not None
@@ -440,25 +403,3 @@ class Oracle:
     def _require(self, holds: bool, check: str, message: str) -> None:
         if not holds:
             raise Violation(check, message)
-
-
-def _module(row: _Row) -> BoundModule:
-    return next(m for m in row.request.route.bound.modules if m.name == row.module)
-
-
-def _keys(action: Execute, batches: bool) -> list[RowKey]:
-    joined = [_joined(tensor) for tensor in action.call.inputs]
-    if not batches:
-        return [row_key(action.call.model, joined)]
-    try:
-        columns = [split_rows(tensor, [1] * action.rows) for tensor in joined]
-    except ValueError as error:
-        raise Violation("batch", f"batch {action.batch}: {error}") from None
-    return [
-        row_key(action.call.model, [t.reshaped(t.shape[1:]) for t in row])
-        for row in zip(*columns, strict=True)
-    ]
-
-
-def _joined(tensor: BatchTensor) -> Tensor:
-    return Tensor(tensor.name, tensor.datatype, tensor.shape, b"".join(tensor.parts))

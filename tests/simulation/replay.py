@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.simulation.checks import Violation
+from tests.simulation.book import Violation
 from tests.simulation.shrink import ddmin
 from tests.simulation.swarm import Case, draw, run
 

@@ -7,10 +7,11 @@ under the oracle. Loads go from idle to five times what the machines can do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from tests.simulation.checks import Oracle, Violation
+from tests.simulation.book import Violation
+from tests.simulation.checks import Oracle
 
 from paceline.core.bind import BoundChain, bind, single_model_chain
 from paceline.core.chain import Chain, Module, Source
@@ -229,6 +230,9 @@ def _chain(rng: Random, name: str, specs: Mapping[str, ModelSpec], datatype: str
         vectors.append(Source(own, "y"))
         tables += [Source(own, "items")] if kind == "detect" else []
         flags += [Source(own, "flag")] if kind in ("map", "detect") else []
+    if modules[-1].for_each is not None and rng.random() < 0.8:
+        # Nobody goes on with its items, so that nulls among them show in the answer alone.
+        modules[-1] = replace(modules[-1], on_error="skip")
     produced = [s for s in (*vectors, *tables) if s.module is not None]
     outputs = {f"o{i}": s for i, s in enumerate(rng.sample(produced, min(3, len(produced))))}
     outputs["last"] = produced[-1] if modules[-1].for_each is None else tables[-1]
@@ -380,7 +384,10 @@ def _cancels(rng: Random, arrivals: list[Arrive]) -> list[Stimulus]:
 
 
 def _faults(rng: Random, machines: tuple[MachineSpec, ...], end_s: float) -> list[Stimulus]:
-    mix = rng.sample(("crash", "withdraw", "slow", "jump", *Mishap), rng.randint(1, 4))
+    mix: list[str | Mishap] = rng.sample(
+        ("crash", "withdraw", "slow", "jump", *Mishap), rng.randint(1, 4)
+    )
+    mix += [Mishap.ERROR] * rng.choice((0, 0, 1))
     found: list[Stimulus] = []
     for _ in range(rng.randint(1, 6)):
         at_s, name = rng.random() * end_s, rng.choice(machines).name
@@ -396,7 +403,8 @@ def _faults(rng: Random, machines: tuple[MachineSpec, ...], end_s: float) -> lis
             case "jump":
                 found.append(ClockJump(at_s, rng.choice((0.01, 0.3, 5.0))))
             case Mishap() as mishap:
-                found.append(Fault(at_s, name, mishap, rng.choice((1, 1, 2, 5))))
+                count = rng.choice((1, 1, 2, 5, 20 if mishap is Mishap.ERROR else 5))
+                found.append(Fault(at_s, name, mishap, count))
     return found
 
 
