@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from paceline.core.bind import single_model_chain
+from paceline.core.bind import bind, single_model_chain
+from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import BackendError, ErrorKind
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan
@@ -10,6 +11,7 @@ from paceline.core.profile import Durations
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import (
     Action,
+    Answer,
     BatchFailed,
     Dispatcher,
     Execute,
@@ -66,3 +68,20 @@ def test_a_lone_request_does_not_wait_where_machines_are_fewer_than_the_planned_
     submit = Submit(1, "echo", {"x": Tensor("x", "UINT8", (1, 1), b"a")}, 1000.0)
     (launch,) = executes(dispatcher.handle(submit, now_s=0.0))
     assert launch.rows == 1
+
+
+def test_items_lost_with_the_only_machine_are_nulls_and_not_sent_to_it_again() -> None:
+    items = Source(None, "x")
+    module = Module("echo", "echo", {"x": items}, for_each=items, on_error="skip")
+    inputs = (TensorSpec("x", "UINT8", (-1, 1)),)
+    chain = Chain("items", 100.0, inputs, (module,), {"y": Source("echo", "y")})
+    dispatcher = Dispatcher()
+    dispatcher.handle(InstallChain(route_chain(bind(chain, {"echo": ECHO}))), now_s=0.0)
+    dispatcher.handle(MachineUp("m", "cpu", 1, {"echo": 1}), now_s=0.0)
+    submit = Submit(1, "items", {"x": Tensor("x", "UINT8", (3, 1), b"abc")}, 90.0)
+    (launch,) = executes(dispatcher.handle(submit, now_s=0.0))
+    late = BackendError("no answer", kind=ErrorKind.DEADLINE)
+    actions = dispatcher.handle(BatchFailed(launch.batch, late), now_s=10.0)
+    assert not executes(actions)
+    (answer,) = (action for action in actions if isinstance(action, Answer))
+    assert (answer.outputs[0].shape, bytes(answer.outputs[0].data)) == ((3, 1), bytes(3))

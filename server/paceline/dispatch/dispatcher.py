@@ -433,7 +433,7 @@ class Dispatcher:
                 self._again(piece.retry(seq=next(self._ids), alone=True), now_s)
             elif entry.route.bound.module.on_error != "skip":
                 self._fail(entry.run, error, now_s, actions)
-            elif piece.count > 1:
+            elif piece.count > 1 and not lost:
                 for row in range(piece.count):
                     one = Piece(entry, piece.start + row, 1)
                     self._again(one.retry(seq=next(self._ids), alone=True), now_s)
