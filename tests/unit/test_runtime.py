@@ -1,0 +1,205 @@
+"""The engine and the machines behind it, over executors and repositories driven by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import pytest
+
+from paceline.config import parse_chain
+from paceline.core.bind import single_model_chain
+from paceline.core.errors import BackendError, ErrorKind, RequestError, ResidencyError
+from paceline.core.model import ModelSpec
+from paceline.core.ports import ModelCall, ModelState
+from paceline.core.profile import ProfileRow
+from paceline.core.request import InferRequest
+from paceline.core.tensor import Tensor, TensorSpec
+from paceline.dispatch import route_chain
+from paceline.runtime.engine import Engine, EngineLimits
+from paceline.runtime.machines import Machine, Machines
+from paceline.runtime.placement import Share, Site
+
+ECHO = ModelSpec("echo", 4, (TensorSpec("x", "INT8", (1,)),), (TensorSpec("y", "INT8", (1,)),))
+
+
+class Hands:
+    """An executor whose batches end when the test says so."""
+
+    def __init__(self) -> None:
+        self.calls: asyncio.Queue[tuple[ModelCall, asyncio.Future[None]]] = asyncio.Queue()
+
+    async def execute(
+        self, machine: str, call: ModelCall, *, timeout_s: float
+    ) -> tuple[Tensor, ...]:
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.calls.put_nowait((call, ended))
+        await ended
+        given = call.inputs[0]
+        return (Tensor("y", given.datatype, given.shape, b"".join(given.parts)),)
+
+    async def next(self) -> tuple[ModelCall, asyncio.Future[None]]:
+        async with asyncio.timeout(5):
+            return await self.calls.get()
+
+
+@dataclass
+class Repository:
+    """One Triton's models, by the port; `repaired` is set when a repair may end."""
+
+    may_end: asyncio.Event = field(default_factory=asyncio.Event)
+    repairs: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+    loaded: dict[str, int] = field(default_factory=dict)
+
+    async def index(self) -> tuple[ModelState, ...]:
+        return (ModelState("echo", "1", "READY"),)
+
+    async def spec(self, model: str) -> ModelSpec:
+        return ECHO
+
+    async def load(self, model: str, *, instances: int) -> None:
+        if model in self.refused:
+            raise ResidencyError(f"{model} is not for loading")
+        self.loaded[model] = instances
+
+    async def unload(self, model: str) -> None:
+        self.loaded.pop(model, None)
+
+    async def repair(self, model: str, *, instances: int) -> None:
+        self.repairs.append(model)
+        await self.may_end.wait()
+
+    async def measure(
+        self, model: ModelSpec, hardware: str, *, on_progress: object = None
+    ) -> tuple[ProfileRow, ...]:
+        return ()
+
+
+def request(value: int) -> InferRequest:
+    return InferRequest("echo", (Tensor("x", "INT8", (1, 1), bytes([value])),))
+
+
+def serving(hands: Hands, **limits: int) -> Engine:
+    engine = Engine(hands, limits=EngineLimits(**limits) if limits else None)
+    engine.install(route_chain(single_model_chain(ECHO)))
+    engine.machine_up("m", "cpu", 1, {"echo": 1})
+    return engine
+
+
+async def test_settled_waits_for_the_last_accepted_request_of_the_chain() -> None:
+    hands = Hands()
+    engine = serving(hands)
+    assert await engine.settled("echo", timeout_s=0)
+    one, two = (asyncio.create_task(engine.infer(request(value))) for value in (1, 2))
+    _, first = await hands.next()
+    engine.remove("echo")
+    settled = asyncio.create_task(engine.settled("echo", timeout_s=5))
+    first.set_result(None)
+    await one
+    assert not settled.done(), "the queued one was accepted too"
+    _, second = await hands.next()
+    second.set_result(None)
+    assert bytes((await two).outputs[0].data) == b"\x02"
+    assert await settled
+    await engine.close()
+
+
+async def test_settled_gives_up_when_its_time_is_over() -> None:
+    hands = Hands()
+    engine = serving(hands)
+    task = asyncio.create_task(engine.infer(request(1)))
+    _, ended = await hands.next()
+    assert not await engine.settled("echo", timeout_s=0.01)
+    ended.set_result(None)
+    await task
+    await engine.close()
+
+
+async def test_more_bytes_than_the_limit_are_refused_and_given_back_when_answered() -> None:
+    hands = Hands()
+    engine = serving(hands, max_in_flight_bytes=1)
+    task = asyncio.create_task(engine.infer(request(1)))
+    _, ended = await hands.next()
+    with pytest.raises(RequestError, match="maximum bytes") as refused:
+        await engine.infer(request(2))
+    assert refused.value.kind is ErrorKind.QUEUE_FULL
+    ended.set_result(None)
+    await task
+    again = asyncio.create_task(engine.infer(request(3)))
+    (await hands.next())[1].set_result(None)
+    await again
+    await engine.close()
+
+
+async def test_draining_refuses_what_is_new_and_waits_for_what_was_accepted() -> None:
+    hands = Hands()
+    engine = serving(hands)
+    task = asyncio.create_task(engine.infer(request(1)))
+    _, ended = await hands.next()
+    drained = asyncio.create_task(engine.drain(timeout_s=5))
+    await asyncio.sleep(0)
+    with pytest.raises(RequestError, match="shutting down"):
+        await engine.infer(request(2))
+    ended.set_result(None)
+    await task
+    assert await drained
+    await engine.close()
+
+
+def machines(engine: Engine, repository: Repository) -> Machines:
+    found = Machines(engine, Share())
+    found.add(Machine(Site("m", "cpu", 1), repository, repository))
+    found.placed["m"] = {"echo": 1}
+    return found
+
+
+async def test_no_batch_is_sent_to_a_model_while_it_is_repaired() -> None:
+    hands, repository = Hands(), Repository()
+    engine = serving(hands)
+    repaired = machines(engine, repository)
+    engine.watch(on_broken=repaired.broken)
+    repaired.announce("m")
+    lost = asyncio.create_task(engine.infer(request(1)))
+    _, ended = await hands.next()
+    ended.set_exception(BackendError("Stub is not healthy", kind=ErrorKind.UNAVAILABLE))
+    with pytest.raises(RequestError, match="not healthy"):
+        await lost
+    waiting = asyncio.create_task(engine.infer(request(2)))
+    await asyncio.sleep(0)
+    assert repository.repairs == ["echo"] and hands.calls.empty()
+    (known,) = engine.dispatcher.machines()
+    assert known.lanes["echo"].instances == 0, "no back-off makes it a candidate"
+    repository.may_end.set()
+    _, ended = await hands.next()
+    ended.set_result(None)
+    assert bytes((await waiting).outputs[0].data) == b"\x02"
+    await repaired.close()
+    await engine.close()
+
+
+async def test_a_triton_that_is_back_is_used_without_the_models_that_do_not_load_again() -> None:
+    hands, repository = Hands(), Repository(refused={"bad"})
+    engine = serving(hands)
+    found = machines(engine, repository)
+    found.placed["m"] = {"echo": 2, "bad": 1}
+    assert await found.up("m") == ["bad"]
+    assert repository.loaded == {"echo": 2} and found.placed["m"] == {"echo": 2}
+    assert found.is_up("m")
+    repository.refused.add("echo")
+    found.down("m")
+    with pytest.raises(ResidencyError):
+        await found.up("m")
+    assert not found.is_up("m") and found.placed["m"] == {"echo": 2}, "to be tried again"
+    await engine.close()
+
+
+def test_a_chain_knows_the_line_of_each_of_its_keys() -> None:
+    chain = parse_chain(
+        "chain: c\nslo_ms: 5\ninputs:\n  x: {dtype: INT8, shape: [1]}\nmodules:\n  a:\n"
+        "    model: m\n    inputs: {x: inputs.x}\noutputs: {y: a.y}\n",
+        name="c.yaml",
+    )
+    assert chain.where("modules.a.model") == "c.yaml:7"
+    assert chain.where("modules.a.inputs.z") == "c.yaml:8"
+    assert chain.where("nowhere") == "c.yaml:1"
