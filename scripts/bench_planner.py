@@ -7,7 +7,7 @@
 Workloads are seeded: chains of 2 to 4, forks, trees and diamonds of the models in examples/data;
 fan-outs 0.25 to 3, rates 3 to 1,600 requests/s, objectives 1.2 to 5 times the least latency; a
 third on V100 only, a third on T4 only, a third on everything the models were measured on. Times are
-processor times, so that a busy machine does not change them, but for the 100 chains: those are wall.
+of the processor, so that a busy machine does not change them; those of the 100 chains are wall.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter, process_time
@@ -101,6 +102,11 @@ class Source:
         return PlannedChain(seed, least_s * rng.uniform(1.2, 5.0), rate_rps, tuple(modules))
 
 
+@cache
+def _source() -> Source:
+    return Source()
+
+
 def four_kinds(chain: PlannedChain) -> PlannedChain:
     """The same with a fourth kind of hardware, where only up to three were measured."""
     modules = []
@@ -140,7 +146,7 @@ def exact_split_cost(chain: PlannedChain) -> float | None:
 
 def measure(at: int) -> dict[str, Any]:
     """Everything about one workload."""
-    source = Source()
+    source = _source()
     hardware = HARDWARE[at % 3]
     chain = source.chain(f"workload {at}", hardware=hardware)
     result: dict[str, Any] = {"at": at, "hardware": hardware, "modules": len(chain.modules)}

@@ -25,6 +25,8 @@ LONGER = tuple(1 + step / 20 for step in range(1, 41))
 """The factors of the objective that are tried, up to three times."""
 
 PLOT_POINTS = 24
+MOST_RPS = 1e7
+"""A higher rate is a mistake in its unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,12 @@ def plan_offline(
         if rate is None:
             raise ConfigError(
                 f"chain {chain.name!r} declares none; give --rate-rps", key="rate_rps"
+            )
+        if not 0 < rate <= MOST_RPS:
+            raise ConfigError(
+                f"must be above 0 and at most {MOST_RPS:.0f} requests/s, got {rate:g}",
+                key="rate_rps",
+                where=f"chain {chain.name}",
             )
         demands.append(demand(changed, rate, measured, prices, {}, overhead_s))
     memory = {name: kind.memory_bytes for name, kind in prices.items() if kind.memory_bytes}

@@ -237,6 +237,8 @@ def _share_price(load: Load, frontier: Frontier, alone: float, stretch: float) -
         cycle = together([load], curve.hardware) if curve.hardware in load.durations_s else None
         if cycle is not None:
             best = min(best, min(1.0, stretch * cycle.busy) * curve.price_per_hour)
+        elif load.alone(curve.hardware):
+            best = min(best, curve.price_per_hour)
     return best
 
 
@@ -349,9 +351,13 @@ def _shared_machine(each: Shared, served: Sequence[_Served]) -> PackedMachine:
 
 def _run(each: Shared, at: int, s: _Served) -> tuple[int, float, float]:
     """Batch size, duration and worst case of one load on a shared machine."""
-    if each.cycle is None:
+    if each.cycle is None and not each.batch_size:
         c = s.choice.configuration
         return c.batch_size, c.duration_s, s.choice.worst_s
+    if each.cycle is None:
+        size, load = each.batch_size, each.loads[at]
+        duration_s = load.durations_s[each.machine.hardware][size - 1]
+        return size, duration_s, duration_s + (0.0 if size == 1 else size / load.total_rps)
     size = each.cycle.batch_sizes[at]
     duration_s = each.loads[at].durations_s[each.machine.hardware][size - 1]
     return size, duration_s, each.loads[at].worst_s(each.cycle.duration_s, duration_s)

@@ -63,6 +63,19 @@ class Load:
         """Collection and execution."""
         return cycle_s * self.rate_rps / self.total_rps + duration_s
 
+    def alone(self, hardware: str) -> int:
+        """The batch size with which a machine of its own serves it; 0 if none does.
+
+        All of the module's machines take batches from one queue, which fills at its whole rate.
+        """
+        for size, duration_s in enumerate(self.durations_s.get(hardware, ()), 1):
+            collection_s = 0.0 if size == 1 else size / self.total_rps
+            if duration_s + collection_s > self.budget_s + SLACK:
+                return 0
+            if size >= self.rate_rps * duration_s * (1 - SLACK):
+                return size
+        return 0
+
     def batch_size(self, cycle_s: float) -> int:
         """What arrives within a cycle, in whole requests."""
         return max(1, ceil(self.rate_rps * cycle_s - 1e-6))
@@ -129,11 +142,16 @@ def _in_cycle(loads: Sequence[Load], hardware: str, cycle_s: float) -> Cycle | N
 
 @dataclass(slots=True)
 class Shared:
-    """One machine, its loads and their duty cycle (None: one load, as its module's full ones)."""
+    """One machine, its loads and their duty cycle.
+
+    Without a cycle it serves one load as fast as it can, with batches of `batch_size` (0: as the
+    module's full machines).
+    """
 
     machine: Machine
     loads: list[Load]
     cycle: Cycle | None
+    batch_size: int = 0
 
     @property
     def busy(self) -> float:
@@ -199,7 +217,7 @@ class Packing:
         return self._longest_s[key]
 
     def _open(self, load: Load) -> bool:
-        best: tuple[float, Machine, Cycle | None] | None = None
+        best: tuple[float, Machine, Cycle | None, int] | None = None
         for hardware, machine in sorted(self.machines.items()):
             if self.used.get(hardware, 0) >= machine.limit:
                 continue
@@ -207,15 +225,16 @@ class Packing:
             if machine.memory_bytes and memory_bytes > machine.memory_bytes:
                 continue
             cycle = together([load], hardware) if hardware in load.durations_s else None
-            if cycle is None and load.extra != hardware:
+            size = load.alone(hardware) if cycle is None else 0
+            if cycle is None and not size and load.extra != hardware:
                 continue
             share = machine.price_per_hour * (1.0 if cycle is None else cycle.busy)
             if best is None or share < best[0]:
-                best = (share, machine, cycle)
+                best = (share, machine, cycle, size)
         if best is None:
             return False
         self.used[best[1].hardware] = self.used.get(best[1].hardware, 0) + 1
-        self.shared.append(Shared(best[1], [load], best[2]))
+        self.shared.append(Shared(best[1], [load], best[2], best[3]))
         return True
 
     def drop(self, each: Shared) -> None:
@@ -256,10 +275,11 @@ class Packing:
             if machine.memory_bytes and _memory_bytes(each.loads, hardware) > machine.memory_bytes:
                 continue
             cycle = together(each.loads, hardware)
-            if cycle is not None:
+            size = each.loads[0].alone(hardware) if len(each.loads) == 1 else 0
+            if cycle is not None or size:
                 self.used[each.machine.hardware] -= 1
                 self.used[hardware] = self.used.get(hardware, 0) + 1
-                each.machine, each.cycle = machine, cycle
+                each.machine, each.cycle, each.batch_size = machine, cycle, size
                 return True
         return False
 

@@ -1,0 +1,133 @@
+"""`paceline plan` on the example chain and the measured profiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from paceline.cli import app
+from paceline.core.errors import ConfigError, PlanError
+from paceline.planner.problem import Options
+from paceline.planner.solve import POLICIES
+from paceline.planning import cheaper_slo, curves, limits, plan_offline
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CHAIN = EXAMPLES / "planning/traffic.yaml"
+PROFILES = EXAMPLES / "data/profiles.csv"
+HARDWARE = EXAMPLES / "data/hardware.csv"
+FILES = [str(CHAIN), "--profiles", str(PROFILES), "--hardware", str(HARDWARE)]
+
+
+def run(*arguments: str) -> str:
+    answer = CliRunner().invoke(app, ["plan", *FILES, *arguments], env={"COLUMNS": "200"})
+    if answer.exception is not None:
+        raise answer.exception
+    return answer.stdout
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_plans_the_example_and_says_how_far_it_is_from_the_bound(policy: str) -> None:
+    published = json.loads(run("--policy", policy, "--format", "json"))
+    assert (published["policy"], published["billing"]) == (policy, "fractional")
+    assert published["cost_per_hour"] >= published["lower_bound_per_hour"] * (1 - 1e-6)
+    (chain,) = published["chains"]
+    assert chain["latency_worst_ms"] <= chain["slo_ms"] == 400.0
+    assert "machines" not in published
+
+
+def test_the_default_policy_is_the_cheapest() -> None:
+    costs = {
+        policy: json.loads(run("--policy", policy, "--format", "json"))["cost_per_hour"]
+        for policy in POLICIES
+    }
+    default = json.loads(run("--format", "json"))
+    assert default["policy"] == "optimal"
+    assert default["cost_per_hour"] == min(costs.values())
+
+
+def test_the_text_form_shows_utilisation_bound_gap_and_a_cheaper_objective() -> None:
+    text = run("--slo-ms", "100")
+    assert "used" in text and "100%" in text
+    assert "no plan can cost less than" in text and "gap 0.0%" in text
+    assert "ms this costs" in text and "% less" in text
+
+
+def test_whole_machines_are_listed_with_what_shares_them_within_the_limits() -> None:
+    published = json.loads(run("--billing", "machine", "--limit", "t4=6", "--format", "json"))
+    kinds = [machine["hardware"] for machine in published["machines"]]
+    assert kinds and kinds.count("t4") <= 6
+    assert published["cost_per_hour"] >= published["lower_bound_per_hour"]
+    assert any(len(machine["shares"]) > 1 for machine in published["machines"])
+    assert "shared machines" in run("--billing", "machine")
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        ("--dispatch", "round-robin"),
+        ("--max-tuples", "1"),
+        ("--no-dummy",),
+        ("--no-reassign",),
+        ("--no-node-merger",),
+        ("--no-cost-direct",),
+    ],
+)
+def test_parts_of_harpagon_can_be_switched_off_at_no_lower_cost(switch: tuple[str, ...]) -> None:
+    full = json.loads(run("--policy", "harpagon", "--format", "json"))["cost_per_hour"]
+    less = json.loads(run("--policy", "harpagon", "--format", "json", *switch))["cost_per_hour"]
+    assert less >= full * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_cost_against_objective_and_rate_is_drawn(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"cost.{suffix}"
+    run("--plot", str(path))
+    start = path.read_bytes()[:200]
+    assert start.startswith(b"\x89PNG") if suffix == "png" else b"<?xml" in start
+
+
+def test_cost_falls_with_the_objective_and_rises_with_the_rate() -> None:
+    made = plan_offline([CHAIN], PROFILES, HARDWARE, Options(policy="optimal"))
+    found = curves(made)
+    slo = [cost for _, cost in found["slo"]]
+    rate = [cost for _, cost in found["rate"]]
+    assert slo == sorted(slo, reverse=True) and slo[0] > slo[-1]
+    assert rate == sorted(rate) and rate[0] < rate[-1]
+    cheaper = cheaper_slo(made)
+    assert cheaper is None or cheaper.saving >= 0.01
+
+
+def test_an_objective_that_nothing_keeps_says_which_module_lacks_how_many_ms() -> None:
+    with pytest.raises(PlanError, match=r"needs at least 47\.5 ms, 37\.5 ms more than .* detect"):
+        run("--slo-ms", "10")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--policy", "magic"), "--policy: must be one of optimal, harpagon"),
+        (("--billing", "barter"), "--billing: must be one of fractional, machine"),
+        (("--dispatch", "random"), "--dispatch: must be one of"),
+        (("--limit", "t4"), "--limit: 't4' is not HARDWARE=NUMBER"),
+        (("--limit", "abacus=3"), "--limit: no hardware 'abacus'; hardware.csv has a100-40"),
+        (("--rate-rps", "0"), "chain traffic: rate_rps: must be above 0"),
+        (("--rate-rps", "1e12"), "must be above 0 and at most 10000000 requests/s, got 1e+12"),
+        (("--slo-ms", "-1"), "slo_ms"),
+        (("--plot", "cost.txt"), "--plot: 'cost.txt' must end in .png or .svg"),
+        (("--policy", "nexus", "--billing", "machine"), "billing: policy 'nexus' plans"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_write(
+    arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        run(*arguments)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_limits_are_read_as_hardware_and_number() -> None:
+    assert limits(["t4=10", "v100=0"]) == {"t4": 10, "v100": 0}
