@@ -13,6 +13,7 @@ from paceline.dispatch import (
     Action,
     Answer,
     BatchFailed,
+    Cancel,
     Dispatcher,
     Execute,
     InstallChain,
@@ -85,3 +86,29 @@ def test_items_lost_with_the_only_machine_are_nulls_and_not_sent_to_it_again() -
     assert not executes(actions)
     (answer,) = (action for action in actions if isinstance(action, Answer))
     assert (answer.outputs[0].shape, bytes(answer.outputs[0].data)) == ((3, 1), bytes(3))
+
+
+def test_a_retry_that_is_dealt_out_to_several_machines_leaves_nothing_behind() -> None:
+    items = Source(None, "x")
+    chain = Chain(
+        "items",
+        100.0,
+        (TensorSpec("x", "UINT8", (-1, 1)),),
+        (Module("echo", "echo", {"x": items}, for_each=items),),
+        {"y": Source("echo", "y")},
+        dispatch="round-robin",
+    )
+    # Four rows in five go to the first machine: two of them in a row are one part.
+    allocations = (Allocation("cpu", 4, 0.3, 1.0, 1.0), Allocation("cpu", 1, 0.3, 1.0, 1.0))
+    module = ModulePlan("echo", "echo", 10.0, 0.0, 1.0, 1.0, allocations)
+    plan = ChainPlan("items", 1.0, 10.0, 1.0, (module,))
+    dispatcher = Dispatcher()
+    dispatcher.handle(InstallChain(route_chain(bind(chain, {"echo": ECHO}), plan)), now_s=0.0)
+    for machine in ("m0", "m1"):
+        dispatcher.handle(MachineUp(machine, "cpu", 1, {"echo": 1}), now_s=0.0)
+    submit = Submit(1, "items", {"x": Tensor("x", "UINT8", (5, 1), b"abcde")}, 90.0)
+    first, _ = executes(dispatcher.handle(submit, now_s=0.0))
+    lost = BackendError("gone", kind=ErrorKind.UNAVAILABLE)
+    dispatcher.handle(BatchFailed(first.batch, lost), now_s=1.0)
+    dispatcher.handle(Cancel(1), now_s=2.0)
+    assert [load.queued for load in dispatcher.loads().values()] == [0]

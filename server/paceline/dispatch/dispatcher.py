@@ -441,7 +441,6 @@ class Dispatcher:
                 self._piece_done(batch, piece, None, now_s, actions)
 
     def _again(self, entry: Entry, now_s: float) -> None:
-        entry.run.entries.add(entry)
         self._admission.counted_again(entry.run.ticket, entry.route, entry.rows)
         self._queue(entry, now_s)
 
