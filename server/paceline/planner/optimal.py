@@ -1,7 +1,7 @@
 """The optimum for fractional machines: exact frontiers, composed exactly (algorithms 1.4).
 
 Invariant: no plan under any policy costs less than `Optimum.bound_per_hour`. Cutting ends when the
-plan is within `GAP` of it, or after `ROUNDS`; the worst gap seen is then 0.1 %.
+plan is within `GAP` of it, or after `ROUNDS`; the worst gap seen is then 0.3 %.
 
 A frontier falls continuously where batches are topped up to fill in time. It is cut into intervals;
 taking each for its cost at the start gives a plan, taking it for its cost at the end gives a bound.
