@@ -1,7 +1,7 @@
 # Every target sets up what it needs; see scripts/setup.
 PROTOS := $(shell find proto -name '*.proto')
 
-.PHONY: check test run sim lock proto
+.PHONY: check test run bench sim lock proto
 
 check: ## format, lint, types, import contracts
 	scripts/setup --dev
@@ -15,6 +15,13 @@ test: ## everything that CI runs
 
 run: ## the OCR example
 	scripts/run
+
+bench: ## every benchmark, quickly; each has --help
+	scripts/setup --dev
+	.venv/bin/python scripts/bench_planner.py --quick
+	.venv/bin/python scripts/bench_workers.py
+	.venv/bin/python scripts/bench_gateway.py --quick
+	.venv/bin/python scripts/bench_slo.py --quick
 
 sim: ## the dispatcher in virtual time; SEED=n replays one seed, SEEDS=n runs so many
 	scripts/setup --dev
