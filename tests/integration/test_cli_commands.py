@@ -81,7 +81,7 @@ def test_what_the_server_refuses_is_1_and_one_line(front: Paceline, inputs: list
 def test_status_as_text_and_as_json(front: Paceline) -> None:
     text = run_cli("status", "--server", front.address)
     assert text.returncode == 0, text.stderr
-    for word in ("ready", "pair", "pair.first", "items.each", "local", "add x1"):
+    for word in ("ready", "pair", "pair.first", "items.each", "local", "add x"):
         assert word in text.stdout
     ended = run_cli("status", "--server", front.address, "--format", "json")
     status = json.loads(ended.stdout)
