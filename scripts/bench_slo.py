@@ -55,6 +55,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from scripts import slo_workloads  # noqa: E402
 from scripts.bench_gateway import process  # noqa: E402
+from scripts.slo_control import carried  # noqa: E402
 from scripts.slo_report import SYSTEMS, Cell, Figures, Results, report  # noqa: E402
 from scripts.slo_systems import (  # noqa: E402
     SETTINGS,
@@ -305,6 +306,11 @@ def arguments() -> argparse.Namespace:
         default=3,
         help="systems that are replayed to at a time (default: %(default)s)",
     )
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="only show how many emulated machines the cores of this machine carry",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals (default: 1)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every replay there")
@@ -327,7 +333,12 @@ async def bench_all(bench: Bench) -> None:
 
 def main() -> None:
     options = arguments()
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if options.control:
+        with tempfile.TemporaryDirectory(prefix="paceline-slo-") as work:
+            table = uvloop.run(carried(Path(work), (2, 4, 8, 16, 32), options.seconds / 3))
+        Console().print(Markdown("\n".join(table)))
+        return
     started_s = time.monotonic()
     command = (sys.executable, HERE / "slo_load.py")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -116,15 +116,15 @@ WORKLOADS = (
     ),
     Workload(
         "fork",
-        "detection, then two classifiers side by side",
+        "video: detection, then classification and speech recognition side by side",
         "v100",
-        530.0,
-        121.0,
+        920.0,
+        74.0,
         8,
         (
-            Step("detect", "ssd320-resnet50-tensorflow-fp16"),
-            Step("kind", "resnext101-32x4d-tensorflow-fp32", "detect"),
-            Step("listen", "jasper-audio16-7s-pytorch-fp16", "detect"),
+            Step("detect", "ssd320-resnet50-tensorflow-fp32"),
+            Step("classify", "resnext101-32x4d-tensorflow-fp32", "detect"),
+            Step("listen", "jasper-audio16-7s-pytorch-fp32", "detect"),
         ),
     ),
     Workload(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from math import inf
 
 import pytest
 import pytest_asyncio
@@ -33,15 +34,20 @@ from paceline.triton.repository import TritonRepository
 M3 = Durations(((1, 0.08), (2, 0.1), (8, 0.25), (32, 0.8)))
 RATE_RPS = 198.0
 MACHINES = 7
-REQUESTS = 600
+REQUESTS = 500
 TAIL = 80
 """More requests that keep the machines collecting while the last of the measured ones wait."""
 
 KEPT_UP = 0.97
 """Share of d(b) that an execution takes: a machine that is 99 % busy has no time to catch up."""
 
-SLO_S = 5.0
+SLO_S = 2.5
 """Far beyond every bound: no batch is closed because slack runs out, no request is refused."""
+
+MOSTLY = 0.97
+"""Share of the requests that must stay within: a stall of this machine bunches arrivals up, which
+are then not evenly spaced, and what throughput-cost ranks are not due for waits at the last one.
+"""
 
 TRIES = 2
 QUIET = 0.15
@@ -68,8 +74,8 @@ SCHEDULES = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Latencies, and what disturbed them: by how much batches took longer than d(b), and by how
-    much requests came later than they should, each in all but 1 % of cases.
+    """Latencies (infinite: not answered), and what disturbed them: by how much batches took longer
+    than d(b), in all but 1 % of cases, and by how much requests came too late at most.
     """
 
     latencies_s: tuple[float, ...]
@@ -82,6 +88,10 @@ class Run:
         longer by the excess, and for the requests that fill its batch, which may come late.
         """
         return 2 * self.excess_s + self.late_s
+
+    def disturbed(self, bound_s: float) -> bool:
+        """Whether it can tell nothing."""
+        return self.overhead_s > QUIET * bound_s
 
     def within(self, bound_s: float) -> float:
         """Share of the requests that stayed within the bound plus the measured overhead."""
@@ -155,10 +165,32 @@ def route_of(schedule: Schedule, spec: ModelSpec) -> ChainRoute:
     return route_chain(bind(chain, {"m3": spec}), plan, {"m3": {"gpu": M3}})
 
 
+class Counted:
+    """An executor that knows when nothing runs: Triton goes on with what is cancelled."""
+
+    def __init__(self, fleet: TritonFleet) -> None:
+        self._fleet = fleet
+        self._running = 0
+        self.idle = asyncio.Event()
+
+    async def execute(
+        self, machine: str, call: ModelCall, *, timeout_s: float
+    ) -> tuple[Tensor, ...]:
+        self._running += 1
+        self.idle.clear()
+        try:
+            return await self._fleet.execute(machine, call, timeout_s=timeout_s)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self.idle.set()
+
+
 async def serve_evenly_spaced(schedule: Schedule, machines: Machines) -> Run:
     """REQUESTS at RATE_RPS, however slowly they are answered, and TAIL more that are cancelled."""
     loop = asyncio.get_running_loop()
-    engine = Engine(machines.fleet)
+    executor = Counted(machines.fleet)
+    engine = Engine(executor)
     engine.install(route_of(schedule, machines.spec))
     engine.machine_up("triton", "gpu", schedule.machines, {"m3": schedule.machines})
     request = InferRequest("m3_chain", (Tensor("x", "FP32", (4,), bytes(16)),))
@@ -177,28 +209,27 @@ async def serve_evenly_spaced(schedule: Schedule, machines: Machines) -> Run:
         loop.call_at(start_s + index / RATE_RPS, send, index)
     try:
         await all_sent
-        measured = await asyncio.gather(*(answers[index] for index in range(REQUESTS)))
+        measured = await asyncio.gather(
+            *(answers[index] for index in range(REQUESTS)), return_exceptions=True
+        )
     finally:
         for task in answers.values():
             task.cancel()
         await asyncio.gather(*answers.values(), return_exceptions=True)
+        await executor.idle.wait()
         await engine.close()
-    timelines = [answer.timeline for answer in measured]
-    excess_s = [
+    timelines = [answer.timeline for answer in measured if isinstance(answer, InferAnswer)]
+    excess_s = sorted(
         span.ended_s - span.started_s - M3.at(span.batch_size)
         for timeline in timelines
         for span in timeline.spans
-    ]
-    return Run(
-        tuple(timeline.latency_s for timeline in timelines),
-        excess_s=max(0.0, most(excess_s)),
-        late_s=max(0.0, most(late_s)),
     )
-
-
-def most(values: list[float]) -> float:
-    """What 99 % of them do not exceed."""
-    return sorted(values)[int(0.99 * len(values))]
+    unanswered = [inf] * (REQUESTS - len(timelines))
+    return Run(
+        (*(timeline.latency_s for timeline in timelines), *unanswered),
+        excess_s=max(0.0, excess_s[int(0.99 * len(excess_s))]),
+        late_s=max(late_s),
+    )
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -208,12 +239,11 @@ async def test_evenly_spaced_requests_stay_within_the_policys_bound_plus_the_sta
 ) -> None:
     for _ in range(TRIES):
         run = await serve_evenly_spaced(schedule, machines)
-        if run.overhead_s <= QUIET * schedule.bound_s:
+        if not run.disturbed(schedule.bound_s):
             break
-    # 1 %: the overhead is what 99 % of executions and arrivals stayed within.
-    assert run.within(schedule.bound_s) >= 0.99, (max(run.latencies_s), run.overhead_s)
-    if run.overhead_s > QUIET * schedule.bound_s:
+    else:
         pytest.skip(
             f"the machine is too busy to tell: {run.overhead_s * 1e3:.0f} ms of overhead on a "
             f"bound of {schedule.bound_s * 1e3:.0f} ms"
         )
+    assert run.within(schedule.bound_s) >= MOSTLY, (sorted(run.latencies_s)[-20:], run.overhead_s)
