@@ -213,7 +213,7 @@ def write_all(repository: Path) -> Path:
     repository.mkdir(parents=True, exist_ok=True)
     write_identity(repository)
     write_add(repository)
-    write_timed(repository, {1: 20, 2: 30, 4: 50, 8: 90})
+    write_timed(repository, {1: 50, 2: 55, 4: 60, 8: 75})
     write_failing(repository)
     write_broken(repository)
     write_slow_loading(repository, 0.3)

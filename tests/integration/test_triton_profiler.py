@@ -19,7 +19,7 @@ pytest_plugins = ["tests.integration.triton_fixtures"]
 pytestmark = pytest.mark.integration
 
 QUICK = Effort(warm_up_calls=1, most_calls=5, time_s=0.5)
-TABLE_MS = {1: 20, 2: 30, 4: 50, 8: 90}
+TABLE_MS = {1: 50, 2: 55, 4: 60, 8: 75}
 
 
 async def test_a_timed_model_is_measured_as_its_table_and_cached(

@@ -6,6 +6,7 @@ Times in seconds, money per hour; `as_json` converts at the edge into the publis
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import floor
 from typing import Any
 
 
@@ -126,7 +127,7 @@ class Plan:
             "policy": self.policy,
             "billing": self.billing,
             "cost_per_hour": _round(self.cost_per_hour),
-            "lower_bound_per_hour": _round(self.lower_bound_per_hour),
+            "lower_bound_per_hour": _round_down(self.lower_bound_per_hour),
             "solve_ms": _ms(self.solve_s),
             "chains": [_chain_json(c) for c in self.chains],
             **({"machines": packing} if (packing := self._packing_json()) else {}),
@@ -188,3 +189,8 @@ def _ms(seconds: float) -> float:
 
 def _round(value: float) -> float:
     return round(value, 6)
+
+
+def _round_down(value: float) -> float:
+    """A bound that is printed must still be one."""
+    return floor(value * 1e6) / 1e6

@@ -200,18 +200,18 @@ def no_gain(sizes: Sequence[int], durations_s: Sequence[float]) -> bool:
     """Whether the last two sizes (or one that takes over a second) lost throughput.
 
     A batch that takes longer *and* serves fewer requests per second than a smaller one is in no
-    plan, so measuring further is time for nothing. Below 95 % of the best counts as a loss; a
-    batch of over a second has to gain 5 %.
+    plan, so measuring further is time for nothing. Machines are noisy: only below 80 % of the best
+    is a loss. A batch of over a second has to gain 5 %.
 
     >>> no_gain((1, 2), (0.55, 1.1)), no_gain((1, 2), (0.01, 0.03))
     (True, False)
-    >>> no_gain((1, 2, 4), (0.01, 0.03, 0.05)), no_gain((1, 2, 4), (0.01, 0.03, 0.035))
+    >>> no_gain((1, 2, 4), (0.01, 0.03, 0.06)), no_gain((1, 2, 4), (0.01, 0.03, 0.035))
     (True, False)
     """
     rates = [size / duration_s for size, duration_s in zip(sizes, durations_s, strict=True)]
     if len(rates) > 1 and durations_s[-1] > 1.0:
         return rates[-1] < 1.05 * max(rates[:-1])
-    return len(rates) > 2 and max(rates[-2:]) < 0.95 * max(rates)
+    return len(rates) > 2 and max(rates[-2:]) < 0.8 * max(rates)
 
 
 def monotone(durations_s: Sequence[float]) -> tuple[float, ...]:
