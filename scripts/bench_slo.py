@@ -56,7 +56,7 @@ sys.path.insert(0, str(HERE.parent))
 from scripts import slo_workloads  # noqa: E402
 from scripts.bench_gateway import process  # noqa: E402
 from scripts.slo_control import carried  # noqa: E402
-from scripts.slo_report import SYSTEMS, Cell, Figures, Results, report  # noqa: E402
+from scripts.slo_report import SYSTEMS, TRITON, Cell, Figures, Results, report  # noqa: E402
 from scripts.slo_systems import (  # noqa: E402
     SETTINGS,
     Front,
@@ -174,7 +174,7 @@ async def run_workload(bench: Bench, served: Served, work: Path) -> None:
         for machines in range(least - options.overload, least + options.span + 1):
             cell = Cell(served.workload.name, arrivals, machines)
             await measure(bench, cell, served, work, settings)
-            systems = [s for s in SYSTEMS if s != "triton" or settings]
+            systems = [s for s in SYSTEMS if s not in TRITON or settings]
             if machines > least and all(bench.results.attains(cell, s) for s in systems):
                 break
 
@@ -256,7 +256,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
-        "  scripts/bench_slo.py --quick                   # chain2, about 3 minutes\n"
+        "  scripts/bench_slo.py --quick                   # chain2, about 2 minutes\n"
         "  scripts/bench_slo.py --workloads fork --arrivals poisson steady --overload\n"
         "  scripts/bench_slo.py --markdown figures.md     # everything; about 40 minutes\n",
     )
@@ -290,12 +290,12 @@ def arguments() -> argparse.Namespace:
         default=0.5,
         help="mean rate of trace replays, as a share of the workload's (default: %(default)s)",
     )
-    parser.add_argument("--seconds", type=float, help="of a replay (default: 15; quick: 8)")
+    parser.add_argument("--seconds", type=float, help="of a replay (default: 15; quick: 6)")
     parser.add_argument("--repeats", type=int, help="(default: 3; quick: 1)")
     parser.add_argument(
         "--span",
         type=int,
-        help="how many machines more than the least to try (default: 3; quick: 2)",
+        help="how many machines more than the least to try (default: 2; quick: 1)",
     )
     parser.add_argument(
         "--overload", action="store_true", help="also with one machine less than can do"
@@ -318,9 +318,9 @@ def arguments() -> argparse.Namespace:
     quick = options.quick
     options.workloads = options.workloads or (names[:1] if quick else names)
     options.arrivals = options.arrivals or (["poisson"] if quick else ["poisson", "bursty"])
-    options.seconds = options.seconds or (8.0 if quick else 15.0)
+    options.seconds = options.seconds or (6.0 if quick else 15.0)
     options.repeats = options.repeats or (1 if quick else 3)
-    options.span = options.span if options.span is not None else (2 if quick else 3)
+    options.span = options.span if options.span is not None else (1 if quick else 2)
     return options
 
 

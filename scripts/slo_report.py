@@ -1,7 +1,8 @@
 """Measurements of `bench_slo.py` and the tables made of them.
 
-A system's figure is the median over repeats; Triton's is that of whichever of its settings has the
-best median in each cell, chosen on the measured runs themselves, which favours it.
+A system's figure is the median over repeats. A Triton ensemble's is that of whichever of its
+settings has the best median in the cell, of those that split the machines over the steps and of
+those that share them. Chosen on the measured runs themselves, that favours Triton.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from statistics import median
 from typing import Any
 
 SYSTEMS = {
-    "triton": "Triton ensemble, best setting",
+    "split": "Triton ensemble, machines split",
+    "shared": "Triton ensemble, machines shared",
     "round-robin": "round-robin",
     "pooled": "Paceline",
 }
+
+TRITON = ("split", "shared")
+"""Each stands for its best setting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,12 @@ class Results:
     def lane_of(self, cell: Cell, system: str) -> str | None:
         """The lane that stands for a system."""
         lanes = self.runs.get(cell, {})
-        if system != "triton":
+        if system not in TRITON:
             return system if system in lanes else None
-        settings = [lane for lane in lanes if lane not in SYSTEMS]
+        shared = system == "shared"
+        settings = [
+            lane for lane in lanes if lane not in SYSTEMS and lane.startswith("shared") is shared
+        ]
         return max(settings, key=lambda lane: self.attainment(cell, lane), default=None)
 
     def attains(self, cell: Cell, system: str) -> bool:
@@ -123,7 +131,7 @@ def report(results: Results, set_up: str, controls: Sequence[str]) -> str:
         "## Attainment at equal machines",
         "",
         "Median over the repeats, least and most in brackets; then the p99 latency of answers. "
-        "Triton: its best setting in that cell.",
+        "Triton: the best setting of each kind in that cell.",
     ]
     for workload, arrivals in results.scenarios():
         parts += ["", f"**{workload}, {arrivals}**", "", *_equal(results, workload, arrivals)]
@@ -154,7 +162,7 @@ def _verdict(counts: dict[str, int | None]) -> str:
     equal = [system for system, count in others.items() if count == own]
     if worse:
         return f"more than {' and '.join(worse)}"
-    return f"as many as {' and '.join(equal)}" if equal else "fewest"
+    return f"fewest, with {' and '.join(equal)}" if equal else "fewest"
 
 
 def _equal(results: Results, workload: str, arrivals: str) -> Iterator[str]:
