@@ -287,7 +287,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--trace-load",
         type=float,
-        default=0.5,
+        default=0.65,
         help="mean rate of trace replays, as a share of the workload's (default: %(default)s)",
     )
     parser.add_argument("--seconds", type=float, help="of a replay (default: 15; quick: 6)")
