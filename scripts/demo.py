@@ -8,7 +8,6 @@ Ctrl-C. With --once it stops after the first answer and exits 0.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import signal
 import subprocess
@@ -25,14 +24,13 @@ from tritonclient.utils import InferenceServerException
 from paceline import client
 from paceline.core.errors import PacelineError
 from paceline.report import console, timeline_report
+from paceline.triton.launcher import ending_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAIN = "ocr"
 READY_TIMEOUT_S = 600.0
 LEAST_CONFIDENCE = 0.5
 """Lines below it are noise, by the reference pipeline's rule."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -41,13 +39,13 @@ def main() -> int:
     address = f"127.0.0.1:{options.grpc_port}"
     server = subprocess.Popen(
         [
-            *(sys.executable, "-m", "paceline", "serve"),
+            # Even if this script is killed, the server stops, and its Triton.
+            *ending_with_parent(sys.executable, "-m", "paceline", "serve"),
             *("--chains", str(ROOT / "examples" / "chains")),
             *("--model-repository", str(ROOT / "model_repository")),
             *("--grpc-port", str(options.grpc_port)),
             *rest,
-        ],
-        preexec_fn=_end_with_parent,  # noqa: PLW1509 - no thread runs yet
+        ]
     )
     # Ctrl-C reaches the server too, which drains; this process waits for it.
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -95,11 +93,6 @@ def _sample_image() -> Path:
     spec = importlib.util.find_spec("skimage")
     assert spec is not None and spec.origin is not None, "scikit-image is in requirements.lock"
     return Path(spec.origin).parent / "data" / "page.png"
-
-
-def _end_with_parent() -> None:
-    """Even if this script is killed, the server gets SIGTERM and stops its Triton."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _await_ready(server: subprocess.Popen[bytes], address: str) -> bool:

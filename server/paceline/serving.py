@@ -24,6 +24,7 @@ from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError, ResidencyError
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
+from paceline.core.quantities import percentile
 from paceline.metrics import Metrics
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
 from paceline.runtime.controller import Controller, Step
@@ -33,7 +34,7 @@ from paceline.runtime.placement import Share, Site
 from paceline.runtime.statistics import Statistics
 from paceline.triton.client import TritonClient, TritonFleet, checked_url
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
-from paceline.triton.profiler import TritonProfiler, percentile
+from paceline.triton.profiler import TritonProfiler
 from paceline.triton.repository import TritonRepository
 from paceline.web.app import start_web
 

@@ -23,15 +23,7 @@ from paceline.serving import (
     local_triton,
     stop_on_signals,
 )
-
-_SHIM = """\
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""A worker gets SIGTERM when its supervisor dies, however it does."""
+from paceline.triton.launcher import ending_with_parent
 
 STOP_MARGIN_S = 15.0
 
@@ -97,8 +89,8 @@ async def _start(
     read_end, write_end = os.pipe()
     try:
         worker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid())),
-            *(sys.executable, "-m", "paceline", "serve", *options, "--ready-fd", str(write_end)),
+            *ending_with_parent(sys.executable, "-m", "paceline", "serve", *options),
+            *("--ready-fd", str(write_end)),
             pass_fds=(write_end,),
             # Ctrl-C reaches this process, which tells the workers once.
             start_new_session=True,

@@ -11,10 +11,11 @@ import pytest
 from paceline.core.errors import ConfigError
 from paceline.core.model import ModelSpec
 from paceline.core.profile import ProfileRow
+from paceline.core.quantities import percentile
 from paceline.core.tensor import DATATYPES, Tensor, TensorSpec, byte_size_error, encode_bytes
 from paceline.triton.config import ModelConfig, read_config, spec_of
 from paceline.triton.profile_cache import ProfileCache, content_hash, machine_identity
-from paceline.triton.profiler import Effort, _enough, batch_sizes, monotone, percentile
+from paceline.triton.profiler import Effort, _enough, batch_sizes, monotone
 from paceline.triton.samples import rows_of, sample_of
 
 

@@ -88,7 +88,7 @@ class Admission:
         return max(ends_s.values())
 
     def counted(self, ticket: Ticket, route: ModuleRoute, rows: int) -> None:
-        """A module's real number of rows is known."""
+        """A module's real number of rows is known (0: it does not run)."""
         self._add(ticket, route, rows - ticket.rows.get(id(route), 0.0))
 
     def counted_again(self, ticket: Ticket, route: ModuleRoute, rows: int) -> None:
@@ -104,10 +104,6 @@ class Admission:
         for key, rows in ticket.rows.items():
             self._drop(key, ticket.priority, rows)
         ticket.rows.clear()
-
-    def skipped(self, ticket: Ticket, route: ModuleRoute) -> None:
-        """A module does not run."""
-        self._add(ticket, route, -ticket.rows.get(id(route), 0.0))
 
     def _start(
         self, route: ModuleRoute, priority: int, pool: MachinePool, now_s: float

@@ -198,7 +198,7 @@ class Dispatcher:
             self._fail(run, error, now_s, actions)
             return
         while run.idle:
-            self._admission.skipped(run.ticket, run.idle.pop())
+            self._admission.counted(run.ticket, run.idle.pop(), 0)
         if run.done:
             self._end(run)
             actions.append(Answer(run.submit.request, run.answer(), run.timeline(now_s)))

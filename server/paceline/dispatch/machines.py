@@ -134,14 +134,6 @@ class MachinePool:
             if m.identity not in but
         )
 
-    def capacity(self, model: str) -> int:
-        """Batches of `model` that can run at a time when nothing else does."""
-        return sum(
-            min(m.slots, lane.instances)
-            for m in self._machines.values()
-            if (lane := m.lanes.get(model)) is not None and not lane.quarantined
-        )
-
     def share_machine(self, model: str, other: str) -> bool:
         """Whether some machine holds both models."""
         return any(model in m.lanes and other in m.lanes for m in self._machines.values())

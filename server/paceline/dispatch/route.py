@@ -83,12 +83,9 @@ class ChainRoute:
     max_requests: int = 4096
     max_items: int = 4096
     names: frozenset[str] = field(init=False, repr=False)
-    floor_s: float = field(init=False)
-    """The least time the whole chain takes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", frozenset(module.name for module in self.modules))
-        object.__setattr__(self, "floor_s", max(module.floor_s for module in self.modules))
 
 
 def route_chain(

@@ -184,10 +184,6 @@ class Engine:
                 return timeline
         return None
 
-    def timelines(self) -> tuple[Timeline, ...]:
-        """Recent requests, oldest first."""
-        return tuple(self._timelines)
-
     @property
     def dispatcher(self) -> Dispatcher:
         """For reading its state only; events go through the engine."""

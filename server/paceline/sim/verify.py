@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, sqrt
+from math import sqrt
 from random import Random
 from statistics import NormalDist
 
@@ -19,6 +19,7 @@ from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError
 from paceline.core.plan import Plan
 from paceline.core.profile import Profiles
+from paceline.core.quantities import percentile
 from paceline.core.request import Timeline
 from paceline.dispatch import Action, Answer, Event, Fail, route_chain
 from paceline.sim import workload
@@ -84,7 +85,7 @@ class ChainResult:
 
     def percentile_s(self, share: float) -> float:
         """A latency that `share` of the answered requests do not exceed; 0 without any."""
-        return percentile(self.latencies_s, share)
+        return percentile(self.latencies_s, share) if self.latencies_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +162,6 @@ def wilson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float
     half = z * sqrt(share * (1.0 - share) / trials + z * z / (4 * trials * trials))
     scale = 1.0 + z * z / trials
     return (max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The least value that `share` of them do not exceed.
-
-    >>> percentile([1.0, 2.0, 3.0, 4.0], 0.5)
-    2.0
-    """
-    return ordered[max(0, ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
 def _instants(
@@ -295,7 +287,7 @@ class _Tally:
             rows=round(sum(size * n for size, n in sizes.items())),
             batches=batches,
             queue_s=sum(queues) / len(queues),
-            queue_p99_s=percentile(queues, 0.99),
+            queue_p99_s=percentile(queues, 0.99) if queues else 0.0,
             execute_s=sum(runs) / len(runs),
             utilisation=self._busy_s[key] / had_s if had_s else 0.0,
         )

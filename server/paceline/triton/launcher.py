@@ -47,8 +47,7 @@ PORT_ATTEMPTS = 5
 _PORT_TAKEN = ("already in use", "Address already in use", "Failed to bind")
 _EXIT_TIMEOUT_S = 5
 
-# Runs in the child: SIGTERM at the parent's death, unless it is dead already; then tritonserver.
-# PDEATHSIG belongs to the parent *thread*, hence `_spawn` insists on the main one.
+# Runs in the child: SIGTERM at the parent's death, unless it is dead already; then the command.
 _SHIM = """\
 import ctypes, os, sys
 if ctypes.CDLL(None, use_errno=True).prctl(1, 15, 0, 0, 0) != 0:
@@ -105,12 +104,6 @@ class LocalTriton:
         """host:port of its gRPC endpoint, once started."""
         assert self._ports is not None, "a Triton that was not started has no address"
         return f"127.0.0.1:{self._ports.grpc}"
-
-    @property
-    def metrics_url(self) -> str:
-        """Where it serves its own metrics, once started."""
-        assert self._ports is not None, "a Triton that was not started has no address"
-        return f"http://127.0.0.1:{self._ports.metrics}/metrics"
 
     @property
     def log_path(self) -> Path:
@@ -236,9 +229,7 @@ class LocalTriton:
         assert self._runtime is not None
         with self.log_path.open("ab") as log:
             return await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-I", "-S", "-c", _SHIM, str(os.getpid()), str(binary)),
-                *self._arguments(server_id),
+                *ending_with_parent(str(binary), *self._arguments(server_id)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -354,6 +345,15 @@ def _lives(pgid: int) -> bool:
             if int(group) == pgid and state not in "ZX":
                 return True
     return False
+
+
+def ending_with_parent(program: str, *arguments: str) -> tuple[str, ...]:
+    """A command that runs `program` and gets SIGTERM when this process ends, however it does.
+
+    PDEATHSIG belongs to the parent *thread*: start it from one that lives as long as the process.
+    """
+    shim = (sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()))
+    return (*shim, program, *arguments)
 
 
 def shm_owner_prefix(pid: int) -> str:

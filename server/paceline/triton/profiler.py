@@ -13,13 +13,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 
 from paceline.core.errors import BackendError, ResidencyError
 from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelCall
 from paceline.core.profile import ProfileRow
+from paceline.core.quantities import percentile
 from paceline.triton.profile_cache import (
     DURATION_DIGITS,
     ProfileCache,
@@ -185,15 +185,6 @@ def batch_sizes(model: ModelSpec) -> tuple[int, ...]:
         sizes.append(size)
         size *= 2
     return (*sizes, model.row_limit)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed (nearest rank).
-
-    >>> percentile([3.0, 1.0, 2.0, 4.0], 0.5)
-    2.0
-    """
-    return sorted(values)[max(1, ceil(share * len(values))) - 1]
 
 
 def no_gain(sizes: Sequence[int], durations_s: Sequence[float]) -> bool:
