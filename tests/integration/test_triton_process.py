@@ -275,7 +275,7 @@ async def test_a_triton_without_explicit_model_control_is_refused(
     tmp_path: Path, models: Path
 ) -> None:
     installation = find_installation()
-    runtime = prepare(installation, tmp_path / "state", backends=None)
+    runtime = prepare(installation, tmp_path / "state", backends={})
     port = launcher._free_ports().grpc
     (tmp_path / "empty").mkdir()
     process = await asyncio.create_subprocess_exec(

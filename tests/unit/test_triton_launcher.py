@@ -95,12 +95,17 @@ def test_a_runtime_is_laid_out_and_repeated_without_touching_what_is_there(
     (ours / "fast" / "__pycache__").mkdir(parents=True)
     (ours / "fast" / "model.py").write_text("one")
     (ours / "fast" / "__pycache__" / "model.pyc").write_text("no")
-    (ours / "not-a-backend").mkdir()
     state = tmp_path / "state"
     environment = {"LD_LIBRARY_PATH": "/x", "PYTHONPATH": "/y", "PYTHONHOME": "/z", "PATH": "/p"}
     for text in ("one", "two"):
         (ours / "fast" / "model.py").write_text(text)
-        runtime = prepare(find(site), state, backends=ours, threads=2, environment=environment)
+        runtime = prepare(
+            find(site),
+            state,
+            backends={"fast": ours / "fast"},
+            threads=2,
+            environment=environment,
+        )
         assert runtime.backends == ("python", "fast")
         assert (state / "backends/fast/model.py").read_text() == text
     assert not (state / "backends/fast/__pycache__").exists()
@@ -119,7 +124,7 @@ def test_a_runtime_is_laid_out_and_repeated_without_touching_what_is_there(
 
 
 def test_the_stubs_python_finds_this_installations_packages(site: Path, tmp_path: Path) -> None:
-    prepare(find(site), tmp_path / "state", backends=None)
+    prepare(find(site), tmp_path / "state", backends={})
     directory = tmp_path / "state" / "python"
     base = Path((directory / "pyvenv.cfg").read_text().splitlines()[0].removeprefix("home = "))
     assert (base / "python3").exists()

@@ -20,6 +20,12 @@ from pathlib import Path
 
 from paceline.core.errors import ResidencyError
 
+BACKENDS: Mapping[str, Path] = {
+    "onnxruntime": Path(__file__).parent / "backends" / "onnxruntime",
+    "paceline_blocks": Path(__file__).parents[1] / "blocks" / "backend",
+}
+"""Python-based backends that Paceline ships, by the name that a config.pbtxt says."""
+
 _STUB = "triton_python_backend_stub"
 _DROPPED_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONWARNINGS", "VIRTUAL_ENV")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -100,14 +106,14 @@ def prepare(
     installation: TritonInstallation,
     state_directory: Path,
     *,
-    backends: Path | None,
+    backends: Mapping[str, Path],
     threads: int = 1,
     environment: Mapping[str, str] | None = None,
 ) -> TritonRuntime:
     """Lay out `state_directory` and return how to run Triton from it.
 
-    `backends` holds our own python-based backends, one directory each. Safe to repeat, also
-    beside a running Triton: every file is replaced at once or left alone.
+    `backends` are our own python-based backends: their names and directories. Safe to repeat,
+    also beside a running Triton: every file is replaced at once or left alone.
     """
     directory = state_directory / "backends"
     python = directory / "python"
@@ -121,16 +127,13 @@ def prepare(
             _copy_file(source, python / source.name)
     # Only libpython itself: its directory may hold libraries that the wheel must not pick up.
     _link(libraries / installation.libpython.name, installation.libpython)
-    names = ["python"]
-    for source in sorted(backends.iterdir()) if backends and backends.is_dir() else []:
-        if (source / "model.py").is_file():
-            names.append(source.name)
-            _copy_tree(source, directory / source.name)
+    for name, source in sorted(backends.items()):
+        _copy_tree(source, directory / name)
     interpreter = _write_interpreter(installation, state_directory / "python")
     base = dict(os.environ if environment is None else environment)
     return TritonRuntime(
         backend_directory=directory,
-        backends=tuple(names),
+        backends=("python", *sorted(backends)),
         environment=_environment(base, installation, libraries, interpreter, threads),
     )
 

@@ -19,13 +19,14 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from paceline.core.errors import BackendError, ResidencyError
 from paceline.triton.client import TritonClient
 from paceline.triton.installation import (
+    BACKENDS,
     TritonInstallation,
     TritonRuntime,
     find_installation,
@@ -34,7 +35,6 @@ from paceline.triton.installation import (
 
 logger = logging.getLogger(__name__)
 
-BACKENDS_DIRECTORY = Path(__file__).parent / "backends"
 SHARED_MEMORY_DIRECTORY = Path("/dev/shm")
 LOG_LIMIT_BYTES = 16 * 2**20
 LOG_TAIL_LINES = 6
@@ -70,7 +70,7 @@ class LocalTritonSettings:
     stop_timeout_s: float = 10.0
     threads_per_model: int = 1
     model_load_threads: int = 8
-    backends: Path | None = BACKENDS_DIRECTORY
+    backends: Mapping[str, Path] = field(default_factory=lambda: dict(BACKENDS))
     installation: TritonInstallation | None = None
     extra_arguments: tuple[str, ...] = ()
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from paceline.core.profile import ProfileRow
 from paceline.triton.config import ModelConfig, versions_of, with_instances
+from paceline.triton.installation import BACKENDS
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 DURATION_DIGITS = 9
 """Durations are whole nanoseconds, so that a cached one equals the measured one."""
-BACKENDS_DIRECTORY = Path(__file__).parent / "backends"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -99,7 +99,8 @@ def content_hash(directory: Path | None, config: ModelConfig) -> str:
     else:
         parts = [directory / name for name in ("config.pbtxt", "warmup", *versions_of(directory))]
         _update(digest, directory, parts)
-    _update(digest, BACKENDS_DIRECTORY, [BACKENDS_DIRECTORY])
+    for backend in BACKENDS.values():
+        _update(digest, backend, [backend])
     return digest.hexdigest()
 
 

@@ -1,0 +1,408 @@
+"""Reads and checks manifests and the objects of a block pool; docs/blocks-format.md, format 1.
+
+Standard library only: the compiler imports it, and it is copied beside the backend's model.py into
+Triton's interpreter. Invariant: a Manifest that exists is sound - every value a block reads was
+produced before, every weight lies inside an object the manifest lists, every name of a file is 64
+hex digits - and an object that `ObjectStore.verified` returned had the bytes its name promises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = "paceline-blocks/1"
+PAGE_BYTES = 4096
+EXTERNAL = "external"
+MAX_MANIFEST_BYTES = 64 << 20
+_CHUNK_BYTES = 8 << 20
+_HASH = re.compile(r"[0-9a-f]{64}\Z")
+
+# KServe's data type -> bytes of an element; the types that weights may have.
+WEIGHT_TYPES: Mapping[str, int] = {
+    "BOOL": 1,
+    "UINT8": 1,
+    "UINT16": 2,
+    "UINT32": 4,
+    "UINT64": 8,
+    "INT8": 1,
+    "INT16": 2,
+    "INT32": 4,
+    "INT64": 8,
+    "FP16": 2,
+    "FP32": 4,
+    "FP64": 8,
+}
+_ACCESS = ("all", "rows")
+
+# CPU features that ONNX Runtime's kernels and layouts depend on, as /proc/cpuinfo spells them.
+_FEATURES = frozenset(
+    "sse4_1 sse4_2 avx f16c fma avx2 avx_vnni avx512f avx512bw avx512cd avx512dq avx512vl "
+    "avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 "
+    "asimd asimdhp asimddp i8mm bf16 sve sve2".split()
+)
+
+
+class PoolError(ValueError):
+    """A manifest or an object is missing or not what it should be; `str()` is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What graphs were optimised for; they may compute nonsense anywhere else."""
+
+    onnxruntime: str
+    machine: str
+    cpu_features: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "onnxruntime": self.onnxruntime,
+            "machine": self.machine,
+            "cpu_features": list(self.cpu_features),
+        }
+
+    def difference(self, here: Runtime) -> str:
+        """What is different `here`, for people; empty if the graphs may run."""
+        if self.onnxruntime != here.onnxruntime:
+            return f"ONNX Runtime {self.onnxruntime}, here is {here.onnxruntime}"
+        if self.machine != here.machine:
+            return f"{self.machine}, here is {here.machine}"
+        changed = set(self.cpu_features) ^ set(here.cpu_features)
+        return f"a CPU that differs in {', '.join(sorted(changed))}" if changed else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An input or output of a member: its name in Triton, its value in the graph."""
+
+    name: str
+    value: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """An initializer of a block's graph and where its bytes are."""
+
+    name: str
+    object: str
+    offset: int
+    bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    access: str
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A run of nodes with its weights; `inputs` and `outputs` are values, by position."""
+
+    key: str
+    graph: str
+    nodes: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: tuple[Weight, ...]
+    weights_bytes: int
+    paged_bytes: int
+    live: tuple[str, ...]
+    live_bytes: int
+    execute_s: Mapping[int, float]
+    swap_in_s: float | None
+
+    @property
+    def swapped_bytes(self) -> int:
+        """What must be in memory for the block to run without a page fault, tables aside."""
+        return self.weights_bytes - self.paged_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A network; a model has one of them, called "", unless it is fused."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    batching: bool
+    notes: tuple[str, ...]
+    whole: Block
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One compiled model."""
+
+    model: str
+    cache_key: str
+    runtime: Runtime
+    objects: Mapping[str, int]
+    weights_bytes: int
+    largest_block_bytes: int
+    members: tuple[Member, ...]
+    document: Mapping[str, Any]
+    """All of it as read, for what has no attribute here."""
+
+
+def cpu_features(cpuinfo: str | None = None) -> tuple[str, ...]:
+    """The features of this machine's first CPU that count, sorted."""
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            cpuinfo = ""
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return tuple(sorted(_FEATURES & set(value.split())))
+    return ()
+
+
+def runtime_here(onnxruntime_version: str) -> Runtime:
+    return Runtime(onnxruntime_version, platform.machine(), cpu_features())
+
+
+def is_digest(name: str) -> bool:
+    """May this be a file's name in a pool?"""
+    return _HASH.match(name) is not None
+
+
+def pages(count_bytes: int) -> int:
+    """Rounded up to whole pages."""
+    return -(-count_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def weights_bytes(weights: Iterable[Weight], objects: Mapping[str, int]) -> int:
+    """Bytes of the distinct objects these weights lie in, in whole pages."""
+    return sum(pages(objects[name]) for name in {weight.object for weight in weights})
+
+
+def parse(text: bytes, where: str) -> Manifest:
+    """The manifest in `text`. Raises PoolError that names `where` and the key at fault."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise PoolError(f"{where}: not JSON: {error}") from None
+    try:
+        return _manifest(document)
+    except PoolError as error:
+        raise PoolError(f"{where}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise PoolError(f"{where}: not a manifest of format {FORMAT}: {what}") from None
+
+
+class ObjectStore:
+    """A pool on this machine's disk, read-only but for what is known to be verified."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._verified: dict[str, str] = {}
+
+    def manifest(self, digest: str) -> Manifest:
+        """Raises PoolError if it is missing, altered or unsound."""
+        path = self.root / "manifests" / f"{_checked(digest)}.json"
+        with self._open(path) as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+        if hashlib.sha256(text).hexdigest() != digest:
+            raise PoolError(f"{path}: altered or truncated; compile the model again")
+        return parse(text, str(path))
+
+    def path(self, digest: str) -> Path:
+        """Where the object is, or would be."""
+        return self.root / "objects" / _checked(digest)
+
+    def verified(self, digest: str, size_bytes: int) -> Path:
+        """The object's path, its bytes checked. Raises PoolError if missing or altered."""
+        path = self.path(digest)
+        with self._open(path) as file:
+            state = _state(os.fstat(file.fileno()))
+            if os.fstat(file.fileno()).st_size != size_bytes:
+                raise PoolError(
+                    f"{path}: {os.fstat(file.fileno()).st_size} bytes instead of {size_bytes}; "
+                    "compile the model again"
+                )
+            if self._verified.get(digest) == state or self._marker(digest) == state:
+                self._verified[digest] = state
+                return path
+            if hash_file(file) != digest:
+                raise PoolError(f"{path}: altered (its hash is another); compile the model again")
+            if _state(os.fstat(file.fileno())) != state:
+                raise PoolError(f"{path}: changed while it was read")
+        self.mark_verified(digest, state)
+        return path
+
+    def mark_verified(self, digest: str, state: str | None = None) -> None:
+        """Remembers that the object as it is now (or was in `state`) has the right bytes."""
+        state = state or _state(self.path(digest).stat())
+        self._verified[digest] = state
+        marker = self.root / "verified" / digest
+        fresh = marker.with_name(f".{digest}.{os.getpid()}.{os.urandom(4).hex()}")
+        # A pool that cannot be written is hashed by every process once.
+        with contextlib.suppress(OSError):
+            marker.parent.mkdir(exist_ok=True)
+            try:
+                fresh.write_text(state, encoding="ascii")
+                fresh.replace(marker)
+            finally:
+                fresh.unlink(missing_ok=True)
+
+    def _marker(self, digest: str) -> str:
+        try:
+            return (self.root / "verified" / digest).read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def _open(self, path: Path) -> Any:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise PoolError(f"{path}: missing; compile the model again") from None
+        except OSError as error:
+            raise PoolError(f"{path}: {error.strerror}") from None
+        file = os.fdopen(handle, "rb", buffering=0)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            file.close()
+            raise PoolError(f"{path}: not a regular file")
+        return file
+
+
+def hash_file(file: Any) -> str:
+    """SHA-256 of what is left to read."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def _state(status: os.stat_result) -> str:
+    return f"{status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def _checked(digest: str) -> str:
+    if not is_digest(digest):
+        raise PoolError(f"{digest!r} is no name of an object: 64 lower-case hex digits are")
+    return digest
+
+
+def _manifest(document: Any) -> Manifest:
+    if document["format"] != FORMAT:
+        raise PoolError(f"format is {document['format']!r}, this reads {FORMAT}")
+    objects = {_checked(name): _count(size, name) for name, size in document["objects"].items()}
+    runtime = document["runtime"]
+    members = tuple(_member(entry, objects) for entry in document["members"])
+    if not members or len({member.name for member in members}) != len(members):
+        raise PoolError("members: none, or two of one name")
+    return Manifest(
+        model=str(document["model"]),
+        cache_key=str(document["cache_key"]),
+        runtime=Runtime(
+            str(runtime["onnxruntime"]),
+            str(runtime["machine"]),
+            tuple(map(str, runtime["cpu_features"])),
+        ),
+        objects=objects,
+        weights_bytes=_count(document["weights_bytes"], "weights_bytes"),
+        largest_block_bytes=_count(document["largest_block_bytes"], "largest_block_bytes"),
+        members=members,
+        document=document,
+    )
+
+
+def _member(entry: Any, objects: Mapping[str, int]) -> Member:
+    member = Member(
+        name=str(entry["name"]),
+        inputs=tuple(map(_tensor, entry["inputs"])),
+        outputs=tuple(map(_tensor, entry["outputs"])),
+        batching=bool(entry["batching"]),
+        notes=tuple(map(str, entry["notes"])),
+        whole=_block(entry["whole"], objects),
+        blocks=tuple(_block(block, objects) for block in entry["blocks"]),
+    )
+    for blocks in ((member.whole,), member.blocks):
+        _check_flow(member, blocks)
+    return member
+
+
+def _check_flow(member: Member, blocks: Sequence[Block]) -> None:
+    known = {tensor.value for tensor in member.inputs}
+    for position, block in enumerate(blocks):
+        for value in block.inputs:
+            if value not in known:
+                raise PoolError(f"member {member.name!r} block {position}: nothing gives {value!r}")
+        known.update(block.outputs)
+    for tensor in member.outputs:
+        if tensor.value not in known:
+            raise PoolError(f"member {member.name!r}: no block gives the output {tensor.value!r}")
+
+
+def _tensor(entry: Any) -> Tensor:
+    return Tensor(
+        str(entry["name"]),
+        str(entry["value"]),
+        str(entry["dtype"]),
+        tuple(map(int, entry["shape"])),
+    )
+
+
+def _block(entry: Any, objects: Mapping[str, int]) -> Block:
+    if _checked(entry["graph"]) not in objects:
+        raise PoolError(f"graph {entry['graph']} is not among the objects")
+    swap_in_s = entry["swap_in_s"]
+    return Block(
+        key=_checked(entry["key"]),
+        graph=entry["graph"],
+        nodes=_count(entry["nodes"], "nodes"),
+        inputs=tuple(map(str, entry["inputs"])),
+        outputs=tuple(map(str, entry["outputs"])),
+        weights=tuple(_weight(weight, objects) for weight in entry["weights"]),
+        weights_bytes=_count(entry["weights_bytes"], "weights_bytes"),
+        paged_bytes=_count(entry["paged_bytes"], "paged_bytes"),
+        live=tuple(map(str, entry["live"])),
+        live_bytes=_count(entry["live_bytes"], "live_bytes"),
+        execute_s={int(size): float(took) for size, took in entry["execute_s"].items()},
+        swap_in_s=None if swap_in_s is None else float(swap_in_s),
+    )
+
+
+def _weight(entry: Any, objects: Mapping[str, int]) -> Weight:
+    weight = Weight(
+        name=str(entry["name"]),
+        object=_checked(entry["object"]),
+        offset=_count(entry["offset"], "offset"),
+        bytes=_count(entry["bytes"], "bytes"),
+        dtype=str(entry["dtype"]),
+        shape=tuple(_count(size, "shape") for size in entry["shape"]),
+        access=str(entry["access"]),
+    )
+    expected = WEIGHT_TYPES.get(weight.dtype, 0)
+    for size in weight.shape:
+        expected *= size
+    if weight.bytes != expected or weight.access not in _ACCESS:
+        raise PoolError(
+            f"weight {weight.name}: {weight.bytes} bytes, access {weight.access!r} "
+            f"do not go with {weight.dtype} {list(weight.shape)}"
+        )
+    if weight.offset % WEIGHT_TYPES[weight.dtype]:
+        raise PoolError(f"weight {weight.name}: offset {weight.offset} is not aligned")
+    if weight.offset + weight.bytes > objects.get(weight.object, -1):
+        raise PoolError(f"weight {weight.name}: ends outside its object {weight.object}")
+    return weight
+
+
+def _count(value: Any, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise PoolError(f"{key}: {value!r} is no whole number")
+    return value
