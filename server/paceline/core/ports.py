@@ -17,9 +17,10 @@ from paceline.core.plan import Plan
 from paceline.core.profile import ProfileRow
 from paceline.core.request import InferAnswer, InferRequest, Parameter, Timeline
 from paceline.core.tensor import BatchTensor, Tensor
+from paceline.core.values import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ModelCall:
     """One execution of one model: a batch."""
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from paceline.core.tensor import Tensor
+from paceline.core.values import value
 
 Parameter = bool | int | float | str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class InferRequest:
     """One inference as a client asked for it, validated only for its own consistency.
 
@@ -35,7 +36,7 @@ class InferRequest:
         return sum(len(tensor.data) for tensor in self.inputs)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Span:
     """Rows of one module in one batch: waited `queued_s .. started_s`, ran `.. ended_s`."""
 
@@ -49,7 +50,7 @@ class Span:
     ended_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Timeline:
     """Everything that happened to one request."""
 
@@ -74,7 +75,7 @@ class Timeline:
         return not self.error and self.ended_s <= self.deadline_s
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class InferAnswer:
     """Outputs in the order of the declaration (or of the request's own list)."""
 

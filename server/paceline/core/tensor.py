@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from paceline.core.values import value
+
 Buffer = bytes | memoryview
 
 ITEM_BYTES: dict[str, int] = {
@@ -57,7 +59,7 @@ class TensorSpec:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Tensor:
     """A concrete tensor: `data` holds exactly `shape` elements of `datatype`."""
 
@@ -75,7 +77,7 @@ class Tensor:
         return Tensor(self.name, self.datatype, shape, self.data)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BatchTensor:
     """A tensor whose bytes are still in parts, one or more per request; joined once, when sent."""
 

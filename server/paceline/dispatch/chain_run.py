@@ -16,13 +16,14 @@ from paceline.core.chain import Source
 from paceline.core.errors import ErrorKind, Rejected, RequestError
 from paceline.core.request import Span, Timeline
 from paceline.core.tensor import ITEM_BYTES, Tensor, TensorSpec, encode_bytes, join_rows
+from paceline.core.values import value
 from paceline.dispatch.admission import Ticket
 from paceline.dispatch.events import Submit
 from paceline.dispatch.queue import Entry
 from paceline.dispatch.route import ChainRoute, ModuleRoute
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Work:
     """A module that can start now: `inputs` carry a row axis, `rows` long."""
 

@@ -21,6 +21,7 @@ from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
 from paceline.core.ports import ModelCall
 from paceline.core.request import Span, Timeline
 from paceline.core.tensor import Tensor, split_rows
+from paceline.core.values import value
 from paceline.dispatch.admission import Admission
 from paceline.dispatch.chain_run import ChainRun, Work
 from paceline.dispatch.events import (
@@ -69,7 +70,7 @@ class ModuleLoad:
     executing: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class _Batch:
     machine: Machine
     collector: Collector

@@ -12,10 +12,11 @@ from paceline.core.errors import RequestError
 from paceline.core.ports import ModelCall
 from paceline.core.request import Parameter, Timeline
 from paceline.core.tensor import Tensor
+from paceline.core.values import value
 from paceline.dispatch.route import ChainRoute
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Submit:
     """A request enters a chain. `request` is unique; `outputs` empty means all.
 
@@ -34,14 +35,14 @@ class Submit:
     stream: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Cancel:
     """Its client is gone: drop it from every queue; no answer is wanted."""
 
     request: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BatchDone:
     """Outputs of an `Execute`, in the order it asked for."""
 
@@ -49,7 +50,7 @@ class BatchDone:
     outputs: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BatchFailed:
     """An `Execute` failed."""
 
@@ -57,12 +58,12 @@ class BatchFailed:
     error: RequestError
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Tick:
     """Time passed (a `Wake` came due)."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Settled:
     """Nothing new: what earlier events held back (`settled` false) can be launched."""
 
@@ -112,7 +113,7 @@ Event = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Execute:
     """Run one batch on `machine`, then say BatchDone or BatchFailed exactly once."""
 
@@ -123,7 +124,7 @@ class Execute:
     timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Partial:
     """Items `start ..` of a request's fan-out are there (only for a `stream` request)."""
 
@@ -141,7 +142,7 @@ class Broken:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Answer:
     """A request succeeded."""
 
@@ -150,7 +151,7 @@ class Answer:
     timeline: Timeline
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Fail:
     """A request failed or was refused."""
 
@@ -159,7 +160,7 @@ class Fail:
     timeline: Timeline
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Wake:
     """Send a Tick at `at_s`. Only the earliest one outstanding matters."""
 

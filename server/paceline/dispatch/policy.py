@@ -23,6 +23,7 @@ from math import ceil, inf, nextafter
 from typing import Protocol
 
 from paceline.core.plan import Allocation
+from paceline.core.values import value
 from paceline.dispatch.machines import Machine, MachinePool
 from paceline.dispatch.queue import Entry, ModuleQueue, Order, Piece
 from paceline.dispatch.route import ChainRoute, ModuleRoute
@@ -34,7 +35,7 @@ _TIE_S = 1e-9
 """Instants this close are the same: planned rates fill batches exactly when machines free up."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Offer:
     """A batch that could be launched now. `closed` ones go first, then by `order`."""
 

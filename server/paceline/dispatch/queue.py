@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from paceline.core.tensor import BatchTensor, Tensor, batch_rows, row_slice
+from paceline.core.values import value
 from paceline.dispatch.route import ModuleRoute
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Entry:
         return replace(self, inputs=inputs, rows=count, base=self.base + start, taken=0)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Piece:
     """A range of an entry's rows in a batch."""
 
