@@ -15,7 +15,7 @@ from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import ErrorKind, PacelineError, Rejected, RequestError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan, Plan
-from paceline.core.ports import ModelState, ModelStatistics, OnPartial
+from paceline.core.ports import ModelState, ModelStatistics, OnEnd, OnPartial
 from paceline.core.request import InferAnswer, InferRequest, Span, Timeline
 from paceline.core.tensor import DATATYPES, Tensor, TensorSpec
 
@@ -287,6 +287,7 @@ class FakeInference:
         self.waiting_most = 0
         self.cancelled = 0
         self._moved = asyncio.Event()
+        self._begun: dict[int, asyncio.Task[InferAnswer]] = {}
 
     async def until_waiting(self, count: int) -> None:
         """Returns as soon as `count` requests wait at the gate."""
@@ -315,6 +316,26 @@ class FakeInference:
             for name in names
         )
         return InferAnswer(request.chain, outputs, timeline)
+
+    def begin(
+        self, request: InferRequest, on_end: OnEnd, on_partial: OnPartial | None = None
+    ) -> int:
+        task = asyncio.get_running_loop().create_task(self.infer(request, on_partial))
+
+        def ended(task: asyncio.Task[InferAnswer]) -> None:
+            del self._begun[id(task)]
+            if not task.cancelled():
+                error = task.exception()
+                assert error is None or isinstance(error, RequestError), error
+                on_end(error or task.result())
+
+        self._begun[id(task)] = task
+        task.add_done_callback(ended)
+        return id(task)
+
+    def cancel(self, number: int) -> None:
+        if number in self._begun:
+            self._begun[number].cancel()
 
     async def _pass_gate(self) -> None:
         self.waiting += 1

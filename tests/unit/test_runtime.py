@@ -13,7 +13,7 @@ from paceline.core.errors import BackendError, ErrorKind, RequestError, Residenc
 from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelCall, ModelState
 from paceline.core.profile import ProfileRow
-from paceline.core.request import InferRequest
+from paceline.core.request import InferAnswer, InferRequest
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import route_chain
 from paceline.runtime.engine import Engine, EngineLimits
@@ -144,6 +144,52 @@ async def test_draining_refuses_what_is_new_and_waits_for_what_was_accepted() ->
     ended.set_result(None)
     await task
     assert await drained
+    await engine.close()
+
+
+async def test_a_begun_request_is_told_once_how_it_ended_and_a_cancelled_one_is_not() -> None:
+    hands = Hands()
+    engine = serving(hands, max_in_flight_bytes=3)
+    told: dict[int, list[object]] = {value: [] for value in (1, 2, 3, 4)}
+    numbers = {value: engine.begin(request(value), told[value].append) for value in told}
+    (refused,) = told[4]
+    assert isinstance(refused, RequestError) and refused.kind is ErrorKind.QUEUE_FULL
+    engine.cancel(numbers[2])
+    engine.cancel(numbers[2])
+    _, ended = await hands.next()
+    ended.set_result(None)
+    call, ended = await hands.next()
+    assert b"".join(call.inputs[0].parts) == b"\x03", "the cancelled one is not executed"
+    drained = asyncio.create_task(engine.drain(timeout_s=5))
+    ended.set_result(None)
+    assert await drained
+    for value in (1, 3):
+        (answer,) = told[value]
+        assert isinstance(answer, InferAnswer)
+        assert bytes(answer.outputs[0].data) == bytes([value])
+    engine.cancel(numbers[1])
+    assert told[2] == [] and engine.dispatcher.in_flight == 0
+    await engine.close()
+
+
+async def test_a_caller_that_breaks_when_told_does_not_keep_others_from_being_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hands = Hands()
+    engine = serving(hands)
+    told: list[object] = []
+
+    def broken(outcome: object) -> None:
+        raise ValueError("the connection is gone")
+
+    engine.begin(request(1), told.append)
+    engine.begin(request(2), broken)
+    engine.begin(request(3), told.append)
+    for _ in range(2):
+        (await hands.next())[1].set_result(None)
+    assert await engine.drain(timeout_s=5)
+    assert [type(outcome) for outcome in told] == [InferAnswer, InferAnswer]
+    assert "telling how request 2 to echo ended" in caplog.text
     await engine.close()
 
 

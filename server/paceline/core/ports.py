@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from paceline.core.bind import BoundChain
 from paceline.core.chain import Chain
+from paceline.core.errors import RequestError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
 from paceline.core.profile import ProfileRow
@@ -115,6 +116,10 @@ OnPartial = Callable[[int, tuple[Tensor, ...]], None]
 """Called with the index of the first item and the items' outputs, which carry the item axis."""
 
 
+OnEnd = Callable[[InferAnswer | RequestError], None]
+"""Called with how a request ended."""
+
+
 class Inference(Protocol):
     """The data path that rpc drives."""
 
@@ -126,6 +131,19 @@ class Inference(Protocol):
         With `on_partial` the items of fan-outs are also handed over as they come, in any order,
         each once; the answer still holds everything.
         """
+        ...
+
+    def begin(
+        self, request: InferRequest, on_end: OnEnd, on_partial: OnPartial | None = None
+    ) -> int:
+        """`infer` without a task: `on_end` is called once, perhaps before this returns.
+
+        It must not begin or cancel requests itself. Returns the number to `cancel` this one by.
+        """
+        ...
+
+    def cancel(self, number: int) -> None:
+        """Drop a request that was begun: `on_end` is not called. A no-op once it has ended."""
         ...
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from itertools import count
 
 from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
-from paceline.core.ports import Executor, OnPartial
+from paceline.core.ports import Executor, OnEnd, OnPartial
 from paceline.core.request import InferAnswer, InferRequest, Timeline
+from paceline.core.values import value
 from paceline.dispatch import (
     Action,
     Answer,
@@ -56,6 +57,16 @@ class EngineLimits:
     kept_timelines: int = 2048
 
 
+@value
+class _Call:
+    """A request under way."""
+
+    chain: str
+    size_bytes: int
+    on_end: OnEnd
+    on_partial: OnPartial | None
+
+
 class Engine:
     """Implements `core.ports.Inference` over an Executor."""
 
@@ -67,16 +78,13 @@ class Engine:
         self._on_broken: list[Callable[[str, str, str], object]] = []
         self._dispatcher = Dispatcher()
         self._ids = count(1)
-        self._waiting: dict[int, asyncio.Future[InferAnswer]] = {}
-        self._partials: dict[int, OnPartial] = {}
+        self._calls: dict[int, _Call] = {}
         self._executions: set[asyncio.Task[None]] = set()
         self._routes: dict[str, ChainRoute] = {}
         self._wake: asyncio.TimerHandle | None = None
         self._bytes = 0
-        self._last_ones: dict[str, list[asyncio.Future[None]]] = {}
+        self._last_ones: dict[str | None, list[asyncio.Future[None]]] = {}
         self._timelines: deque[Timeline] = deque(maxlen=self._limits.kept_timelines)
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._settling = self._news = False
         self.draining = False
 
@@ -98,35 +106,54 @@ class Engine:
         self, request: InferRequest, on_partial: OnPartial | None = None
     ) -> InferAnswer:
         """See `core.ports.Inference.infer`."""
-        if self.draining:
-            raise Rejected(ErrorKind.DRAINING, "the server is shutting down; retry elsewhere")
-        size_bytes = request.size_bytes
-        if self._bytes + size_bytes > self._limits.max_in_flight_bytes:
-            raise Rejected(ErrorKind.QUEUE_FULL, "Exceeds maximum bytes of requests in flight")
-        loop = asyncio.get_running_loop()
-        identity = next(self._ids)
-        future: asyncio.Future[InferAnswer] = loop.create_future()
-        self._waiting[identity] = future
-        self._bytes += size_bytes
-        self._idle.clear()
+        future: asyncio.Future[InferAnswer] = asyncio.get_running_loop().create_future()
+
+        def on_end(outcome: InferAnswer | RequestError) -> None:
+            if future.done():
+                return
+            if isinstance(outcome, RequestError):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        number = self.begin(request, on_end, on_partial)
         try:
-            if on_partial is not None:
-                self._partials[identity] = on_partial
-            self._handle_soon(self._submit(identity, request, loop.time()))
             return await future
         except asyncio.CancelledError:
-            self._handle(Cancel(identity))
+            self.cancel(number)
             raise
-        finally:
-            del self._waiting[identity]
-            self._partials.pop(identity, None)
-            self._bytes -= size_bytes
-            if not self._waiting:
-                self._idle.set()
-            if self._last_ones and not self._dispatcher.in_flight_of(request.chain):
-                for ended in self._last_ones.pop(request.chain, ()):
-                    if not ended.done():
-                        ended.set_result(None)
+
+    def begin(
+        self, request: InferRequest, on_end: OnEnd, on_partial: OnPartial | None = None
+    ) -> int:
+        """See `core.ports.Inference.begin`."""
+        number = next(self._ids)
+        size_bytes = request.size_bytes
+        if self.draining:
+            on_end(Rejected(ErrorKind.DRAINING, "the server is shutting down; retry elsewhere"))
+        elif self._bytes + size_bytes > self._limits.max_in_flight_bytes:
+            message = "Exceeds maximum bytes of requests in flight"
+            on_end(Rejected(ErrorKind.QUEUE_FULL, message))
+        else:
+            self._calls[number] = _Call(request.chain, size_bytes, on_end, on_partial)
+            self._bytes += size_bytes
+            now_s = asyncio.get_running_loop().time()
+            stream = on_partial is not None
+            try:
+                self._handle_soon(self._submit(number, request, now_s, stream=stream), now_s)
+            except BaseException:
+                self.cancel(number)
+                raise
+        return number
+
+    def cancel(self, number: int) -> None:
+        """See `core.ports.Inference.cancel`."""
+        call = self._calls.pop(number, None)
+        if call is not None:
+            try:
+                self._handle(Cancel(number))
+            finally:
+                self._forget(call)
 
     def install(self, route: ChainRoute) -> None:
         """Serve a chain by `route` from now on."""
@@ -150,21 +177,19 @@ class Engine:
 
     async def settled(self, chain: str, *, timeout_s: float) -> bool:
         """Wait until no request of a chain is under way; False when time ran out first."""
-        if not self._dispatcher.in_flight_of(chain):
-            return True
-        ended = asyncio.get_running_loop().create_future()
-        self._last_ones.setdefault(chain, []).append(ended)
-        try:
-            await asyncio.wait_for(ended, timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        return not self._dispatcher.in_flight_of(chain) or await self._last(chain, timeout_s)
 
     async def drain(self, *, timeout_s: float) -> bool:
         """Refuse new requests and wait for the others; False when time ran out first."""
         self.draining = True
+        return not self._calls or await self._last(None, timeout_s)
+
+    async def _last(self, chain: str | None, timeout_s: float) -> bool:
+        """Wait for the last request of a chain, or of all (None); False when time ran out."""
+        ended = asyncio.get_running_loop().create_future()
+        self._last_ones.setdefault(chain, []).append(ended)
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            await asyncio.wait_for(ended, timeout_s)
         except TimeoutError:
             return False
         return True
@@ -189,14 +214,14 @@ class Engine:
         """For reading its state only; events go through the engine."""
         return self._dispatcher
 
-    def _submit(self, identity: int, request: InferRequest, now_s: float) -> Submit:
+    def _submit(self, number: int, request: InferRequest, now_s: float, *, stream: bool) -> Submit:
         route = self._routes.get(request.chain)
         slo_s = self._limits.default_budget_s
         if route is not None:
             slo_s = min(slo_s, route.bound.chain.slo_s)
         budget_s = slo_s if request.budget_s is None else min(slo_s, request.budget_s)
         return Submit(
-            request=identity,
+            request=number,
             chain=request.chain,
             inputs={tensor.name: tensor for tensor in request.inputs},
             deadline_s=now_s + budget_s,
@@ -205,10 +230,10 @@ class Engine:
             request_id=request.request_id,
             version=request.version,
             parameters=request.parameters,
-            stream=identity in self._partials,
+            stream=stream,
         )
 
-    def _handle_soon(self, event: Event) -> None:
+    def _handle_soon(self, event: Event, now_s: float) -> None:
         """Take an event in now, and launch batches when what arrived with it has been read too.
 
         One pass of the event loop reads many requests, each in a task of its own: launching for
@@ -216,9 +241,8 @@ class Engine:
         """
         others = self._dispatcher.in_flight - isinstance(event, BatchDone)
         if others <= 0:
-            self._handle(event)
+            self._perform(self._dispatcher.handle(event, now_s=now_s))
             return
-        now_s = self._loop_s()
         self._perform(self._dispatcher.handle(event, now_s=now_s, settled=False))
         self._news = True
         if not self._settling:
@@ -251,14 +275,16 @@ class Engine:
                     self._executions.add(task)
                     task.add_done_callback(self._executions.discard)
                 case Answer():
-                    self._record(action.timeline)
-                    self._resolve(action)
+                    timeline = action.timeline
+                    self._record(timeline)
+                    self._end(action.request, InferAnswer(timeline.chain, action.outputs, timeline))
                 case Fail():
                     self._record(action.timeline)
-                    self._reject(action)
+                    self._end(action.request, _copy(action.error))
                 case Partial():
-                    if (on_partial := self._partials.get(action.request)) is not None:
-                        on_partial(action.start, action.outputs)
+                    call = self._calls.get(action.request)
+                    if call is not None and call.on_partial is not None:
+                        call.on_partial(action.start, action.outputs)
                 case Broken():
                     for tell in self._on_broken:
                         tell(action.machine, action.model, action.reason)
@@ -281,25 +307,40 @@ class Engine:
             logger.exception("executing %s on %s", action.call.model, action.machine)
             self._handle(BatchFailed(action.batch, BackendError(f"executor failed: {error}")))
         else:
+            ended_s = loop.time()
             for tell in self._on_batch:
-                tell(action.call.model, action.rows, loop.time() - started_s)
-            self._handle_soon(BatchDone(action.batch, outputs))
+                tell(action.call.model, action.rows, ended_s - started_s)
+            self._handle_soon(BatchDone(action.batch, outputs), ended_s)
 
     def _record(self, timeline: Timeline) -> None:
         self._timelines.append(timeline)
         for tell in self._on_timeline:
             tell(timeline)
 
-    def _resolve(self, action: Answer) -> None:
-        future = self._waiting.get(action.request)
-        if future is not None and not future.done():
-            chain = action.timeline.chain
-            future.set_result(InferAnswer(chain, action.outputs, action.timeline))
+    def _end(self, number: int, outcome: InferAnswer | RequestError) -> None:
+        call = self._calls.pop(number, None)
+        if call is None:
+            return
+        try:
+            call.on_end(outcome)
+        except Exception:
+            # Others in the same pass are still to be told.
+            logger.exception("telling how request %d to %s ended", number, call.chain)
+        self._forget(call)
 
-    def _reject(self, action: Fail) -> None:
-        future = self._waiting.get(action.request)
-        if future is not None and not future.done():
-            future.set_exception(_copy(action.error))
+    def _forget(self, call: _Call) -> None:
+        """After its end: what it held is free, and who waits for the last one is told."""
+        self._bytes -= call.size_bytes
+        if not self._last_ones:
+            return
+        waiting: list[asyncio.Future[None]] = []
+        if not self._dispatcher.in_flight_of(call.chain):
+            waiting += self._last_ones.pop(call.chain, ())
+        if not self._calls:
+            waiting += self._last_ones.pop(None, ())
+        for ended in waiting:
+            if not ended.done():
+                ended.set_result(None)
 
 
 def _copy(error: RequestError) -> RequestError:
