@@ -45,34 +45,10 @@ WEIGHT_TYPES: Mapping[str, int] = {
 _ACCESS = ("all", "rows")
 
 # CPU features that ONNX Runtime's kernels and layouts depend on, as /proc/cpuinfo spells them.
-_FEATURES = frozenset(
-    [
-        "sse4_1",
-        "sse4_2",
-        "avx",
-        "f16c",
-        "fma",
-        "avx2",
-        "avx_vnni",
-        "avx512f",
-        "avx512bw",
-        "avx512cd",
-        "avx512dq",
-        "avx512vl",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_int8",
-        "amx_bf16",
-        "asimd",
-        "asimdhp",
-        "asimddp",
-        "i8mm",
-        "bf16",
-        "sve",
-        "sve2",
-    ]
+_FEATURES = (
+    "sse4_1 sse4_2 avx f16c fma avx2 avx_vnni avx512f avx512bw avx512cd avx512dq avx512vl "
+    "avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 "
+    "asimd asimdhp asimddp i8mm bf16 sve sve2"
 )
 
 
@@ -189,7 +165,7 @@ def cpu_features(cpuinfo: str | None = None) -> tuple[str, ...]:
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            return tuple(sorted(_FEATURES & set(value.split())))
+            return tuple(sorted(set(_FEATURES.split()) & set(value.split())))
     return ()
 
 
