@@ -24,6 +24,7 @@ from paceline.core.tensor import Tensor, split_rows
 from paceline.core.values import value
 from paceline.dispatch.admission import Admission
 from paceline.dispatch.chain_run import ChainRun, Work
+from paceline.dispatch.collector import Collector, Offer
 from paceline.dispatch.events import (
     Action,
     Answer,
@@ -44,7 +45,7 @@ from paceline.dispatch.events import (
     Wake,
 )
 from paceline.dispatch.machines import Machine, MachinePool
-from paceline.dispatch.policy import Collector, Offer, collector
+from paceline.dispatch.policy import collector
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
 from paceline.dispatch.route import ChainRoute, ModuleRoute
 
