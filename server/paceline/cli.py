@@ -96,6 +96,15 @@ def serve(
     drain_s: Annotated[
         float, typer.Option(min=0, help="How long accepted requests may take after SIGTERM.")
     ] = 30.0,
+    replan_window_s: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=3600,
+            help="Seconds over which traffic is measured to replan for it; 0: plan once. "
+            "With several workers the plan stays.",
+        ),
+    ] = 60,
     workers: Annotated[
         int,
         typer.Option(
@@ -141,6 +150,7 @@ def serve(
         http_port=http_port,
         max_message_bytes=max_message_mib * MIB,
         drain_s=drain_s,
+        replan_window_s=replan_window_s,
         share=Share(*map(int, worker.split("/"))),
     )
     with ServeProgress(host, ready_fd=ready_fd) as progress:

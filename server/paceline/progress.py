@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from paceline.core.plan import Plan
 from paceline.report import console, plan_report
-from paceline.runtime.controller import Step
+from paceline.runtime.provisioning import Step
 from paceline.serving import Events
 
 

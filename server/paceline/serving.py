@@ -26,11 +26,13 @@ from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.core.quantities import percentile
 from paceline.metrics import Metrics
+from paceline.planner.replan import Replanning
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
-from paceline.runtime.controller import Controller, Step
+from paceline.runtime.controller import Controller
 from paceline.runtime.engine import Engine
 from paceline.runtime.machines import Machine
 from paceline.runtime.placement import Share, Site
+from paceline.runtime.provisioning import Step
 from paceline.runtime.statistics import Statistics
 from paceline.triton.client import TritonClient, TritonFleet, checked_url
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
@@ -88,6 +90,8 @@ class ServeSettings:
     http_port: int = 8002
     max_message_bytes: int = MAX_MESSAGE_BYTES
     drain_s: float = 30.0
+    replan_window_s: int = 60
+    """Over how many seconds traffic is measured to replan for it; 0: the plan stays."""
     share: Share = field(default_factory=Share)
     """Which of several workers this is."""
 
@@ -115,7 +119,12 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         statistics = Statistics()
         engine = Engine(fleet)
         controller = Controller(
-            engine, statistics, hardware=hardware, share=settings.share, on_step=events.on_step
+            engine,
+            statistics,
+            hardware=hardware,
+            share=settings.share,
+            rules=Replanning(window_s=settings.replan_window_s or Replanning().window_s),
+            on_step=events.on_step,
         )
         engine.watch(on_timeline=metrics.observe)
         engine.watch(
@@ -146,6 +155,9 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         )
         if not await _finished_before(starting, stop):
             return
+        if settings.share.count == 1 and settings.replan_window_s:
+            replanning = asyncio.create_task(controller.replanner.run(), name="replan")
+            stack.push_async_callback(_cancelled, replanning)
         _settle_garbage_collection()
         events.on_ready(starting.result(), rpc.port, web.port, settings.hardware is not None)
         await stop.wait()

@@ -110,13 +110,15 @@ def test_seconds_in_which_nobody_looked_count_as_silent() -> None:
 
 def test_fan_outs_and_slowdowns_are_reasons_of_their_own_and_name_the_worst() -> None:
     planned = Traffic({"c": 10.0}, {("c", "crops"): 4.0}, {("net", "gpu"): 1.0})
-    measured = Traffic({"c": 10.2}, {("c", "crops"): 9.0}, {("net", "gpu"): 1.2})
+    measured = Traffic({"c": 10.2}, {("c", "crops"): 9.0}, {("net", "gpu"): 1.4})
     proposal = propose(planned, measured, RULES)
     assert proposal == Proposal(
         "infeasible",
         "c/crops: 9 sub-requests per request, planned for 4",
-        Traffic({"c": 10.0}, {("c", "crops"): 9.0}, {("net", "gpu"): 1.2}),
+        Traffic({"c": 10.0}, {("c", "crops"): 9.0}, {("net", "gpu"): 1.4}),
     )
+    wandering = replace(planned, slowdowns={("net", "gpu"): 1.2})
+    assert propose(planned, wandering, RULES) is None
 
 
 def test_what_is_not_measured_stays_as_planned() -> None:

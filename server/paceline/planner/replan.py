@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Generic, Literal, TypeVar
 
@@ -40,21 +40,24 @@ class Replanning:
     """How eagerly to replan.
 
     A value more than `tolerance` above what was planned makes the plan infeasible; one below
-    1 - `slack` of it makes a cheaper plan worth looking for. Rates have to leave their Poisson
-    noise as well, and new plans are for `headroom` more of them than was measured. An infeasible
-    plan stays `settle_s` after the last change; a cheaper one has to wait `dwell_s`, to save
-    `least_saving` of the cost, and to earn its transition back within `horizon_s`.
+    1 - `slack` of it makes a cheaper plan worth looking for. For slowdowns, which wander more, it
+    is `slow_tolerance` above. Rates have to leave their Poisson noise as well, and new plans are
+    for `headroom` more of them than was measured. An infeasible plan stays `settle_s` after the
+    last change; a cheaper one has to wait for `window_s` after it, to save `least_saving` of the
+    cost, and to earn its transition back within `horizon_s`. Rates are those of `window_s`.
     """
 
+    window_s: int = 60
     tolerance: float = 0.05
+    slow_tolerance: float = 0.25
     headroom: float = 0.1
     slack: float = 0.25
     least_saving: float = 0.05
     horizon_s: float = 600.0
     settle_s: float = 3.0
-    dwell_s: float = 60.0
 
     def __post_init__(self) -> None:
+        assert self.window_s >= 1, "rates need a window"
         assert 0 < self.slack < 1 and (1 + self.headroom) * (1 - self.slack) < 1, (
             "a plan made with this headroom would be proposed for a cheaper one at once"
         )
@@ -72,10 +75,10 @@ class Proposal:
 class TrafficEstimator:
     """Rates and fan-outs of one chain from counts, second by second.
 
-    The rate is the mean of the last minute, or that of a burst within it: the largest 5 s or 15 s
-    mean of the last minute, less two standard deviations of a Poisson count, so that the noise
-    of steady traffic is no burst. It rises within seconds and falls after a minute. Before the
-    first second it is taken to have been `assumed_rps`.
+    The rate is the mean of the window, or that of a burst within it: the largest mean of a twelfth
+    or a quarter of it (5 s and 15 s of a minute), less two standard deviations of a Poisson count,
+    so that the noise of steady traffic is no burst. It rises within seconds and falls after a
+    window. Before the first second it is taken to have been `assumed_rps`.
 
     >>> steady, burst = TrafficEstimator(10), TrafficEstimator(10)
     >>> for second in range(60):
@@ -85,16 +88,16 @@ class TrafficEstimator:
     (10.0, 43.7, {'m': 4.0})
     """
 
-    WINDOW_S = 60
-    BURSTS_S = (5, 15)
     LEAST_REQUESTS = 30
     """A fan-out is believed after that many requests."""
     FADING = 0.98
     """What a second's counts weigh in the fan-outs a second later."""
 
-    def __init__(self, assumed_rps: float) -> None:
-        self._counts = deque([assumed_rps] * self.WINDOW_S, self.WINDOW_S)
-        self._bursts_rps = deque([0.0], self.WINDOW_S)
+    def __init__(self, assumed_rps: float, window_s: int = 60) -> None:
+        self._window_s = window_s
+        self._bursts_s = (max(1, window_s // 12), max(1, window_s // 4))
+        self._counts = deque([assumed_rps] * window_s, window_s)
+        self._bursts_rps = deque([0.0], window_s)
         self._second: int | None = None
         self._answered = 0.0
         self._rows: dict[str, float] = {}
@@ -108,19 +111,19 @@ class TrafficEstimator:
             self._counts[-1] += requests
         else:
             skipped = 0 if self._second is None else second - self._second - 1
-            self._counts.extend([0] * min(skipped, self.WINDOW_S))
+            self._counts.extend([0] * min(skipped, self._window_s))
             self._counts.append(requests)
             self._second = second
-        self._bursts_rps.append(max(self._burst_rps(window_s) for window_s in self.BURSTS_S))
+        self._bursts_rps.append(max(self._burst_rps(window_s) for window_s in self._bursts_s))
         self._answered = self._answered * self.FADING + answered
         for module in sorted({*self._rows, *rows}):
             faded = self._rows.get(module, 0.0) * self.FADING
             self._rows[module] = faded + rows.get(module, 0)
 
     def rate_rps(self) -> float:
-        """Requests per second to plan for, at least one a minute."""
-        mean_rps = sum(self._counts) / self.WINDOW_S
-        return max(mean_rps, 1 / self.WINDOW_S, *self._bursts_rps)
+        """Requests per second to plan for, at least one a window."""
+        mean_rps = sum(self._counts) / self._window_s
+        return max(mean_rps, 1 / self._window_s, *self._bursts_rps)
 
     def fan_outs(self) -> dict[str, float]:
         """Sub-requests per request by module; empty before `LEAST_REQUESTS`."""
@@ -145,9 +148,10 @@ def propose(planned: Traffic, measured: Traffic, rules: Replanning) -> Proposal 
     Proposal(cause='infeasible', reason='ocr: 20 requests/s, planned for 10', \
 traffic=Traffic(rates_rps={'ocr': 22.0}, fan_outs={}, slowdowns={}))
     """
+    wide = replace(rules, tolerance=rules.slow_tolerance)
     rates = _compare("requests/s", planned.rates_rps, measured.rates_rps, rules, counted=True)
     fans = _compare("sub-requests per request", planned.fan_outs, measured.fan_outs, rules)
-    slow = _compare("times the profile", planned.slowdowns, measured.slowdowns, rules)
+    slow = _compare("times the profile", planned.slowdowns, measured.slowdowns, wide)
     above = [*rates.above, *fans.above, *slow.above]
     below = [*rates.below, *fans.below, *slow.below]
     moved = above or below
@@ -177,7 +181,7 @@ def worth(
         return since_change_s >= rules.settle_s
     saving_per_hour = current.cost_per_hour - candidate.cost_per_hour
     return (
-        since_change_s >= rules.dwell_s
+        since_change_s >= rules.window_s
         and saving_per_hour >= rules.least_saving * current.cost_per_hour
         and saving_per_hour * rules.horizon_s / 3600 > transition_cost
     )
@@ -207,7 +211,7 @@ def _compare(
     found = _Compared(dict(before))
     for key, value in sorted(now.items()):
         ratio = value / before[key]
-        noise = 3 / sqrt(before[key] * TrafficEstimator.WINDOW_S) if counted else 0.0
+        noise = 3 / sqrt(before[key] * rules.window_s) if counted else 0.0
         if 1 - max(rules.slack, noise) <= ratio <= 1 + max(rules.tolerance, noise):
             continue
         name = key if isinstance(key, str) else "/".join(key)

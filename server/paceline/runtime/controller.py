@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from time import perf_counter, time
+from dataclasses import replace
+from statistics import harmonic_mean
+from time import time
 from typing import Any
 
 from paceline.core.bind import BoundChain, bind, single_model_chain
@@ -26,37 +27,29 @@ from paceline.core.errors import (
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
 from paceline.core.ports import ModelState, ModelStatistics
-from paceline.core.profile import Durations, Hardware, Profiles
+from paceline.core.profile import Hardware
 from paceline.core.request import Timeline
 from paceline.dispatch.route import route_chain
-from paceline.planner.problem import Options, demand
-from paceline.planner.solve import solve
+from paceline.planner.problem import Options
+from paceline.planner.replan import Proposal, Replanning, Traffic
 from paceline.runtime.engine import Engine
 from paceline.runtime.machines import Machine, Machines
 from paceline.runtime.placement import Share, place, shortage
+from paceline.runtime.provisioning import Provisioning, Step
+from paceline.runtime.replanning import Replanner
 from paceline.runtime.statistics import Statistics
 from paceline.runtime.status import describe
 
 logger = logging.getLogger(__name__)
 
-ASSUMED_RATE_RPS = 1.0
-"""What a chain that declares no rate is planned for."""
-
 SETTLE_S = 60.0
 """How long an unload waits for requests that were accepted before."""
 
+LEARNED_BATCHES = 20
+"""How many batches of a model a machine has executed before its durations there are believed."""
+
 _LOADS_AT_ONCE = 4
 _WATCH_INTERVAL_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Progress of a long change: `what` ("load", "profile", "plan"), on which `name`, how far."""
-
-    what: str
-    name: str
-    done: int
-    total: int
 
 
 class Controller:
@@ -70,21 +63,24 @@ class Controller:
         hardware: Mapping[str, Hardware],
         options: Options | None = None,
         share: Share | None = None,
+        rules: Replanning | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self._engine = engine
         self._statistics = statistics
-        self._hardware = dict(hardware)
-        self._options = options or Options()
         self._share = share or Share()
         self.machines = Machines(engine, self._share)
         self._on_step = on_step or (lambda step: None)
+        self._provisioning = Provisioning(
+            self.machines, hardware, options or Options(), self._on_step
+        )
         self._models: dict[str, ModelSpec] = {}
         self._failed: dict[str, str] = {}
         self._bound: dict[str, BoundChain] = {}
         self._withdrawn: set[str] = set()
-        self._profiles = Profiles()
-        self._plan = Plan(self._options.policy, "fractional", ())
+        self._plan = self._provisioning.nothing
+        self._traffic = Traffic()
+        self.replanner = Replanner(self, rules or Replanning())
         self._started = False
         self._changing = asyncio.Lock()
 
@@ -92,13 +88,7 @@ class Controller:
 
     def add_machine(self, machine: Machine) -> None:
         """Use a Triton that answers; before `start`. ConfigError when its hardware has no price."""
-        site = machine.site
-        if site.hardware not in self._hardware:
-            raise ConfigError(
-                f"hardware {site.hardware!r} of {site.name} has no price; "
-                f"have {', '.join(sorted(self._hardware)) or 'none'}",
-                key="hardware",
-            )
+        self._provisioning.check(machine)
         self.machines.add(machine)
 
     async def start(self, chains: Sequence[Chain]) -> Plan:
@@ -225,7 +215,7 @@ class Controller:
             chains = tuple(c for c in self._plan.chains if c.chain != chain)
             self._plan = replace(self._plan, chains=chains)
             if chains:
-                self._plan = self._solve(self.chains())
+                self._plan = self._provisioning.solve(self.chains(), self._models, self._traffic)
             return True
 
     def chains(self) -> tuple[Chain, ...]:
@@ -237,8 +227,48 @@ class Controller:
         async with self._changing:
             served = self._merged(chains)
             bound = [self._bind(chain) for chain in served]
-            await self._profile([m.spec for b in bound for m in b.modules])
-            return self._solve(served)
+            await self._provisioning.profile(m.spec for b in bound for m in b.modules)
+            return self._provisioning.solve(served, self._models, self._expected(served, chains))
+
+    async def replan(self, proposal: Proposal, worth: Callable[[Plan, Plan, float], bool]) -> bool:
+        """Plan the served chains for `proposal.traffic`, and follow that plan if it is `worth` it
+        (the plan in force, the new one, the cost of the transition in money).
+
+        Make before break: instances are loaded before a request is sent to them, and none is given
+        up before requests stop being sent there. Raises PlanError, ResidencyError; the plan in
+        force stays then.
+        """
+        self._check_changeable()
+        async with self._changing:
+            chains, models = self.chains(), dict(self._models)
+            plan = await asyncio.to_thread(
+                self._provisioning.solve, chains, models, proposal.traffic
+            )
+            placed = place(plan, self.machines.sites(), self._loaded())
+            if not worth(self._plan, plan, self._transition_cost(placed)):
+                return False
+            await self.machines.grow_to(placed)
+            self._install({chain.name: self._bound[chain.name] for chain in chains}, plan)
+            self._traffic = proposal.traffic
+            await self.machines.shrink_to(placed)
+            return True
+
+    def slowdowns(self) -> dict[tuple[str, str], float]:
+        """Learned over profiled duration by (model, hardware), for what has run often enough.
+
+        Over several machines that of their joint throughput. Not below 1: profiles are p95s.
+        """
+        lanes: dict[tuple[str, str], list[float]] = {}
+        for machine in self._engine.dispatcher.machines():
+            for model, lane in machine.lanes.items():
+                if lane.batches >= LEARNED_BATCHES and not lane.quarantined:
+                    lanes.setdefault((model, machine.hardware), []).append(lane.ratio)
+        return {key: max(1.0, harmonic_mean(ratios)) for key, ratios in sorted(lanes.items())}
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the plan in force was made for."""
+        return self._traffic
 
     def current_plan(self) -> Plan:
         return self._plan
@@ -291,6 +321,7 @@ class Controller:
         direct = bound.direct if bound is not None else False
         if bound is not None:
             self._statistics.observe_request(timeline, direct=direct, wall_ms=int(time() * 1e3))
+            self.replanner.observe(timeline)
 
     # -- steps of a change ------------------------------------------------------------------
 
@@ -302,12 +333,40 @@ class Controller:
     async def _apply(self, chains: Sequence[Chain]) -> Plan:
         served = self._merged(chains)
         bound = {chain.name: self._bind(chain) for chain in served}
-        await self._profile([m.spec for b in bound.values() for m in b.modules])
-        plan = self._solve(served)
+        await self._provisioning.profile(m.spec for b in bound.values() for m in b.modules)
+        traffic = self._expected(served, chains)
+        plan = self._provisioning.solve(served, self._models, traffic)
         placed = place(plan, self.machines.sites(), self._loaded())
-        await self.machines.bring_to(placed, first=not self._started)
+        await self.machines.grow_to(placed, first=not self._started)
         self._install(bound, plan)
+        self._traffic = traffic
+        await self.machines.shrink_to(placed)
         return plan
+
+    def _expected(self, served: Sequence[Chain], changed: Sequence[Chain]) -> Traffic:
+        """As the files of what is `changed` say, otherwise as planned for now."""
+        assumed, now = self._provisioning.assumed(served), self._traffic
+        fresh = {chain.name for chain in changed}
+        return Traffic(
+            {
+                c: rps if c in fresh else now.rates_rps.get(c, rps)
+                for c, rps in assumed.rates_rps.items()
+            },
+            {
+                key: fan_out if key[0] in fresh else now.fan_outs.get(key, fan_out)
+                for key, fan_out in assumed.fan_outs.items()
+            },
+            {key: now.slowdowns.get(key, ratio) for key, ratio in assumed.slowdowns.items()},
+        )
+
+    def _transition_cost(self, placed: Mapping[str, Mapping[str, int]]) -> float:
+        """Money that machines cost while they load what `placed` has more than there is."""
+        return sum(
+            self.machines.load_s(name, placed[name])
+            * self._provisioning.price_per_hour(machine.site.hardware)
+            / 3600
+            for name, machine in self.machines.named().items()
+        )
 
     def _check_changeable(self) -> None:
         """Several workers serve the chains they started with: a change would reach one of them."""
@@ -348,63 +407,10 @@ class Controller:
         except ConfigError as error:
             raise ConfigError(error.message, key=error.key, where=chain.where(error.key)) from None
 
-    async def _profile(self, specs: Sequence[ModelSpec]) -> None:
-        """Measure what was not measured yet, one model after the other, once per hardware."""
-        wanted = {spec.name: spec for spec in specs}
-        by_hardware: dict[str, Machine] = {}
-        for machine in self.machines.all():
-            by_hardware.setdefault(machine.site.hardware, machine)
-        todo = [
-            (spec, hardware, machine)
-            for hardware, machine in sorted(by_hardware.items())
-            for _, spec in sorted(wanted.items())
-            if self._profiles.durations(spec.name, hardware) is None
-        ]
-        for spec, hardware, machine in todo:
-            name = spec.name
-
-            def progress(done: int, total: int, name: str = name) -> None:
-                self._on_step(Step("profile", name, done, total))
-
-            rows = await machine.profiler.measure(spec, hardware, on_progress=progress)
-            self._profiles = self._profiles.merged(rows)
-
-    def _solve(self, chains: Sequence[Chain]) -> Plan:
-        if not chains:
-            return Plan(self._options.policy, "fractional", ())
-        present = {site.hardware for site in self.machines.sites()}
-        hardware = {name: h for name, h in self._hardware.items() if name in present}
-        limits = {name: spec.row_limit for name, spec in self._models.items()}
-        overhead_s = max(machine.overhead_s for machine in self.machines.all())
-        started = perf_counter()
-        # Each chain under the bound of the policy by which it is dispatched.
-        plans = [
-            solve(
-                [
-                    demand(
-                        chain,
-                        chain.rate_rps or ASSUMED_RATE_RPS,
-                        self._profiles,
-                        hardware,
-                        limits,
-                        overhead_s,
-                    )
-                ],
-                replace(self._options, dispatch=chain.dispatch),
-            )
-            for chain in chains
-        ]
-        return replace(
-            plans[0],
-            chains=tuple(planned for plan in plans for planned in plan.chains),
-            lower_bound_per_hour=sum(plan.lower_bound_per_hour for plan in plans),
-            solve_s=perf_counter() - started,
-        )
-
     def _install(self, bound: Mapping[str, BoundChain], plan: Plan) -> None:
         """The moment a change becomes visible; nothing in here can fail or wait."""
         self._plan = plan
-        durations = self._durations()
+        durations = self._provisioning.durations(self._models)
         for name, chain in bound.items():
             self._bound[name] = chain
             self._withdrawn.discard(name)
@@ -415,17 +421,6 @@ class Controller:
             for site in self.machines.sites():
                 self.machines.announce(site.name)
         self.machines.announce_up()
-
-    def _durations(self) -> dict[str, dict[str, Durations]]:
-        present = sorted({site.hardware for site in self.machines.sites()})
-        return {
-            model: {
-                hardware: known
-                for hardware in present
-                if (known := self._profiles.durations(model, hardware)) is not None
-            }
-            for model in self._models
-        }
 
     # -- models -----------------------------------------------------------------------------
 
@@ -470,7 +465,7 @@ class Controller:
         self._models[name] = spec
         self._bound[name] = bound
         self._withdrawn.discard(name)
-        self._engine.install(route_chain(bound, None, self._durations()))
+        self._engine.install(route_chain(bound, None, self._provisioning.durations(self._models)))
         self.machines.announce_up()
 
     async def _unload_model(self, name: str) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from time import perf_counter
 
 from paceline.core.errors import ResidencyError
 from paceline.core.model import ModelSpec
@@ -19,6 +20,9 @@ from paceline.runtime.engine import Engine
 from paceline.runtime.placement import Share, Site
 
 logger = logging.getLogger(__name__)
+
+Placed = Mapping[str, Mapping[str, int]]
+"""Instances by machine and model."""
 
 _REPAIRABLE = ("is not healthy", "deadline exceeded")
 """What a batch's failure says when the model's own process is dead or hangs."""
@@ -48,6 +52,8 @@ class Machines:
         self._repairing: dict[tuple[str, str], asyncio.Task[None]] = {}
         self.placed: dict[str, dict[str, int]] = {}
         """Instances by machine and model."""
+        self._load_s: dict[tuple[str, str], float] = {}
+        """What the last load of a model took on a machine."""
 
     def add(self, machine: Machine) -> None:
         """One more Triton; nothing is sent to it before `announce`."""
@@ -56,6 +62,9 @@ class Machines:
 
     def all(self) -> tuple[Machine, ...]:
         return tuple(self._machines.values())
+
+    def named(self) -> Mapping[str, Machine]:
+        return self._machines
 
     def sites(self) -> list[Site]:
         return [machine.site for machine in self._machines.values()]
@@ -107,8 +116,7 @@ class Machines:
         spec: ModelSpec | None = None
         for name, machine in self._machines.items():
             instances = self.placed[name].get(model, 1)
-            await machine.repository.load(model, instances=instances)
-            self.placed[name][model] = instances
+            await self._load(name, model, instances)
             spec = await machine.repository.spec(model)
         if spec is None:
             raise ResidencyError(f"model {model!r} cannot be loaded: there is no machine")
@@ -122,16 +130,52 @@ class Machines:
                 self.announce(name)
             await machine.repository.unload(model)
 
-    async def bring_to(self, placed: Mapping[str, Mapping[str, int]], *, first: bool) -> None:
-        """Load these counts on every Triton that is up (`first`: on all). Raises ResidencyError."""
-        for name, machine in self._machines.items():
+    async def grow_to(self, placed: Placed, *, first: bool = False) -> None:
+        """Load what is missing of these counts on every Triton that is up (`first`: on all).
+
+        Requests are sent to it from the next `announce` on. Raises ResidencyError.
+        """
+        for name in self._machines:
             if not first and name not in self._up:
                 continue
-            known = self.placed[name]
             for model, instances in sorted(placed[name].items()):
-                if known.get(model) != instances:
-                    await machine.repository.load(model, instances=instances)
-                    known[model] = instances
+                if self.placed[name].get(model, 0) < instances:
+                    await self._load(name, model, instances)
+
+    async def shrink_to(self, placed: Placed) -> None:
+        """Give up what is above these counts, after requests have stopped being sent to it.
+
+        What Triton does not give up stays, unused: that is logged, no reason to fail.
+        """
+        for name in sorted(self._up):
+            fewer = {
+                model: instances
+                for model, instances in sorted(placed[name].items())
+                if self.placed[name].get(model, 0) > instances
+            }
+            if not fewer:
+                continue
+            self.placed[name].update(fewer)
+            self.announce(name)
+            for model, instances in fewer.items():
+                try:
+                    await self._load(name, model, instances)
+                except ResidencyError as error:
+                    logger.warning("%s keeps instances of %s: %s", name, model, error)
+
+    def load_s(self, name: str, placed: Mapping[str, int]) -> float:
+        """About how long `grow_to` will take on a machine, by what loads took there before."""
+        return sum(
+            self._load_s.get((name, model), 0.0)
+            for model, instances in placed.items()
+            if self.placed[name].get(model, 0) < instances
+        )
+
+    async def _load(self, name: str, model: str, instances: int) -> None:
+        started = perf_counter()
+        await self._machines[name].repository.load(model, instances=instances)
+        self._load_s[name, model] = perf_counter() - started
+        self.placed[name][model] = instances
 
     # -- what goes wrong --------------------------------------------------------------------
 

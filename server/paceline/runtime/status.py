@@ -5,7 +5,7 @@ Its keys are the fields of `paceline.v1.StatusResponse`, with some more for whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,12 @@ from paceline import __version__
 from paceline.core.bind import BoundChain
 from paceline.core.plan import Plan
 from paceline.dispatch.dispatcher import Dispatcher, ModuleLoad
+from paceline.runtime.machines import Placed
 from paceline.runtime.placement import Site
 from paceline.runtime.statistics import Counts, Statistics
 
 if TYPE_CHECKING:
     from paceline.runtime.controller import Controller
-
-Placed = Mapping[str, Mapping[str, int]]
-"""Instances by machine and model."""
 
 _STARTED_S = monotonic()
 
@@ -48,6 +46,7 @@ def describe(
             {"hardware": hardware, "needed": round(needed, 3), "present": present}
             for hardware, (needed, present) in controller.shortage().items()
         ],
+        "replanning": _replanning(controller),
         "chains": [_chain(bound, dispatcher, statistics, plan) for bound in chains],
         "modules": _modules(chains, dispatcher, plan, placed, now_s),
         "machines": [_machine(site, dispatcher, placed) for site in sites],
@@ -63,6 +62,47 @@ def describe(
             }
             for state in controller.repository_index()
         ],
+    }
+
+
+def _replanning(controller: Controller) -> dict[str, Any]:
+    """Traffic as measured and as planned for, and what was changed for it."""
+    replanner, planned = controller.replanner, controller.traffic
+    measured = replanner.measured()
+    return {
+        "traffic": [
+            {
+                "chain": chain,
+                "rate_rps": round(rate_rps, 3),
+                "planned_rps": round(planned.rates_rps[chain], 3),
+                "fan_outs": {
+                    module: round(fan_out, 3)
+                    for (of, module), fan_out in sorted(measured.fan_outs.items())
+                    if of == chain
+                },
+            }
+            for chain, rate_rps in sorted(measured.rates_rps.items())
+            if chain in planned.rates_rps
+        ],
+        "slowdowns": [
+            {
+                "model": model,
+                "hardware": hardware,
+                "slowdown": round(ratio, 3),
+                "planned": round(planned.slowdowns[model, hardware], 3),
+            }
+            for (model, hardware), ratio in sorted(measured.slowdowns.items())
+        ],
+        "changes": [
+            {
+                "at_s": round(change.at_s, 3),
+                "reason": change.reason,
+                "cost_before_per_hour": round(change.cost_before, 6),
+                "cost_after_per_hour": round(change.cost_after, 6),
+            }
+            for change in replanner.changes
+        ],
+        "failure": replanner.failure,
     }
 
 

@@ -1,0 +1,170 @@
+"""What the served chains need: profiles measured, traffic assumed or measured, plans solved.
+
+Invariant: a plan is made for a `Traffic` that has a value for every chain, every module's fan-out
+and every profiled (model, hardware), so that what is measured later can be compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from paceline.core.chain import Chain
+from paceline.core.errors import ConfigError
+from paceline.core.model import ModelSpec
+from paceline.core.plan import Plan
+from paceline.core.profile import Durations, Hardware, Profiles
+from paceline.planner.problem import Options, PlannedChain, demand
+from paceline.planner.replan import Traffic
+from paceline.planner.solve import solve
+from paceline.runtime.machines import Machine, Machines
+
+ASSUMED_RATE_RPS = 1.0
+"""What a chain that declares no rate is planned for until its traffic is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Progress of a long change: `what` ("load", "profile", "plan"), on which `name`, how far."""
+
+    what: str
+    name: str
+    done: int
+    total: int
+
+
+class Provisioning:
+    """See the module docstring. The controller's; changed by one change at a time."""
+
+    def __init__(
+        self,
+        machines: Machines,
+        hardware: Mapping[str, Hardware],
+        options: Options,
+        on_step: Callable[[Step], None],
+    ) -> None:
+        self._machines = machines
+        self._hardware = dict(hardware)
+        self._options = options
+        self._on_step = on_step
+        self.profiles = Profiles()
+
+    @property
+    def nothing(self) -> Plan:
+        """The plan of no chains."""
+        return Plan(self._options.policy, "fractional", ())
+
+    def check(self, machine: Machine) -> None:
+        """Raises ConfigError when a machine's hardware has no price."""
+        site = machine.site
+        if site.hardware not in self._hardware:
+            raise ConfigError(
+                f"hardware {site.hardware!r} of {site.name} has no price; "
+                f"have {', '.join(sorted(self._hardware)) or 'none'}",
+                key="hardware",
+            )
+
+    def price_per_hour(self, hardware: str) -> float:
+        return self._hardware[hardware].price_per_hour
+
+    async def profile(self, specs: Iterable[ModelSpec]) -> None:
+        """Measure what was not measured yet, one model after the other, once per hardware."""
+        wanted = {spec.name: spec for spec in specs}
+        by_hardware: dict[str, Machine] = {}
+        for machine in self._machines.all():
+            by_hardware.setdefault(machine.site.hardware, machine)
+        todo = [
+            (spec, hardware, machine)
+            for hardware, machine in sorted(by_hardware.items())
+            for _, spec in sorted(wanted.items())
+            if self.profiles.durations(spec.name, hardware) is None
+        ]
+        for spec, hardware, machine in todo:
+            name = spec.name
+
+            def progress(done: int, total: int, name: str = name) -> None:
+                self._on_step(Step("profile", name, done, total))
+
+            rows = await machine.profiler.measure(spec, hardware, on_progress=progress)
+            self.profiles = self.profiles.merged(rows)
+
+    def assumed(self, chains: Iterable[Chain]) -> Traffic:
+        """Traffic as the chain files and the profile say it is."""
+        chains = list(chains)
+        models = {module.model for chain in chains for module in chain.modules}
+        return Traffic(
+            {chain.name: chain.rate_rps or ASSUMED_RATE_RPS for chain in chains},
+            {(c.name, m.name): m.fan_out for c in chains for m in c.modules},
+            {(model, h): 1.0 for model in sorted(models) for h in self.profiles.hardware_of(model)},
+        )
+
+    def solve(
+        self, chains: Sequence[Chain], specs: Mapping[str, ModelSpec], traffic: Traffic
+    ) -> Plan:
+        """The plan of `chains` under `traffic`; each chain under the bound of the policy by which
+        it is dispatched. Raises PlanError. Safe on another thread: reads values only.
+        """
+        if not chains:
+            return self.nothing
+        started = perf_counter()
+        plans = [
+            solve([needed], replace(self._options, dispatch=chain.dispatch))
+            for chain, needed in self._demands(chains, specs, traffic)
+        ]
+        return replace(
+            plans[0],
+            chains=tuple(planned for plan in plans for planned in plan.chains),
+            lower_bound_per_hour=sum(plan.lower_bound_per_hour for plan in plans),
+            solve_s=perf_counter() - started,
+        )
+
+    def durations(self, models: Iterable[str]) -> dict[str, dict[str, Durations]]:
+        """What was measured of `models`, by hardware that is there."""
+        present = sorted({site.hardware for site in self._machines.sites()})
+        return {
+            model: {
+                hardware: known
+                for hardware in present
+                if (known := self.profiles.durations(model, hardware)) is not None
+            }
+            for model in models
+        }
+
+    def _demands(
+        self, chains: Sequence[Chain], specs: Mapping[str, ModelSpec], traffic: Traffic
+    ) -> Iterable[tuple[Chain, PlannedChain]]:
+        present = {site.hardware for site in self._machines.sites()}
+        hardware = {name: h for name, h in self._hardware.items() if name in present}
+        limits = {name: spec.row_limit for name, spec in specs.items()}
+        overhead_s = max(machine.overhead_s for machine in self._machines.all())
+        profiles = _slowed(self.profiles, traffic.slowdowns)
+        for chain in chains:
+            modules = tuple(
+                replace(module, fan_out=traffic.fan_outs[chain.name, module.name])
+                for module in chain.modules
+            )
+            rate_rps = traffic.rates_rps[chain.name]
+            yield (
+                chain,
+                demand(
+                    replace(chain, modules=modules),
+                    rate_rps,
+                    profiles,
+                    hardware,
+                    limits,
+                    overhead_s,
+                ),
+            )
+
+
+def _slowed(profiles: Profiles, slowdowns: Mapping[tuple[str, str], float]) -> Profiles:
+    """`profiles` with durations as they were measured in service."""
+    if all(ratio == 1.0 for ratio in slowdowns.values()):
+        return profiles
+    return Profiles(
+        tuple(
+            replace(row, duration_s=row.duration_s * slowdowns.get((row.model, row.hardware), 1.0))
+            for row in profiles.rows
+        )
+    )

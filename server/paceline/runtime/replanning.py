@@ -1,0 +1,171 @@
+"""Live replanning: counts what comes, and has the controller plan anew when that is worth it.
+
+The decisions are `planner.replan`'s; this reads the clock and the counters once a second. With
+several workers nobody replans: each sees a part of the traffic, and what they share is fixed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import time
+from typing import Protocol
+
+from paceline.core.chain import Chain
+from paceline.core.errors import PacelineError
+from paceline.core.plan import Plan
+from paceline.core.request import Timeline
+from paceline.planner.replan import (
+    Proposal,
+    Replanning,
+    Traffic,
+    TrafficEstimator,
+    propose,
+    worth,
+)
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL_S = 1.0
+_KEPT_CHANGES = 32
+_SLOWDOWN_WEIGHT = 0.1
+"""Of a second's slowdowns: what lasts ten seconds counts, a stall does not."""
+
+
+class Replannable(Protocol):
+    """What is replanned: the controller."""
+
+    @property
+    def traffic(self) -> Traffic: ...
+    def chains(self) -> tuple[Chain, ...]: ...
+    def current_plan(self) -> Plan: ...
+    def slowdowns(self) -> Mapping[tuple[str, str], float]: ...
+    async def replan(self, proposal: Proposal, decide: Decide) -> bool: ...
+
+
+class Decide(Protocol):
+    """Whether the second plan is worth leaving the first at that cost of transition."""
+
+    def __call__(self, current: Plan, candidate: Plan, transition_cost: float) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One replan that was followed; costs per hour, `at_s` since the epoch."""
+
+    at_s: float
+    reason: str
+    cost_before: float
+    cost_after: float
+
+
+@dataclass(slots=True)
+class _Counts:
+    estimator: TrafficEstimator
+    requests: int = 0
+    answered: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+class Replanner:
+    """See the module docstring."""
+
+    def __init__(self, controller: Replannable, rules: Replanning) -> None:
+        self._controller = controller
+        self._rules = rules
+        self._counts: dict[str, _Counts] = {}
+        self._slowdowns: dict[tuple[str, str], float] = {}
+        self._changed_s = float("-inf")
+        self.changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
+        self.failure = ""
+        """Why the last proposal could not be followed; empty when it could."""
+
+    def observe(self, timeline: Timeline) -> None:
+        """Count one request that ended."""
+        counts = self._counts.get(timeline.chain)
+        if counts is None:
+            return
+        counts.requests += 1
+        if timeline.error:
+            return
+        counts.answered += 1
+        rows = counts.rows
+        for span in timeline.spans:
+            rows[span.module] = rows.get(span.module, 0) + span.rows
+
+    async def run(self) -> None:
+        """Once a second, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_INTERVAL_S)
+            await self.tick(loop.time())
+
+    async def tick(self, now_s: float) -> None:
+        """Look at the traffic of the last second; replan where it asks for it."""
+        measured = self._measured(now_s)
+        proposal = propose(self._controller.traffic, measured, self._rules)
+        if proposal is None:
+            return
+        since_change_s = now_s - self._changed_s
+        urgent = proposal.cause == "infeasible" and not self.failure
+        if since_change_s < (self._rules.settle_s if urgent else self._rules.window_s):
+            return
+
+        def decide(current: Plan, candidate: Plan, transition_cost: float) -> bool:
+            return worth(
+                proposal,
+                current,
+                candidate,
+                self._rules,
+                transition_cost=transition_cost,
+                since_change_s=since_change_s,
+            )
+
+        before = self._controller.current_plan().cost_per_hour
+        # What was not worth it, or not possible, is not tried again every second.
+        self._changed_s = now_s
+        try:
+            changed = await self._controller.replan(proposal, decide)
+        except PacelineError as error:
+            self.failure = f"{proposal.reason}: {error}"
+            logger.warning("the plan stays although %s", self.failure)
+            return
+        self.failure = ""
+        if changed:
+            after = self._controller.current_plan().cost_per_hour
+            self.changes.append(Change(time(), proposal.reason, before, after))
+            logger.info("replanned: %s; cost %.4g -> %.4g", proposal.reason, before, after)
+
+    def measured(self) -> Traffic:
+        """What is measured now of what was planned for."""
+        planned = self._controller.traffic
+        return Traffic(
+            {chain: counts.estimator.rate_rps() for chain, counts in self._counts.items()},
+            {
+                (chain, module): fan_out
+                for chain, counts in self._counts.items()
+                for module, fan_out in counts.estimator.fan_outs().items()
+                if (chain, module) in planned.fan_outs
+            },
+            {key: ratio for key, ratio in self._slowdowns.items() if key in planned.slowdowns},
+        )
+
+    def _measured(self, now_s: float) -> Traffic:
+        """Close the second: counters into estimators, for the chains that are served now."""
+        rates_rps = self._controller.traffic.rates_rps
+        served = sorted({chain.name for chain in self._controller.chains()} & rates_rps.keys())
+        self._counts = {
+            name: self._counts.get(name)
+            or _Counts(TrafficEstimator(rates_rps[name], self._rules.window_s))
+            for name in served
+        }
+        for counts in self._counts.values():
+            counts.estimator.observe(now_s, counts.requests, counts.answered, counts.rows)
+            counts.requests, counts.answered, counts.rows = 0, 0, {}
+        for key, ratio in self._controller.slowdowns().items():
+            known = self._slowdowns.get(key, 1.0)
+            self._slowdowns[key] = known + _SLOWDOWN_WEIGHT * (ratio - known)
+        return self.measured()
