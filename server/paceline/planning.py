@@ -1,22 +1,25 @@
 """Planning without serving: files in, a plan and what a person wants to know about it out.
 
 Invariant: what is reported besides the plan (a cheaper objective, a plot) is planned by the same
-policy, billing and options as the plan itself.
+policy, billing, options and headroom as the plan itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from paceline.config import read_chains, read_hardware, read_profiles
+from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import Plan
+from paceline.core.profile import Profiles
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.solve import solve
+from paceline.sim.headroom import Headroom, Progress, Verification, plan_with, verified
 
 WORTH_TELLING = 0.1
 """A longer objective is told when it saves this share of the cost, else what the longest saves."""
@@ -31,11 +34,14 @@ MOST_RPS = 1e7
 
 @dataclass(frozen=True, slots=True)
 class Offline:
-    """A plan with what it was made of; `chains` and `options` plan again."""
+    """A plan with what it was made of; `chains`, `options` and `headroom` plan again."""
 
     plan: Plan
     chains: tuple[PlannedChain, ...]
     options: Options
+    declared: tuple[Chain, ...]
+    profiles: Profiles
+    headroom: Mapping[str, Headroom] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,10 @@ def plan_offline(
     rate_rps: float | None = None,
     slo_ms: float | None = None,
     overhead_s: float = 0.0,
+    verification: Verification | None = None,
+    progress: Progress = lambda subject, detail: None,
 ) -> Offline:
-    """Read the files and plan. Raises ConfigError and PlanError."""
+    """Read the files, plan, and verify if asked to. Raises ConfigError and PlanError."""
     measured, prices = read_profiles(profiles), read_hardware(hardware)
     for name in options.machine_limits:
         if name not in prices:
@@ -71,8 +79,10 @@ def plan_offline(
                 key="--limit",
             )
     demands: list[PlannedChain] = []
+    declared: list[Chain] = []
     for chain in read_chains(paths):
         changed = chain if slo_ms is None else replace(chain, slo_s=slo_ms / 1e3)
+        declared.append(changed)
         rate = rate_rps if rate_rps is not None else chain.rate_rps
         if rate is None:
             raise ConfigError(
@@ -89,8 +99,13 @@ def plan_offline(
     used = replace(options, memory_bytes=memory)
     started = perf_counter()
     plan = solve(demands, used)
-    solve_s = perf_counter() - started
-    return Offline(replace(plan, solve_s=solve_s), tuple(demands), used)
+    plan = replace(plan, solve_s=perf_counter() - started)
+    headroom: dict[str, Headroom] = {}
+    if verification is not None:
+        plan, headroom = verified(
+            declared, demands, used, measured, verification, plan, progress=progress
+        )
+    return Offline(plan, tuple(demands), used, tuple(declared), measured, headroom)
 
 
 def limits(texts: Sequence[str]) -> dict[str, int]:
@@ -129,7 +144,7 @@ def _cost(made: Offline, *, slo_factor: float = 1.0, rate_factor: float = 1.0) -
         for chain in made.chains
     ]
     try:
-        return solve(changed, made.options).cost_per_hour
+        return plan_with(changed, made.options, made.headroom).cost_per_hour
     except PlanError:
         return float("inf")
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import floor
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from paceline.core.plan import ChainPlan, ModulePlan, PackedMachine, Plan
+from paceline.core.plan import Attainment, ChainPlan, ModulePlan, PackedMachine, Plan
 
 
 def plan_report(plan: Plan, *, priced: bool = True, cheaper: str | None = None) -> RenderableType:
@@ -25,9 +27,35 @@ def plan_report(plan: Plan, *, priced: bool = True, cheaper: str | None = None) 
             f"{plan.billing} billing, planned in {plan.solve_s * 1e3:.1f} ms"
         )
     )
+    if plan.attainment is not None:
+        parts += [Text(line) for line in _attainment_lines(plan, plan.attainment)]
     if cheaper:
         parts.append(Text(cheaper))
     return Group(*parts)
+
+
+def _attainment_lines(plan: Plan, found: Attainment) -> list[str]:
+    """What the headroom costs, then what each chain attained."""
+    extra = plan.cost_per_hour - found.without_per_hour
+    kinds = " and ".join(sorted({c.arrivals for c in found.chains}))
+    holds = " and ".join(f"{target:.6g}" for target in sorted({c.target for c in found.chains}))
+    if extra > 0:
+        share = extra / found.without_per_hour
+        lines = [f"+{extra:.3g}/h ({share:.1%}) so that {holds} hold under {kinds} arrivals"]
+    else:
+        lines = [f"{holds} hold under {kinds} arrivals without headroom"]
+    for c in found.chains:
+        headroom = ""
+        if (c.rate_factor, c.slo_factor) != (1.0, 1.0):
+            headroom = (
+                f"; planned for {c.rate_factor:.3g}x the rate in {c.slo_factor:.2g}x the objective"
+            )
+        lines.append(
+            f"{c.chain}: {c.simulated:.2%} of {c.requests} simulated requests in time, "
+            f"at least {floor(c.at_least * 1e4) / 1e4:.2%} with {found.confidence:.0%} confidence"
+            f"{headroom}"
+        )
+    return lines
 
 
 def _machines_table(machines: Sequence[PackedMachine]) -> Table:
@@ -205,3 +233,32 @@ def _table(title: str, *columns: tuple[str, str]) -> Table:
     for name, justify in columns:
         table.add_column(name, justify="right" if justify == "right" else "left")
     return table
+
+
+class Working:
+    """What a long computation is at, on stderr: one changing line on a terminal, else a line for
+    each new subject.
+    """
+
+    def __init__(self) -> None:
+        self._console = console(stderr=True)
+        self._status: Status | None = None
+        self._subject = ""
+
+    def __enter__(self) -> Working:
+        if self._console.is_terminal:
+            self._status = self._console.status("planning")
+            self._status.start()
+        return self
+
+    def __call__(self, subject: str, detail: str) -> None:
+        """It is at `detail` of `subject` now."""
+        if self._status is not None:
+            self._status.update(f"{subject}: {detail}")
+        elif subject != self._subject:
+            self._console.print(f"paceline: {subject}", markup=False, soft_wrap=True)
+        self._subject = subject
+
+    def __exit__(self, *raised: object) -> None:
+        if self._status is not None:
+            self._status.stop()

@@ -21,8 +21,11 @@ HARDWARE = EXAMPLES / "data/hardware.csv"
 FILES = [str(CHAIN), "--profiles", str(PROFILES), "--hardware", str(HARDWARE)]
 
 
-def run(*arguments: str) -> str:
-    answer = CliRunner().invoke(app, ["plan", *FILES, *arguments], env={"COLUMNS": "200"})
+def run(*arguments: str, verify: bool = False) -> str:
+    verification = () if verify else ("--no-verify",)
+    answer = CliRunner().invoke(
+        app, ["plan", *FILES, *verification, *arguments], env={"COLUMNS": "200"}
+    )
     if answer.exception is not None:
         raise answer.exception
     return answer.stdout
@@ -53,6 +56,20 @@ def test_the_text_form_shows_utilisation_bound_gap_and_a_cheaper_objective() -> 
     assert "used" in text and "100%" in text
     assert "no plan can cost less than" in text and "gap 0.0%" in text
     assert "ms this costs" in text and "% less" in text
+
+
+def test_a_plan_is_verified_under_the_chains_arrivals_and_says_what_its_headroom_costs() -> None:
+    text = run("--requests", "800", "--seed", "5", verify=True)
+    assert "%) so that 0.99 hold under poisson arrivals" in text
+    assert "of 800 simulated requests in time, at least 99." in text
+    assert "no plan can cost less than" in text
+
+
+def test_evenly_spaced_arrivals_are_planned_for_without_a_simulation() -> None:
+    published = json.loads(run("--arrivals", "uniform", "--format", "json", verify=True))
+    bare = json.loads(run("--format", "json"))
+    assert published | {"solve_ms": 0} == bare | {"solve_ms": 0}
+    assert "attainment" not in published
 
 
 def test_whole_machines_are_listed_with_what_shares_them_within_the_limits() -> None:
@@ -117,6 +134,11 @@ def test_an_objective_that_nothing_keeps_says_which_module_lacks_how_many_ms() -
         (("--rate-rps", "1e12"), "must be above 0 and at most 10000000 requests/s, got 1e+12"),
         (("--slo-ms", "-1"), "slo_ms"),
         (("--plot", "cost.txt"), "--plot: 'cost.txt' must end in .png or .svg"),
+        (
+            ("--arrivals", "weekly"),
+            "--arrivals: must be poisson, uniform or a trace file; there is",
+        ),
+        (("--window", "ipa"), "--window: selects rows of a trace; give one as --arrivals"),
         (("--policy", "nexus", "--billing", "machine"), "billing: policy 'nexus' plans"),
     ],
 )

@@ -96,6 +96,38 @@ class PackedMachine:
 
 
 @dataclass(frozen=True, slots=True)
+class ChainAttainment:
+    """What one chain attained under `arrivals` when its plan was executed in virtual time.
+
+    `at_least` is the lower end of the confidence interval. It was planned for `rate_factor` times
+    its rate within `slo_factor` times its objective.
+    """
+
+    chain: str
+    arrivals: str
+    target: float
+    simulated: float
+    at_least: float
+    requests: int
+    rate_factor: float = 1.0
+    slo_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attainment:
+    """What a plan attains; `without_per_hour` is what it would cost without the headroom."""
+
+    chains: tuple[ChainAttainment, ...]
+    confidence: float
+    without_per_hour: float
+
+    @property
+    def tightest(self) -> ChainAttainment:
+        """The chain that is the nearest to its target."""
+        return min(self.chains, key=lambda c: c.simulated - c.target)
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything planned together; `machines` is the packing where whole machines are paid for."""
 
@@ -105,6 +137,7 @@ class Plan:
     lower_bound_per_hour: float = 0.0
     solve_s: float = field(default=0.0, compare=False)
     machines: tuple[PackedMachine, ...] = ()
+    attainment: Attainment | None = None
 
     @property
     def cost_per_hour(self) -> float:
@@ -129,8 +162,20 @@ class Plan:
             "cost_per_hour": _round(self.cost_per_hour),
             "lower_bound_per_hour": _round_down(self.lower_bound_per_hour),
             "solve_ms": _ms(self.solve_s),
+            **({} if self.attainment is None else {"attainment": self._attainment_json()}),
             "chains": [_chain_json(c) for c in self.chains],
             **({"machines": packing} if (packing := self._packing_json()) else {}),
+        }
+
+    def _attainment_json(self) -> dict[str, Any]:
+        """Of the chain that is the nearest to its target; then of each."""
+        assert self.attainment is not None
+        found = self.attainment
+        return {
+            **_attained_json(found.tightest),
+            "confidence": found.confidence,
+            "headroom_per_hour": _round(self.cost_per_hour - found.without_per_hour),
+            "chains": [{"chain": c.chain, **_attained_json(c)} for c in found.chains],
         }
 
     def _packing_json(self) -> list[dict[str, Any]]:
@@ -151,6 +196,18 @@ class Plan:
             }
             for machine in self.machines
         ]
+
+
+def _attained_json(chain: ChainAttainment) -> dict[str, Any]:
+    return {
+        "arrivals": chain.arrivals,
+        "target": chain.target,
+        "simulated": _round(chain.simulated),
+        "requests": chain.requests,
+        "at_least": _round_down(chain.at_least),
+        "rate_factor": _round(chain.rate_factor),
+        "slo_factor": _round(chain.slo_factor),
+    }
 
 
 def _chain_json(chain: ChainPlan) -> dict[str, Any]:
