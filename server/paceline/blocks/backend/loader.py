@@ -1,0 +1,231 @@
+"""The thread that keeps a model's weights where its runs need them.
+
+It performs what a `Window` decides, one step at a time, in turn with the other loads of the
+machine; runs wait here for their blocks. Locking: `_changed` guards the window and is never held
+while bytes move. A fetch that fails fails the runs that wait, and is tried again for the next run
+after a back-off: a store that comes back is enough to heal a model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from .manifest import PoolError
+from .mapping import MappedObject
+from .source import Source
+from .window import Step, Window
+
+FIRST_BACKOFF_S = 0.25
+LONGEST_BACKOFF_S = 8.0
+
+
+class Turns(Protocol):
+    """Permission to move bytes, shared by all loads of the machine."""
+
+    def begin(self, size_bytes: int, *, urgent: bool) -> None:
+        """Blocks until it is this process's turn."""
+
+    def end(self, size_bytes: int) -> None:
+        """The bytes are moved."""
+
+
+class FreeTurns:
+    """Nobody to share with."""
+
+    def begin(self, size_bytes: int, *, urgent: bool) -> None: ...
+
+    def end(self, size_bytes: int) -> None: ...
+
+
+class Loader:
+    """Weights of one model in this process. Every public method may be called by any thread."""
+
+    def __init__(
+        self,
+        window: Window,
+        objects: Mapping[str, MappedObject],
+        source: Source,
+        *,
+        turns: Turns | None = None,
+        keep_page_cache: bool = False,
+        on_idle: Callable[[], None] | None = None,
+    ) -> None:
+        self._window = window
+        self._objects = objects
+        self._source = source
+        self._turns = turns or FreeTurns()
+        self._keep_page_cache = keep_page_cache
+        self._on_idle = on_idle
+        self._changed = threading.Condition()
+        self._error: PoolError | None = None
+        self._backoff_s = FIRST_BACKOFF_S
+        self._retry_at_s = 0.0
+        self._closed = False
+        self._peak_bytes = 0
+        self._moved_bytes = 0
+        self._moving_s = 0.0
+        self._stalled_s = 0.0
+        self._thread = threading.Thread(target=self._work, name="blocks-loader", daemon=True)
+
+    @property
+    def error(self) -> PoolError | None:
+        """Why the last fetch failed; None once one succeeded."""
+        return self._error
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of weights that were held at once, tables that are paged aside."""
+        return self._peak_bytes
+
+    @property
+    def moved_bytes(self) -> int:
+        """All bytes swapped in so far."""
+        return self._moved_bytes
+
+    @property
+    def stalled_s(self) -> float:
+        """How long runs have waited for weights so far."""
+        return self._stalled_s
+
+    def rate(self) -> float | None:
+        """Bytes a second that swapping in has reached; None before the first 8 MiB."""
+        with self._changed:
+            if self._moved_bytes < 8 * 2**20 or self._moving_s <= 0:
+                return None
+            return self._moved_bytes / self._moving_s
+
+    def start(self) -> None:
+        """Begins to load what the window wants."""
+        self._thread.start()
+
+    def pin(self, pinned: Iterable[int], limit_bytes: int | None) -> None:
+        """See `Window.pin`."""
+        with self._changed:
+            self._window.pin(pinned, limit_bytes)
+            self._changed.notify_all()
+
+    @property
+    def held_bytes(self) -> int:
+        with self._changed:
+            return self._window.held_bytes
+
+    def begin(self, order: Sequence[int]) -> int:
+        """A run that needs these blocks; `end` it in any case."""
+        with self._changed:
+            run = self._window.begin(order)
+            self._changed.notify_all()
+            return run
+
+    def take(self, run: int, candidates: Sequence[int]) -> int:
+        """Waits until one of the blocks is in memory; the first that is, marked as computing.
+
+        Raises PoolError when the weights cannot be had.
+        """
+        began_s = time.perf_counter()
+        with self._changed:
+            try:
+                while True:
+                    for block in candidates:
+                        if self._window.ready(block):
+                            self._window.start(run, block)
+                            return block
+                    if self._closed:
+                        raise PoolError("the model is being unloaded")
+                    if self._error is not None and time.monotonic() < self._retry_at_s:
+                        raise self._error
+                    self._changed.wait()
+            finally:
+                self._stalled_s += time.perf_counter() - began_s
+
+    def finish(self, run: int, block: int) -> None:
+        with self._changed:
+            self._window.finish(run, block)
+            self._changed.notify_all()
+
+    def end(self, run: int) -> None:
+        with self._changed:
+            self._window.end(run)
+            self._changed.notify_all()
+
+    def wait_complete(self, timeout_s: float) -> bool:
+        """Whether everything is in memory within that time. Raises PoolError if it cannot be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._window.complete or self._error, timeout_s)
+            if self._error is not None:
+                raise self._error
+            return self._window.complete
+
+    def close(self) -> None:
+        """Ends the thread; runs that wait fail."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                step = self._next_step()
+            if step is None:
+                return
+            self._perform(step)
+            if self._on_idle is not None and not step.fetch:
+                self._on_idle()
+
+    def _next_step(self) -> Step | None:
+        """Waits for one; None when closed."""
+        while not self._closed:
+            pause_s = self._retry_at_s - time.monotonic() if self._error is not None else 0.0
+            if pause_s > 0:
+                self._changed.wait(pause_s)
+                continue
+            step = self._window.next_step()
+            if step is not None:
+                self._peak_bytes = max(self._peak_bytes, self._window.held_bytes)
+                return step
+            self._changed.wait()
+        return None
+
+    def _perform(self, step: Step) -> None:
+        for name in step.drop:
+            self._objects[name].drop(page_cache=not self._keep_page_cache)
+        if not step.fetch:
+            return
+        size_bytes = sum(span.size_bytes for span in step.fetch)
+        with self._changed:
+            urgent = self._window.waited_for
+        self._turns.begin(size_bytes, urgent=urgent)
+        began_s = time.perf_counter()
+        moved = 0
+        try:
+            for span in step.fetch:
+                self._source.fetch(span)
+                moved += span.size_bytes
+                with self._changed:
+                    self._window.fetched(span)
+                    self._error, self._backoff_s = None, FIRST_BACKOFF_S
+                    self._changed.notify_all()
+        except Exception as error:  # a thread that died would leave runs waiting for ever
+            self._fail(step, error)
+        finally:
+            took_s = time.perf_counter() - began_s
+            self._turns.end(moved)
+            with self._changed:
+                self._moved_bytes += moved
+                self._moving_s += took_s
+
+    def _fail(self, step: Step, error: Exception) -> None:
+        wrong = error if isinstance(error, PoolError) else PoolError(f"weights: {error!r}")
+        with self._changed:
+            for span in step.fetch:
+                if not self._window.holds(span.name):
+                    self._window.lost(span.name)
+                    self._objects[span.name].drop(page_cache=False)
+            self._error = wrong
+            self._retry_at_s = time.monotonic() + self._backoff_s
+            self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+            self._changed.notify_all()

@@ -1,0 +1,103 @@
+"""Objects of a pool mapped into memory: swapped in and out by advising the kernel.
+
+The mapping never changes while it lives, so sessions refer to its pages once ("assembly by
+reference"); whether the pages are there is the kernel's business, and ours to advise. Pages that
+were dropped come back, bit for bit, when touched. Shared mappings: processes that map the same
+object share its pages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .manifest import PAGE_BYTES, PoolError
+
+Bytes = npt.NDArray[np.uint8]
+
+MADV_RANDOM = 1
+MADV_DONTNEED = 4
+MADV_POPULATE_READ = 22  # Linux 5.14
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+
+class MappedObject:
+    """A file of the pool, `size_bytes` long, mapped read-only for as long as this object lives."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise PoolError(f"{path}: missing; compile the model again") from None
+        except OSError as error:
+            raise PoolError(f"{path}: {error.strerror}") from None
+        try:
+            found = os.fstat(self._handle).st_size
+            if found != size_bytes:
+                # Pages behind the end of a file cannot be read: the process would get SIGBUS.
+                raise PoolError(
+                    f"{path}: {found} bytes instead of {size_bytes}; compile the model again"
+                )
+            self._map = mmap.mmap(self._handle, max(size_bytes, 1), mmap.MAP_SHARED, mmap.PROT_READ)
+        except PoolError:
+            os.close(self._handle)
+            raise
+        except (OSError, ValueError) as error:
+            os.close(self._handle)
+            raise PoolError(f"{path}: cannot be mapped: {error}") from None
+        self.bytes: Bytes = np.frombuffer(self._map, np.uint8, count=size_bytes)
+        self._address = int(self.bytes.ctypes.data)
+
+    def view(self, offset: int, size_bytes: int, dtype: npt.DTypeLike, shape: Any) -> Any:
+        """A tensor over the mapped pages; nothing is read."""
+        return self.bytes[offset : offset + size_bytes].view(dtype).reshape(shape)
+
+    def populate(self, offset: int, size_bytes: int) -> None:
+        """Swap in: the pages are in memory and in the page table when this returns."""
+        start = offset // PAGE_BYTES * PAGE_BYTES
+        try:
+            self._advise(start, offset + size_bytes - start, MADV_POPULATE_READ)
+        except OSError as error:
+            raise PoolError(f"{self.path}: cannot be read: {error.strerror}") from None
+
+    def drop(self, *, page_cache: bool) -> None:
+        """Swap out: no copy, no pause; also out of the page cache unless somebody else maps it."""
+        self._advise(0, self.size_bytes, MADV_DONTNEED)
+        if page_cache:
+            os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def expect_rows(self) -> None:
+        """Demand paging without read-ahead, for a table of which few rows are used."""
+        self._advise(0, self.size_bytes, MADV_RANDOM)
+
+    def cached_bytes(self) -> int:
+        """Of the object's bytes those in the page cache, whoever brought them there."""
+        count = -(-self.size_bytes // PAGE_BYTES)
+        present = np.zeros(count, np.uint8)
+        if _libc.mincore(self._address, self.size_bytes, present.ctypes.data) != 0:
+            return 0
+        return int(np.count_nonzero(present & 1)) * PAGE_BYTES
+
+    def close(self) -> None:
+        """The descriptor only: sessions may still refer to the pages, which end with the last."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _advise(self, offset: int, size_bytes: int, advice: int) -> None:
+        if size_bytes <= 0:
+            return
+        if _libc.madvise(self._address + offset, size_bytes, advice) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))

@@ -1,0 +1,216 @@
+"""What Triton calls: requests in, responses out; see `blockmodel` for what happens in between.
+
+Invariant: every request is answered once, and one that fails takes no other with it. With
+`parallel` 1 a batch is computed where Triton hands it over, so that Triton keeps collecting the
+next one meanwhile. With more (by default the number of members of a fused model) batches go to
+that many threads, and at most that many are under way: `execute` blocks while all are busy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+def _package() -> str:
+    """Makes this directory importable as a package: Triton imports model.py as a mere module."""
+    name, here = "paceline_blocks", Path(__file__).resolve().parent
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, here / "__init__.py", submodule_search_locations=[str(here)]
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return name
+
+
+_package()
+from paceline_blocks import batching  # noqa: E402
+from paceline_blocks.blockmodel import BlockModel  # noqa: E402
+from paceline_blocks.settings import read_settings  # noqa: E402
+
+
+class TritonPythonModel:
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Opens the model. Raises ValueError, naming model and fix, if it cannot be served."""
+        self._name = args["model_name"]
+        if args.get("model_instance_kind") == "GPU":
+            raise ValueError(f"model '{self._name}': set KIND_CPU in instance_group")
+        config = json.loads(args["model_config"])
+        try:
+            settings = read_settings(config.get("parameters", {}), Path(args["model_repository"]))
+            self._model = BlockModel.open(settings, self._name)
+            self._check(config)
+        except ValueError as error:  # PoolError, SettingsError
+            raise ValueError(f"model '{self._name}': {error}") from None
+        self._batching = {
+            member.name: member.batching and int(config.get("max_batch_size", 0)) > 0
+            for member in self._model.members
+        }
+        parallel = settings.parallel or len(self._model.members)
+        self._workers = ThreadPoolExecutor(parallel) if parallel > 1 else None
+        self._free = threading.Semaphore(parallel)
+        self._model.start()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        answers = _Answers(len(requests))
+        calls: list[batching.Call] = []
+        for position, request in enumerate(requests):
+            try:
+                made = self._calls(position, request)
+            except Exception as error:
+                answers.fail(position, self._failure(error))
+                continue
+            answers.expect(position, len(made))
+            calls.extend(made)
+        batches = batching.batches(calls, self._batching)
+        if self._workers is None:
+            for batch in batches:
+                self._compute(batch, answers)
+            return answers.take()
+        answers.send_with([request.get_response_sender() for request in requests])
+        for batch in batches:
+            self._free.acquire()
+            self._workers.submit(self._compute_and_free, batch, answers)
+        return None
+
+    def finalize(self) -> None:
+        if self._workers is not None:
+            self._workers.shutdown()
+        self._model.close()
+
+    def _compute_and_free(self, batch: list[batching.Call], answers: _Answers) -> None:
+        try:
+            self._compute(batch, answers)
+        finally:
+            self._free.release()
+
+    def _compute(self, batch: Sequence[batching.Call], answers: _Answers) -> None:
+        """Together if they can run together, else each for itself."""
+        try:
+            rows = sum(map(batching.rows_of, batch))
+            results = self._model.infer(
+                batch[0].member, batching.join(batch), batch[0].outputs, rows
+            )
+            parts = batching.split(batch, results)
+        except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
+            if len(batch) == 1:
+                answers.fail(batch[0].request, self._failure(error))
+            else:
+                for call in batch:
+                    self._compute([call], answers)
+            return
+        for call, part in zip(batch, parts, strict=True):
+            answers.give(call.request, part)
+
+    def _calls(self, position: int, request: Any) -> list[batching.Call]:
+        given = {}
+        for tensor in request.inputs():
+            array = tensor.as_numpy()
+            given[tensor.name()] = _as_text(array) if array.dtype == np.object_ else array
+        outputs = request.requested_output_names()
+        return batching.calls_of(position, self._model.members, given, outputs)
+
+    def _check(self, config: Mapping[str, Any]) -> None:
+        """The configuration's tensors are the manifest's. Raises ValueError."""
+        for kind in ("input", "output"):
+            known = {
+                tensor.name: tensor.dtype
+                for member in self._model.members
+                for tensor in (member.inputs if kind == "input" else member.outputs)
+            }
+            for tensor in config.get(kind, []):
+                name, data_type = str(tensor["name"]), str(tensor["data_type"])
+                dtype = data_type.removeprefix("TYPE_").replace("STRING", "BYTES")
+                if known.get(name) != dtype:
+                    raise ValueError(
+                        f"config.pbtxt: {kind} {name!r} is {data_type}; the manifest has {known}"
+                    )
+
+    def _failure(self, error: Exception) -> Any:
+        code = (
+            pb_utils.TritonError.INVALID_ARG
+            if isinstance(error, batching.RequestError)
+            else pb_utils.TritonError.INTERNAL
+        )
+        return pb_utils.TritonError(f"model '{self._name}': {' '.join(str(error).split())}", code)
+
+
+class _Answers:
+    """Responses under way to some requests; complete when all of a request's calls are done."""
+
+    def __init__(self, count: int) -> None:
+        self._lock = threading.Lock()
+        self._missing = [0] * count
+        self._parts: list[dict[str, Any]] = [{} for _ in range(count)]
+        self._done: list[Any] = [None] * count
+        self._senders: Sequence[Any] | None = None
+
+    def expect(self, position: int, calls: int) -> None:
+        self._missing[position] = calls
+        if not calls:
+            self._finish(position, pb_utils.InferenceResponse([]))
+
+    def give(self, position: int, part: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._parts[position].update(part)
+            self._missing[position] -= 1
+            if self._missing[position]:
+                return
+        tensors = [
+            pb_utils.Tensor(name, _as_bytes(array) if array.dtype.kind in "OU" else array)
+            for name, array in self._parts[position].items()
+        ]
+        self._finish(position, pb_utils.InferenceResponse(tensors))
+
+    def fail(self, position: int, error: Any) -> None:
+        self._finish(position, pb_utils.InferenceResponse(error=error))
+
+    def take(self) -> list[Any]:
+        """All of them, for `execute` to return."""
+        return self._done
+
+    def send_with(self, senders: Sequence[Any]) -> None:
+        """From now on each response goes out when it is complete."""
+        with self._lock:
+            self._senders = senders
+            ready = [position for position, done in enumerate(self._done) if done is not None]
+        for position in ready:
+            self._send(position)
+
+    def _finish(self, position: int, response: Any) -> None:
+        with self._lock:
+            if self._done[position] is not None:
+                return  # another call of the request failed before
+            self._done[position] = response
+            if self._senders is None:
+                return
+        self._send(position)
+
+    def _send(self, position: int) -> None:
+        assert self._senders is not None
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        self._senders[position].send(self._done[position], flags=final)
+
+
+def _as_text(array: Any) -> Any:
+    """BYTES elements (UTF-8) as the `str` that ONNX Runtime takes."""
+    texts = [element.decode() for element in array.ravel()]
+    return np.array(texts, dtype=np.object_).reshape(array.shape)
+
+
+def _as_bytes(array: Any) -> Any:
+    encoded = np.empty(array.size, dtype=np.object_)
+    encoded[:] = [str(element).encode() for element in array.ravel()]
+    return encoded.reshape(array.shape)

@@ -1,0 +1,168 @@
+"""ONNX Runtime sessions of blocks, built over mapped pages without touching a weight.
+
+The graphs were optimised by the compiler, so a session neither optimises nor repacks: it is nodes
+and pointers (Cicada's MiniLoader taken to its end). Blocks of equal `key` share one session, also
+between the members of a fused model. All sessions of the process share one arena: one each would
+keep a copy of the largest activations apiece.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from .manifest import Block, PoolError
+from .mapping import MappedObject
+
+DTYPES: Mapping[str, Any] = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "UINT32": np.uint32,
+    "UINT64": np.uint64,
+    "INT8": np.int8,
+    "INT16": np.int16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP16": np.float16,
+    "FP32": np.float32,
+    "FP64": np.float64,
+}
+_arena_lock = threading.Lock()
+_arena: list[object] = []
+
+
+class Session:
+    """A block's session; `run` takes and gives values by position."""
+
+    def __init__(
+        self, graph: Path, block: Block, objects: Mapping[str, MappedObject], threads: int
+    ) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        _share_arena()
+        # ONNX Runtime reads them when the session is made and refers to their memory ever after.
+        values = []
+        for weight in block.weights:
+            view = objects[weight.object].view(
+                weight.offset, weight.bytes, DTYPES[weight.dtype], weight.shape
+            )
+            value = ort.OrtValue.ortvalue_from_numpy(view)
+            if value.data_ptr() != view.ctypes.data:
+                raise PoolError(f"{graph}: weight {weight.name} would be copied: misaligned")
+            options.add_initializer(weight.name, value)
+            values.append((value, view))
+        try:
+            self._session = ort.InferenceSession(str(graph), options, ["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
+            raise PoolError(f"{graph}: ONNX Runtime refuses it: {_line(error)}") from None
+        self._views = [view for _, view in values]
+        self._inputs = [node.name for node in self._session.get_inputs()]
+        self._outputs = [node.name for node in self._session.get_outputs()]
+        if (len(self._inputs), len(self._outputs)) != (len(block.inputs), len(block.outputs)):
+            raise PoolError(f"{graph}: its inputs and outputs are not the manifest's")
+
+    def run(self, values: list[Any]) -> list[Any]:
+        """OrtValues in, OrtValues out."""
+        feed = dict(zip(self._inputs, values, strict=True))
+        results: list[Any] = self._session.run_with_ort_values(self._outputs, feed)
+        return results
+
+
+class Skeleton:
+    """Sessions of all blocks, built in order by a thread; a run waits for the one it needs."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        graph: Callable[[Block], Path],
+        objects: Mapping[str, MappedObject],
+        threads: int,
+    ) -> None:
+        self._blocks = blocks
+        self._graph = graph
+        self._objects = objects
+        self._threads = threads
+        self._built: dict[str, Session] = {}
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._build, name="blocks-skeleton", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def run(self, block: int, values: list[Any]) -> list[Any]:
+        """See `run.Sessions`. Raises PoolError if the session could not be built."""
+        key = self._blocks[block].key
+        session = self._built.get(key)
+        if session is None:
+            session = self._await(key)
+        return session.run(values)
+
+    def close(self) -> None:
+        """Ends the thread; sessions stay usable by runs that have them."""
+        self._closed = True
+        self._thread.join()
+
+    def _await(self, key: str) -> Session:
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._built or self._error or self._closed)
+            if key in self._built:
+                return self._built[key]
+            raise self._error or PoolError("the model is being unloaded")
+
+    def _build(self) -> None:
+        for block in self._blocks:
+            if self._closed:
+                break
+            if block.key in self._built:
+                continue
+            try:
+                session = Session(self._graph(block), block, self._objects, self._threads)
+            except Exception as error:  # whoever waits must be told
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._built[block.key] = session
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+
+def ort_version() -> str:
+    """Of the runtime that is here."""
+    return str(ort.__version__)
+
+
+def to_value(array: Any) -> Any:
+    """An OrtValue over the array's memory, or over a copy of one that is not contiguous."""
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).reshape(array.shape))
+
+
+def _share_arena() -> None:
+    with _arena_lock:
+        if not _arena:
+            memory = ort.OrtMemoryInfo(
+                "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+            )
+            # As much as is asked for, instead of the next power of two.
+            grow = ort.OrtArenaCfg({"arena_extend_strategy": 1})
+            ort.create_and_register_allocator(memory, grow)
+            _arena.append(grow)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

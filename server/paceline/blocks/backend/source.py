@@ -1,0 +1,84 @@
+"""Where a model's objects come from: a pool on this machine's disk (`LocalSource`).
+
+A source opens objects as mappings, at once and without reading them, and brings their bytes into
+memory when the loader says so. Invariant: `fetch` returns for the last span of an object only if
+the whole object's hash was found right, in this process or by a marker that still holds; so no
+block computes with bytes that nobody checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from .manifest import Manifest, ObjectStore, PoolError
+from .mapping import MappedObject
+from .window import Span
+
+
+class Source(Protocol):
+    """Objects of one model; used by one thread at a time, `open` and `graph` by another one."""
+
+    def manifest(self, digest: str) -> Manifest:
+        """Raises PoolError if it cannot be had or is unsound."""
+
+    def open(self, digest: str, size_bytes: int) -> MappedObject:
+        """The object mapped, its bytes maybe not there yet. Raises PoolError."""
+
+    def graph(self, digest: str, size_bytes: int) -> Path:
+        """A graph's file, complete and checked. Raises PoolError."""
+
+    def fetch(self, span: Span) -> None:
+        """Brings the span's bytes into memory. Raises PoolError; the object is then not held."""
+
+    def check(self, digest: str) -> None:
+        """Makes sure that an object that is paged in on demand has the right bytes."""
+
+    def close(self) -> None:
+        """Nothing is fetched any more."""
+
+
+class LocalSource:
+    """A pool directory. Only markers of what was verified are ever written there."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise PoolError(f"{root}: no such pool: `paceline blocks compile` writes one")
+        self._store = ObjectStore(root)
+        self._objects: dict[str, MappedObject] = {}
+
+    def manifest(self, digest: str) -> Manifest:
+        return self._store.manifest(digest)
+
+    def open(self, digest: str, size_bytes: int) -> MappedObject:
+        opened = MappedObject(self._store.path(digest), size_bytes)
+        self._objects[digest] = opened
+        return opened
+
+    def graph(self, digest: str, size_bytes: int) -> Path:
+        return self._store.verified(digest, size_bytes)
+
+    def fetch(self, span: Span) -> None:
+        opened = self._objects[span.name]
+        if span.offset == 0:
+            self.check(span.name)
+        opened.populate(span.offset, span.size_bytes)
+
+    def check(self, digest: str) -> None:
+        self._store.verified(digest, self._objects[digest].size_bytes)
+
+    def close(self) -> None:
+        for opened in self._objects.values():
+            opened.close()
+
+
+def objects_of(manifest: Manifest) -> Mapping[str, int]:
+    """Weights objects of the blocks, with their sizes, in the order of first use."""
+    names = (
+        weight.object
+        for member in manifest.members
+        for block in member.blocks
+        for weight in block.weights
+    )
+    return {name: manifest.objects[name] for name in dict.fromkeys(names)}
