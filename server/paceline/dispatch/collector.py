@@ -36,7 +36,7 @@ class Offer:
 
     def take(self) -> tuple[Piece, ...]:
         """Its rows, taken out of the queue."""
-        return tuple(self.queue.take(self.size, self.head))
+        return self.queue.take(self.size, self.head)
 
 
 class Collector(Protocol):

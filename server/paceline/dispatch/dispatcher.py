@@ -13,18 +13,19 @@ are executed at most once per machine (a restarted machine is another one).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import count
 from math import inf, nextafter
 
 from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
 from paceline.core.ports import ModelCall
-from paceline.core.request import Span, Timeline
-from paceline.core.tensor import Tensor, split_rows
-from paceline.core.values import value
+from paceline.core.request import Timeline
+from paceline.core.tensor import Tensor
 from paceline.dispatch.admission import Admission
+from paceline.dispatch.batch import Batch
 from paceline.dispatch.chain_run import ChainRun, Work
-from paceline.dispatch.collector import Collector, Offer
+from paceline.dispatch.collector import Offer
 from paceline.dispatch.events import (
     Action,
     Answer,
@@ -45,9 +46,9 @@ from paceline.dispatch.events import (
     Wake,
 )
 from paceline.dispatch.machines import Machine, MachinePool
-from paceline.dispatch.policy import collector
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
 from paceline.dispatch.route import ChainRoute, ModuleRoute
+from paceline.dispatch.stage import Served, Stage, served
 
 AGED_AFTER_S = 5.0
 AGED_EVERY = 16
@@ -71,32 +72,20 @@ class ModuleLoad:
     executing: int = 0
 
 
-@value
-class _Batch:
-    machine: Machine
-    collector: Collector
-    lot: int
-    pieces: tuple[Piece, ...]
-    rows: int
-    started_s: float
-
-    @property
-    def route(self) -> ModuleRoute:
-        return self.collector.route
-
-
 class Dispatcher:
     """See the module docstring; `handle` is the one door."""
 
     def __init__(self) -> None:
-        self._routes: dict[str, ChainRoute] = {}
-        self._collectors: dict[int, Collector] = {}
-        self._active: dict[int, Collector] = {}
+        self._served: dict[str, Served] = {}
+        self._stages: dict[int, Stage] = {}
+        """By the identity of the module's route; of replaced routes until they are empty."""
+        self._active: dict[Stage, None] = {}
+        """Stages that may have rows waiting (an ordered set)."""
         self._pool = MachinePool()
         self._admission = Admission()
         self._runs: dict[int, ChainRun] = {}
         self._per_chain: dict[str, int] = {}
-        self._batches: dict[int, _Batch] = {}
+        self._batches: dict[int, Batch] = {}
         self._ids = count(1)
         self._wake_s = inf
         self._launches = 0
@@ -124,12 +113,12 @@ class Dispatcher:
             case InstallChain():
                 self._install(event.route)
             case RemoveChain():
-                self._routes.pop(event.chain, None)
+                self._served.pop(event.chain, None)
             case MachineUp():
                 self._pool.up(event.machine, event.hardware, event.slots, event.instances)
             case MachineDown():
                 self._pool.down(event.machine)
-        if settled:
+        if settled and self._active:
             self._expire(now_s, actions)
             self._launch(now_s, actions)
             self._schedule_wake(now_s, actions)
@@ -147,14 +136,15 @@ class Dispatcher:
     def loads(self) -> dict[tuple[str, str], ModuleLoad]:
         """What waits and what runs now, by (chain, module), modules with nothing left out."""
         found: dict[tuple[str, str], ModuleLoad] = {}
-        for module in self._waiting():
-            load = found.setdefault((module.route.chain, module.route.name), ModuleLoad())
-            for queue in module.queues():
+        for stage in self._waiting():
+            load = found.setdefault((stage.route.chain, stage.route.name), ModuleLoad())
+            for queue in stage.collector.queues():
                 load.queued += queue.rows
                 if (oldest := queue.oldest()) is not None:
                     load.oldest_s = min(load.oldest_s, oldest.queued_s)
         for batch in self._batches.values():
-            load = found.setdefault((batch.route.chain, batch.route.name), ModuleLoad())
+            route = batch.stage.route
+            load = found.setdefault((route.chain, route.name), ModuleLoad())
             load.executing += batch.rows
         return found
 
@@ -177,19 +167,19 @@ class Dispatcher:
 
     def _admit(self, event: Submit, now_s: float) -> ChainRun:
         """The request's run. Raises RequestError where it cannot or must not enter."""
-        route = self._routes.get(event.chain)
-        if route is None:
+        served = self._served.get(event.chain)
+        if served is None:
             message = f"Request for unknown model: '{event.chain}' is not found"
             raise RequestError(ErrorKind.UNKNOWN_MODEL, message)
+        route = served.route
         if self._per_chain.get(event.chain, 0) >= route.max_requests:
             raise Rejected(ErrorKind.QUEUE_FULL, "Exceeds maximum queue size")
-        first = max(route.modules, key=lambda module: module.floor_s)
-        if now_s + first.floor_s > event.deadline_s:
-            raise _too_late(first, now_s, event.deadline_s)
+        if now_s + route.longest.floor_s > event.deadline_s:
+            raise _too_late(route.longest, now_s, event.deadline_s)
         priority = route.bound.chain.priority if event.priority is None else event.priority
         budget_s = event.deadline_s - now_s
-        ticket = self._admission.admit(route, priority, budget_s, self._pool, now_s)
-        return ChainRun(event, route, ticket, now_s=now_s)
+        ticket = self._admission.admit(served, priority, budget_s, self._pool, now_s)
+        return ChainRun(event, served, ticket, now_s=now_s)
 
     def _advance(self, run: ChainRun, now_s: float, actions: list[Action]) -> None:
         """Queue what can start; answer when everything has ended."""
@@ -200,60 +190,50 @@ class Dispatcher:
             self._fail(run, error, now_s, actions)
             return
         while run.idle:
-            self._admission.counted(run.ticket, run.idle.pop(), 0)
+            self._admission.counted(run.ticket, run.idle.pop().place, 0)
         if run.done:
             self._end(run)
             actions.append(Answer(run.submit.request, run.answer(), run.timeline(now_s)))
 
     def _enqueue(self, run: ChainRun, work: Work, now_s: float) -> None:
-        route, submit = work.route, run.submit
-        if now_s + route.floor_s > submit.deadline_s:
-            raise _too_late(route, now_s, submit.deadline_s)
+        step, submit, inputs = work.step, run.submit, work.inputs
+        stage = run.served.stages[step.place]
+        route, deadline_s = stage.route, submit.deadline_s
+        if now_s + route.floor_s > deadline_s:
+            raise _too_late(route, now_s, deadline_s)
         seq = next(self._ids)
-        outputs = run.wanted(route.bound)
-        rows = tuple((t.name, t.datatype, t.shape[1:]) for t in work.inputs)
-        parameters = tuple(sorted(submit.parameters.items()))
-        alike = (rows, outputs, submit.version, parameters)
-        entry = Entry(
-            run=run,
-            route=route,
-            inputs=work.inputs,
-            outputs=outputs,
-            rows=work.rows,
-            key=alike if route.bound.spec.batches else seq,
-            priority=run.ticket.priority,
-            launch_by_s=submit.deadline_s - route.tail_s,
-            latest_s=submit.deadline_s - route.floor_s,
-            queued_s=now_s,
-            seq=seq,
-        )
-        self._admission.counted(run.ticket, route, work.rows)
+        key: Hashable = seq
+        if step.bound.spec.batches:
+            # What may share a batch: the same rows, outputs, version and parameters.
+            alike = tuple([(t.name, t.datatype, t.shape[1:]) for t in inputs])
+            parameters = tuple(sorted(submit.parameters.items())) if submit.parameters else ()
+            key = (alike, step.wanted, submit.version, parameters)
+        order = (run.ticket.priority, deadline_s - route.tail_s, seq, 0)
+        latest_s = deadline_s - route.floor_s
+        entry = Entry(run, stage, step, inputs, work.rows, key, order, latest_s, now_s)
+        self._admission.counted(run.ticket, step.place, work.rows)
         self._queue(entry, now_s)
 
     def _queue(self, entry: Entry, now_s: float) -> None:
-        route = entry.route
-        module = self._collectors.get(id(route))
-        if module is None:
-            module = self._collectors[id(route)] = collector(entry.run.route, route)
-        self._active[id(route)] = module
-        for part in module.add(entry, now_s):
-            part.run.entries.add(part)
+        stage = entry.stage
+        self._active[stage] = None
+        for part in stage.collector.add(entry, now_s):
+            part.run.entries.append(part)
 
-    def _waiting(self) -> list[Collector]:
-        """Collectors with rows."""
-        idle = [key for key, module in self._active.items() if not module.rows]
-        for key in idle:
-            del self._active[key]
-        return list(self._active.values())
+    def _waiting(self) -> list[Stage]:
+        """Stages with rows."""
+        waiting = [stage for stage in self._active if stage.collector.rows]
+        if len(waiting) < len(self._active):
+            self._active = dict.fromkeys(waiting)
+        return waiting
 
     def _install(self, route: ChainRoute) -> None:
-        """New requests take this route; collectors of replaced routes go when they are empty."""
-        self._routes[route.bound.name] = route
-        current = {id(module) for chain in self._routes.values() for module in chain.modules}
-        for key, module in list(self._collectors.items()):
-            if key not in current and not module.rows:
-                del self._collectors[key]
-                self._active.pop(key, None)
+        """New requests take this route; stages of replaced routes go when they are empty."""
+        self._served[route.bound.name] = served(route, self._stages)
+        current = {id(module) for chain in self._served.values() for module in chain.route.modules}
+        for key, stage in list(self._stages.items()):
+            if key not in current and not stage.collector.rows:
+                del self._stages[key]
 
     def _fail(
         self, run: ChainRun, error: RequestError, now_s: float, actions: list[Action]
@@ -264,35 +244,34 @@ class Dispatcher:
 
     def _end(self, run: ChainRun) -> None:
         """Take a request out of every table; batches that hold its rows will ignore them."""
+        chain = run.submit.chain
         del self._runs[run.submit.request]
-        left = self._per_chain.pop(run.submit.chain) - 1
+        left = self._per_chain.pop(chain) - 1
         if left:
-            self._per_chain[run.submit.chain] = left
+            self._per_chain[chain] = left
         self._admission.ended(run.ticket)
         for entry in run.entries:
-            if (module := self._collectors.get(id(entry.route))) is not None:
-                module.discard(entry)
-            entry.alive = False
+            entry.stage.collector.discard(entry)
         run.entries.clear()
 
     # -- time -------------------------------------------------------------------------------
 
     def _expire(self, now_s: float, actions: list[Action]) -> None:
-        for module in self._waiting():
-            gone = [entry for queue in module.queues() for entry in queue.expired(now_s)]
-            gone += module.doomed(self._pool, now_s)
+        for stage in self._waiting():
+            gone = [entry for queue in stage.collector.queues() for entry in queue.expired(now_s)]
+            gone += stage.collector.doomed(self._pool, now_s)
             for entry in gone:
-                error = _too_late(entry.route, now_s, entry.run.submit.deadline_s)
+                error = _too_late(stage.route, now_s, entry.run.submit.deadline_s)
                 self._fail(entry.run, error, now_s, actions)
 
     def _schedule_wake(self, now_s: float, actions: list[Action]) -> None:
         at_s = inf
-        for module in self._waiting():
+        for stage in self._waiting():
             # Just behind the last instant at which a launch would still be in time.
-            for queue in module.queues():
+            for queue in stage.collector.queues():
                 if (expiry_s := queue.next_expiry_s()) is not None:
                     at_s = min(at_s, nextafter(expiry_s, inf))
-            if (offer_s := module.next_offer_s(self._pool, now_s)) is not None:
+            if (offer_s := stage.collector.next_offer_s(self._pool, now_s)) is not None:
                 at_s = min(at_s, offer_s)
         if at_s < self._wake_s:
             self._wake_s = at_s
@@ -304,13 +283,13 @@ class Dispatcher:
         while (choice := self._choose(now_s)) is not None:
             actions.append(self._execute(*choice, now_s))
 
-    def _choose(self, now_s: float) -> tuple[Collector, Offer] | None:
+    def _choose(self, now_s: float) -> tuple[Stage, Offer] | None:
         """The next batch to launch: closed batches first, then the most urgent."""
-        best: tuple[Collector, Offer] | None = None
-        for module in self._waiting():
-            offer = module.offer(self._pool, now_s)
+        best: tuple[Stage, Offer] | None = None
+        for stage in self._waiting():
+            offer = stage.collector.offer(self._pool, now_s)
             if offer is not None and (best is None or offer.rank < best[1].rank):
-                best = (module, offer)
+                best = (stage, offer)
         if best is None:
             return None
         self._launches += 1
@@ -318,12 +297,12 @@ class Dispatcher:
             return self._aged(best, now_s) or best
         return best
 
-    def _aged(self, best: tuple[Collector, Offer], now_s: float) -> tuple[Collector, Offer] | None:
+    def _aged(self, best: tuple[Stage, Offer], now_s: float) -> tuple[Stage, Offer] | None:
         """A batch for the request that has waited longest behind more urgent ones."""
         aged: Entry | None = None
-        found: tuple[Collector, Offer] | None = None
-        for module in self._waiting():
-            offer = module.offer(self._pool, now_s)
+        found: tuple[Stage, Offer] | None = None
+        for stage in self._waiting():
+            offer = stage.collector.offer(self._pool, now_s)
             oldest = offer.queue.oldest() if offer is not None else None
             if offer is None or oldest is None or now_s - oldest.queued_s < AGED_AFTER_S:
                 continue
@@ -331,56 +310,56 @@ class Dispatcher:
             if offer.machine.identity in oldest.failed_on:
                 continue
             if behind and (aged is None or oldest.queued_s < aged.queued_s):
-                aged, found = oldest, (module, offer.led_by(oldest))
+                aged, found = oldest, (stage, offer.led_by(oldest))
         return found
 
-    def _execute(self, module: Collector, offer: Offer, now_s: float) -> Execute:
-        route, spec, machine = module.route, module.route.bound.spec, offer.machine
+    def _execute(self, stage: Stage, offer: Offer, now_s: float) -> Execute:
+        route, spec, machine = stage.route, stage.route.bound.spec, offer.machine
         pieces = offer.take()
-        rows = sum(piece.count for piece in pieces)
-        first = pieces[0].entry
-        # Only a model called by its own name sees the client's version and parameters.
-        submit = first.run.submit if first.run.route.bound.direct else None
-        call = ModelCall(
-            spec.name,
-            batch_inputs(pieces, batches=spec.batches),
-            first.outputs,
-            version=submit.version if submit else "",
-            request_id=submit.request_id if submit and len(pieces) == 1 else "",
-            parameters=submit.parameters if submit else {},
-        )
+        rows = 0
         for piece in pieces:
-            self._admission.launched(piece.entry.run.ticket, route, piece.count)
+            rows += piece.count
+            entry = piece.entry
+            self._admission.launched(entry.run.ticket, entry.step.place, piece.count)
+        first = pieces[0].entry
+        inputs = batch_inputs(pieces, rows, batches=spec.batches)
+        outputs = first.step.wanted
+        if first.run.served.route.bound.direct:
+            # Only a model called by its own name sees the client's version and parameters.
+            submit = first.run.submit
+            name = submit.request_id if len(pieces) == 1 else ""
+            call = ModelCall(spec.name, inputs, outputs, submit.version, name, submit.parameters)
+        else:
+            call = ModelCall(spec.name, inputs, outputs)
         batch = next(self._ids)
-        self._batches[batch] = _Batch(machine, module, offer.lot, pieces, rows, now_s)
-        self._pool.started(machine, route, rows, batch, now_s)
-        module.launched(offer)
-        timeout_s = self._pool.hang_s(machine, route, rows)
+        self._batches[batch] = Batch(machine, stage, offer.lot, pieces, rows, now_s)
+        timeout_s = self._pool.started(machine, route, rows, batch, now_s)
+        stage.collector.launched(offer)
         return Execute(batch, machine.name, call, rows, timeout_s)
 
     # -- what comes back --------------------------------------------------------------------
 
-    def _release(self, batch_id: int) -> _Batch:
+    def _release(self, batch_id: int) -> Batch:
         batch = self._batches.pop(batch_id)
-        self._pool.ended(batch.machine, batch.route.model, batch_id)
-        batch.collector.ended(batch.lot)
+        self._pool.ended(batch.machine, batch.stage.route.model, batch_id)
+        batch.stage.collector.ended(batch.lot)
         return batch
 
     def _batch_done(self, event: BatchDone, now_s: float, actions: list[Action]) -> None:
         batch = self._release(event.batch)
         try:
-            per_piece = _split_outputs(batch, event.outputs)
+            per_piece = batch.split(event.outputs)
         except BackendError as error:
             self._batch_failed(batch, error, now_s, actions, garbled=True)
             return
         took_s = now_s - batch.started_s
-        self._pool.succeeded(batch.machine, batch.route, batch.rows, took_s)
+        self._pool.succeeded(batch.machine, batch.stage.route, batch.rows, took_s)
         for piece, outputs in zip(batch.pieces, per_piece, strict=True):
             self._piece_done(batch, piece, outputs, now_s, actions)
 
     def _piece_done(
         self,
-        batch: _Batch,
+        batch: Batch,
         piece: Piece,
         outputs: tuple[Tensor, ...] | None,
         now_s: float,
@@ -389,23 +368,25 @@ class Dispatcher:
         entry = piece.entry
         if not entry.alive:
             return
-        run, name, start = entry.run, entry.route.name, entry.base + piece.start
-        run.spans.append(_span(batch, piece, now_s))
-        if run.submit.stream and outputs is not None:
-            part = run.partial(name, outputs)
-            actions += [Partial(run.submit.request, start, part)] if part else []
+        run, step, start = entry.run, entry.step, entry.base + piece.start
+        run.spans.append(batch.span(piece, now_s))
+        if run.submit.stream and outputs is not None and (part := run.partial(step, outputs)):
+            actions.append(Partial(run.submit.request, start, part))
         try:
-            complete = run.rows_done(name, start, piece.count, outputs)
+            complete = run.rows_done(step, start, piece.count, outputs)
         except RequestError as error:
             self._fail(run, error, now_s, actions)
             return
         if complete:
-            run.entries = {other for other in run.entries if other.route is not entry.route}
+            if len(run.entries) == 1:
+                run.entries.clear()
+            else:
+                run.entries = [other for other in run.entries if other.step is not step]
             self._advance(run, now_s, actions)
 
     def _batch_failed(
         self,
-        batch: _Batch,
+        batch: Batch,
         error: RequestError,
         now_s: float,
         actions: list[Action],
@@ -416,8 +397,8 @@ class Dispatcher:
         if error.kind in _GONE:
             # To the client this is no unknown model: it asked for what is served.
             error = BackendError(error.message, kind=ErrorKind.UNAVAILABLE)
-        if lost and self._pool.broke(batch.machine, batch.route.model, now_s):
-            actions.append(Broken(batch.machine.name, batch.route.model, error.message))
+        if lost and self._pool.broke(batch.machine, batch.stage.route.model, now_s):
+            actions.append(Broken(batch.machine.name, batch.stage.route.model, error.message))
         if error.kind is ErrorKind.DEADLINE:
             # The batch hung; to its requests that is a failure, their own deadlines may be far.
             error = BackendError(error.message, kind=ErrorKind.UNAVAILABLE)
@@ -433,7 +414,7 @@ class Dispatcher:
                 self._again(again, now_s)
             elif alone:
                 self._again(piece.retry(seq=next(self._ids), alone=True), now_s)
-            elif entry.route.bound.module.on_error != "skip":
+            elif entry.step.bound.module.on_error != "skip":
                 self._fail(entry.run, error, now_s, actions)
             elif piece.count > 1 and not lost:
                 for row in range(piece.count):
@@ -443,52 +424,15 @@ class Dispatcher:
                 self._piece_done(batch, piece, None, now_s, actions)
 
     def _again(self, entry: Entry, now_s: float) -> None:
-        self._admission.counted_again(entry.run.ticket, entry.route, entry.rows)
+        self._admission.counted_again(entry.run.ticket, entry.step.place, entry.rows)
         self._queue(entry, now_s)
 
-    def _may_retry(self, batch: _Batch, entry: Entry) -> bool:
+    def _may_retry(self, batch: Batch, entry: Entry) -> bool:
         failed_on = entry.failed_on | {batch.machine.identity}
         if len(failed_on) >= MOST_TRIES:
             return False
         # A machine that went down may come back as another incarnation before the deadline.
-        return not batch.machine.up or self._pool.others(batch.route.model, failed_on)
-
-
-def _split_outputs(batch: _Batch, outputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """The outputs of each piece, with a row axis; BackendError where they cannot be the batch's."""
-    spec = batch.route.bound.spec
-    wanted = batch.pieces[0].entry.outputs
-    if len(outputs) != len(wanted):
-        raise BackendError(f"model '{spec.name}' returned {len(outputs)} of {len(wanted)} outputs")
-    for name, tensor in zip(wanted, outputs, strict=True):
-        declared = spec.output(name)
-        shape = tensor.shape[1:] if spec.batches else tensor.shape
-        if declared is None or declared.datatype != tensor.datatype or not declared.accepts(shape):
-            expected = f"{declared.datatype} {list(declared.shape)}" if declared else "nothing"
-            raise BackendError(
-                f"model '{spec.name}' returned a malformed output: {name} is {tensor.datatype} "
-                f"{list(shape)}, declared {expected}"
-            )
-    if not spec.batches:
-        return [tuple(tensor.reshaped((1, *tensor.shape)) for tensor in outputs)]
-    counts = [piece.count for piece in batch.pieces]
-    try:
-        return list(zip(*(split_rows(tensor, counts) for tensor in outputs), strict=True))
-    except ValueError as error:
-        raise BackendError(f"model '{spec.name}' returned a malformed output: {error}") from None
-
-
-def _span(batch: _Batch, piece: Piece, now_s: float) -> Span:
-    return Span(
-        module=batch.route.bound.name,
-        model=batch.route.bound.spec.name,
-        machine=batch.machine.name,
-        rows=piece.count,
-        batch_size=batch.rows,
-        queued_s=piece.entry.queued_s,
-        started_s=batch.started_s,
-        ended_s=now_s,
-    )
+        return not batch.machine.up or self._pool.others(batch.stage.route.model, failed_on)
 
 
 def _too_late(route: ModuleRoute, now_s: float, deadline_s: float) -> Rejected:

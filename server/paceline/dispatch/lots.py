@@ -106,7 +106,7 @@ class RoundRobin(_Lots):
                 share = min(1.0, left)
                 rate_rps = share * allocation.batch_size / allocation.duration_s
                 size = min(allocation.batch_size, route.bound.spec.row_limit)
-                lots.append(_Lot(ModuleQueue(route), allocation.hardware, size, 1, rate_rps))
+                lots.append(_Lot(ModuleQueue(), allocation.hardware, size, 1, rate_rps))
                 left -= share
         super().__init__(route, lots)
         self._credit = [0.0] * len(lots)
@@ -155,7 +155,7 @@ class ThroughputCost(_Lots):
             size = min(allocation.batch_size, route.bound.spec.row_limit)
             machines = ceil(allocation.machines - TIE_S)
             rate_rps = allocation.rate_rps
-            queue = ModuleQueue(route)
+            queue = ModuleQueue()
             lots.append(_Lot(queue, allocation.hardware, size, machines, rate_rps))
             due.append(_Due(every_s=size / rate_rps))
         super().__init__(route, lots)

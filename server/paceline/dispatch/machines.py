@@ -10,7 +10,7 @@ Durations are learned per lane as the ratio of what batches took to what the pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -76,12 +76,6 @@ class Machine:
         """Its name and how often it came up: a restarted machine is another one."""
         return (self.name, self.incarnation)
 
-    def can_run(self, model: str, now_s: float) -> bool:
-        if self.busy >= self.slots or not self.up:
-            return False
-        lane = self.lanes.get(model)
-        return lane is not None and lane.free(now_s)
-
 
 class MachinePool:
     """All machines; see the module docstring."""
@@ -89,13 +83,23 @@ class MachinePool:
     def __init__(self) -> None:
         self._machines: dict[str, Machine] = {}
         self._incarnations: dict[str, int] = {}
+        self._lanes: dict[str, list[tuple[Machine, Lane]]] = {}
+        """Every machine that has the model, in the order in which they came up."""
+        self._sharing: dict[str, frozenset[str]] = {}
+        self._free_at: dict[str, list[float]] = {}
+        """What `free_at_s` found for the instant `_free_at_s`, until something changes."""
+        self._free_at_s = -inf
+        self.slots = 0
+        """Batches that can run at a time in all."""
 
     def up(self, name: str, hardware: str, slots: int, instances: Mapping[str, int]) -> None:
         """A machine, new or changed; lanes keep what was learned of them."""
         machine = self._machines.get(name)
+        known = machine is not None and machine.lanes.keys() >= instances.keys()
         if machine is None:
             incarnation = self._incarnations[name] = self._incarnations.get(name, 0) + 1
-            machine = self._machines[name] = Machine(name, hardware, slots, incarnation)
+            machine = self._machines[name] = Machine(name, hardware, 0, incarnation)
+        self.slots += slots - machine.slots
         machine.slots = slots
         for model, lane in machine.lanes.items():
             if lane.instances == 0 and instances.get(model, 0) > 0:
@@ -104,12 +108,17 @@ class MachinePool:
             lane.instances = instances.get(model, 0)
         for model, count in instances.items():
             machine.lanes.setdefault(model, Lane(count)).instances = count
+        self._free_at.clear()
+        if not known:
+            self._index()
 
     def down(self, name: str) -> None:
         """A machine is gone; its batches are reported on their own."""
         machine = self._machines.pop(name, None)
         if machine is not None:
             machine.up = False
+            self.slots -= machine.slots
+            self._index()
 
     def all(self) -> tuple[Machine, ...]:
         """Machines that are up, by name."""
@@ -119,53 +128,47 @@ class MachinePool:
         self, model: str, now_s: float, but: frozenset[tuple[str, int]] = frozenset()
     ) -> list[Machine]:
         """Machines that can start a batch of `model` now, `but` those identities."""
-        free = [m for m in self._machines.values() if m.can_run(model, now_s)]
+        free = [
+            machine
+            for machine, lane in self._lanes.get(model, ())
+            if machine.busy < machine.slots and lane.free(now_s)
+        ]
         return [m for m in free if m.identity not in but] if but else free
 
     def any_free(self, model: str, now_s: float) -> bool:
         """Whether `free` would find one."""
-        return any(m.can_run(model, now_s) for m in self._machines.values())
+        for machine, lane in self._lanes.get(model, ()):
+            if machine.busy < machine.slots and lane.free(now_s):
+                return True
+        return False
 
     def others(self, model: str, but: frozenset[tuple[str, int]]) -> bool:
         """Whether any machine holds `model` besides those identities."""
         return any(
-            (lane := m.lanes.get(model)) is not None and lane.instances > 0
-            for m in self._machines.values()
-            if m.identity not in but
+            lane.instances > 0 and machine.identity not in but
+            for machine, lane in self._lanes.get(model, ())
         )
 
-    def share_machine(self, model: str, other: str) -> bool:
-        """Whether some machine holds both models."""
-        return any(model in m.lanes and other in m.lanes for m in self._machines.values())
+    def sharing(self, model: str) -> frozenset[str]:
+        """The models that some machine holds beside `model`, itself included."""
+        return self._sharing.get(model, frozenset())
 
-    def slots(self) -> int:
-        """Batches that can run at a time in all."""
-        return sum(machine.slots for machine in self._machines.values())
-
-    def free_at_s(self, model: str, now_s: float) -> list[float]:
+    def free_at_s(self, model: str, now_s: float) -> Sequence[float]:
         """When each slot that can run `model` is expected to be free, earliest first."""
-        times: list[float] = []
-        for machine in self._machines.values():
-            lane = machine.lanes.get(model)
-            if lane is None or lane.quarantined:
-                continue
-            most = min(machine.slots, lane.instances)
-            idle = machine.slots - machine.busy
-            if idle >= most:
-                times += [now_s] * most
-                continue
-            ends = sorted(max(end_s, now_s) for end_s in machine.ends_s.values())
-            times += [now_s] * idle + ends[: most - idle]
-        return sorted(times)
+        if now_s != self._free_at_s:
+            self._free_at.clear()
+            self._free_at_s = now_s
+        found = self._free_at.get(model)
+        if found is None:
+            found = self._free_at[model] = self._free_times(model, now_s)
+        return found
 
     def next_probe_s(self, model: str, now_s: float) -> float | None:
         """When a quarantined lane of `model` may be probed next."""
         due = [
             lane.blocked_until_s
-            for machine in self._machines.values()
-            if (lane := machine.lanes.get(model)) is not None
-            and lane.quarantined
-            and lane.blocked_until_s > now_s
+            for _, lane in self._lanes.get(model, ())
+            if lane.failures and lane.blocked_until_s > now_s
         ]
         return min(due, default=None)
 
@@ -176,33 +179,33 @@ class MachinePool:
             return None
         return profiled_s * machine.lanes[route.model].ratio
 
-    def hang_s(self, machine: Machine, route: ModuleRoute, rows: int) -> float:
-        """After how long a batch counts as hanging."""
+    def started(
+        self, machine: Machine, route: ModuleRoute, rows: int, batch: int, now_s: float
+    ) -> float:
+        """A batch went to a machine; returns after how long it counts as hanging."""
+        machine.lanes[route.model].running += 1
+        machine.busy += 1
+        self._free_at.clear()
         expected_s = self.expected_s(machine, route, rows)
+        machine.ends_s[batch] = now_s + (expected_s or 0.0)
         if expected_s is None:
             return UNPROFILED_HANG_S
         return max(LEAST_HANG_S, HANG_FACTOR * expected_s)
-
-    def started(
-        self, machine: Machine, route: ModuleRoute, rows: int, batch: int, now_s: float
-    ) -> None:
-        """A batch went to a machine."""
-        machine.lanes[route.model].running += 1
-        machine.busy += 1
-        expected_s = self.expected_s(machine, route, rows)
-        machine.ends_s[batch] = now_s + (expected_s or 0.0)
 
     def ended(self, machine: Machine, model: str, batch: int) -> None:
         """A batch came back, one way or the other."""
         machine.lanes[model].running -= 1
         machine.busy -= 1
         del machine.ends_s[batch]
+        self._free_at.clear()
 
     def succeeded(self, machine: Machine, route: ModuleRoute, rows: int, took_s: float) -> None:
         """The lane works: learn how fast, end a quarantine."""
         lane = machine.lanes[route.model]
-        lane.failures = 0
-        lane.blocked_until_s = -inf
+        if lane.failures:
+            lane.failures = 0
+            lane.blocked_until_s = -inf
+            self._free_at.clear()
         profiled_s = route.duration_s(machine.hardware, rows)
         if profiled_s is None:
             return
@@ -215,5 +218,32 @@ class MachinePool:
         news = not lane.quarantined
         backoff_s = min(FIRST_BACKOFF_S * 2**lane.failures, LONGEST_BACKOFF_S)
         lane.failures = min(lane.failures + 1, 16)
+        self._free_at.clear()
         lane.blocked_until_s = now_s + backoff_s
         return news
+
+    def _index(self) -> None:
+        """Machines came, went or got other models."""
+        self._free_at.clear()
+        self._lanes = {}
+        sharing: dict[str, set[str]] = {}
+        for machine in self._machines.values():
+            for model, lane in machine.lanes.items():
+                self._lanes.setdefault(model, []).append((machine, lane))
+                sharing.setdefault(model, set()).update(machine.lanes)
+        self._sharing = {model: frozenset(others) for model, others in sharing.items()}
+
+    def _free_times(self, model: str, now_s: float) -> list[float]:
+        times: list[float] = []
+        for machine, lane in self._lanes.get(model, ()):
+            if lane.failures:
+                continue
+            most = min(machine.slots, lane.instances)
+            idle = machine.slots - machine.busy
+            if idle >= most:
+                times += [now_s] * most
+                continue
+            ends = sorted(end_s if end_s > now_s else now_s for end_s in machine.ends_s.values())
+            times += [now_s] * idle + ends[: most - idle]
+        times.sort()
+        return times

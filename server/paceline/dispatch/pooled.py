@@ -21,7 +21,7 @@ class Pooled:
 
     def __init__(self, route: ModuleRoute) -> None:
         self.route = route
-        self._queue = ModuleQueue(route)
+        self._queue = ModuleQueue()
 
     @property
     def rows(self) -> int:
@@ -129,7 +129,7 @@ class Pooled:
 
 def _in_time(head: Entry, machine: Machine, rows: int, now_s: float) -> int:
     """Rows that a batch may hold so that its most urgent one is still answered in time."""
-    route = head.route
+    route = head.stage.route
     if now_s <= head.launch_by_s or rows == 1:
         return rows
     known = route.durations.get(machine.hardware)

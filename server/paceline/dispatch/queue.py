@@ -11,58 +11,68 @@ import heapq
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING
 
-from paceline.core.tensor import BatchTensor, Tensor, batch_rows, row_slice
+from paceline.core.tensor import BatchTensor, Tensor, row_slice
 from paceline.core.values import value
-from paceline.dispatch.route import ModuleRoute
 
 if TYPE_CHECKING:
     from paceline.dispatch.chain_run import ChainRun
+    from paceline.dispatch.stage import Stage
+    from paceline.dispatch.walk import Step
 
 
 Order = tuple[int, float, int, int]
-"""Priority, launch-by time, arrival, row: what is taken first."""
+"""Priority, launch-by time, arrival, first row: what is taken first."""
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
     """A request's rows for one module; batches take ranges of them, in order.
 
-    `base` is the index of its first row among the module's rows (above 0 for a retry of some).
+    `order` is unique; its last part is the index of the first row among the module's rows (above
+    0 for a retry of some). `latest_s` is when a launch would be too late.
     """
 
     run: ChainRun
-    route: ModuleRoute
+    stage: Stage
+    step: Step
     inputs: tuple[Tensor, ...]
-    outputs: tuple[str, ...]
     rows: int
     key: Hashable
-    priority: int
-    launch_by_s: float
+    order: Order
     latest_s: float
     queued_s: float
-    seq: int
-    base: int = 0
     failed_on: frozenset[tuple[str, int]] = frozenset()
     lot: int = 0
     taken: int = 0
     alive: bool = True
 
     @property
-    def order(self) -> Order:
-        """Most urgent first; unique."""
-        return (self.priority, self.launch_by_s, self.seq, self.base)
+    def priority(self) -> int:
+        return self.order[0]
+
+    @property
+    def launch_by_s(self) -> float:
+        return self.order[1]
+
+    @property
+    def base(self) -> int:
+        """The index of its first row among the module's."""
+        return self.order[3]
 
     @property
     def waiting(self) -> int:
         """Rows nobody has taken yet."""
         return self.rows - self.taken if self.alive else 0
 
-    def part(self, start: int, count: int) -> Entry:
-        """Some of its rows as an entry of their own."""
+    def part(self, start: int, count: int, *, seq: int | None = None) -> Entry:
+        """Some of its rows as an entry of their own, which came when it did or as number `seq`."""
         inputs = tuple(row_slice(tensor, start, count) for tensor in self.inputs)
-        return replace(self, inputs=inputs, rows=count, base=self.base + start, taken=0)
+        priority, launch_by_s, own, base = self.order
+        order = (priority, launch_by_s, own if seq is None else seq, base + start)
+        return replace(self, inputs=inputs, rows=count, order=order, taken=0)
 
 
 @value
@@ -81,8 +91,7 @@ class Piece:
         `alone`: in a batch that no other entry joins; `failed_on`: not on those machines, so
         only with rows that must avoid the same ones.
         """
-        again = self.entry.part(self.start, self.count)
-        again.seq = seq
+        again = self.entry.part(self.start, self.count, seq=seq)
         if failed_on is not None:
             again.failed_on = failed_on
             again.key = (again.key, failed_on)
@@ -91,78 +100,106 @@ class Piece:
         return again
 
 
-def batch_inputs(pieces: Sequence[Piece], *, batches: bool) -> tuple[BatchTensor, ...]:
+def batch_inputs(pieces: Sequence[Piece], rows: int, *, batches: bool) -> tuple[BatchTensor, ...]:
     """The tensors of a batch; a model without batch axis (`batches` false) sees one row alone."""
-    first = pieces[0]
-    if batches:
-        return tuple(
-            batch_rows([row_slice(p.entry.inputs[i], p.start, p.count) for p in pieces])
-            for i in range(len(first.entry.inputs))
-        )
-    assert len(pieces) == first.count == 1, pieces
-    rows = [row_slice(tensor, first.start, 1) for tensor in first.entry.inputs]
-    return tuple(BatchTensor(r.name, r.datatype, r.shape[1:], (r.data,)) for r in rows)
+    given = pieces[0].entry.inputs
+    if not batches:
+        assert len(pieces) == rows == 1, pieces
+        alone = [row_slice(tensor, pieces[0].start, 1) for tensor in given]
+        return tuple(BatchTensor(t.name, t.datatype, t.shape[1:], (t.data,)) for t in alone)
+    tensors = []
+    for index, first in enumerate(given):
+        parts = []
+        for piece in pieces:
+            tensor = piece.entry.inputs[index]
+            if piece.count != piece.entry.rows:
+                tensor = row_slice(tensor, piece.start, piece.count)
+            parts.append(tensor.data)
+        shape = (rows, *first.shape[1:])
+        tensors.append(BatchTensor(first.name, first.datatype, shape, tuple(parts)))
+    return tuple(tensors)
 
 
 @dataclass(slots=True)
+class _Bucket:
+    """Entries that may share batches, most urgent first, and how many rows of them wait."""
+
+    heap: list[tuple[Order, Entry]] = field(default_factory=list)
+    rows: int = 0
+
+
 class ModuleQueue:
     """See the module docstring."""
 
-    route: ModuleRoute
-    rows: int = 0
-    _buckets: dict[Hashable, list[tuple[Order, Entry]]] = field(default_factory=dict)
-    _expiry: list[tuple[float, Order, Entry]] = field(default_factory=list)
-    _arrivals: deque[Entry] = field(default_factory=deque)
+    __slots__ = ("_arrivals", "_buckets", "_expiry", "rows")
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._buckets: dict[Hashable, _Bucket] = {}
+        self._expiry: list[tuple[float, Order, Entry]] = []
+        self._arrivals: deque[Entry] = deque()
 
     def add(self, entry: Entry) -> None:
         """Queue an entry with rows to take."""
-        assert entry.waiting > 0, entry
-        heapq.heappush(self._buckets.setdefault(entry.key, []), (entry.order, entry))
-        if entry.latest_s != float("inf"):
+        rows = entry.waiting
+        assert rows > 0, entry
+        bucket = self._buckets.get(entry.key)
+        if bucket is None:
+            bucket = self._buckets[entry.key] = _Bucket()
+        heapq.heappush(bucket.heap, (entry.order, entry))
+        bucket.rows += rows
+        if entry.latest_s != inf:
             heapq.heappush(self._expiry, (entry.latest_s, entry.order, entry))
         self._arrivals.append(entry)
-        self.rows += entry.waiting
+        self.rows += rows
 
     def discard(self, entry: Entry) -> None:
         """Forget what is left of an entry; a no-op when nothing is."""
-        self.rows -= entry.waiting
+        if rows := entry.waiting:
+            self.rows -= rows
+            self._buckets[entry.key].rows -= rows
         entry.alive = False
 
     def head(self) -> Entry | None:
         """The most urgent entry."""
-        best: Entry | None = None
-        for key in list(self._buckets):
-            entry = self._bucket_head(key)
-            if entry is not None and (best is None or entry.order < best.order):
-                best = entry
-        return best
+        if len(self._buckets) == 1:
+            return self._bucket_head(next(iter(self._buckets)))
+        heads = self.heads()
+        return heads[0] if heads else None
 
     def heads(self) -> list[Entry]:
         """The most urgent entry of every kind that may share a batch, most urgent first."""
         found = [entry for key in list(self._buckets) if (entry := self._bucket_head(key))]
-        return sorted(found, key=lambda entry: entry.order)
+        found.sort(key=lambda entry: entry.order)
+        return found
 
     def rows_like(self, entry: Entry, limit: int) -> int:
         """Rows that could join `entry` in a batch, itself included, counted up to `limit`."""
-        count = 0
-        for _, other in self._buckets[entry.key]:
-            count += other.waiting
-            if count >= limit:
-                return limit
-        return count
+        return min(self._buckets[entry.key].rows, limit)
 
-    def take(self, limit: int, head: Entry | None = None) -> list[Piece]:
+    def take(self, limit: int, head: Entry | None = None) -> tuple[Piece, ...]:
         """Up to `limit` rows for one batch, starting with `head` (the most urgent entry)."""
         head = head or self.head()
-        pieces: list[Piece] = []
-        while head is not None and limit > 0:
-            count = min(head.waiting, limit)
+        if head is None:
+            return ()
+        bucket = self._buckets[head.key]
+        heap, pieces, left = bucket.heap, [], limit
+        while left > 0:
+            if head is None:
+                while heap and not heap[0][1].waiting:
+                    heapq.heappop(heap)
+                if not heap:
+                    break
+                head = heap[0][1]
+            count = min(head.waiting, left)
             pieces.append(Piece(head, head.taken, count))
             head.taken += count
-            limit -= count
-            self.rows -= count
-            head = self._bucket_head(head.key)
-        return pieces
+            left -= count
+            head = None
+        bucket.rows -= limit - left
+        self.rows -= limit - left
+        self._forget_taken()
+        return tuple(pieces)
 
     def oldest(self) -> Entry | None:
         """The entry that has waited longest."""
@@ -186,11 +223,21 @@ class ModuleQueue:
             heapq.heappop(self._expiry)
         return self._expiry[0][0] if self._expiry else None
 
+    def _forget_taken(self) -> None:
+        """What is taken must not keep its tensors alive here."""
+        if not self.rows:
+            self._buckets.clear()
+            self._expiry.clear()
+            self._arrivals.clear()
+            return
+        self.oldest()
+        self.next_expiry_s()
+
     def _bucket_head(self, key: Hashable) -> Entry | None:
-        bucket = self._buckets.get(key)
-        while bucket and not bucket[0][1].waiting:
-            heapq.heappop(bucket)
-        if not bucket:
-            self._buckets.pop(key, None)
+        heap = self._buckets[key].heap
+        while heap and not heap[0][1].waiting:
+            heapq.heappop(heap)
+        if not heap:
+            del self._buckets[key]
             return None
-        return bucket[0][1]
+        return heap[0][1]

@@ -14,6 +14,10 @@ from paceline.core.bind import BoundChain, BoundModule
 from paceline.core.chain import Chain
 from paceline.core.plan import Allocation, ChainPlan
 from paceline.core.profile import Durations
+from paceline.dispatch.walk import Walk, walk_of
+
+MOST_WALKS = 64
+"""Combinations of outputs of a chain that are kept compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +86,23 @@ class ChainRoute:
     policy: str = "pooled"
     max_requests: int = 4096
     max_items: int = 4096
-    names: frozenset[str] = field(init=False, repr=False)
+    longest: ModuleRoute = field(init=False, repr=False, compare=False)
+    """The module from which the least time to the chain's end is the greatest."""
+    _walks: dict[tuple[str, ...], Walk] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", frozenset(module.name for module in self.modules))
+        longest = max(self.modules, key=lambda module: module.floor_s)
+        object.__setattr__(self, "longest", longest)
+        object.__setattr__(self, "_walks", {})
+
+    def walk(self, outputs: tuple[str, ...]) -> Walk:
+        """The walk that gives these outputs; empty means all."""
+        found = self._walks.get(outputs)
+        if found is None:
+            found = walk_of(self.bound, outputs)
+            if len(self._walks) < MOST_WALKS:
+                self._walks[outputs] = found
+        return found
 
 
 def route_chain(

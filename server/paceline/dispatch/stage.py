@@ -1,0 +1,58 @@
+"""Chains as they are served now: a stage for every module of a route."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from paceline.dispatch.collector import Collector
+from paceline.dispatch.policy import collector
+from paceline.dispatch.route import ChainRoute, ModuleRoute
+
+
+@dataclass(slots=True, eq=False)
+class Stage:
+    """A module's waiting rows under one route, and what is on its way to it.
+
+    `ahead` is `admission`'s: rows of admitted requests that were not launched yet, by priority.
+    """
+
+    route: ModuleRoute
+    collector: Collector
+    ahead: dict[int, float] = field(default_factory=dict)
+
+    def ahead_of(self, priority: int) -> float:
+        """Rows that go before one of this priority."""
+        ahead = self.ahead
+        if len(ahead) == 1 and priority in ahead:
+            return ahead[priority]
+        return sum(rows for other, rows in ahead.items() if other <= priority)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """A chain's route with its stages, in the order of its modules.
+
+    `parents` are indices of modules; `fan_outs` the rows a request is expected to have at each.
+    """
+
+    route: ChainRoute
+    stages: tuple[Stage, ...]
+    parents: tuple[tuple[int, ...], ...]
+    fan_outs: tuple[float, ...]
+
+
+def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
+    """`route` with the stages that `known` holds (by the route's identity), or new ones."""
+    stages = []
+    for module in route.modules:
+        stage = known.get(id(module))
+        if stage is None:
+            stage = known[id(module)] = Stage(module, collector(route, module))
+        stages.append(stage)
+    places = {module.name: place for place, module in enumerate(route.modules)}
+    return Served(
+        route,
+        tuple(stages),
+        tuple(tuple(places[p] for p in m.bound.module.parents) for m in route.modules),
+        tuple(module.fan_out for module in route.modules),
+    )
