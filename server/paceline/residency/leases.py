@@ -1,0 +1,138 @@
+"""Leases: which request will need which model, which of them wait, which pin what they use.
+
+A lease is *current* once its request wants to use the model now, and *granted* once the model is
+there for it: only then it pins. A lease of a later module of a chain pins nothing, because a
+request that waits for its first model while it holds the room that model needs would wait for
+ever; it makes its model the last that is evicted, for nobody who is less urgent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from paceline.residency.events import Enter
+
+K = TypeVar("K")
+
+AGED_S = 5.0
+"""A lease that waited this long goes before all others, the oldest first."""
+
+Rank = tuple[float, float]
+"""(priority, until when it is needed): the least is the most urgent."""
+
+
+@dataclass(slots=True)
+class Lease:
+    request: int
+    model: str
+    machine: str
+    priority: int
+    latest_s: float
+    since_s: float
+    uses: int = 1
+    current: bool = False
+    granted: bool = False
+
+    def rank(self, now_s: float) -> Rank:
+        if self.current and not self.granted and now_s - self.since_s >= AGED_S:
+            return (-1.0, self.since_s)
+        return (float(self.priority), self.latest_s)
+
+
+class Leases:
+    """All of them, by request and by model, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._by_request: dict[int, dict[str, Lease]] = {}
+        self._by_model: dict[str, dict[int, Lease]] = {}
+        self._pins: dict[str, int] = {}
+        self._bound: dict[tuple[str, str], int] = {}
+
+    def __len__(self) -> int:
+        return sum(len(leases) for leases in self._by_model.values())
+
+    def enter(self, event: Enter, now_s: float) -> list[Lease]:
+        """The request's leases; several uses of one model are one lease."""
+        assert event.request not in self._by_request, event
+        made: dict[str, Lease] = {}
+        for need in event.needs:
+            latest_s = event.deadline_s - need.after_s
+            known = made.get(need.model)
+            if known is not None:
+                known.uses += 1
+                known.latest_s = min(known.latest_s, latest_s)
+                known.current = known.current or need.in_s <= 0.0
+                continue
+            made[need.model] = Lease(
+                event.request,
+                need.model,
+                need.machine,
+                event.priority,
+                latest_s,
+                now_s,
+                current=need.in_s <= 0.0,
+            )
+        self._by_request[event.request] = made
+        for model, lease in made.items():
+            self._by_model.setdefault(model, {})[event.request] = lease
+        return list(made.values())
+
+    def get(self, request: int, model: str) -> Lease | None:
+        return self._by_request.get(request, {}).get(model)
+
+    def of(self, model: str) -> Iterator[Lease]:
+        """The leases of a model."""
+        return iter(tuple(self._by_model.get(model, {}).values()))
+
+    def any(self, model: str) -> bool:
+        return model in self._by_model
+
+    def of_request(self, request: int) -> list[Lease]:
+        return list(self._by_request.get(request, {}).values())
+
+    def pins(self, model: str) -> int:
+        """Granted leases of a model, on whatever machine."""
+        return self._pins.get(model, 0)
+
+    def bound(self, model: str, machine: str) -> int:
+        """Granted leases of a model that only this machine will do for."""
+        return self._bound.get((model, machine), 0)
+
+    def grant(self, lease: Lease) -> None:
+        assert lease.current and not lease.granted, lease
+        lease.granted = True
+        self._count(lease, 1)
+
+    def revoke(self, lease: Lease) -> None:
+        """The model went away by force (its machine is gone): the lease waits again."""
+        assert lease.granted, lease
+        lease.granted = False
+        self._count(lease, -1)
+
+    def drop(self, lease: Lease) -> None:
+        if lease.granted:
+            self._count(lease, -1)
+        leases = self._by_request[lease.request]
+        del leases[lease.model]
+        if not leases:
+            del self._by_request[lease.request]
+        of_model = self._by_model[lease.model]
+        del of_model[lease.request]
+        if not of_model:
+            del self._by_model[lease.model]
+
+    def _count(self, lease: Lease, change: int) -> None:
+        _add(self._pins, lease.model, change)
+        if lease.machine:
+            _add(self._bound, (lease.model, lease.machine), change)
+
+
+def _add(counts: dict[K, int], key: K, change: int) -> None:
+    left = counts.get(key, 0) + change
+    assert left >= 0, (key, left)
+    if left:
+        counts[key] = left
+    else:
+        counts.pop(key, None)

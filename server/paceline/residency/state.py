@@ -1,0 +1,161 @@
+"""What residency knows of models and machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+from paceline.residency.evict import Eviction, Rate, weight
+from paceline.residency.ledger import Footprint, Held, Ledger
+
+FIRST_LOAD_S = 1.0
+"""What a load is believed to take before one was seen."""
+
+LEAST_LOAD_S = 1e-3
+"""A load is believed to take at least that: what costs nothing would never be kept."""
+
+LOAD_WEIGHT = 0.3
+"""Weight of the newest load in the learned duration."""
+
+FIRST_BACKOFF_S = 1.0
+LONGEST_BACKOFF_S = 60.0
+"""How long a model that did not load on a machine is not tried there again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`most_loads` at a time on a machine; `held_s`: how long what runs may hold up a load that a
+    request waits for; `leak_share` of a budget that may be leaked before the machine is recycled.
+    """
+
+    most_loads: int = 4
+    held_s: float = 1.0
+    leak_share: float = 0.1
+    eviction: Eviction = "cost"
+
+
+@dataclass(slots=True)
+class Failure:
+    count: int
+    until_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What a chain says about a model it uses."""
+
+    rate_rps: float
+    priority: int
+    keep_alive_s: float | None
+
+
+@dataclass(slots=True)
+class Model:
+    name: str
+    footprint: Footprint
+    instances: Mapping[str, int]
+    load_s: float = FIRST_LOAD_S
+    loads: int = 0
+    rate: Rate = field(default_factory=Rate)
+    used_s: float = 0.0
+    chains: dict[str, Worth] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    withdrawn: bool = False
+    asleep: bool = False
+    """Unloaded because nobody used it: loaded again on demand only."""
+
+    @property
+    def keep_alive_s(self) -> float | None:
+        """The longest that a chain wants it kept; None: nobody minds that it stays."""
+        known = [worth.keep_alive_s for worth in self.chains.values()]
+        if not known or None in known:
+            return None
+        return max(s for s in known if s is not None)
+
+    @property
+    def weight(self) -> float:
+        return weight(min((w.priority for w in self.chains.values()), default=0))
+
+    def loss(self, now_s: float) -> float:
+        """What its absence costs, per second."""
+        return self.rate.at(now_s) * self.load_s * self.weight
+
+    def learn_load(self, took_s: float) -> None:
+        self.loads += 1
+        share = 1.0 if self.loads == 1 else LOAD_WEIGHT
+        self.load_s += share * (max(took_s, LEAST_LOAD_S) - self.load_s)
+
+    def failed(self, machine: str, reason: str, now_s: float) -> None:
+        before = self.failures.get(machine)
+        count = before.count + 1 if before is not None else 1
+        backoff_s = min(FIRST_BACKOFF_S * 2.0 ** (count - 1), LONGEST_BACKOFF_S)
+        self.failures[machine] = Failure(min(count, 16), now_s + backoff_s, reason)
+
+    def barred(self, machine: str, now_s: float) -> Failure | None:
+        """Why it is not tried on that machine now."""
+        failure = self.failures.get(machine)
+        return failure if failure is not None and now_s < failure.until_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Of an instance count."""
+
+    before: int
+    after: int
+
+
+@dataclass(slots=True)
+class Machine:
+    name: str
+    ledger: Ledger
+    recyclable: bool = False
+    fill: list[str] = field(default_factory=list)
+    interference: float = 1.0
+    bearable: float = inf
+    recycling: str = ""
+    """Why it is to be restarted; "" when it is not."""
+    asked: bool = False
+    """The restart is under way."""
+    growing: dict[str, Change] = field(default_factory=dict)
+    """Instance counts that are being changed in place."""
+
+    def copy(self, model: str) -> Held | None:
+        """The model here, if leases can be granted on it."""
+        held = self.ledger.get(model)
+        return held if held is not None and held.open and not self.recycling else None
+
+    def allowed_loads(self, most: int) -> int:
+        """Loads at a time that what runs can bear."""
+        if self.interference <= 1.0 or self.bearable == inf:
+            return most
+        return max(0, min(most, int((self.bearable - 1.0) / (self.interference - 1.0) + 1e-9)))
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A model that was unloaded, and why."""
+
+    at_s: float
+    machine: str
+    model: str
+    size_bytes: int
+    why: str
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start. A miss is a use of a model that was not there."""
+
+    hits: int = 0
+    misses: int = 0
+    loads: int = 0
+    load_failures: int = 0
+    loaded_bytes: int = 0
+    evictions: int = 0
+    unloads: int = 0
+    refused: int = 0
+    leaks: int = 0
+    recycles: int = 0
