@@ -320,6 +320,9 @@ class FakeInference:
     def begin(
         self, request: InferRequest, on_end: OnEnd, on_partial: OnPartial | None = None
     ) -> int:
+        if self.failure is not None and not isinstance(self.failure, RequestError):
+            # As a bug in the engine does.
+            raise self.failure
         task = asyncio.get_running_loop().create_task(self.infer(request, on_partial))
 
         def ended(task: asyncio.Task[InferAnswer]) -> None:

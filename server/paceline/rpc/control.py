@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any, Protocol
 
-import grpc
-import grpc.aio
 from google.protobuf import json_format
 
 from paceline.core.chain import Chain
@@ -28,7 +26,8 @@ from paceline.v1 import control_pb2, control_pb2_grpc
 
 SERVICE = "paceline.v1.Control"
 
-Context = grpc.aio.ServicerContext[Any, Any]
+Context = Any
+"""A CallContext; generated code only knows grpc's own."""
 
 
 class ParseChain(Protocol):

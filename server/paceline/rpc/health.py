@@ -14,15 +14,13 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
-import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.ports import Control
+from paceline.rpc.context import CallContext
 from paceline.rpc.status import Status, abort
 from paceline.rpc.stopping import until
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _SERVING: int = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING: int = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -42,14 +40,14 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._services = services | {""}
         self._stopping = stopping
 
-    async def Check(self, request: Any, context: Context) -> Any:
+    async def Check(self, request: Any, context: CallContext) -> Any:
         state = self._state(request.service)
         if state == _UNKNOWN:
             details = f"unknown service {request.service!r}"
             await abort(context, Status(grpc.StatusCode.NOT_FOUND, details))
         return health_pb2.HealthCheckResponse(status=state)
 
-    async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:
+    async def Watch(self, request: Any, context: CallContext) -> AsyncIterator[Any]:
         """Ends after NOT_SERVING when the server stops."""
         told = self._state(request.service)
         yield health_pb2.HealthCheckResponse(status=told)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
-import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from paceline import __version__
@@ -22,21 +22,23 @@ from paceline.core.bind import BoundChain
 from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.ports import Control, Inference
 from paceline.core.request import InferAnswer
-from paceline.core.tensor import Tensor
+from paceline.core.tensor import Buffer, Tensor
 from paceline.rpc import describe, wire
+from paceline.rpc.call import UnaryCall
+from paceline.rpc.context import CallContext
 from paceline.rpc.convert import (
     final_response,
     infer_request,
     infer_response,
     items_response,
 )
+from paceline.rpc.head import Metadata
+from paceline.rpc.listener import GrpcServer
 from paceline.rpc.status import Status, abort, answered, status_of
 from paceline.rpc.stream import Emit, Infer, InferStream, Reply
 from paceline.rpc.validate import Signature
 
 SERVICE = "inference.GRPCInferenceService"
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 _SIGNATURES = 1024
 _INTEGER = re.compile(r"[+-]?\d+")
@@ -53,28 +55,34 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     # Inference
 
-    def raw_handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
+    def add_raw_handlers(self, server: GrpcServer) -> None:
         """Inference on serialized messages; to be registered before the servicer itself."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "ModelInfer": grpc.unary_unary_rpc_method_handler(self._raw_infer),
-                "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._raw_stream),
-            },
-        )
+        server.add_unary(f"/{SERVICE}/ModelInfer", self._raw_infer)
+        stream = grpc.stream_stream_rpc_method_handler(self._raw_stream)
+        server.add_registered_method_handlers(SERVICE, {"ModelStreamInfer": stream})
 
-    async def _raw_infer(self, data: bytes, context: Context) -> bytes:
+    def _raw_infer(self, call: UnaryCall, data: Buffer) -> None:
+        """The hot path: no task, no message object."""
         try:
             message = wire.read_request(data)
-            answer, version = await self._serve(message, context.time_remaining())
-            if not message.id:
-                _tell_number(context, answer)
-            return wire.write_response(message, version, answer)
-        except Exception as error:
-            status = status_of(error)
-        await abort(context, status)
+            signature = self._signature(message.model_name, message.model_version)
+            request = infer_request(message, signature, call.time_remaining())
 
-    async def _raw_stream(self, requests: AsyncIterator[bytes], context: Context) -> None:
+            def on_end(outcome: InferAnswer | RequestError) -> None:
+                try:
+                    if isinstance(outcome, RequestError):
+                        raise outcome
+                    metadata = () if message.id else _number(outcome)
+                    call.answer(wire.response_parts(message, signature.version, outcome), metadata)
+                except Exception as error:
+                    call.refuse(status_of(error))
+
+            number = self._inference.begin(request, on_end)
+            call.on_cancel = partial(self._inference.cancel, number)
+        except Exception as error:
+            call.refuse(status_of(error))
+
+    async def _raw_stream(self, requests: AsyncIterator[bytes], context: CallContext) -> None:
         async def infer(message: Any, emit: Emit) -> bytes:
             def emit_raw(response: Any) -> None:
                 emit(response.SerializeToString())
@@ -83,20 +91,20 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
             if "stream_items" in message.parameters:
                 final: bytes = final_response(message, version, answer).SerializeToString()
                 return final
-            return wire.write_response(message, version, answer)
+            return b"".join(wire.response_parts(message, version, answer))
 
         await self._stream(_parsed(requests), context, infer, _raw_stream_reply)
 
-    async def ModelInfer(self, request: Any, context: Context) -> Any:
+    async def ModelInfer(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._unary(request, context))
 
-    async def _unary(self, request: Any, context: Context) -> Any:
+    async def _unary(self, request: Any, context: CallContext) -> Any:
         answer, version = await self._serve(request, context.time_remaining())
         if not request.id:
-            _tell_number(context, answer)
+            context.set_trailing_metadata(_number(answer))
         return infer_response(request, version, answer)
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Context) -> None:
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: CallContext) -> None:
         async def infer(request: Any, emit: Emit) -> Any:
             answer, version = await self._serve(request, context.time_remaining(), emit)
             if "stream_items" in request.parameters:
@@ -106,7 +114,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         await self._stream(requests, context, infer, _stream_reply)
 
     async def _stream(
-        self, requests: AsyncIterator[Any], context: Context, infer: Infer, reply: Reply
+        self, requests: AsyncIterator[Any], context: CallContext, infer: Infer, reply: Reply
     ) -> None:
         fail_fast = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
         stream = InferStream(infer, reply, fail_fast=fail_fast, stopping=self._stopping)
@@ -147,14 +155,14 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     # Health, metadata, statistics
 
-    async def ServerLive(self, request: Any, context: Context) -> Any:
+    async def ServerLive(self, request: Any, context: CallContext) -> Any:
         return service_pb2.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, request: Any, context: Context) -> Any:
+    async def ServerReady(self, request: Any, context: CallContext) -> Any:
         ready = self._control.ready and not self._control.draining
         return service_pb2.ServerReadyResponse(ready=ready)
 
-    async def ModelReady(self, request: Any, context: Context) -> Any:
+    async def ModelReady(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._model_ready(request))
 
     async def _model_ready(self, request: Any) -> Any:
@@ -165,22 +173,22 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
             return service_pb2.ModelReadyResponse(ready=False)
         return service_pb2.ModelReadyResponse(ready=True)
 
-    async def ServerMetadata(self, request: Any, context: Context) -> Any:
+    async def ServerMetadata(self, request: Any, context: CallContext) -> Any:
         return service_pb2.ServerMetadataResponse(
             name="paceline", version=__version__, extensions=describe.EXTENSIONS
         )
 
-    async def ModelMetadata(self, request: Any, context: Context) -> Any:
+    async def ModelMetadata(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._describe(request, describe.metadata))
 
-    async def ModelConfig(self, request: Any, context: Context) -> Any:
+    async def ModelConfig(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._describe(request, describe.config))
 
     async def _describe(self, request: Any, what: Any) -> Any:
         bound = self._control.callable(request.name, _checked(request.version))
         return what(bound)
 
-    async def ModelStatistics(self, request: Any, context: Context) -> Any:
+    async def ModelStatistics(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._statistics(request))
 
     async def _statistics(self, request: Any) -> Any:
@@ -205,7 +213,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     # Repository
 
-    async def RepositoryIndex(self, request: Any, context: Context) -> Any:
+    async def RepositoryIndex(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._index(request))
 
     async def _index(self, request: Any) -> Any:
@@ -216,7 +224,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
                 describe.add_index(response, state)
         return response
 
-    async def RepositoryModelLoad(self, request: Any, context: Context) -> Any:
+    async def RepositoryModelLoad(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._load(request))
 
     async def _load(self, request: Any) -> Any:
@@ -231,7 +239,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
             raise RequestError(ErrorKind.INTERNAL, text) from error
         return service_pb2.RepositoryModelLoadResponse()
 
-    async def RepositoryModelUnload(self, request: Any, context: Context) -> Any:
+    async def RepositoryModelUnload(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._unload(request))
 
     async def _unload(self, request: Any) -> Any:
@@ -249,35 +257,34 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     # What a front server in another process than Triton does not offer
 
-    async def SystemSharedMemoryStatus(self, request: Any, context: Context) -> Any:
+    async def SystemSharedMemoryStatus(self, request: Any, context: CallContext) -> Any:
         await _unsupported(context, "system shared memory")
 
-    async def SystemSharedMemoryRegister(self, request: Any, context: Context) -> Any:
+    async def SystemSharedMemoryRegister(self, request: Any, context: CallContext) -> Any:
         await _unsupported(context, "system shared memory")
 
-    async def SystemSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
+    async def SystemSharedMemoryUnregister(self, request: Any, context: CallContext) -> Any:
         await _unsupported(context, "system shared memory")
 
-    async def CudaSharedMemoryStatus(self, request: Any, context: Context) -> Any:
+    async def CudaSharedMemoryStatus(self, request: Any, context: CallContext) -> Any:
         await _unsupported(context, "CUDA shared memory")
 
-    async def CudaSharedMemoryRegister(self, request: Any, context: Context) -> Any:
+    async def CudaSharedMemoryRegister(self, request: Any, context: CallContext) -> Any:
         await _unsupported(context, "CUDA shared memory")
 
-    async def CudaSharedMemoryUnregister(self, request: Any, context: Context) -> Any:
+    async def CudaSharedMemoryUnregister(self, request: Any, context: CallContext) -> Any:
         await _unsupported(context, "CUDA shared memory")
 
-    async def TraceSetting(self, request: Any, context: Context) -> Any:
+    async def TraceSetting(self, request: Any, context: CallContext) -> Any:
         await _unsupported(context, "tracing")
 
-    async def LogSettings(self, request: Any, context: Context) -> Any:
+    async def LogSettings(self, request: Any, context: CallContext) -> Any:
         await _unsupported(context, "setting the log level over gRPC")
 
 
-def _tell_number(context: Context, answer: InferAnswer) -> None:
+def _number(answer: InferAnswer) -> Metadata:
     """An answer to a request without an id says by which number `explain` knows it."""
-    number = str(answer.timeline.request)
-    context.set_trailing_metadata((("paceline-request-id", number),))
+    return (("paceline-request-id", str(answer.timeline.request)),)
 
 
 async def _parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
@@ -344,6 +351,6 @@ def _no_load_parameters(request: Any) -> None:
         raise RequestError(ErrorKind.INVALID, f"unrecognized load parameter '{name[:64]}'.")
 
 
-async def _unsupported(context: Context, what: str) -> NoReturn:
+async def _unsupported(context: CallContext, what: str) -> NoReturn:
     details = f"{what} is not offered in this version of Paceline"
     await abort(context, Status(grpc.StatusCode.UNIMPLEMENTED, details))

@@ -10,10 +10,9 @@ import logging
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 import grpc
-import grpc.aio
 
 from paceline.core.errors import (
     ConfigError,
@@ -23,11 +22,11 @@ from paceline.core.errors import (
     RequestError,
     ResidencyError,
 )
+from paceline.rpc.head import Metadata
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Metadata = tuple[tuple[str, str], ...]
 
 CODES: dict[ErrorKind, grpc.StatusCode] = {
     ErrorKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
@@ -75,7 +74,15 @@ def status_of(error: Exception) -> Status:
     )
 
 
-async def answered(context: grpc.aio.ServicerContext[Any, Any], work: Awaitable[T]) -> T:
+class Context(Protocol):
+    """A call that can be ended."""
+
+    async def abort(self, code: grpc.StatusCode, details: str, metadata: Metadata, /) -> NoReturn:
+        """End it; raises."""
+        ...
+
+
+async def answered(context: Context, work: Awaitable[T]) -> T:
     """The result of `work`, or the call ended with the status of its failure.
 
     Cancellation passes through: gRPC cancels a handler whose client went away.
@@ -87,7 +94,7 @@ async def answered(context: grpc.aio.ServicerContext[Any, Any], work: Awaitable[
     await abort(context, status)
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], status: Status) -> NoReturn:
+async def abort(context: Context, status: Status) -> NoReturn:
     """End the call with `status`; does not return."""
     await context.abort(status.code, status.details, status.metadata)
 

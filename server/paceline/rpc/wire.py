@@ -79,7 +79,7 @@ _headers: dict[bytes, WireTensor] = {}
 _answered_headers: dict[tuple[str, str, tuple[int, ...]], bytes] = {}
 
 
-def read_request(data: bytes) -> Any:
+def read_request(data: Buffer) -> Any:
     """A WireRequest, or protobuf's ModelInferRequest where the message is unusual.
 
     Raises RequestError (INTERNAL, gRPC's own words) for bytes that are no ModelInferRequest.
@@ -89,30 +89,30 @@ def read_request(data: bytes) -> Any:
     except Unusual:
         pass
     try:
-        return service_pb2.ModelInferRequest.FromString(data)
+        return service_pb2.ModelInferRequest.FromString(bytes(data))
     except DecodeError:
         raise RequestError(ErrorKind.INTERNAL, "Exception deserializing request!") from None
 
 
-def parse_request(data: bytes) -> WireRequest:
+def parse_request(data: Buffer) -> WireRequest:
     """Raises Unusual for what is protobuf's to judge."""
     model = version = identity = ""
     inputs: list[WireTensor] = []
     outputs: list[WireOutput] = []
     raw: list[Buffer] = []
-    view = memoryview(data) if len(data) > _VIEW_BYTES else None
+    view = memoryview(data) if len(data) > _VIEW_BYTES else data
     for key, start, end in fields(data):
         if key == _RAW:
-            large = view is not None and end - start > _VIEW_BYTES
-            raw.append(view[start:end] if view is not None and large else data[start:end])
+            contents = view[start:end]
+            raw.append(contents if end - start > _VIEW_BYTES else bytes(contents))
         elif key == _INPUT:
-            inputs.append(_input(data[start:end]))
+            inputs.append(_input(bytes(data[start:end])))
         elif key == _MODEL:
             model = text(data[start:end])
         elif key == _ID:
             identity = text(data[start:end])
         elif key == _OUTPUT:
-            outputs.append(_output(data[start:end]))
+            outputs.append(_output(bytes(data[start:end])))
         elif key == _VERSION:
             version = text(data[start:end])
         else:
@@ -122,8 +122,9 @@ def parse_request(data: bytes) -> WireRequest:
     return WireRequest(model, version, identity, inputs, outputs, raw)
 
 
-def write_response(message: Any, version: str, answer: InferAnswer) -> bytes:
-    """The serialized ModelInferResponse to `message`; `version` is the one that answered."""
+def response_parts(message: Any, version: str, answer: InferAnswer) -> list[Buffer]:
+    """The serialized ModelInferResponse to `message`, not joined; `version` is the one that
+    answered."""
     parts: list[Buffer] = [
         length_delimited(1, message.model_name.encode())
         + length_delimited(2, (message.model_version or version).encode())
@@ -134,7 +135,7 @@ def write_response(message: Any, version: str, answer: InferAnswer) -> bytes:
         parts.append(_answered_header(tensor.name, tensor.datatype, tensor.shape))
         contents.append(_ANSWERED_RAW + varint(len(tensor.data)))
         contents.append(tensor.data)
-    return b"".join(parts + contents)
+    return parts + contents
 
 
 def stream_response(response: bytes) -> bytes:

@@ -13,40 +13,29 @@ as `incompatible`, and grpc.aio takes over.
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
-from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import cast
 from urllib.parse import unquote
 
 import grpc
 
 from paceline.core.tensor import Buffer
-from paceline.triton import hpack
+from paceline.http2 import frames, hpack
+from paceline.http2.connection import Connection, ReadBuffer, Stream
+from paceline.http2.frames import ErrorCode, ProtocolError, Setting
+from paceline.http2.messages import PREFIX, PREFIX_BYTES, Inbox, MessageTooLarge
 from paceline.triton.transport import NO_TIMEOUT_S, CallFailed, ChannelClosed
 
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE, _CONTINUATION = (
-    *(0x0, 0x1, 0x3, 0x4, 0x6, 0x7, 0x8, 0x9),
-)
-_END_STREAM, _ACK, _END_HEADERS, _PADDED, _PRIORITY = 0x1, 0x1, 0x4, 0x8, 0x20
-_SET_TABLE_SIZE, _SET_PUSH, _SET_STREAMS, _SET_WINDOW, _SET_FRAME = 1, 2, 3, 4, 5
-_CANCEL = 8
-_NO_ERROR = 0
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_FRAME_HEADER_BYTES = 9
-_PREFIX_BYTES = 5
-_MAX_WINDOW = 2**31 - 1
-_MAX_FRAME_BYTES = 2**24 - 1
-_FIRST_WINDOW = 65_535
-_RENEW_WINDOW_BYTES = 2**26
-_WRITE_AHEAD_BYTES = 2**20
-_USER_TIMEOUT_MS = 20_000
 _CONNECT_TIMEOUT_S = 20.0
-
-_REFUSED = 7
+_LONGEST_MESSAGE_BYTES = frames.MAX_WINDOW
 _CODES = {str(code.value[0]): code for code in grpc.StatusCode}
+_SETTINGS = frames.PREFACE + frames.settings(
+    {
+        Setting.HEADER_TABLE_SIZE: 0,
+        Setting.ENABLE_PUSH: 0,
+        Setting.INITIAL_WINDOW_SIZE: frames.MAX_WINDOW,
+        Setting.MAX_FRAME_SIZE: frames.MAX_FRAME_BYTES,
+    }
+)
 
 
 class Http2Transport:
@@ -56,12 +45,13 @@ class Http2Transport:
         host, _, port = target.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
         self._authority = target
+        self._buffer = ReadBuffer()
         self._connection: _Connection | None = None
         self._connections: set[_Connection] = set()
         self._connecting: asyncio.Task[_Connection] | None = None
         self._closed = False
 
-    async def unary(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> memoryview:
+    async def unary(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> Buffer:
         """The answer to the message made of `parts`. Raises CallFailed, ChannelClosed."""
         connection = self._connection
         if connection is None or not connection.usable:
@@ -103,7 +93,7 @@ class Http2Transport:
     async def _open(self) -> _Connection:
         loop = asyncio.get_running_loop()
         _, protocol = await loop.create_connection(
-            lambda: _Connection(self._authority), self._host, self._port
+            lambda: _Connection(self._buffer, self._authority), self._host, self._port
         )
         # One that is going away may still have calls to answer.
         self._connections = {old for old in self._connections if not old.lost.is_set()}
@@ -112,73 +102,73 @@ class Http2Transport:
         return protocol
 
 
-class _Call:
-    """A call on its stream: what is left to send, what has come."""
+class _Call(Stream):
+    """A call on its stream: what has come of its answer."""
 
-    __slots__ = ("answer", "chunks", "headers", "pending", "received", "stream", "timer", "window")
+    __slots__ = ("_connection", "answer", "headers", "inbox", "timer")
 
-    def __init__(self, stream: int, answer: asyncio.Future[memoryview], window: int) -> None:
-        self.stream = stream
-        self.answer = answer
-        self.window = window
-        self.pending: deque[memoryview] = deque()
-        self.chunks: list[Buffer] = []
-        self.received = 0
-        self.headers: dict[str | None, str | None] = {}
+    def __init__(self, connection: _Connection, stream: int, window: int) -> None:
+        super().__init__(stream, window, frames.MAX_WINDOW)
+        self._connection = connection
+        self.answer: asyncio.Future[Buffer] = asyncio.get_running_loop().create_future()
+        self.inbox = Inbox(frames.MAX_WINDOW)
+        self.headers: dict[str, str] = {}
         self.timer: asyncio.TimerHandle | None = None
 
+    def received(self, data: memoryview, ended: bool) -> None:
+        """See `Stream.received`."""
+        try:
+            self.inbox.feed(data)
+        except (MessageTooLarge, OSError, MemoryError) as error:
+            # Nobody sends so much; the memory is not there.
+            self._connection.fail(self, CallFailed(grpc.StatusCode.INTERNAL, str(error)))
+            return
+        if ended:
+            self._connection.ended(self)
 
-class _Connection(asyncio.Protocol):
+    def room(self, at_most: int) -> memoryview | None:
+        """See `Stream.room`."""
+        return self.inbox.room(at_most)
+
+    def filled(self, count: int) -> None:
+        """See `Stream.filled`."""
+        self.inbox.filled(count)
+
+
+class _Connection(Connection):
     """One TCP connection. Never used again once `usable` is false."""
 
-    def __init__(self, authority: str) -> None:
+    def __init__(self, buffer: ReadBuffer, authority: str) -> None:
+        super().__init__(buffer, expects=b"", settings=_SETTINGS)
+        self._takes_frame_bytes = frames.MAX_FRAME_BYTES
+        self._decoder = hpack.Decoder(0)
         self._authority = authority
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
         self._calls: dict[int, _Call] = {}
-        self._blocked: deque[_Call] = deque()
         self._next_stream = 1
-        self._window = _FIRST_WINDOW
-        self._stream_window = _FIRST_WINDOW
-        self._frame_bytes = 16_384
-        self._streams = _MAX_WINDOW
-        self._consumed = 0
-        self._greeted = False
-        self._paused = False
+        self._peer_streams = frames.MAX_WINDOW
         self._header_blocks: dict[str, bytes] = {}
-        # The reader: a frame header in parts, or what is left of a frame's payload.
-        self._head = b""
-        self._frame: tuple[int, int, int] | None = None
-        self._payload: list[Buffer] = []
-        self._left = 0
-        self._block: tuple[int, int, bytes] | None = None
         self.usable = True
         self.lost = asyncio.Event()
 
-    # -- calls ------------------------------------------------------------------------------
-
-    async def call(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> memoryview:
+    async def call(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> Buffer:
         """See `Http2Transport.unary`."""
         if self._transport is None:
             text = "connection closed by the server"
             raise CallFailed(grpc.StatusCode.UNAVAILABLE, text, unreachable=True)
-        if len(self._calls) >= self._streams:
-            text = f"the server takes no more than {self._streams} calls at once"
+        if len(self._calls) >= self._peer_streams:
+            text = f"the server takes no more than {self._peer_streams} calls at once"
             raise CallFailed(grpc.StatusCode.UNAVAILABLE, text)
-        stream = self._next_stream
+        call = _Call(self, self._next_stream, self._stream_window)
         self._next_stream += 2
-        if self._next_stream > _MAX_WINDOW:
+        if self._next_stream > frames.MAX_WINDOW:
             self.usable = False
-        call = _Call(stream, self._loop.create_future(), self._stream_window)
-        self._calls[stream] = call
+        self._streams[call.id] = self._calls[call.id] = call
         if timeout_s < NO_TIMEOUT_S:
             call.timer = self._loop.call_later(timeout_s, self._expired, call, timeout_s)
         size = sum(map(len, parts))
-        block = self._header_block(path, timeout_s)
-        head = _frame(_HEADERS, _END_HEADERS, stream, len(block)) + block
-        call.pending.append(memoryview(struct.pack(">BI", 0, size)))
-        call.pending.extend(memoryview(part) for part in parts if len(part))
-        self._pump(call, [head])
+        head = frames.headers(call.id, self._header_block(path, timeout_s))
+        self.send(call, head, (PREFIX.pack(0, size), *parts), PREFIX_BYTES + size, b"")
         try:
             return await call.answer
         except asyncio.CancelledError:
@@ -192,9 +182,40 @@ class _Connection(asyncio.Protocol):
         """End every call with ChannelClosed."""
         self.usable = False
         for call in list(self._calls.values()):
-            self._fail(call, ChannelClosed(during_call=True))
+            self.fail(call, ChannelClosed(during_call=True))
         if self._transport is not None:
             self._transport.abort()
+
+    def ended(self, call: _Call) -> None:
+        """The server has closed the stream: the status says whether the message is an answer."""
+        if call.pending:
+            # It answered before it had everything, and wants no more.
+            self._abandon(call)
+        code = _CODES.get(call.headers.get("grpc-status", ""))
+        if code is grpc.StatusCode.OK:
+            self._answer(call)
+        elif code is not None:
+            self.fail(call, CallFailed(code, unquote(call.headers.get("grpc-message", ""))))
+        else:
+            text = f"no gRPC status (HTTP status {call.headers.get(':status')})"
+            self.fail(call, CallFailed(grpc.StatusCode.UNKNOWN, text, incompatible=True))
+
+    def fail(self, call: _Call, error: Exception) -> None:
+        """End a call with an error."""
+        self._forget(call)
+        if not call.answer.done():
+            call.answer.set_exception(error)
+
+    def _answer(self, call: _Call) -> None:
+        inbox = call.inbox
+        flag, data = inbox.pop() if len(inbox) == 1 and not inbox.partial else (1, b"")
+        if flag:
+            text = "the server's answer is not one plain message"
+            self.fail(call, CallFailed(grpc.StatusCode.INTERNAL, text))
+            return
+        self._forget(call)
+        if not call.answer.done():
+            call.answer.set_result(data)
 
     def _header_block(self, path: str, timeout_s: float) -> bytes:
         known = self._header_blocks.get(path)
@@ -210,6 +231,9 @@ class _Connection(asyncio.Protocol):
                     ("user-agent", "paceline"),
                 ]
             )
+        if self._next_stream == 3:
+            # With the connection's first block.
+            known = hpack.FORGET + known
         if timeout_s >= NO_TIMEOUT_S:
             return known
         # At most 8 digits.
@@ -220,301 +244,78 @@ class _Connection(asyncio.Protocol):
     def _expired(self, call: _Call, timeout_s: float) -> None:
         text = f"no answer within {timeout_s:g} s"
         self._abandon(call)
-        self._fail(call, CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+        self.fail(call, CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, text))
 
     def _abandon(self, call: _Call) -> None:
         """Tell the server that nobody waits for this answer any more."""
-        if self._calls.pop(call.stream, None) is not None and self._transport is not None:
-            reset = _frame(_RST_STREAM, 0, call.stream, 4) + struct.pack(">I", _CANCEL)
-            self._transport.write(reset)
-        call.pending.clear()
-
-    def _fail(self, call: _Call, error: Exception) -> None:
-        self._forget(call)
-        call.pending.clear()
-        if not call.answer.done():
-            call.answer.set_exception(error)
+        if self._calls.pop(call.id, None) is not None:
+            self.reset(call.id, ErrorCode.CANCEL)
+        self.forget(call)
 
     def _forget(self, call: _Call) -> None:
-        self._calls.pop(call.stream, None)
+        self._calls.pop(call.id, None)
+        self.forget(call)
         if not (self.usable or self._calls) and self._transport is not None:
             self._transport.close()
 
-    # -- sending ----------------------------------------------------------------------------
+    # -- what comes in ----------------------------------------------------------------------
 
-    def _pump(self, call: _Call, chunks: list[Buffer] | None = None) -> None:
-        """Send what the windows allow; the rest waits in `_blocked`."""
-        chunks = chunks if chunks is not None else []
-        written = 0
-        while call.pending and not self._paused and written < _WRITE_AHEAD_BYTES:
-            room = min(call.window, self._window, self._frame_bytes)
-            if room <= 0:
-                break
-            taken = 0
-            at = len(chunks)
-            while call.pending and taken < room:
-                part = call.pending.popleft()
-                if len(part) > room - taken:
-                    call.pending.appendleft(part[room - taken :])
-                    part = part[: room - taken]
-                chunks.append(part)
-                taken += len(part)
-            flags = 0 if call.pending else _END_STREAM
-            chunks.insert(at, _frame(_DATA, flags, call.stream, taken))
-            call.window -= taken
-            self._window -= taken
-            written += taken
-        if call.pending:
-            self._blocked.append(call)
-            if not self._paused and written >= _WRITE_AHEAD_BYTES:
-                self._loop.call_soon(self._resume)
-        if chunks and self._transport is not None:
-            if written < 4096:
-                self._transport.write(b"".join(chunks))
-            else:
-                self._transport.writelines(chunks)
-
-    def _resume(self) -> None:
-        for _ in range(len(self._blocked)):
-            if self._paused:
-                return
-            call = self._blocked.popleft()
-            if call.pending:
-                self._pump(call)
-
-    def pause_writing(self) -> None:
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        self._paused = False
-        self._resume()
-
-    # -- receiving --------------------------------------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports do not inherit from asyncio's.
-        self._transport = cast(asyncio.Transport, transport)
-        plug = transport.get_extra_info("socket")
-        if plug is not None:
-            with suppress(OSError):
-                plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                # A machine that vanished is noticed by what it does not acknowledge.
-                plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
-                plug.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 20)
-        settings = (
-            (_SET_TABLE_SIZE, 0),
-            (_SET_PUSH, 0),
-            (_SET_WINDOW, _MAX_WINDOW),
-            (_SET_FRAME, _MAX_FRAME_BYTES),
-        )
-        payload = b"".join(struct.pack(">HI", *pair) for pair in settings)
-        self._transport.write(
-            _PREFACE
-            + _frame(_SETTINGS, 0, 0, len(payload))
-            + payload
-            + _frame(_WINDOW_UPDATE, 0, 0, 4)
-            + struct.pack(">I", _MAX_WINDOW - _FIRST_WINDOW)
-        )
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.usable = False
-        self.lost.set()
-        self._transport = None
-        text = f"connection lost: {exc}" if exc else "connection closed by the server"
-        for call in list(self._calls.values()):
-            self._fail(call, CallFailed(grpc.StatusCode.UNAVAILABLE, text, unreachable=True))
-
-    def data_received(self, data: bytes) -> None:
-        view = memoryview(data)
-        at, size = 0, len(data)
-        while at < size or (self._frame is not None and not self._left):
-            if self._frame is None:
-                need = _FRAME_HEADER_BYTES - len(self._head)
-                head = self._head + data[at : at + need]
-                at += need
-                if len(head) < _FRAME_HEADER_BYTES:
-                    self._head = head
-                    return
-                self._head = b""
-                high, low, kind, flags, stream = struct.unpack(">HBBBI", head)
-                self._left = high << 8 | low
-                self._frame = (kind, flags, stream & _MAX_WINDOW)
-                if not self._greeted and kind != _SETTINGS:
-                    self._broken("the server does not speak HTTP/2")
-                    return
-                self._greeted = True
-            if self._left:
-                taken = min(self._left, size - at)
-                if taken <= 0:
-                    return
-                self._payload.append(view[at : at + taken])
-                at += taken
-                self._left -= taken
-                if self._left:
-                    return
-            kind, flags, stream = self._frame
-            payload, self._payload, self._frame = self._payload, [], None
-            try:
-                self._handle(kind, flags, stream, payload)
-            except (hpack.HpackError, struct.error, IndexError, ValueError) as error:
-                self._broken(f"the server does not keep to HTTP/2: {error}")
-                return
-
-    def _handle(self, kind: int, flags: int, stream: int, payload: list[Buffer]) -> None:
-        if kind == _DATA:
-            self._data(flags, stream, payload)
-        elif kind == _HEADERS:
-            self._headers(flags, stream, b"".join(payload))
-        elif kind == _CONTINUATION:
-            self._continue(flags, stream, b"".join(payload))
-        elif kind == _WINDOW_UPDATE:
-            self._window_update(stream, struct.unpack(">I", b"".join(payload))[0] & _MAX_WINDOW)
-        elif kind == _SETTINGS and not flags & _ACK:
-            self._settings(b"".join(payload))
-        elif kind == _PING and not flags & _ACK:
-            self._write(_frame(_PING, _ACK, 0, 8) + b"".join(payload))
-        elif kind == _RST_STREAM:
-            self._reset(stream, struct.unpack(">I", b"".join(payload))[0])
-        elif kind == _GOAWAY:
-            self._goaway(b"".join(payload))
-
-    def _data(self, flags: int, stream: int, payload: list[Buffer]) -> None:
-        size = sum(map(len, payload))
-        if flags & _PADDED:
-            whole = b"".join(payload)
-            payload = [whole[1 : len(whole) - whole[0]]]
-        self._consumed += size
-        if self._consumed >= _RENEW_WINDOW_BYTES:
-            self._write(_frame(_WINDOW_UPDATE, 0, 0, 4) + struct.pack(">I", self._consumed))
-            self._consumed = 0
+    def on_block(self, stream: int, ends: bool, block: bytes) -> None:
+        """Headers or trailers of an answer."""
+        try:
+            headers = self._decoder.decode(block)
+        except hpack.HpackError as error:
+            raise ProtocolError(ErrorCode.COMPRESSION_ERROR, str(error)) from None
         call = self._calls.get(stream)
         if call is None:
             return
-        call.chunks += payload
-        call.received += size
-        if flags & _END_STREAM:
-            self._end(call)
+        call.headers.update(headers)
+        if ends:
+            call.remote_closed = True
+            self.ended(call)
 
-    def _headers(self, flags: int, stream: int, block: bytes) -> None:
-        if flags & _PADDED:
-            block = block[1 : len(block) - block[0]]
-        if flags & _PRIORITY:
-            block = block[5:]
-        if flags & _END_HEADERS:
-            self._header_list(stream, flags, block)
-        else:
-            self._block = (stream, flags, block)
-
-    def _continue(self, flags: int, stream: int, more: bytes) -> None:
-        if self._block is None or self._block[0] != stream:
-            raise ValueError("CONTINUATION without HEADERS")
-        _, first_flags, begun = self._block
-        self._block = (stream, first_flags, begun + more)
-        if flags & _END_HEADERS:
-            self._block = None
-            self._header_list(stream, first_flags, begun + more)
-
-    def _header_list(self, stream: int, flags: int, block: bytes) -> None:
+    def on_reset(self, stream: int, code: int, *, by_peer: bool) -> None:
+        """The server gives a call up, or has broken the rules on it."""
         call = self._calls.get(stream)
         if call is None:
             return
-        call.headers.update(hpack.decode(block))
-        if flags & _END_STREAM:
-            self._end(call)
-
-    def _end(self, call: _Call) -> None:
-        """The server has closed the stream: the status says whether the message is an answer."""
-        if call.pending:
-            # It answered before it had everything, and wants no more.
-            self._abandon(call)
-        number = call.headers.get("grpc-status")
-        code = _CODES.get(number or "")
-        message = call.headers.get("grpc-message", "")
-        if code is grpc.StatusCode.OK:
-            self._answer(call)
-        elif code is not None and message is not None:
-            self._fail(call, CallFailed(code, unquote(message)))
-        else:
-            text = f"no readable gRPC status (HTTP status {call.headers.get(':status')})"
-            unknown = grpc.StatusCode.UNKNOWN
-            self._fail(call, CallFailed(unknown, text, incompatible=True))
-
-    def _answer(self, call: _Call) -> None:
-        data = b"".join(call.chunks)
-        if (
-            len(data) < _PREFIX_BYTES
-            or data[0]
-            or len(data) - _PREFIX_BYTES != int.from_bytes(data[1:_PREFIX_BYTES], "big")
-        ):
-            self._fail(
-                call,
-                CallFailed(
-                    grpc.StatusCode.INTERNAL, "the server's answer is not one plain message"
-                ),
-            )
+        if code == ErrorCode.NO_ERROR and "grpc-status" in call.headers:
+            self.ended(call)
             return
-        self._forget(call)
-        if not call.answer.done():
-            call.answer.set_result(memoryview(data)[_PREFIX_BYTES:])
-
-    def _window_update(self, stream: int, increment: int) -> None:
-        if stream == 0:
-            self._window += increment
-        elif (call := self._calls.get(stream)) is not None:
-            call.window += increment
-        self._resume()
-
-    def _settings(self, payload: bytes) -> None:
-        for key, value in struct.iter_unpack(">HI", payload):
-            if key == _SET_WINDOW:
-                change = value - self._stream_window
-                self._stream_window = value
-                for call in self._calls.values():
-                    call.window += change
-            elif key == _SET_FRAME:
-                self._frame_bytes = value
-            elif key == _SET_STREAMS:
-                self._streams = value
-        self._write(_frame(_SETTINGS, _ACK, 0, 0))
-        self._resume()
-
-    def _reset(self, stream: int, reason: int) -> None:
-        call = self._calls.get(stream)
-        if call is None:
-            return
-        if reason == _NO_ERROR and "grpc-status" in call.headers:
-            self._end(call)
-            return
-        text = f"the server reset the call (HTTP/2 error {reason})"
-        if reason == _REFUSED:
+        text = f"the server reset the call (HTTP/2 error {code})"
+        if code == ErrorCode.REFUSED_STREAM:
             error = CallFailed(grpc.StatusCode.UNAVAILABLE, text, unreachable=True)
-        elif reason == _CANCEL:
+        elif code == ErrorCode.CANCEL:
             error = CallFailed(grpc.StatusCode.CANCELLED, text)
         else:
             error = CallFailed(grpc.StatusCode.INTERNAL, text)
-        self._fail(call, error)
+        self.fail(call, error)
 
-    def _goaway(self, payload: bytes) -> None:
+    def on_goaway(self, last_stream: int) -> None:
         """No new calls here; those that the server has not begun fail as unreachable."""
         self.usable = False
-        last = struct.unpack_from(">I", payload)[0] & _MAX_WINDOW
         for call in list(self._calls.values()):
-            if call.stream > last:
+            if call.id > last_stream:
                 text = "the server is going away"
-                self._fail(call, CallFailed(grpc.StatusCode.UNAVAILABLE, text, unreachable=True))
+                self.fail(call, CallFailed(grpc.StatusCode.UNAVAILABLE, text, unreachable=True))
 
-    def _broken(self, text: str) -> None:
+    def on_peer_streams(self, limit: int) -> None:
+        """How many calls the server takes at once."""
+        self._peer_streams = limit
+
+    def on_error(self, error: ProtocolError) -> None:
+        """The server does not speak HTTP/2 as it is read here; another transport may."""
         self.usable = False
+        text = f"the server does not keep to HTTP/2: {error}"
         for call in list(self._calls.values()):
-            self._fail(call, CallFailed(grpc.StatusCode.INTERNAL, text, incompatible=True))
+            self.fail(call, CallFailed(grpc.StatusCode.INTERNAL, text, incompatible=True))
         if self._transport is not None:
             self._transport.abort()
 
-    def _write(self, data: bytes) -> None:
-        if self._transport is not None:
-            self._transport.write(data)
-
-
-def _frame(kind: int, flags: int, stream: int, size: int) -> bytes:
-    return struct.pack(">HBBBI", size >> 8, size & 0xFF, kind, flags, stream)
+    def on_lost(self, error: Exception | None) -> None:
+        """Every call fails."""
+        self.usable = False
+        self.lost.set()
+        text = f"connection lost: {error}" if error else "connection closed by the server"
+        for call in list(self._calls.values()):
+            self.fail(call, CallFailed(grpc.StatusCode.UNAVAILABLE, text, unreachable=True))

@@ -1,0 +1,2 @@
+"""HTTP/2 (RFC 9113) and gRPC's messages on it, for both sides: the server of `rpc` and the client
+of `triton`."""
