@@ -1,0 +1,259 @@
+"""`paceline blocks compile`: ONNX files into a pool and a model directory.
+
+Per member: optimise, tile, cut, write the objects, compare and time; then the manifest, and last
+config.pbtxt, which commits. A model whose cache key is the same and whose objects are all right is
+left alone. docs/blocks-format.md says what is written; SwapNet (arXiv 2401.16757) why it is cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnxruntime as ort
+
+from paceline.blocks import measure
+from paceline.blocks.backend.manifest import (
+    FORMAT,
+    Member,
+    ObjectStore,
+    PoolError,
+    pages,
+    parse,
+    runtime_here,
+)
+from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
+from paceline.blocks.pool import MIB, PoolWriter
+from paceline.blocks.repository import CompiledModel, compiled_model, publish
+from paceline.blocks.source import Optimised, Source, examine, optimise
+from paceline.core.errors import ConfigError
+
+COMPILER = 1
+"""Raised whenever the same input would give another result."""
+
+_MEASURED_BATCHES = (1, 8)
+_COMPARED_BATCHES = (1, 2)
+# Comparing runs the model as one block, all of it mapped; above this that would fill the memory.
+_COMPARED_BYTES = 1 << 30
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
+
+
+class Progress(Protocol):
+    """Told what is being done now, and how many bytes of the step's total are done."""
+
+    def __call__(self, what: str, done_bytes: int = 0, total_bytes: int = 0) -> None: ...
+
+
+def silent(what: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
+    """Progress that nobody is told of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A compiled model; `written_bytes` of objects the pool did not have; `fresh`: compiled now."""
+
+    model: CompiledModel
+    written_bytes: int
+    fresh: bool
+
+
+def compile_model(
+    sources: Mapping[str, Path],
+    directory: Path,
+    pool: Path,
+    options: Options,
+    progress: Progress = silent,
+) -> Outcome:
+    """Compiles `sources` (by member; "" for a model that is not fused) into `directory`.
+
+    Raises ConfigError for what the user can correct, ResidencyError for what the machine refuses.
+    """
+    pool = pool.resolve()
+    if not _NAME.match(directory.name):
+        raise ConfigError(f"{directory.name!r} is no name of a model: use letters, digits, _ . -")
+    examined = {}
+    for member, path in sources.items():
+        progress(f"{directory.name}: reading {path.name}")
+        examined[member] = examine(path)
+    key = _cache_key(examined, options)
+    before = _current(directory, pool, key)
+    if before is not None:
+        return Outcome(before, 0, fresh=False)
+    with PoolWriter(pool) as writer:
+        compiler = _Compiler(writer, directory.name, options, progress)
+        members = [compiler.member(name, source) for name, source in examined.items()]
+        text = json.dumps(compiler.document(members, examined, key), indent=1).encode()
+        manifest = parse(text, "the manifest that was just made")
+        digest = writer.add_manifest(text)
+        writer.settle()
+        publish(
+            directory,
+            manifest,
+            digest,
+            pool,
+            max_batch=options.max_batch,
+            budget_mib=options.budget_mib,
+        )
+        model = CompiledModel(directory, pool, digest, manifest)
+        return Outcome(model, writer.written_bytes, fresh=True)
+
+
+class _Compiler:
+    """One model's compile."""
+
+    def __init__(self, pool: PoolWriter, model: str, options: Options, progress: Progress) -> None:
+        self._pool = pool
+        self._model = model
+        self._options = options
+        self._progress = progress
+        self._objects: dict[str, int] = {}
+        self._measured: dict[str, Any] = {}
+
+    def member(self, name: str, source: Source) -> Member:
+        """Compiles one ONNX file."""
+        told = f"{self._model}/{name}" if name else self._model
+        stage = self._pool.stage / f"member-{len(self._measured)}-{name}"
+        stage.mkdir()
+        try:
+            self._progress(f"{told}: optimising {source.bytes / MIB:.1f} MiB")
+            optimised = optimise(source, stage)
+            member = self._faithful(told, name, source, optimised)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        self._check_budget(told, source, member)
+        return member
+
+    def document(
+        self, members: Sequence[Member], sources: Mapping[str, Source], key: str
+    ) -> dict[str, Any]:
+        """The manifest, docs/blocks-format.md."""
+        blocks = [block for member in members for block in (member.whole, *member.blocks)]
+        weights = {weight.object for block in blocks for weight in block.weights}
+        used = weights | {block.graph for block in blocks}
+        return {
+            "format": FORMAT,
+            "model": self._model,
+            "cache_key": key,
+            "runtime": runtime_here(ort.__version__).as_json(),
+            "sources": [
+                {"member": m, "file": s.path.name, "digest": s.digest, "bytes": s.bytes}
+                for m, s in sources.items()
+            ],
+            "options": self._options.as_json(),
+            "objects": {name: self._objects[name] for name in sorted(used)},
+            "weights_bytes": sum(pages(self._objects[name]) for name in weights),
+            "members": [asdict(member) for member in members],
+            "largest_block_bytes": max(b.swapped_bytes for m in members for b in m.blocks),
+            "measured": self._measured or None,
+        }
+
+    def _faithful(self, told: str, name: str, source: Source, optimised: Optimised) -> Member:
+        """The member as finely divided as gives what ONNX Runtime gives for the whole graph."""
+        for tiled, divided in ((True, True), (False, True), (False, False)):
+            prepared = prepare(optimised, self._options, tiled=tiled, divided=divided)
+            member = self._write(told, name, source, prepared)
+            if not self._options.measure:
+                break
+            measured = self._measure(told, member, optimised)
+            if measured is not None:
+                return measured
+        return replace(member, batching=member.batching and _one_symbol(prepared, member))
+
+    def _write(self, told: str, name: str, source: Source, prepared: Prepared) -> Member:
+        total = sum(tensor.size_bytes for tensor in prepared.stored.values())
+        done = 0
+
+        def wrote(count: int) -> None:
+            nonlocal done
+            done += count
+            self._progress(f"{told}: writing {len(prepared.blocks)} blocks", done, total)
+
+        writer = ObjectWriter(self._pool, wrote)
+        member = writer.write(name, source, prepared)
+        self._objects.update(writer.objects)
+        return member
+
+    def _measure(self, told: str, member: Member, optimised: Optimised) -> Member | None:
+        """The member with what running it showed; None if it does not compute the same in blocks.
+
+        A member that cannot be run, because the lengths of its axes could not be guessed, stays as
+        it is but does not batch.
+        """
+        runner = measure.BlockRunner(self._pool.store, self._objects)
+        shapes = self._options.shapes
+        self._progress(f"{told}: comparing")
+        guess = measure.guess_axes(runner, member, shapes)
+        if guess is None:
+            note = "not measured and no batching: lengths of its inputs could not be guessed"
+            return replace(member, batching=False, notes=(*member.notes, f"{note}; give --shape"))
+        if member.batching and not measure.rows_independent(runner, member, guess, shapes):
+            note = (
+                "no batching: rows of a batch are not independent, or an output has no batch axis"
+            )
+            member = replace(member, batching=False, notes=(*member.notes, note))
+        if sum(weight.bytes for weight in member.whole.weights) <= _COMPARED_BYTES:
+            batches = _COMPARED_BATCHES if member.batching else _COMPARED_BATCHES[:1]
+            for size in batches:
+                feed = measure.sample(member, size, guess, shapes, seed=size)
+                plain = measure.run_file(optimised.path, member, feed)
+                for whole in (False, True):
+                    if not measure.same(plain, runner.run(member, feed, whole=whole, drop=True)):
+                        return None
+            self._measured.setdefault("verified_batches", {})[member.name] = list(batches)
+        self._progress(f"{told}: timing {len(member.blocks)} blocks")
+        feeds = {
+            size: measure.sample(member, size, guess, shapes)
+            for size in (_MEASURED_BATCHES if member.batching else _MEASURED_BATCHES[:1])
+        }
+        self._measured.setdefault("shapes", {}).update(
+            (name, list(array.shape)) for name, array in feeds[1].items()
+        )
+        return runner.timed(member, feeds)
+
+    def _check_budget(self, told: str, source: Source, member: Member) -> None:
+        budget_mib = self._options.budget_mib
+        largest = max(block.swapped_bytes for block in member.blocks)
+        if budget_mib is not None and largest > budget_mib * MIB:
+            why = f" ({member.notes[0]})" if member.notes else ""
+            raise ConfigError(
+                f"{told}: its largest block is {-(-largest // MIB)} MiB and nothing cuts it "
+                f"smaller{why}; give at least --budget-mib {-(-largest // MIB)}",
+                where=str(source.path),
+            )
+
+
+def _cache_key(sources: Mapping[str, Source], options: Options) -> str:
+    parts = [
+        FORMAT,
+        COMPILER,
+        [[member, source.digest] for member, source in sources.items()],
+        options.as_json(),
+        runtime_here(ort.__version__).as_json(),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _current(directory: Path, pool: Path, key: str) -> CompiledModel | None:
+    """What `directory` holds, if it is what would be compiled and nothing of it is damaged."""
+    try:
+        model = compiled_model(directory)
+        if model is None or model.manifest.cache_key != key or model.pool.resolve() != pool:
+            return None
+        store = ObjectStore(model.pool)
+        for name, size in model.manifest.objects.items():
+            store.verified(name, size)
+    except (ConfigError, PoolError):
+        return None
+    return model
+
+
+def _one_symbol(prepared: Prepared, member: Member) -> bool:
+    """Do all inputs and outputs call their first axis the same? All one can say unmeasured."""
+    tensors = (*member.inputs, *member.outputs)
+    return len({prepared.values[tensor.value].shape[0] for tensor in tensors}) == 1

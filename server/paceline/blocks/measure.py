@@ -1,0 +1,257 @@
+"""Runs compiled models block by block in this process: to compare, and to time.
+
+Invariant: weights are mapped, never copied; after a block has run with `drop`, its pages are no
+longer this process's.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from paceline.blocks.backend.manifest import Block, Member, ObjectStore
+from paceline.blocks.source import session_options
+
+Array = npt.NDArray[Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
+_DTYPES = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "UINT32": np.uint32,
+    "UINT64": np.uint64,
+    "INT8": np.int8,
+    "INT16": np.int16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP16": np.float16,
+    "FP32": np.float32,
+    "FP64": np.float64,
+}
+_REPEATS = 3
+_SLOW_S = 0.5  # a block that takes longer is timed once
+_MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module does not know it yet
+# What axes of unknown length are tried with: images want many, indices of sequences little.
+_GUESSES = (64, 32, 16, 8, 1, 224)
+
+
+class BlockRunner:
+    """Sessions over mapped objects of a pool."""
+
+    def __init__(self, store: ObjectStore, objects: Mapping[str, int]) -> None:
+        self._store = store
+        self._objects = objects
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def run(
+        self, member: Member, feed: Mapping[str, Array], *, whole: bool = False, drop: bool = False
+    ) -> dict[str, Array]:
+        """The member's outputs by name; `whole`: as one block; `drop`: swapping each block out."""
+        values = {tensor.value: _value(feed[tensor.name]) for tensor in member.inputs}
+        for block in (member.whole,) if whole else member.blocks:
+            with self.session(block) as session:
+                values.update(_step(session, block, values))
+            if drop:
+                self.drop(block)
+        return {tensor.name: values[tensor.value].numpy() for tensor in member.outputs}
+
+    @contextmanager
+    def session(self, block: Block) -> Iterator[ort.InferenceSession]:
+        options = session_options()
+        kept = []
+        for weight in block.weights:
+            mapped = np.frombuffer(self._map(weight.object), np.uint8)
+            array = mapped[weight.offset : weight.offset + weight.bytes].view(_DTYPES[weight.dtype])
+            value = ort.OrtValue.ortvalue_from_numpy(array.reshape(weight.shape))
+            options.add_initializer(weight.name, value)
+            kept.append(value)
+        path = self._store.verified(block.graph, self._objects[block.graph])
+        yield ort.InferenceSession(path, options, ["CPUExecutionProvider"])
+        del kept
+
+    def timed(self, member: Member, feeds: Mapping[int, Mapping[str, Array]]) -> Member:
+        """The member with every block's times, and the bytes that live after it at the least batch.
+
+        `feeds`: inputs by batch size.
+        """
+        values = {
+            size: {tensor.value: _value(feed[tensor.name]) for tensor in member.inputs}
+            for size, feed in feeds.items()
+        }
+        blocks = []
+        for block in member.blocks:
+            swap_in_s = self._swap_in(block)
+            execute_s = {}
+            with self.session(block) as session:
+                for size, known in values.items():
+                    known.update(_step(session, block, known))  # untimed: allocates
+                    execute_s[size] = _timed(session, block, known)
+            self.drop(block)
+            live_bytes = sum(_bytes(values[min(values)][name]) for name in block.live)
+            blocks.append(
+                replace(block, execute_s=execute_s, swap_in_s=swap_in_s, live_bytes=live_bytes)
+            )
+        return replace(member, blocks=tuple(blocks))
+
+    def drop(self, block: Block) -> None:
+        """Gives the block's pages back, here and, where nobody else maps them, in the cache."""
+        for name in {weight.object for weight in block.weights}:
+            self._map(name).madvise(mmap.MADV_DONTNEED)
+            handle = os.open(self._store.path(name), os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+    def _swap_in(self, block: Block) -> float:
+        self.drop(block)
+        tables = {weight.object for weight in block.weights if weight.access == "rows"}
+        began = time.perf_counter()
+        for name in dict.fromkeys(weight.object for weight in block.weights):
+            if name not in tables:
+                _populate(self._map(name))
+        return time.perf_counter() - began
+
+    def _map(self, name: str) -> mmap.mmap:
+        if name not in self._maps:
+            path = self._store.verified(name, self._objects[name])
+            with path.open("rb") as file:
+                self._maps[name] = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        return self._maps[name]
+
+
+def run_file(path: Path, member: Member, feed: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs of an ONNX file as it is, without optimisation."""
+    session = ort.InferenceSession(path, session_options(), ["CPUExecutionProvider"])
+    answers = session.run(
+        [tensor.value for tensor in member.outputs],
+        {tensor.value: feed[tensor.name] for tensor in member.inputs},
+    )
+    return {tensor.name: array for tensor, array in zip(member.outputs, answers, strict=True)}
+
+
+def sample(
+    member: Member, batch: int, guess: int, given: Shapes, seed: int = 0
+) -> dict[str, Array]:
+    """Random inputs; dynamic axes are `batch`, as `given`, or `guess`."""
+    random = np.random.default_rng(seed)
+    feed: dict[str, Array] = {}
+    for tensor in member.inputs:
+        shape = list(given.get(tensor.name) or (guess if d < 0 else d for d in tensor.shape))
+        if member.batching:
+            shape[0] = batch
+        if tensor.dtype == "BYTES":
+            feed[tensor.name] = np.full(shape, "a", dtype=np.object_)
+        elif tensor.dtype.startswith("FP"):
+            drawn = random.standard_normal(shape, dtype=np.float32)
+            feed[tensor.name] = drawn.astype(_DTYPES[tensor.dtype])
+        else:
+            # Indices and masks: two values that fit every table.
+            feed[tensor.name] = random.integers(0, 2, shape).astype(_DTYPES[tensor.dtype])
+    return feed
+
+
+def guess_axes(runner: BlockRunner, member: Member, given: Shapes) -> int | None:
+    """A length for the axes of unknown length with which the member runs; None if none does."""
+    unknown = any(
+        size < 0 and not (member.batching and axis == 0)
+        for tensor in member.inputs
+        if tensor.name not in given
+        for axis, size in enumerate(tensor.shape)
+    )
+    for guess in _GUESSES if unknown else (1,):
+        try:
+            runner.run(member, sample(member, 1, guess, given), drop=True)
+        except Exception:  # ONNX Runtime's own exceptions share no useful base class
+            continue
+        return guess
+    return None
+
+
+def same(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
+    """Equal bit for bit?"""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype
+        and one[name].shape == other[name].shape
+        and (
+            one[name].tolist() == other[name].tolist()
+            if one[name].dtype == np.object_
+            else one[name].tobytes() == other[name].tobytes()
+        )
+        for name in one
+    )
+
+
+def rows_independent(runner: BlockRunner, member: Member, guess: int, given: Shapes) -> bool:
+    """Does a batch of two give each row what it gives alone (but for rounding)?"""
+    pair = sample(member, 2, guess, given)
+    try:
+        together = runner.run(member, pair, drop=True)
+        alone = [
+            runner.run(member, {name: array[row : row + 1] for name, array in pair.items()})
+            for row in (0, 1)
+        ]
+    except Exception:  # as above
+        return False
+    return all(
+        array.ndim > 0
+        and len(array) == 2
+        and all(
+            alone[row][name].shape == array[row : row + 1].shape
+            and _near(alone[row][name], array[row : row + 1])
+            for row in (0, 1)
+        )
+        for name, array in together.items()
+    )
+
+
+def _near(one: Array, other: Array) -> bool:
+    if one.dtype.kind != "f":
+        return bool(one.tolist() == other.tolist())
+    return bool(np.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True))
+
+
+def _bytes(value: ort.OrtValue) -> int:
+    return 0 if value.data_type() == "tensor(string)" else int(value.numpy().nbytes)
+
+
+def _value(array: Array) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _step(
+    session: ort.InferenceSession, block: Block, values: Mapping[str, ort.OrtValue]
+) -> dict[str, ort.OrtValue]:
+    names = [node.name for node in session.get_inputs()]
+    feed = {name: values[value] for name, value in zip(names, block.inputs, strict=True)}
+    outputs = [node.name for node in session.get_outputs()]
+    answers: Sequence[ort.OrtValue] = session.run_with_ort_values(outputs, feed)
+    return dict(zip(block.outputs, answers, strict=True))
+
+
+def _timed(
+    session: ort.InferenceSession, block: Block, values: Mapping[str, ort.OrtValue]
+) -> float:
+    took: list[float] = []
+    while len(took) < _REPEATS and not (took and took[0] > _SLOW_S):
+        began = time.perf_counter()
+        _step(session, block, values)
+        took.append(time.perf_counter() - began)
+    return median(took)
+
+
+def _populate(mapped: mmap.mmap) -> None:
+    try:
+        mapped.madvise(_MADV_POPULATE_READ)
+    except OSError:  # an older kernel: touch every page
+        np.frombuffer(mapped, np.uint8)[:: mmap.PAGESIZE].sum()
