@@ -7,6 +7,7 @@ Units are converted here: milliseconds and MiB outside, seconds and bytes inside
 from __future__ import annotations
 
 import csv
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -78,6 +79,39 @@ def parse_chain(text: str, *, name: str = "<chain>") -> Chain:
         raise ConfigError(
             error.message, key=error.key, where=f"{name}:{_line(document, path)}"
         ) from None
+
+
+def chain_document(chain: Chain) -> str:
+    """A chain as the text of a chain file (JSON, which is YAML): `parse_chain` gives it back."""
+
+    def given(**keys: Any) -> dict[str, Any]:
+        return {key: value for key, value in keys.items() if value is not None}
+
+    document = given(
+        chain=chain.name,
+        description=chain.description or None,
+        slo_ms=round(chain.slo_s * 1e3, 6),
+        attainment=chain.attainment,
+        rate_rps=chain.rate_rps,
+        arrivals=chain.arrivals,
+        priority=chain.priority,
+        keep_alive_s=chain.keep_alive_s,
+        dispatch=chain.dispatch,
+        inputs={t.name: {"dtype": t.datatype, "shape": list(t.shape)} for t in chain.inputs},
+        modules={
+            m.name: given(
+                model=m.model,
+                inputs={name: str(source) for name, source in m.inputs.items()},
+                for_each=None if m.for_each is None else str(m.for_each),
+                when=None if m.when is None else str(m.when),
+                fan_out=m.fan_out,
+                on_error=m.on_error,
+            )
+            for m in chain.modules
+        },
+        outputs={name: str(source) for name, source in chain.outputs.items()},
+    )
+    return json.dumps(document, ensure_ascii=False)
 
 
 def read_chain(path: Path) -> Chain:

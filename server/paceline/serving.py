@@ -21,7 +21,7 @@ from time import perf_counter
 
 from paceline.config import parse_chain, read_chains, read_hardware
 from paceline.core.chain import Chain
-from paceline.core.errors import ConfigError, ResidencyError
+from paceline.core.errors import ConfigError, PacelineError, ResidencyError
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.core.quantities import percentile
@@ -34,6 +34,7 @@ from paceline.runtime.machines import Machine
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.provisioning import Step
 from paceline.runtime.statistics import Statistics
+from paceline.state import State
 from paceline.triton.client import TritonClient, TritonFleet, checked_url
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 from paceline.triton.profiler import TritonProfiler
@@ -109,11 +110,14 @@ class Events:
 
 async def serve(settings: ServeSettings, events: Events) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises PacelineError when it cannot start."""
-    chains = read_chains(settings.chains)
+    declared = read_chains(settings.chains)
     hardware = _hardware(settings)
     check_directories(settings)
     stop = stop_on_signals(events)
     async with AsyncExitStack() as stack:
+        state = State(settings.state_directory)
+        stack.callback(state.close)
+        chains = state.chains(declared)
         fleet = TritonFleet()
         metrics = Metrics()
         statistics = Statistics()
@@ -124,6 +128,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             hardware=hardware,
             share=settings.share,
             rules=Replanning(window_s=settings.replan_window_s or Replanning().window_s),
+            memory=state,
             on_step=events.on_step,
         )
         engine.watch(on_timeline=metrics.observe)
@@ -151,13 +156,14 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         stack.push_async_callback(rpc.stop, 1.0)
         stack.push_async_callback(fleet.close)
         starting = asyncio.create_task(
-            _start(settings, chains, controller, fleet, stack, events), name="start"
+            _start(settings, chains, declared, controller, fleet, stack, events), name="start"
         )
         if not await _finished_before(starting, stop):
             return
         if settings.share.count == 1 and settings.replan_window_s:
             replanning = asyncio.create_task(controller.replanner.run(), name="replan")
             stack.push_async_callback(_cancelled, replanning)
+        reload_on_hangup(settings, controller, state, events, stack)
         _settle_garbage_collection()
         events.on_ready(starting.result(), rpc.port, web.port, settings.hardware is not None)
         await stop.wait()
@@ -214,6 +220,35 @@ def stop_on_signals(events: Events) -> asyncio.Event:
     return stop
 
 
+def reload_on_hangup(
+    settings: ServeSettings,
+    controller: Controller,
+    state: State,
+    events: Events,
+    stack: AsyncExitStack,
+) -> None:
+    """On SIGHUP serve what the chain files say now: all of it, or nothing changes."""
+    asked = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+
+    async def reload() -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            try:
+                declared = read_chains(settings.chains)
+                changed, gone = state.redeclared(declared)
+                await controller.reload(changed, gone)
+            except PacelineError as error:
+                logger.error("nothing was reloaded: %s", error)
+            else:
+                state.accept(declared)
+                names = ", ".join(sorted({*(chain.name for chain in changed), *gone}))
+                events.on_note(f"reloaded the chain files; changed: {names or 'nothing'}")
+
+    stack.push_async_callback(_cancelled, asyncio.create_task(reload(), name="reload"))
+
+
 async def _finished_before(task: asyncio.Task[Plan], stop: asyncio.Event) -> bool:
     """Whether `task` ended before `stop` was set; cancelled otherwise. Its failure is raised."""
     stopped = asyncio.create_task(stop.wait(), name="stop")
@@ -230,12 +265,16 @@ async def _finished_before(task: asyncio.Task[Plan], stop: asyncio.Event) -> boo
 async def _start(
     settings: ServeSettings,
     chains: tuple[Chain, ...],
+    declared: tuple[Chain, ...],
     controller: Controller,
     fleet: TritonFleet,
     stack: AsyncExitStack,
     events: Events,
 ) -> Plan:
-    """Bring up every Triton, then load, profile, plan and install the chains."""
+    """Bring up every Triton, then load, profile, plan and install the chains.
+
+    What was applied over the API and cannot be served any more is no reason not to start.
+    """
     if settings.tritons:
         for index, target in enumerate(settings.tritons):
             name = f"triton-{index}"
@@ -250,7 +289,15 @@ async def _start(
             stack.push_async_callback(_cancelled, watch)
     else:
         await _start_local(settings, controller, fleet, stack, events)
-    return await controller.start(chains)
+    try:
+        return await controller.start(chains)
+    except PacelineError as error:
+        if all(chain in declared for chain in chains):
+            raise
+        names = {chain.name for chain in chains}
+        in_files = tuple(chain for chain in declared if chain.name in names)
+        logger.error("of the chains only those in files are served: %s", error)
+        return await controller.start(in_files)
 
 
 async def _start_local(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import harmonic_mean
 from time import time
-from typing import Any
+from typing import Any, Protocol
 
 from paceline.core.bind import BoundChain, bind, single_model_chain
 from paceline.core.chain import Chain
@@ -52,6 +52,22 @@ _LOADS_AT_ONCE = 4
 _WATCH_INTERVAL_S = 1.0
 
 
+class Memory(Protocol):
+    """What outlives the process."""
+
+    def changed(self, applied: Iterable[Chain], deleted: Collection[str]) -> None:
+        """Keep a change that is about to be served. Raises ResidencyError when that fails."""
+        ...
+
+    def traffic(self, chains: Iterable[Chain]) -> Traffic:
+        """What of `chains` was planned for before."""
+        ...
+
+    def keep_traffic(self, traffic: Traffic, chains: Iterable[Chain]) -> None:
+        """Remember what `chains` are planned for."""
+        ...
+
+
 class Controller:
     """See the module docstring. One per process, on the event loop's thread."""
 
@@ -64,6 +80,7 @@ class Controller:
         options: Options | None = None,
         share: Share | None = None,
         rules: Replanning | None = None,
+        memory: Memory | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         self._engine = engine
@@ -74,6 +91,7 @@ class Controller:
         self._provisioning = Provisioning(
             self.machines, hardware, options or Options(), self._on_step
         )
+        self._memory = memory
         self._models: dict[str, ModelSpec] = {}
         self._failed: dict[str, str] = {}
         self._bound: dict[str, BoundChain] = {}
@@ -92,16 +110,19 @@ class Controller:
         self.machines.add(machine)
 
     async def start(self, chains: Sequence[Chain]) -> Plan:
-        """Load every model of the repository, then serve `chains`.
+        """Load every model of the repository, then serve `chains`, under the traffic remembered.
 
         A model that no chain uses may fail to load: it is reported in the index.
         Raises ConfigError, PlanError, ResidencyError.
         """
         used = {module.model for chain in chains for module in chain.modules}
         await self._load_all(used)
-        plan = await self.apply(chains)
-        self._started = True
-        return plan
+        async with self._changing:
+            if self._memory is not None:
+                self._traffic = self._memory.traffic(chains)
+            plan = await self._apply(chains, as_declared=())
+            self._started = True
+            return plan
 
     async def machine_up(self, name: str) -> None:
         """A Triton is back, empty; see `Machines.up`."""
@@ -199,7 +220,17 @@ class Controller:
         self._check_changeable()
         self._refuse_when_draining()
         async with self._changing:
-            return await self._apply(chains)
+            return await self._apply(chains, remember=True)
+
+    async def reload(self, changed: Sequence[Chain], gone: Collection[str]) -> Plan:
+        """Serve what chain files say now: `changed` ones as they are, those `gone` no more.
+
+        All or none. Raises ConfigError, PlanError, ResidencyError.
+        """
+        self._check_changeable()
+        self._refuse_when_draining()
+        async with self._changing:
+            return await self._apply(changed, gone=gone)
 
     async def delete(self, chain: str) -> bool:
         """See `core.ports.Control.delete`. Its models stay callable by their own names."""
@@ -209,9 +240,9 @@ class Controller:
             bound = self._bound.get(chain)
             if bound is None or bound.direct:
                 return False
-            del self._bound[chain]
-            self._withdrawn.discard(chain)
-            self._engine.remove(chain)
+            if self._memory is not None:
+                self._memory.changed((), (chain,))
+            self._remove(chain)
             chains = tuple(c for c in self._plan.chains if c.chain != chain)
             self._plan = replace(self._plan, chains=chains)
             if chains:
@@ -250,6 +281,8 @@ class Controller:
             await self.machines.grow_to(placed)
             self._install({chain.name: self._bound[chain.name] for chain in chains}, plan)
             self._traffic = proposal.traffic
+            if self._memory is not None:
+                self._memory.keep_traffic(self._traffic, chains)
             await self.machines.shrink_to(placed)
             return True
 
@@ -330,14 +363,29 @@ class Controller:
         if self.draining:
             raise Rejected(ErrorKind.DRAINING, "the server is shutting down; nothing is changed")
 
-    async def _apply(self, chains: Sequence[Chain]) -> Plan:
-        served = self._merged(chains)
+    async def _apply(
+        self,
+        chains: Sequence[Chain],
+        *,
+        gone: Collection[str] = (),
+        remember: bool = False,
+        as_declared: Sequence[Chain] | None = None,
+    ) -> Plan:
+        """Serve `chains` too, and those `gone` no more. `as_declared` (left out: `chains`) are
+        planned for what their files say, all others for the traffic known.
+        """
+        served = [chain for chain in self._merged(chains) if chain.name not in gone]
         bound = {chain.name: self._bind(chain) for chain in served}
         await self._provisioning.profile(m.spec for b in bound.values() for m in b.modules)
-        traffic = self._expected(served, chains)
+        traffic = self._expected(served, chains if as_declared is None else as_declared)
         plan = self._provisioning.solve(served, self._models, traffic)
         placed = place(plan, self.machines.sites(), self._loaded())
         await self.machines.grow_to(placed, first=not self._started)
+        if self._memory is not None and remember:
+            self._memory.changed(chains, ())
+        for name in gone:
+            if name in self._bound:
+                self._remove(name)
         self._install(bound, plan)
         self._traffic = traffic
         await self.machines.shrink_to(placed)
@@ -367,6 +415,11 @@ class Controller:
             / 3600
             for name, machine in self.machines.named().items()
         )
+
+    def _remove(self, chain: str) -> None:
+        del self._bound[chain]
+        self._withdrawn.discard(chain)
+        self._engine.remove(chain)
 
     def _check_changeable(self) -> None:
         """Several workers serve the chains they started with: a change would reach one of them."""
