@@ -170,6 +170,25 @@ async def test_a_model_runs_with_the_wanted_instances_and_changes_them_in_place(
     assert spec == triton_repository.declaration("add")
 
 
+async def test_a_model_that_is_held_from_the_same_files_is_adopted(
+    triton: LocalTriton, triton_client: TritonClient, triton_repository: TritonRepository
+) -> None:
+    def stubs() -> set[int]:
+        found = psutil.Process(triton.pid).children(recursive=True)
+        return {p.pid for p in found if "/add/" in " ".join(p.cmdline())}
+
+    await triton_repository.load("add", instances=2)
+    first = stubs()
+    assert len(first) == 2
+    await triton_repository.load("add", instances=2)
+    assert stubs() == first, "nothing was started again"
+    directory = triton_repository.directory("add")
+    assert directory is not None
+    (directory / "1" / "model.py").touch()
+    await triton_repository.load("add", instances=2)
+    assert len(stubs() - first) == 2, "changed files are loaded"
+
+
 async def test_the_same_works_when_only_the_server_can_read_the_directory(
     triton_client: TritonClient,
 ) -> None:

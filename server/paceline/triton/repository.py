@@ -8,6 +8,7 @@ does some time after it answered. The caller runs one operation per model at a t
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ from paceline.triton.config import (
 )
 
 logger = logging.getLogger(__name__)
+
+CONTENT = "paceline_content"
+"""The parameter of a loaded model that tells from which files it was loaded."""
 
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 0.25
@@ -105,7 +109,13 @@ class TritonRepository:
             ) from None
 
     async def load(self, model: str, *, instances: int) -> None:
-        """See `ModelRepository.load`. Loading again with another count changes it in place."""
+        """See `ModelRepository.load`. Loading again with another count changes it in place.
+
+        A model that the server holds already, from the same files and as often, is adopted.
+        """
+        await self._load_files(model, instances, adopt=True)
+
+    async def _load_files(self, model: str, instances: int, *, adopt: bool) -> None:
         if instances < 1:
             raise ResidencyError(f"model {model!r} needs at least one instance, not {instances}")
         try:
@@ -113,9 +123,13 @@ class TritonRepository:
             config = read_config(directory) if directory is not None else None
         except ConfigError as error:
             raise ResidencyError(f"model {model!r} cannot be loaded: {error}") from None
-        if config is None:
+        if config is None or directory is None:
             config = await self._server_config(model)
             if instances_of(config) == instances:
+                return
+        else:
+            config.parameters[CONTENT].string_value = content = content_mark(directory)
+            if adopt and await self._holds(model, content, instances):
                 return
         await self._load(model, config_json(with_instances(config, instances)))
 
@@ -140,7 +154,17 @@ class TritonRepository:
             await self._await_unloaded(model, min(REPAIR_WAIT_S, self._unload_timeout_s))
         except (BackendError, ResidencyError) as error:
             logger.warning("repairing model %r without having unloaded it: %s", model, error)
-        await self.load(model, instances=instances)
+        await self._load_files(model, instances, adopt=False)
+
+    async def _holds(self, model: str, content: str, instances: int) -> bool:
+        """Whether the server serves the model from these files with that many instances."""
+        try:
+            config = await self._client.config(model)
+            ready = await self._client.model_ready(model)
+        except BackendError:
+            return False
+        same = config.parameters[CONTENT].string_value == content
+        return ready and same and instances_of(config) == instances
 
     async def _await_unloaded(self, model: str, limit_s: float) -> None:
         """Triton tells nobody when an unload is done: its index has to be asked."""
@@ -186,6 +210,17 @@ class TritonRepository:
     def _nowhere(self, model: str) -> str:
         where = ", ".join(map(str, self._directories)) or "the server's model repository"
         return f"no readable directory {model!r} with a numeric version directory in {where}"
+
+
+def content_mark(directory: Path) -> str:
+    """Changes when a file of the model does: by names, sizes and times, nothing is read."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            stat = path.stat()
+            name = path.relative_to(directory)
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 def _still_held(states: Sequence[ModelState], model: str) -> str:
