@@ -6,12 +6,14 @@ drive the same object.
 
 from paceline.dispatch.dispatcher import Dispatcher
 from paceline.dispatch.events import (
+    Abort,
     Action,
     Answer,
     BatchDone,
     BatchFailed,
     Broken,
     Cancel,
+    Entered,
     Event,
     Execute,
     Fail,
@@ -19,15 +21,19 @@ from paceline.dispatch.events import (
     MachineDown,
     MachineUp,
     Partial,
+    Passed,
+    Reached,
     RemoveChain,
     Settled,
     Submit,
     Tick,
+    TooCold,
     Wake,
 )
 from paceline.dispatch.route import ChainRoute, ModuleRoute, route_chain
 
 __all__ = [
+    "Abort",
     "Action",
     "Answer",
     "BatchDone",
@@ -36,6 +42,7 @@ __all__ = [
     "Cancel",
     "ChainRoute",
     "Dispatcher",
+    "Entered",
     "Event",
     "Execute",
     "Fail",
@@ -44,10 +51,13 @@ __all__ = [
     "MachineUp",
     "ModuleRoute",
     "Partial",
+    "Passed",
+    "Reached",
     "RemoveChain",
     "Settled",
     "Submit",
     "Tick",
+    "TooCold",
     "Wake",
     "route_chain",
 ]

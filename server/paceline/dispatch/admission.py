@@ -12,9 +12,14 @@ admitted requests have not yet had launched there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from paceline.core.errors import ErrorKind, Rejected
 from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.stage import Served, Stage
+
+ReadyIn = Callable[[str, float], float]
+"""How long from an instant on until a model can be used; 0 when it can."""
 
 LEAST_RETRY_S = 0.001
 _NOTHING_ROWS = 1e-6
@@ -37,6 +42,8 @@ class Admission:
     def __init__(self) -> None:
         self._busy: dict[Stage, None] = {}
         """Stages with rows ahead (an ordered set)."""
+        self.ready_in_s: ReadyIn | None = None
+        """How long until a model is in memory; None: all are, always."""
 
     def admit(
         self, served: Served, priority: int, budget_s: float, pool: MachinePool, now_s: float
@@ -45,8 +52,11 @@ class Admission:
 
         Raises Rejected (OVERLOADED, with `retry_after_s`) when it is predicted to end too late.
         """
-        if served.route.modules[0].rate_rps > 0:
+        cold = self.cold(served, now_s)
+        if served.route.modules[0].rate_rps > 0 or cold:
             excess_s = self.predicted_s(served, priority, pool, now_s) - budget_s
+            if excess_s > 0 and cold:
+                raise _too_cold(served, cold, excess_s)
             if excess_s > 0:
                 raise Rejected(
                     ErrorKind.OVERLOADED,
@@ -58,6 +68,13 @@ class Admission:
         for stage, rows in zip(served.stages, served.fan_outs, strict=True):
             self._count(stage, priority, rows)
         return Ticket(priority, served.stages, list(served.fan_outs))
+
+    def cold(self, served: Served, now_s: float) -> dict[str, float]:
+        """Models of the chain that are not in memory, and how long until they are."""
+        if self.ready_in_s is None:
+            return {}
+        ready_in_s = ((s.route.model, self.ready_in_s(s.route.model, now_s)) for s in served.stages)
+        return {model: wait_s for model, wait_s in ready_in_s if wait_s > 0}
 
     def predicted_s(self, served: Served, priority: int, pool: MachinePool, now_s: float) -> float:
         """Time from now to the answer of a request that would enter now."""
@@ -111,6 +128,8 @@ class Admission:
         At once, where nobody can tell.
         """
         route = stage.route
+        if self.ready_in_s is not None and (wait_s := self.ready_in_s(route.model, now_s)) > 0:
+            return wait_s, 1
         if route.row_s <= 0:
             return 0.0, 1
         rows = stage.ahead_of(priority)
@@ -143,3 +162,14 @@ class Admission:
         if not ahead:
             self._busy[stage] = None
         ahead[priority] = ahead.get(priority, 0.0) + rows
+
+
+def _too_cold(served: Served, cold: Mapping[str, float], excess_s: float) -> Rejected:
+    model, wait_s = max(cold.items(), key=lambda item: (item[1], item[0]))
+    return Rejected(
+        ErrorKind.OVERLOADED,
+        f"'{served.route.bound.name}' is not in memory: loading model '{model}' takes about "
+        f"{wait_s * 1e3:.0f} ms, the answer would come {excess_s * 1e3:.0f} ms too late",
+        shortfall_s=excess_s,
+        retry_after_s=wait_s,
+    )

@@ -89,6 +89,11 @@ class ChainRun:
         self._skipped: set[int] = set()
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """Which of the chain's modules it may run, in order."""
+        return tuple(step.place for step in self._walk.steps)
+
+    @property
     def done(self) -> bool:
         """Whether every module has ended."""
         return not self._left

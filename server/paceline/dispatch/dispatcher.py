@@ -22,17 +22,19 @@ from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
 from paceline.core.ports import ModelCall
 from paceline.core.request import Timeline
 from paceline.core.tensor import Tensor
-from paceline.dispatch.admission import Admission
+from paceline.dispatch.admission import Admission, ReadyIn
 from paceline.dispatch.batch import Batch
 from paceline.dispatch.chain_run import ChainRun, Work
 from paceline.dispatch.collector import Offer
 from paceline.dispatch.events import (
+    Abort,
     Action,
     Answer,
     BatchDone,
     BatchFailed,
     Broken,
     Cancel,
+    Entered,
     Event,
     Execute,
     Fail,
@@ -40,9 +42,12 @@ from paceline.dispatch.events import (
     MachineDown,
     MachineUp,
     Partial,
+    Passed,
+    Reached,
     RemoveChain,
     Submit,
     Tick,
+    TooCold,
     Wake,
 )
 from paceline.dispatch.machines import Machine, MachinePool
@@ -89,6 +94,14 @@ class Dispatcher:
         self._ids = count(1)
         self._wake_s = inf
         self._launches = 0
+        self._leasing = False
+
+    def lease(self, ready_in_s: ReadyIn) -> None:
+        """From now on models come and go: `ready_in_s` says when each can be used, and actions
+        tell which of them requests may use, wait for and have used.
+        """
+        self._admission.ready_in_s = ready_in_s
+        self._leasing = True
 
     def handle(self, event: Event, *, now_s: float, settled: bool = True) -> list[Action]:
         """Take one event in and return what to do about it, in order.
@@ -108,6 +121,9 @@ class Dispatcher:
             case Cancel():
                 if (run := self._runs.get(event.request)) is not None:
                     self._end(run)
+            case Abort():
+                if (run := self._runs.get(event.request)) is not None:
+                    self._fail(run, event.error, now_s, actions)
             case Tick():
                 self._wake_s = inf
             case InstallChain():
@@ -123,6 +139,21 @@ class Dispatcher:
             self._launch(now_s, actions)
             self._schedule_wake(now_s, actions)
         return actions
+
+    def running(self, machine: str, model: str) -> int:
+        """Batches of a model that a machine executes."""
+        found = self._pool.get(machine)
+        lane = found.lanes.get(model) if found is not None else None
+        return lane.running if lane is not None else 0
+
+    def bearable(self, now_s: float) -> float:
+        """By what factor what remains of every request could take longer and still be in time."""
+        least = inf
+        for run in self._runs.values():
+            tail_s = max((entry.stage.route.tail_s for entry in run.entries), default=0.0)
+            if tail_s > 0:
+                least = min(least, (run.submit.deadline_s - now_s) / tail_s)
+        return least
 
     @property
     def in_flight(self) -> int:
@@ -160,8 +191,16 @@ class Dispatcher:
             run = self._admit(event, now_s)
         except RequestError as error:
             actions.append(Fail(event.request, error, _refused(event, error, now_s)))
+            if self._leasing and error.kind is ErrorKind.OVERLOADED:
+                cold = self._admission.cold(self._served[event.chain], now_s)
+                actions += [TooCold(event.chain, tuple(cold))] if cold else []
             return
         self._runs[event.request] = run
+        if self._leasing:
+            stages = run.served.stages
+            modules = tuple([stages[place].route for place in run.places])
+            priority = run.ticket.priority
+            actions.append(Entered(event.request, modules, event.deadline_s, priority))
         self._per_chain[event.chain] = self._per_chain.get(event.chain, 0) + 1
         self._advance(run, now_s, actions)
 
@@ -186,11 +225,16 @@ class Dispatcher:
         try:
             for work in run.ready():
                 self._enqueue(run, work, now_s)
+                if self._leasing:
+                    actions.append(Reached(run.submit.request, work.step.bound.spec.name))
         except RequestError as error:
             self._fail(run, error, now_s, actions)
             return
         while run.idle:
-            self._admission.counted(run.ticket, run.idle.pop().place, 0)
+            idle = run.idle.pop()
+            self._admission.counted(run.ticket, idle.place, 0)
+            if self._leasing:
+                actions.append(Passed(run.submit.request, idle.bound.spec.name))
         if run.done:
             self._end(run)
             actions.append(Answer(run.submit.request, run.answer(), run.timeline(now_s)))
@@ -378,6 +422,8 @@ class Dispatcher:
             self._fail(run, error, now_s, actions)
             return
         if complete:
+            if self._leasing:
+                actions.append(Passed(run.submit.request, step.bound.spec.name))
             if len(run.entries) == 1:
                 run.entries.clear()
             else:

@@ -13,7 +13,7 @@ from paceline.core.ports import ModelCall
 from paceline.core.request import Parameter, Timeline
 from paceline.core.tensor import Tensor
 from paceline.core.values import value
-from paceline.dispatch.route import ChainRoute
+from paceline.dispatch.route import ChainRoute, ModuleRoute
 
 
 @value
@@ -69,6 +69,14 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True)
+class Abort:
+    """A request that is under way can come to nothing: it fails with this error."""
+
+    request: int
+    error: RequestError
+
+
+@dataclass(frozen=True, slots=True)
 class InstallChain:
     """Serve new requests of this chain by `route`; those under way keep the route they have."""
 
@@ -101,6 +109,7 @@ class MachineDown:
 
 Event = (
     Submit
+    | Abort
     | Cancel
     | BatchDone
     | BatchFailed
@@ -131,6 +140,40 @@ class Partial:
     request: int
     start: int
     outputs: tuple[Tensor, ...]
+
+
+@value
+class Entered:
+    """A request was admitted that may use the models of these modules, in the chain's order."""
+
+    request: int
+    modules: tuple[ModuleRoute, ...]
+    deadline_s: float
+    priority: int
+
+
+@value
+class Reached:
+    """A module of a request waits for its model from now on."""
+
+    request: int
+    model: str
+
+
+@value
+class Passed:
+    """A module of a request has ended: it does not use its model any more."""
+
+    request: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class TooCold:
+    """A request was refused because loading its chain's models would take too long."""
+
+    chain: str
+    models: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,4 +210,4 @@ class Wake:
     at_s: float
 
 
-Action = Execute | Partial | Answer | Fail | Broken | Wake
+Action = Execute | Partial | Answer | Fail | Entered | Reached | Passed | TooCold | Broken | Wake

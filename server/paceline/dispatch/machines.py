@@ -120,6 +120,10 @@ class MachinePool:
             self.slots -= machine.slots
             self._index()
 
+    def get(self, name: str) -> Machine | None:
+        """A machine that is up."""
+        return self._machines.get(name)
+
     def all(self) -> tuple[Machine, ...]:
         """Machines that are up, by name."""
         return tuple(machine for _, machine in sorted(self._machines.items()))
