@@ -118,7 +118,8 @@ def test_any_runs_get_through_within_any_limit(
     blocks = st.lists(st.integers(0, len(sizes) - 1), unique=True)
     for _ in range(3):
         limit = max(needs) + data.draw(st.integers(0, 60))
-        pinned, held = [], 0
+        pinned: list[int] = []
+        held = 0
         for block in data.draw(blocks):
             rest = max(
                 (needs[b] for b in range(len(sizes)) if b not in [*pinned, block]), default=0

@@ -13,29 +13,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .loader import Loader, Turns
+from .budget import Budget
+from .ledger import Ledger
+from .loader import Loader
 from .manifest import Block, Manifest, Member, PoolError, pages, runtime_here
 from .mapping import MappedObject
-from .plan import Plan, choose
 from .run import Durations, compute
-from .settings import MIB, Settings
+from .settings import Settings
 from .skeleton import Skeleton, ort_version, to_value
 from .source import LocalSource, Source, objects_of
 from .window import Window
-
-_DEFAULT_RATE_BYTES_S = 1e9
-"""Swap-in before anything was measured: what a local disk gives."""
-_TABLE_SHARE = 1 / 16
-"""Of the budget, for rows of tables that are paged in on demand."""
-_REPLAN_RUNS = 16
 
 
 class BlockModel:
     """One model in one process. `infer` may be called by several threads."""
 
-    def __init__(self, settings: Settings, source: Source, *, turns: Turns | None = None) -> None:
+    def __init__(self, settings: Settings, source: Source, ledger: Ledger) -> None:
         self._source = source
         self._settings = settings
+        self._ledger = ledger
         self.manifest: Manifest = source.manifest(settings.manifest)
         different = self.manifest.runtime.difference(runtime_here(ort_version()))
         if different:
@@ -47,49 +43,60 @@ class BlockModel:
         for member in self.manifest.members:
             self._members[member.name] = (member, len(blocks))
             blocks.extend(member.blocks)
-        self._blocks = tuple(blocks)
-        self._sizes = objects_of(self.manifest)
-        self._needs = [_loaded_objects(block) for block in self._blocks]
-        self._budget_bytes = settings.memory_budget_bytes
-        loaded = {name for names in self._needs for name in names}
-        self._tables = [name for name in self._sizes if name not in loaded]
-        self._table_bytes = 0
-        limit = self._limit_bytes()
+        sizes = objects_of(self.manifest)
+        needs = [_loaded_objects(block) for block in blocks]
+        loaded = {name for names in needs for name in names}
+        self._tables = [name for name in sizes if name not in loaded]
+        self._unchecked_tables = list(self._tables)
+        held = {name: pages(size) for name, size in sizes.items()}
+        self.budget: Budget | None = None
+        if settings.memory_budget_bytes is not None or settings.shared_budget_bytes is not None:
+            self.budget = Budget(
+                self.manifest.model,
+                [sum(held[name] for name in names) for names in needs],
+                tables=bool(self._tables),
+                settings=settings,
+                ledger=ledger,
+            )
         self._objects: dict[str, MappedObject] = {
-            name: source.open(name, size) for name, size in self._sizes.items()
+            name: source.open(name, size) for name, size in sizes.items()
         }
         for name in self._tables:
             self._objects[name].expect_rows()
-        self._unchecked_tables = list(self._tables)
-        self._window = Window(self._needs, self._page_sizes(), limit_bytes=limit)
-        self._durations = Durations(self._blocks)
+        self._durations = Durations(blocks)
         self._loader = Loader(
-            self._window,
+            Window(needs, held, limit_bytes=None if self.budget is None else 0),
             self._objects,
             source,
-            turns=turns,
+            turns=ledger,
             keep_page_cache=settings.keep_page_cache,
+            on_drop=None if self.budget is None else self.budget.dropped,
         )
         self._skeleton = Skeleton(
-            self._blocks,
+            blocks,
             lambda block: source.graph(block.graph, self.manifest.objects[block.graph]),
             self._objects,
             settings.threads,
         )
         self._one_at_a_time = threading.Lock()
-        self._runs = 0
-        self.plan: Plan | None = None
-        if limit is not None:
-            self._replan(1)
 
     @classmethod
-    def open(cls, settings: Settings, name: str) -> BlockModel:
+    def open(cls, settings: Settings) -> BlockModel:
         """The model that a config.pbtxt describes. Raises PoolError."""
         assert isinstance(settings.pool, Path)
-        return cls(settings, LocalSource(settings.pool))
+        source = LocalSource(settings.pool)
+        ledger = Ledger(f"disk {settings.pool.stat().st_dev}", priority=settings.priority)
+        try:
+            return cls(settings, source, ledger)
+        except BaseException:
+            source.close()
+            ledger.close()
+            raise
 
     def start(self) -> BlockModel:
-        """Building and loading begin; requests may come."""
+        """Building and loading begin; requests may come. Raises PoolError."""
+        if self.budget is not None:
+            self.budget.start(self._loader, self._durations)
         self._skeleton.start()
         self._loader.start()
         return self
@@ -109,18 +116,22 @@ class BlockModel:
 
         Raises PoolError when weights cannot be had, and whatever ONNX Runtime raises.
         """
-        if self._limit_bytes() is None:
+        if self.budget is None:
             return self._infer(member, feed, outputs, rows)
         with self._one_at_a_time:
             results = self._infer(member, feed, outputs, rows)
-            self._after_run(rows)
-            return results
+            self._trim_tables(self.budget.table_bytes)
+        self.budget.ran(rows)
+        return results
 
     def close(self) -> None:
         """Ends the threads; call it when no request is under way."""
+        if self.budget is not None:
+            self.budget.close()
         self._loader.close()
         self._skeleton.close()
         self._source.close()
+        self._ledger.close()
 
     def _infer(
         self, name: str, feed: Mapping[str, Any], outputs: Sequence[str], rows: int
@@ -137,7 +148,7 @@ class BlockModel:
             rows=rows,
             weights=self._loader,
             sessions=self._skeleton,
-            durations=self._durations if rows else None,
+            durations=self._durations,
         )
         return {output: values[value].numpy() for output, value in wanted.items()}
 
@@ -147,47 +158,11 @@ class BlockModel:
             self._source.check(self._unchecked_tables[-1])
             self._unchecked_tables.pop()
 
-    def _after_run(self, rows: int) -> None:
-        cached = sum(self._objects[name].cached_bytes() for name in self._tables)
-        if cached > self._table_bytes:
+    def _trim_tables(self, limit_bytes: int) -> None:
+        """Rows that were paged in stay as long as there is room for them."""
+        if sum(self._objects[name].cached_bytes() for name in self._tables) > limit_bytes:
             for name in self._tables:
                 self._objects[name].drop(page_cache=not self._settings.keep_page_cache)
-        self._runs += 1
-        if self._runs in (1, 2, 4, 8) or self._runs % _REPLAN_RUNS == 0:
-            self._replan(rows)
-
-    def _replan(self, rows: int) -> None:
-        """Pins what is best by what has been measured so far."""
-        limit = self._limit_bytes()
-        assert limit is not None
-        self.plan = choose(
-            [sum(self._page_sizes()[name] for name in names) for names in self._needs],
-            self._durations.at(rows),
-            limit_bytes=limit,
-            rate_bytes_s=self._loader.rate() or _DEFAULT_RATE_BYTES_S,
-        )
-        self._loader.pin(self.plan.pinned, limit)
-
-    def _limit_bytes(self) -> int | None:
-        """For blocks; what is left of the budget is for rows of tables. Raises PoolError."""
-        budget = self._budget_bytes
-        if budget is None:
-            return None
-        self._table_bytes = int(budget * _TABLE_SHARE) if self._tables else 0
-        limit = budget - self._table_bytes
-        sizes = self._page_sizes()
-        largest = max(sum(sizes[name] for name in names) for names in self._needs)
-        if limit < largest:
-            needed = largest / (1 - _TABLE_SHARE if self._tables else 1) / MIB
-            raise PoolError(
-                f"model {self.manifest.model!r}: memory_budget_mib {budget / MIB:g} is below "
-                f"{needed:.1f}, what its largest block needs; raise it, or compile the model "
-                f"with --budget-mib {budget / MIB:g}, which makes smaller blocks"
-            )
-        return limit
-
-    def _page_sizes(self) -> Mapping[str, int]:
-        return {name: pages(size) for name, size in self._sizes.items()}
 
 
 def _loaded_objects(block: Block) -> tuple[str, ...]:

@@ -20,13 +20,15 @@ from .window import Step, Window
 
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 8.0
+TURN_S = 0.02
+"""Steps that follow each other within this time are one turn: a turn costs about 0.3 ms."""
 
 
 class Turns(Protocol):
     """Permission to move bytes, shared by all loads of the machine."""
 
-    def begin(self, size_bytes: int, *, urgent: bool) -> None:
-        """Blocks until it is this process's turn."""
+    def begin(self, urgent: Callable[[], bool]) -> None:
+        """Blocks until it is this process's turn; `urgent` says whether a request waits."""
 
     def end(self, size_bytes: int) -> None:
         """The bytes are moved."""
@@ -35,7 +37,7 @@ class Turns(Protocol):
 class FreeTurns:
     """Nobody to share with."""
 
-    def begin(self, size_bytes: int, *, urgent: bool) -> None: ...
+    def begin(self, urgent: Callable[[], bool]) -> None: ...
 
     def end(self, size_bytes: int) -> None: ...
 
@@ -51,19 +53,21 @@ class Loader:
         *,
         turns: Turns | None = None,
         keep_page_cache: bool = False,
-        on_idle: Callable[[], None] | None = None,
+        on_drop: Callable[[], None] | None = None,
     ) -> None:
         self._window = window
         self._objects = objects
         self._source = source
         self._turns = turns or FreeTurns()
         self._keep_page_cache = keep_page_cache
-        self._on_idle = on_idle
+        self._on_drop = on_drop
         self._changed = threading.Condition()
         self._error: PoolError | None = None
         self._backoff_s = FIRST_BACKOFF_S
         self._retry_at_s = 0.0
         self._closed = False
+        self._turn_since_s: float | None = None
+        self._turn_bytes = 0
         self._peak_bytes = 0
         self._moved_bytes = 0
         self._moving_s = 0.0
@@ -169,12 +173,16 @@ class Loader:
     def _work(self) -> None:
         while True:
             with self._changed:
-                step = self._next_step()
+                step = None if self._closed else self._ready_step()
+            if step is None:
+                self._end_turn()  # nobody else waits for one that is idle
+                with self._changed:
+                    step = self._next_step()
             if step is None:
                 return
             self._perform(step)
-            if self._on_idle is not None and not step.fetch:
-                self._on_idle()
+            if self._on_drop is not None and step.drop and not step.fetch:
+                self._on_drop()
 
     def _next_step(self) -> Step | None:
         """Waits for one; None when closed."""
@@ -183,22 +191,28 @@ class Loader:
             if pause_s > 0:
                 self._changed.wait(pause_s)
                 continue
-            step = self._window.next_step()
+            step = self._ready_step()
             if step is not None:
-                self._peak_bytes = max(self._peak_bytes, self._window.held_bytes)
                 return step
             self._changed.wait()
         return None
+
+    def _ready_step(self) -> Step | None:
+        """What can be done at once."""
+        if self._error is not None and time.monotonic() < self._retry_at_s:
+            return None
+        step = self._window.next_step()
+        self._peak_bytes = max(self._peak_bytes, self._window.held_bytes)
+        return step
 
     def _perform(self, step: Step) -> None:
         for name in step.drop:
             self._objects[name].drop(page_cache=not self._keep_page_cache)
         if not step.fetch:
             return
-        size_bytes = sum(span.size_bytes for span in step.fetch)
-        with self._changed:
-            urgent = self._window.waited_for
-        self._turns.begin(size_bytes, urgent=urgent)
+        if self._turn_since_s is None:
+            self._turns.begin(self._waited_for)
+            self._turn_since_s = time.perf_counter()
         began_s = time.perf_counter()
         moved = 0
         try:
@@ -212,11 +226,22 @@ class Loader:
         except Exception as error:  # a thread that died would leave runs waiting for ever
             self._fail(step, error)
         finally:
-            took_s = time.perf_counter() - began_s
-            self._turns.end(moved)
+            now_s = time.perf_counter()
             with self._changed:
                 self._moved_bytes += moved
-                self._moving_s += took_s
+                self._moving_s += now_s - began_s
+            self._turn_bytes += moved
+            if now_s - self._turn_since_s >= TURN_S:
+                self._end_turn()
+
+    def _end_turn(self) -> None:
+        if self._turn_since_s is not None:
+            self._turns.end(self._turn_bytes)
+            self._turn_since_s, self._turn_bytes = None, 0
+
+    def _waited_for(self) -> bool:
+        with self._changed:
+            return self._window.waited_for
 
     def _fail(self, step: Step, error: Exception) -> None:
         wrong = error if isinstance(error, PoolError) else PoolError(f"weights: {error!r}")

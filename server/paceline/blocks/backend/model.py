@@ -38,7 +38,7 @@ def _package() -> str:
 _package()
 from paceline_blocks import batching  # noqa: E402
 from paceline_blocks.blockmodel import BlockModel  # noqa: E402
-from paceline_blocks.settings import read_settings  # noqa: E402
+from paceline_blocks.settings import Settings, read_settings  # noqa: E402
 
 
 class TritonPythonModel:
@@ -50,8 +50,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         try:
             settings = read_settings(config.get("parameters", {}), Path(args["model_repository"]))
-            self._model = BlockModel.open(settings, self._name)
-            self._check(config)
+            self._model = self._open(settings, config)
         except ValueError as error:  # PoolError, SettingsError
             raise ValueError(f"model '{self._name}': {error}") from None
         self._batching = {
@@ -61,7 +60,6 @@ class TritonPythonModel:
         parallel = settings.parallel or len(self._model.members)
         self._workers = ThreadPoolExecutor(parallel) if parallel > 1 else None
         self._free = threading.Semaphore(parallel)
-        self._model.start()
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         answers = _Answers(len(requests))
@@ -122,21 +120,15 @@ class TritonPythonModel:
         outputs = request.requested_output_names()
         return batching.calls_of(position, self._model.members, given, outputs)
 
-    def _check(self, config: Mapping[str, Any]) -> None:
-        """The configuration's tensors are the manifest's. Raises ValueError."""
-        for kind in ("input", "output"):
-            known = {
-                tensor.name: tensor.dtype
-                for member in self._model.members
-                for tensor in (member.inputs if kind == "input" else member.outputs)
-            }
-            for tensor in config.get(kind, []):
-                name, data_type = str(tensor["name"]), str(tensor["data_type"])
-                dtype = data_type.removeprefix("TYPE_").replace("STRING", "BYTES")
-                if known.get(name) != dtype:
-                    raise ValueError(
-                        f"config.pbtxt: {kind} {name!r} is {data_type}; the manifest has {known}"
-                    )
+    @staticmethod
+    def _open(settings: Settings, config: Mapping[str, Any]) -> BlockModel:
+        model = BlockModel.open(settings)
+        try:
+            _check(config, model)
+            return model.start()
+        except BaseException:
+            model.close()  # what is left behind would be in the way of others
+            raise
 
     def _failure(self, error: Exception) -> Any:
         code = (
@@ -145,6 +137,23 @@ class TritonPythonModel:
             else pb_utils.TritonError.INTERNAL
         )
         return pb_utils.TritonError(f"model '{self._name}': {' '.join(str(error).split())}", code)
+
+
+def _check(config: Mapping[str, Any], model: BlockModel) -> None:
+    """The configuration's tensors are the manifest's. Raises ValueError."""
+    for kind in ("input", "output"):
+        known = {
+            tensor.name: tensor.dtype
+            for member in model.members
+            for tensor in (member.inputs if kind == "input" else member.outputs)
+        }
+        for tensor in config.get(kind, []):
+            name, data_type = str(tensor["name"]), str(tensor["data_type"])
+            dtype = data_type.removeprefix("TYPE_").replace("STRING", "BYTES")
+            if known.get(name) != dtype:
+                raise ValueError(
+                    f"config.pbtxt: {kind} {name!r} is {data_type}; the manifest has {known}"
+                )
 
 
 class _Answers:

@@ -113,7 +113,8 @@ class Skeleton:
     def close(self) -> None:
         """Ends the thread; sessions stay usable by runs that have them."""
         self._closed = True
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _await(self, key: str) -> Session:
         with self._changed:

@@ -1,0 +1,161 @@
+"""Keeps a model within its memory budget: what is pinned, and its share of a shared budget.
+
+A thread of its own looks at it when a run count is reached, when the ledger's bell rings and, with
+a shared budget, twice a second (loads shift also by ending); requests never wait for it. Of the
+budget a part is for the rows of tables that are paged in on demand, the rest is the window's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from .ledger import Bell, Ledger, ring
+from .loader import Loader
+from .manifest import PoolError
+from .plan import Plan, choose
+from .run import Durations
+from .settings import MIB, Settings
+from .shares import Claim
+
+TABLE_SHARE = 1 / 16
+_DEFAULT_RATE_BYTES_S = 1e9
+"""Swap-in before anything was measured: what a local disk gives."""
+_REPLAN_RUNS = 16
+_REDIVIDE_S = 0.5
+_LOAD_MEMORY_S = 5.0
+"""Runs so long ago count 1/e of one just now."""
+_CURVE_POINTS = 8
+
+
+class Budget:
+    """Of one model in one process. `needs` are the bytes of each block."""
+
+    def __init__(
+        self, name: str, needs: Sequence[int], *, tables: bool, settings: Settings, ledger: Ledger
+    ) -> None:
+        self._needs = needs
+        self._settings = settings
+        self._ledger = ledger
+        self._blocks_share = 1 - TABLE_SHARE if tables else 1.0
+        self._floor_bytes = int(max(needs, default=0) / self._blocks_share) + 1
+        self._all_bytes = int(sum(needs) / self._blocks_share) + 1
+        self._check(name)
+        self._shared = settings.shared_budget_bytes is not None
+        self._bytes = 0 if self._shared else settings.memory_budget_bytes or 0
+        self._rows = 1
+        self._runs = 0
+        self._load = 0.0
+        self._load_at_s = time.monotonic()
+        self._lock = threading.Lock()
+        self._closed = False
+        self.plan: Plan | None = None
+        self._thread = threading.Thread(target=self._work, name="blocks-budget", daemon=True)
+
+    @property
+    def bytes(self) -> int:
+        """In force now."""
+        return self._bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """For blocks."""
+        return int(self._bytes * self._blocks_share)
+
+    @property
+    def table_bytes(self) -> int:
+        """For rows of tables."""
+        return self._bytes - self.limit_bytes
+
+    def start(self, loader: Loader, durations: Durations) -> None:
+        """Plans, claims, and goes on doing so. Raises PoolError if a shared budget is too full."""
+        self._loader = loader
+        self._durations = durations
+        if self._shared:
+            assert self._settings.shared_budget_bytes is not None
+            self._ledger.join(
+                self._settings.budget_group, self._settings.shared_budget_bytes, self._floor_bytes
+            )
+        self._attend()
+        self._thread.start()
+
+    def ran(self, rows: int) -> None:
+        """A run of a batch of `rows` is over."""
+        with self._lock:
+            self._rows = rows
+            self._runs += 1
+            now_s = time.monotonic()
+            self._load = self._decayed(now_s) + 1 / _LOAD_MEMORY_S
+            self._load_at_s = now_s
+            due = self._runs in (1, 2, 4, 8) or self._runs % _REPLAN_RUNS == 0
+        if due:
+            ring(self._ledger.bell.address)
+
+    def dropped(self) -> None:
+        """Memory was given up; others may be waiting for it."""
+        if self._shared:
+            ring(self._ledger.bell.address)
+
+    def close(self) -> None:
+        self._closed = True
+        ring(self._ledger.bell.address)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _check(self, name: str) -> None:
+        least, settings = self._floor_bytes / MIB, self._settings
+        for key, budget in (
+            ("memory_budget_mib", settings.memory_budget_bytes),
+            ("shared_budget_mib", settings.shared_budget_bytes),
+        ):
+            if budget is not None and budget < self._floor_bytes:
+                raise PoolError(
+                    f"model {name!r}: {key} {budget / MIB:g} is below {least:.1f}, what its "
+                    f"largest block needs; raise it, or compile the model with "
+                    f"--budget-mib {budget / MIB:g}, which makes smaller blocks"
+                )
+
+    def _work(self) -> None:
+        bell: Bell = self._ledger.bell
+        while not self._closed:
+            bell.wait(_REDIVIDE_S if self._shared else None)
+            if not self._closed:
+                self._attend()
+
+    def _attend(self) -> None:
+        rows = self._rows
+        if self._shared:
+            held = max(self._loader.held_bytes, self.limit_bytes)
+            held_bytes = min(int(held / self._blocks_share) + 1, max(self._bytes, held))
+            self._bytes = self._ledger.exchange(self._claim(rows), held_bytes)
+        if self.limit_bytes < max(self._needs, default=0):
+            self._loader.pin((), 0)  # until others have made room
+            return
+        self.plan = self._plan(self.limit_bytes, rows)
+        self._loader.pin(self.plan.pinned, self.limit_bytes)
+
+    def _claim(self, rows: int) -> Claim:
+        most = min(self._all_bytes, self._settings.memory_budget_bytes or self._all_bytes)
+        step = max((most - self._floor_bytes) // _CURVE_POINTS, 1)
+        sizes = [*range(self._floor_bytes, most, step)][:_CURVE_POINTS] or [self._floor_bytes]
+        if most > sizes[-1]:
+            sizes.append(most)
+        curve = tuple(
+            (size, self._plan(int(size * self._blocks_share), rows).latency_s) for size in sizes
+        )
+        with self._lock:
+            rate_rps = self._decayed(time.monotonic())
+        return Claim(curve, rate_rps, 0.5 ** min(self._settings.priority, 6))
+
+    def _plan(self, limit_bytes: int, rows: int) -> Plan:
+        return choose(
+            self._needs,
+            self._durations.at(rows),
+            limit_bytes=limit_bytes,
+            rate_bytes_s=self._loader.rate() or _DEFAULT_RATE_BYTES_S,
+        )
+
+    def _decayed(self, now_s: float) -> float:
+        """Runs a second, the last ones counting most."""
+        return float(self._load * 2.718281828 ** ((self._load_at_s - now_s) / _LOAD_MEMORY_S))

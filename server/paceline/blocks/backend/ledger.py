@@ -1,0 +1,268 @@
+"""What the blocks models of a machine tell each other: one small table, shared by their processes.
+
+Every process has a row, with its claim on a shared budget and its place in the queue for I/O.
+A transaction locks the table (flock, which the kernel undoes when a process is killed), forgets
+the rows of processes that are gone, and replaces the file in one rename: a process that is killed
+anywhere leaves the table as it was. Processes that must act are woken through sockets of the
+abstract namespace, which end with their owners. The last to leave removes everything.
+
+Invariant of a group: the limits in force never sum to more than its budget. A limit is raised only
+by what others have given up, and given up only when the pages are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from .manifest import PoolError
+from .shares import Claim, divide
+from .turns import Load, asked, began, ended, next_load, weight
+
+_ENVIRONMENT = "PACELINE_BLOCKS_LEDGER"
+_MAX_BYTES = 1 << 20
+_RETRY_S = 0.1
+"""How soon a wake-up that a dying process did not send is made up for."""
+_numbers = count()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model of one process. `limit_bytes` is in force; `claim` is None without a budget."""
+
+    pid: int
+    started: str
+    bell: str
+    load: Load
+    group: str = ""
+    total_bytes: int = 0
+    limit_bytes: int = 0
+    claim: Claim | None = None
+
+
+class Bell:
+    """Wakes a thread of this or another process."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.address = f"paceline-blocks-{os.getuid()}-{os.getpid()}-{next(_numbers)}"
+        self._socket.bind("\0" + self.address)
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Until it rings or the time is over; rings that came meanwhile are one."""
+        self._socket.settimeout(timeout_s)
+        with contextlib.suppress(TimeoutError):
+            self._socket.recv(16)
+            self._socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    self._socket.recv(16)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def ring(address: str) -> None:
+    """A bell that is gone, or that has many rings waiting, needs none."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.sendto(b"!", "\0" + address)
+
+
+def default_directory() -> Path:
+    return Path(os.environ.get(_ENVIRONMENT) or f"/dev/shm/paceline-blocks-{os.getuid()}")
+
+
+class Ledger:
+    """This model's row in the machine's table. Methods may be called by any thread."""
+
+    def __init__(self, channel: str, *, priority: int = 0, directory: Path | None = None) -> None:
+        self._directory = directory or default_directory()
+        self._priority = priority
+        self._channel = channel
+        self._turn_bell = Bell()
+        self.bell = Bell()
+        """Rings when a budget is divided anew."""
+        self._name = self._turn_bell.address
+        with self._table() as rows:
+            rows[self._name] = Row(
+                os.getpid(), _started(os.getpid()), self.bell.address, Load(channel)
+            )
+
+    def begin(self, urgent: Callable[[], bool]) -> None:
+        """See `loader.Turns`."""
+        while True:
+            with self._table() as rows:
+                loads = {name: row.load for name, row in rows.items()}
+                loads[self._name] = asked(
+                    loads, self._name, weight(urgent=urgent(), priority=self._priority)
+                )
+                now_s = time.monotonic()
+                mine = next_load(loads, self._channel, now_s) == self._name
+                load = loads[self._name]
+                rows[self._name] = replace(
+                    rows[self._name], load=began(load, now_s) if mine else load
+                )
+            if mine:
+                return
+            self._turn_bell.wait(_RETRY_S)
+
+    def end(self, size_bytes: int) -> None:
+        """See `loader.Turns`."""
+        with self._table() as rows:
+            mine = rows[self._name]
+            rows[self._name] = replace(mine, load=ended(mine.load, size_bytes))
+            loads = {name: row.load for name, row in rows.items()}
+            following = next_load(loads, self._channel, time.monotonic())
+        if following is not None:
+            ring(following)
+
+    def join(self, group: str, total_bytes: int, floor_bytes: int) -> None:
+        """Claims a share of the group's budget. Raises PoolError if it cannot hold one more."""
+        with self._table() as rows:
+            others = [
+                row for name, row in rows.items() if name != self._name and row.group == group
+            ]
+            for row in others:
+                if row.total_bytes != total_bytes:
+                    raise PoolError(
+                        f"shared_budget_mib of group {group!r} is {total_bytes >> 20} here and "
+                        f"{row.total_bytes >> 20} in another model that is loaded: give one value"
+                    )
+            floors = sum(row.claim.floor_bytes for row in others if row.claim is not None)
+            if floors + floor_bytes > total_bytes:
+                raise PoolError(
+                    f"shared_budget_mib {total_bytes >> 20} of group {group!r} cannot hold this "
+                    f"model too: it needs {_mib(floor_bytes)} and the {len(others)} loaded ones "
+                    f"need {_mib(floors)} at least"
+                )
+            claim = Claim(((floor_bytes, 0.0),), 0.0)
+            rows[self._name] = replace(
+                rows[self._name], group=group, total_bytes=total_bytes, claim=claim
+            )
+        for row in others:
+            ring(row.bell)
+
+    def exchange(self, claim: Claim, held_bytes: int) -> int:
+        """Tells the claim and the most that may be held right now; the limit from here on.
+
+        Whoever must give memory up gets a lower limit than it holds, and keeps the difference in
+        the books until an `exchange` that says it is gone.
+        """
+        with self._table() as rows:
+            mine = replace(rows[self._name], claim=claim)
+            group = {name: row for name, row in rows.items() if row.group == mine.group}
+            group[self._name] = mine
+            claims = {name: row.claim for name, row in group.items() if row.claim is not None}
+            share = divide(mine.total_bytes, claims).get(self._name, claim.floor_bytes)
+            others = [row for name, row in group.items() if name != self._name]
+            free = mine.total_bytes - sum(row.limit_bytes for row in others)
+            booked = min(max(share, held_bytes), free)
+            changed = booked != mine.limit_bytes
+            rows[self._name] = replace(mine, limit_bytes=booked)
+        if changed:
+            for row in others:
+                ring(row.bell)
+        return min(share, booked)
+
+    def rows(self) -> dict[str, Row]:
+        """Everybody's, for people and tests."""
+        with self._table() as rows:
+            return dict(rows)
+
+    def close(self) -> None:
+        """Gives everything back; the last one removes the table."""
+        with self._table() as rows:
+            mine = rows.pop(self._name, None)
+            others = [row for row in rows.values() if mine is not None and row.group == mine.group]
+            if not rows:
+                for path in self._directory.iterdir():
+                    path.unlink(missing_ok=True)
+        for row in others:
+            ring(row.bell)
+        with contextlib.suppress(OSError):
+            self._directory.rmdir()
+        self._turn_bell.close()
+        self.bell.close()
+
+    @contextlib.contextmanager
+    def _table(self) -> Iterator[dict[str, Row]]:
+        """The rows of processes that live, written back unless an error is raised."""
+        handle = _locked(self._directory)
+        try:
+            path = self._directory / "table.json"
+            before = _read(path)
+            rows = {name: row for name, row in before.items() if _started(row.pid) == row.started}
+            yield rows
+            if rows:
+                text = json.dumps({name: asdict(row) for name, row in rows.items()})
+                fresh = path.with_name("table.new")
+                fresh.write_text(text, encoding="utf-8")
+                fresh.replace(path)
+        finally:
+            os.close(handle)
+
+
+def _locked(directory: Path) -> int:
+    """The table's lock, held; a directory that was removed meanwhile is made again."""
+    while True:
+        try:
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+            status = directory.lstat()
+            if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+                raise PoolError(f"{directory} is not a directory of this user: remove it")
+            handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            if directory.parent.is_dir():
+                continue  # the last one that left has just removed it
+            raise PoolError(f"{directory.parent}: no such directory; see {_ENVIRONMENT}") from None
+        except OSError as error:
+            raise PoolError(f"{directory}: {error.strerror}; see {_ENVIRONMENT}") from None
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)
+
+
+def _read(path: Path) -> dict[str, Row]:
+    try:
+        with path.open("rb") as file:
+            document: dict[str, Any] = json.loads(file.read(_MAX_BYTES))
+        return {name: _row(entry) for name, entry in document.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PoolError(f"{path}: not a table of this version ({error!r}): remove it") from None
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    claim = entry["claim"]
+    if claim is not None:
+        curve = tuple((int(size), float(seconds)) for size, seconds in claim["curve"])
+        claim = Claim(curve, claim["rate_rps"], claim["weight"])
+    return Row(**{**entry, "load": Load(**entry["load"]), "claim": claim})
+
+
+def _started(pid: int) -> str:
+    """When the process started, in ticks since boot: a number that pids are not reused with."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    fields = text.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _mib(count_bytes: int) -> str:
+    return f"{count_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,196 @@
+"""Blocks models share a machine's budget and I/O: the division, the turns, and their table."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.blocks.backend.ledger import Ledger
+from paceline.blocks.backend.manifest import PoolError
+from paceline.blocks.backend.shares import Claim, divide
+from paceline.blocks.backend.turns import Load, asked, began, ended, next_load, weight
+from paceline.blocks.backend.window import CHUNK_BYTES
+
+MIB = 2**20
+CURVE = ((10 * MIB, 1.0), (20 * MIB, 0.5), (40 * MIB, 0.1))
+
+
+def claims() -> st.SearchStrategy[Claim]:
+    steps = st.lists(st.tuples(st.integers(1, 9), st.floats(0, 3)), min_size=1, max_size=5)
+
+    def build(drawn: list[tuple[int, float]], rate: float) -> Claim:
+        sizes = itertools.accumulate(size for size, _ in drawn)
+        times = sorted((seconds for _, seconds in drawn), reverse=True)
+        return Claim(tuple(zip(sizes, times, strict=True)), rate)
+
+    return st.builds(build, steps, st.floats(0, 100))
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), claims(), min_size=1), st.integers(0, 60))
+@settings(max_examples=100)
+def test_a_division_keeps_the_budget_and_every_floor(by_name: dict[str, Claim], extra: int) -> None:
+    total = sum(claim.floor_bytes for claim in by_name.values()) + extra
+    grants = divide(total, by_name)
+    assert sum(grants.values()) <= total
+    for name, claim in by_name.items():
+        assert claim.floor_bytes <= grants[name] <= claim.curve[-1][0]
+    # Nothing is kept back while somebody could use it.
+    assert sum(grants.values()) == min(total, sum(c.curve[-1][0] for c in by_name.values()))
+    assert divide(total - extra - 1, by_name) == {}, "one byte less than the floors"
+
+
+def test_memory_goes_where_it_saves_most_and_follows_the_load() -> None:
+    busy, quiet = Claim(CURVE, 8.0), Claim(CURVE, 1.0)
+    assert divide(50 * MIB, {"a": busy, "b": quiet}) == {"a": 40 * MIB, "b": 10 * MIB}
+    assert divide(50 * MIB, {"a": quiet, "b": busy}) == {"a": 10 * MIB, "b": 40 * MIB}
+    urgent = Claim(CURVE, 1.0, weight=64.0)
+    assert divide(50 * MIB, {"a": busy, "b": urgent}) == {"a": 10 * MIB, "b": 40 * MIB}
+
+
+def test_a_division_does_not_change_with_every_request() -> None:
+    first = divide(50 * MIB, {"a": Claim(CURVE, 4.0), "b": Claim(CURVE, 4.1)})
+    assert divide(50 * MIB, {"a": Claim(CURVE, 4.2), "b": Claim(CURVE, 3.9)}) == first
+
+
+def serve(loads: dict[str, Load], turns: int) -> list[str]:
+    """Who moved bytes, in order, while everybody keeps asking."""
+    order = []
+    for now in range(turns):
+        for name, load in list(loads.items()):
+            loads[name] = asked(loads, name, load.weight)
+        chosen = next_load(loads, "disk", float(now))
+        assert chosen is not None
+        loads[chosen] = began(loads[chosen], float(now))
+        assert next_load(loads, "disk", float(now)) is None, "one at a time"
+        loads[chosen] = ended(loads[chosen], CHUNK_BYTES)
+        order.append(chosen)
+    return order
+
+
+def test_an_urgent_load_overtakes_at_once_and_starves_nobody() -> None:
+    loads = {"slow": Load("disk")}
+    serve(loads, 100)
+    loads["urgent"] = Load("disk", weight=weight(urgent=True, priority=0))
+    order = serve(loads, 170)
+    assert order.index("urgent") <= 1
+    assert 9 <= order.count("slow") <= 11, "one in seventeen"
+    gaps = [b - a for a, b in itertools.pairwise(i for i, n in enumerate(order) if n == "slow")]
+    assert max(gaps) <= 17
+
+
+def test_a_load_that_was_idle_has_saved_up_no_turns() -> None:
+    loads = {"a": Load("disk", virtual=1000.0 * CHUNK_BYTES), "b": Load("disk")}
+    assert serve(loads, 20).count("a") >= 9
+
+
+def test_a_turn_that_hangs_is_passed_over_and_other_channels_do_not_wait() -> None:
+    loads = {"hangs": Load("disk", holding_since_s=0.0), "next": Load("disk", waiting=True)}
+    assert next_load(loads, "disk", 1.0) is None
+    assert next_load(loads, "disk", 2.5) == "next"
+    assert next_load(loads, "store", 1.0) is None
+    loads["remote"] = Load("store", waiting=True)
+    assert next_load(loads, "store", 1.0) == "remote"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "ledger"
+    assert not (tmp_path / "ledger").exists(), "the last one to leave removes the table"
+
+
+def test_limits_never_exceed_the_budget_while_it_moves(directory: Path) -> None:
+    """A model that must give up memory keeps it in the books until it says that it is gone."""
+    first, second = (Ledger("disk", directory=directory) for _ in range(2))
+    first.join("g", 50 * MIB, 10 * MIB)
+    assert first.exchange(Claim(CURVE, 1.0), 0) == 40 * MIB
+    second.join("g", 50 * MIB, 10 * MIB)
+    assert second.exchange(Claim(CURVE, 8.0), 0) == 10 * MIB, "what is free"
+    assert first.exchange(Claim(CURVE, 1.0), 40 * MIB) == 10 * MIB, "the target"
+    assert second.exchange(Claim(CURVE, 8.0), 10 * MIB) == 10 * MIB, "first still holds it"
+    assert first.exchange(Claim(CURVE, 1.0), 10 * MIB) == 10 * MIB
+    assert second.exchange(Claim(CURVE, 8.0), 10 * MIB) == 40 * MIB
+    assert sum(row.limit_bytes for row in first.rows().values()) == 50 * MIB
+    first.close()
+    second.close()
+
+
+def test_a_budget_that_is_too_full_or_contradicts_is_refused(directory: Path) -> None:
+    first, second = (Ledger("disk", directory=directory) for _ in range(2))
+    first.join("g", 15 * MIB, 10 * MIB)
+    with pytest.raises(PoolError, match=r"cannot hold this model too: it needs 10.0 MiB"):
+        second.join("g", 15 * MIB, 10 * MIB)
+    with pytest.raises(PoolError, match=r"is 20 here and 15 in another model .* give one value"):
+        second.join("g", 20 * MIB, 1 * MIB)
+    second.join("other", 20 * MIB, 10 * MIB)
+    first.close()
+    second.close()
+
+
+_VICTIM = """
+import sys, time
+from pathlib import Path
+from paceline.blocks.backend.ledger import Ledger
+from paceline.blocks.backend.shares import Claim
+ledger = Ledger("disk", directory=Path(sys.argv[1]))
+ledger.join("g", 50 << 20, 10 << 20)
+ledger.exchange(Claim(((10 << 20, 1.0), (40 << 20, 0.1)), 1.0), 0)
+ledger.begin(lambda: False)
+print("ready", flush=True)
+while True:
+    with ledger._table():
+        pass
+"""
+
+
+def test_a_killed_process_leaves_neither_its_share_nor_its_turn(directory: Path) -> None:
+    """It holds both, and is killed at some point of a transaction."""
+    mine = Ledger("disk", directory=directory)
+    mine.join("g", 50 * MIB, 10 * MIB)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    for _ in range(3):
+        victim = subprocess.Popen(
+            [sys.executable, "-c", _VICTIM, str(directory)],
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        assert victim.stdout is not None
+        assert victim.stdout.readline() == b"ready\n"
+        assert mine.exchange(Claim(CURVE, 1.0), 0) == 10 * MIB
+        victim.send_signal(signal.SIGKILL)
+        victim.communicate()
+        assert mine.exchange(Claim(CURVE, 1.0), 0) == 40 * MIB
+        mine.exchange(Claim(CURVE[:1], 1.0), 0)
+        mine.begin(lambda: False)
+        mine.end(1)
+        assert len(mine.rows()) == 1
+    mine.close()
+
+
+def test_turns_pass_from_one_to_the_next(directory: Path) -> None:
+    """Two threads as two processes would; both get all their turns."""
+    moved: list[str] = []
+
+    def work(name: str) -> None:
+        ledger = Ledger("disk", directory=directory)
+        for _ in range(20):
+            ledger.begin(lambda: False)
+            moved.append(name)
+            ledger.end(1)
+        ledger.close()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(moved) == ["a"] * 20 + ["b"] * 20
