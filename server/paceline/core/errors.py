@@ -43,6 +43,10 @@ class ResidencyError(PacelineError):
     """A model could not be loaded, unloaded or found where it should be."""
 
 
+class LoadTimeoutError(ResidencyError):
+    """A load took too long: whether it still comes, and what it holds, nobody knows."""
+
+
 class ErrorKind(Enum):
     """Why a request failed; `rpc.status` maps each to one gRPC code."""
 

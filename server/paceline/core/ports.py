@@ -77,6 +77,22 @@ class ModelRepository(Protocol):
         ...
 
 
+class ModelMemory(Protocol):
+    """What models take on one machine."""
+
+    def guessed_bytes(self, model: str) -> int:
+        """What each instance will take, before anything was measured."""
+        ...
+
+    async def measured_bytes(self, model: str) -> int | None:
+        """What the instances of a loaded model take in all; None where that cannot be told."""
+        ...
+
+    async def gone(self, model: str) -> bool:
+        """Whether nothing of an unloaded model is left, after a moment's patience."""
+        ...
+
+
 class Profiler(Protocol):
     """Measures loaded models, from cache where nothing changed."""
 

@@ -13,12 +13,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
 from paceline.core.ports import Executor, OnEnd, OnPartial
 from paceline.core.request import InferAnswer, InferRequest, Timeline
 from paceline.core.values import value
 from paceline.dispatch import (
+    Abort,
     Action,
     Answer,
     BatchDone,
@@ -26,6 +28,7 @@ from paceline.dispatch import (
     Broken,
     Cancel,
     Dispatcher,
+    Entered,
     Event,
     Execute,
     Fail,
@@ -33,10 +36,13 @@ from paceline.dispatch import (
     MachineDown,
     MachineUp,
     Partial,
+    Passed,
+    Reached,
     RemoveChain,
     Settled,
     Submit,
     Tick,
+    TooCold,
     Wake,
 )
 from paceline.dispatch.route import ChainRoute
@@ -67,6 +73,34 @@ class _Call:
     on_partial: OnPartial | None
 
 
+class Leasing(Protocol):
+    """Who has models loaded for the requests that will use them."""
+
+    def ready_in_s(self, model: str, now_s: float) -> float:
+        """How long from `now_s` on until it can be used; 0 when it can."""
+        ...
+
+    def told(self, action: Entered | Reached | Passed | TooCold) -> None:
+        """What the dispatcher says about the use of models."""
+        ...
+
+    def ended(self, request: int) -> None:
+        """A request is over, however it ended."""
+        ...
+
+    def executed(self, machine: str, model: str, rows: int, took_s: float) -> None:
+        """A batch came back in order."""
+        ...
+
+    def installed(self, route: ChainRoute) -> None:
+        """A chain, or a model by its own name, is served by that route."""
+        ...
+
+    def removed(self, chain: str) -> None:
+        """It is no longer served."""
+        ...
+
+
 class Engine:
     """Implements `core.ports.Inference` over an Executor."""
 
@@ -86,6 +120,8 @@ class Engine:
         self._last_ones: dict[str | None, list[asyncio.Future[None]]] = {}
         self._timelines: deque[Timeline] = deque(maxlen=self._limits.kept_timelines)
         self._settling = self._news = False
+        self._leasing: Leasing | None = None
+        self._watched_lanes: dict[tuple[str, str], list[asyncio.Future[None]]] = {}
         self.draining = False
 
     def watch(
@@ -154,16 +190,33 @@ class Engine:
                 self._handle(Cancel(number))
             finally:
                 self._forget(call)
+                if self._leasing is not None:
+                    self._leasing.ended(number)
+
+    def lease(self, leasing: Leasing) -> None:
+        """From now on models come and go: tell `leasing` what requests do with them."""
+        self._leasing = leasing
+        self._dispatcher.lease(leasing.ready_in_s)
+        for route in self._routes.values():
+            leasing.installed(route)
+
+    def abort(self, number: int, error: RequestError) -> None:
+        """A request that was begun can come to nothing."""
+        self._handle(Abort(number, error))
 
     def install(self, route: ChainRoute) -> None:
         """Serve a chain by `route` from now on."""
         self._routes[route.bound.name] = route
         self._handle(InstallChain(route))
+        if self._leasing is not None:
+            self._leasing.installed(route)
 
     def remove(self, chain: str) -> None:
         """Refuse new requests of a chain."""
         self._routes.pop(chain, None)
         self._handle(RemoveChain(chain))
+        if self._leasing is not None:
+            self._leasing.removed(chain)
 
     def machine_up(
         self, machine: str, hardware: str, slots: int, instances: Mapping[str, int]
@@ -174,6 +227,13 @@ class Engine:
     def machine_down(self, machine: str) -> None:
         """Send nothing more to a machine."""
         self._handle(MachineDown(machine))
+
+    async def lane_idle(self, machine: str, model: str) -> None:
+        """Wait until no batch of a model runs on a machine (which should get no more of them)."""
+        while self._dispatcher.running(machine, model):
+            ended = asyncio.get_running_loop().create_future()
+            self._watched_lanes.setdefault((machine, model), []).append(ended)
+            await ended
 
     async def settled(self, chain: str, *, timeout_s: float) -> bool:
         """Wait until no request of a chain is under way; False when time ran out first."""
@@ -281,6 +341,9 @@ class Engine:
                 case Fail():
                     self._record(action.timeline)
                     self._end(action.request, _copy(action.error))
+                case Entered() | Reached() | Passed() | TooCold():
+                    if self._leasing is not None:
+                        self._leasing.told(action)
                 case Partial():
                     call = self._calls.get(action.request)
                     if call is not None and call.on_partial is not None:
@@ -310,7 +373,13 @@ class Engine:
             ended_s = loop.time()
             for tell in self._on_batch:
                 tell(action.call.model, action.rows, ended_s - started_s)
+            if self._leasing is not None:
+                took_s = ended_s - started_s
+                self._leasing.executed(action.machine, action.call.model, action.rows, took_s)
             self._handle_soon(BatchDone(action.batch, outputs), ended_s)
+        for ended in self._watched_lanes.pop((action.machine, action.call.model), ()):
+            if not ended.done():
+                ended.set_result(None)
 
     def _record(self, timeline: Timeline) -> None:
         self._timelines.append(timeline)
@@ -318,6 +387,8 @@ class Engine:
             tell(timeline)
 
     def _end(self, number: int, outcome: InferAnswer | RequestError) -> None:
+        if self._leasing is not None:
+            self._leasing.ended(number)
         call = self._calls.pop(number, None)
         if call is None:
             return

@@ -13,7 +13,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from paceline.core.errors import BackendError, ConfigError, ErrorKind, ResidencyError
+from paceline.core.errors import (
+    BackendError,
+    ConfigError,
+    ErrorKind,
+    LoadTimeoutError,
+    ResidencyError,
+)
 from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelState
 from paceline.triton.client import TritonClient
@@ -198,8 +204,11 @@ class TritonRepository:
             await self._client.load(model, config=config, timeout_s=self._load_timeout_s)
         except BackendError as error:
             if error.kind is ErrorKind.DEADLINE:
-                reason = f"not ready after {self._load_timeout_s:g} s"
-            elif "failed to poll from model repository" in error.message:
+                raise LoadTimeoutError(
+                    f"model {model!r} did not load on {self._client.name}: "
+                    f"not ready after {self._load_timeout_s:g} s"
+                ) from None
+            if "failed to poll from model repository" in error.message:
                 reason = f"{error.message} ({self._nowhere(model)})"
             else:
                 reason = " ".join(error.message.split())
