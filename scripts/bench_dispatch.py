@@ -5,7 +5,7 @@ were given, so what is left is the decision: admission, queues, batches, gatheri
 
     dispatcher  events by hand, as the engine sends them: what one pass of the event loop brings
                 is taken in first, then batches are launched
-    engine      `Engine.infer` and an executor on a running loop (uvloop), no sockets
+    engine      `Engine.begin` on a running loop (uvloop) with metrics and statistics, no sockets
 
 Three chains: `1`, one model; `3`, three of them in a row; `fan-out 8`, one after which eight items
 go through another. Two slots, batches of up to 32 rows, tensors of 64 bytes. Per request it prints
@@ -21,7 +21,7 @@ import gc
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from time import process_time
+from time import process_time, time
 from typing import Any
 
 import uvloop
@@ -29,11 +29,12 @@ from rich.table import Table
 
 from paceline.core.bind import bind
 from paceline.core.chain import Chain, Module, Source
+from paceline.core.errors import RequestError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan
 from paceline.core.ports import ModelCall
 from paceline.core.profile import Durations
-from paceline.core.request import InferRequest
+from paceline.core.request import InferAnswer, InferRequest, Timeline
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import (
     Action,
@@ -49,8 +50,10 @@ from paceline.dispatch import (
     Submit,
     route_chain,
 )
+from paceline.metrics import Metrics
 from paceline.report import console
 from paceline.runtime.engine import Engine
+from paceline.runtime.statistics import Statistics
 
 BYTES = 64
 BATCH = 32
@@ -197,12 +200,18 @@ class Echo:
 
 
 class EngineLoop:
-    """The same through an engine, with a client for every request in flight."""
+    """The same through an engine with the observers that `paceline serve` gives it.
+
+    What ended in one pass of the event loop is followed by as many new requests in the next.
+    """
 
     def __init__(self, route: ChainRoute, in_flight: int) -> None:
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._executor = Echo(route)
         self._in_flight = in_flight
+        self._request = InferRequest("c", (Tensor("x", "UINT8", (BYTES,), bytes(BYTES)),))
+        self._left = self._ended = 0
+        self._done: asyncio.Future[None] | None = None
         self._engine = self._runner.run(self._start(route))
 
     @property
@@ -218,21 +227,40 @@ class EngineLoop:
 
     async def _start(self, route: ChainRoute) -> Engine:
         engine = Engine(self._executor)
+        metrics, statistics = Metrics(), Statistics()
+
+        def observe(timeline: Timeline) -> None:
+            metrics.observe(timeline)
+            statistics.observe_request(timeline, direct=False, wall_ms=int(time() * 1e3))
+
+        engine.watch(on_timeline=observe, on_batch=statistics.observe_batch)
         engine.install(route)
         engine.machine_up("a", "cpu", SLOTS, instances(route))
         return engine
 
     async def _serve(self, requests: int) -> None:
-        request = InferRequest("c", (Tensor("x", "UINT8", (BYTES,), bytes(BYTES)),))
-        left = requests
+        self._left, self._ended = requests, 0
+        self._done = asyncio.get_running_loop().create_future()
+        self._begin(self._in_flight)
+        await self._done
 
-        async def client() -> None:
-            nonlocal left
-            while left > 0:
-                left -= 1
-                await self._engine.infer(request)
+    def _begin(self, count: int) -> None:
+        for _ in range(min(count, self._left)):
+            self._left -= 1
+            self._engine.begin(self._request, self._on_end)
 
-        await asyncio.gather(*(client() for _ in range(self._in_flight)))
+    def _on_end(self, outcome: InferAnswer | RequestError) -> None:
+        if isinstance(outcome, RequestError):
+            raise outcome
+        self._ended += 1
+        if self._ended == 1:
+            asyncio.get_running_loop().call_soon(self._follow)
+
+    def _follow(self) -> None:
+        count, self._ended = self._ended, 0
+        self._begin(count)
+        if not self._left and not self._engine.dispatcher.in_flight and self._done is not None:
+            self._done.set_result(None)
 
 
 def calls_of(run: Callable[[int], None], requests: int) -> tuple[float, float]:

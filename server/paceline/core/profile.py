@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 from paceline.core.errors import ConfigError
 
+MOST_KNOWN = 4096
+"""Batch sizes whose interpolated duration is kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -66,6 +69,10 @@ class Durations:
     """
 
     points: tuple[tuple[int, float], ...]
+    _known: dict[int, float] = field(
+        default_factory=dict, init=False, repr=False, compare=False, hash=False
+    )
+    """What `at` found; asked for the same few sizes with every request."""
 
     def __post_init__(self) -> None:
         sizes = [size for size, _ in self.points]
@@ -74,6 +81,14 @@ class Durations:
 
     def at(self, batch_size: int) -> float:
         """Duration in seconds of a batch of `batch_size`."""
+        found = self._known.get(batch_size)
+        if found is None:
+            found = self._interpolated(batch_size)
+            if len(self._known) < MOST_KNOWN:
+                self._known[batch_size] = found
+        return found
+
+    def _interpolated(self, batch_size: int) -> float:
         sizes = [size for size, _ in self.points]
         index = bisect_left(sizes, batch_size)
         if index < len(sizes) and sizes[index] == batch_size:

@@ -111,8 +111,10 @@ class Pooled:
         if self.route.rate_rps <= 0 or expected_s is None:
             return 0.0
         fill_s = self.route.batch_size(machine.hardware) / self.route.rate_rps
-        own_s = now_s + expected_s
         others_s = pool.free_at_s(self.route.model, now_s)[1:]
+        if not others_s or others_s[-1] - now_s <= fill_s:
+            return 0.0
+        own_s = now_s + expected_s
         free_s = sorted([own_s, *others_s])
         if free_s[-1] == own_s:
             free_s.pop()

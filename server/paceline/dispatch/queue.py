@@ -184,18 +184,20 @@ class ModuleQueue:
             return ()
         bucket = self._buckets[head.key]
         heap, pieces, left = bucket.heap, [], limit
-        while left > 0:
-            if head is None:
-                while heap and not heap[0][1].waiting:
-                    heapq.heappop(heap)
-                if not heap:
-                    break
-                head = heap[0][1]
-            count = min(head.waiting, left)
-            pieces.append(Piece(head, head.taken, count))
-            head.taken += count
+        entry: Entry | None = head
+        while entry is not None:
+            start = entry.taken
+            count = min(entry.rows - start, left)
+            pieces.append(Piece(entry, start, count))
+            entry.taken = start + count
             left -= count
-            head = None
+            entry = None
+            while left and heap:
+                entry = heap[0][1]
+                if entry.alive and entry.rows > entry.taken:
+                    break
+                heapq.heappop(heap)
+                entry = None
         bucket.rows -= limit - left
         self.rows -= limit - left
         self._forget_taken()

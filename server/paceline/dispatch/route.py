@@ -43,6 +43,8 @@ class ModuleRoute:
     """Rows of a full batch there."""
     best: Durations | None = field(init=False)
     """Durations there; None when unknown."""
+    model: str = field(init=False)
+    name: str = field(init=False)
 
     def __post_init__(self) -> None:
         costs = [
@@ -53,14 +55,8 @@ class ModuleRoute:
         object.__setattr__(self, "row_s", row_s)
         object.__setattr__(self, "full_rows", self.batch_size(hardware))
         object.__setattr__(self, "best", self.durations.get(hardware))
-
-    @property
-    def model(self) -> str:
-        return self.bound.spec.name
-
-    @property
-    def name(self) -> str:
-        return self.bound.name
+        object.__setattr__(self, "model", self.bound.spec.name)
+        object.__setattr__(self, "name", self.bound.name)
 
     def batch_size(self, hardware: str) -> int:
         """Rows per batch on `hardware`: the plan's, or all the model takes when unplanned."""
