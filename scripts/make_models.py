@@ -6,10 +6,11 @@
     .venv/bin/python scripts/make_models.py --list
 
 Convolutional networks are the graphs that the onnx wheel carries for its tests, where every weight
-is a ConstantOfShape: they get weights, and a dynamic batch axis. Transformers are built here. Every
-tensor's values depend on the seed and its name alone, so `name@1` shares all but the head with
-`name`. Weights lie beside the graph (`NAME.bin`, external data) and are written one by one: a model
-larger than memory can be made. A file that exists is whole (temporary file, then rename).
+is a ConstantOfShape: they get weights, and a dynamic batch axis. Transformers are built here. A
+tensor's values depend on the architecture, the seed and its name alone, so `name@1` shares all but
+the head with `name`. Weights lie beside the graph (`NAME.bin`, external data) and are written one
+by one: a model larger than memory can be made. A file that exists is whole (temporary file, then
+rename).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Network:
     """A graph under construction; `weights` are made when they are written."""
 
     name: str
+    family: str
     seed: int = 0
     head_seed: int = 0
     opset: int = 17
@@ -52,7 +54,7 @@ class Network:
 
     def normal(self, name: str, shape: Sequence[int], scale: float, *, head: bool = False) -> str:
         """A weight drawn from a normal distribution; `head`: from the head's seed."""
-        seed = [self.head_seed if head else self.seed, zlib.crc32(name.encode())]
+        seed = [self.head_seed if head else self.seed, zlib.crc32(f"{self.family}/{name}".encode())]
 
         def make() -> Array:
             drawn = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
@@ -112,7 +114,7 @@ def _external(tensor: Any, name: str, array: Array, place: dict[str, Any]) -> No
 def convolutional(name: str, light: str, *, seed: int = 0, head_seed: int = 0) -> Network:
     """One of the onnx wheel's graphs with weights and a dynamic batch axis."""
     graph = onnx.load(LIGHT / f"light_{light}.onnx").graph
-    network = Network(name, seed, head_seed, opset=9)
+    network = Network(name, light, seed, head_seed, opset=9)
     given = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     shapes: dict[str, tuple[int, ...]] = {}
     for node in graph.node:
@@ -200,7 +202,7 @@ class Sizes:
 
 def bert(name: str, sizes: Sizes = Sizes(), *, seed: int = 0, head_seed: int = 0) -> Network:
     """Token ids and an attention mask to hidden states through a pooled head, post-norm."""
-    network = Network(name, seed, head_seed)
+    network = Network(name, "bert", seed, head_seed)
     width, sequence = sizes.width, sizes.sequence
     for value in ("ids", "mask"):
         network.inputs.append(_value(value, TensorProto.INT64, ["N", sequence]))
@@ -224,7 +226,7 @@ def gpt2(
     name: str, sizes: Sizes = Sizes(vocabulary=50257), *, seed: int = 0, head_seed: int = 0
 ) -> Network:
     """Token ids to hidden states, causal, pre-norm."""
-    network = Network(name, seed, head_seed)
+    network = Network(name, "gpt2", seed, head_seed)
     width, sequence = sizes.width, sizes.sequence
     network.inputs.append(_value("ids", TensorProto.INT64, ["N", sequence]))
     mask = network.constant("causal", np.triu(np.full((sequence,) * 2, -1e4, np.float32), 1))
@@ -241,7 +243,7 @@ def vit(
     name: str, sizes: Sizes = Sizes(), *, pixels: int = 224, seed: int = 0, head_seed: int = 0
 ) -> Network:
     """Images in patches of 16 x 16 to 1000 classes, pre-norm, mean-pooled."""
-    network = Network(name, seed, head_seed)
+    network = Network(name, "vit", seed, head_seed)
     width, patches = sizes.width, (pixels // 16) ** 2
     network.inputs.append(_value("image", TensorProto.FLOAT, ["N", 3, pixels, pixels]))
     kernel = network.normal("patch.w", (width, 3, 16, 16), 0.02)
@@ -263,7 +265,7 @@ def vit(
 
 def wide_mlp(name: str, *, width: int, layers: int, seed: int = 0, head_seed: int = 0) -> Network:
     """Square layers: the size of a model is all it is for."""
-    network = Network(name, seed, head_seed)
+    network = Network(name, "mlp", seed, head_seed)
     network.inputs.append(_value("x", TensorProto.FLOAT, ["N", width]))
     x = "x"
     for layer in range(layers):

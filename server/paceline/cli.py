@@ -22,6 +22,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import typer
 import uvloop
 
+from paceline.blocks.commands import blocks_app
 from paceline.config import write_profiles
 from paceline.core.errors import ConfigError, PacelineError, PlanError
 from paceline.core.profile import ProfileRow
@@ -39,6 +40,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(blocks_app)
 
 ServerOption = Annotated[
     str, typer.Option("--server", metavar="HOST:PORT", help="The running paceline's gRPC address.")

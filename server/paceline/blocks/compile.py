@@ -30,7 +30,7 @@ from paceline.blocks.backend.manifest import (
 )
 from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
 from paceline.blocks.pool import MIB, PoolWriter
-from paceline.blocks.repository import CompiledModel, compiled_model, publish
+from paceline.blocks.repository import CompiledModel, compiled_model, is_ours, publish
 from paceline.blocks.source import Optimised, Source, examine, optimise
 from paceline.core.errors import ConfigError
 
@@ -77,6 +77,11 @@ def compile_model(
     pool = pool.resolve()
     if not _NAME.match(directory.name):
         raise ConfigError(f"{directory.name!r} is no name of a model: use letters, digits, _ . -")
+    if directory.exists() and not is_ours(directory):
+        raise ConfigError(
+            "holds a model of another backend; choose another name (NAME=MODEL.onnx) or --out",
+            where=str(directory),
+        )
     examined = {}
     for member, path in sources.items():
         progress(f"{directory.name}: reading {path.name}")

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -41,14 +42,8 @@ def compiled_model(directory: Path) -> CompiledModel | None:
     Raises ConfigError if its configuration or manifest cannot be used.
     """
     path = directory / CONFIG_FILE
-    config = model_config_pb2.ModelConfig()
-    try:
-        text_format.Parse(path.read_text(encoding="utf-8"), config)
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        raise ConfigError(" ".join(str(error).split()), where=str(path)) from None
-    if config.backend != BACKEND:
+    config = _config(path)
+    if config is None or config.backend != BACKEND:
         return None
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     digest, pool = parameters.get("manifest", ""), parameters.get("pool", "")
@@ -61,6 +56,24 @@ def compiled_model(directory: Path) -> CompiledModel | None:
         return CompiledModel(directory, root, digest, ObjectStore(root).manifest(digest))
     except PoolError as error:
         raise ConfigError(str(error), where=str(path)) from None
+
+
+def is_ours(directory: Path) -> bool:
+    """May a compile overwrite what is in the existing `directory`?"""
+    config = _config(directory / CONFIG_FILE)
+    return config.backend == BACKEND if config is not None else not any(directory.iterdir())
+
+
+def _config(path: Path) -> Any:
+    """A ModelConfig, None if there is none; tritonclient ships no type information."""
+    config = model_config_pb2.ModelConfig()
+    try:
+        text_format.Parse(path.read_text(encoding="utf-8"), config)
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise ConfigError(" ".join(str(error).split()), where=str(path)) from None
+    return config
 
 
 def find_compiled(places: Iterable[Path]) -> list[CompiledModel]:

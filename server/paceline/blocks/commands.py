@@ -1,0 +1,216 @@
+"""`paceline blocks`: the command line of compiling and looking at blocks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+from paceline.core.errors import ConfigError
+from paceline.report import console
+
+blocks_app = typer.Typer(
+    name="blocks",
+    help="Models as blocks: larger than their memory budget, quick to start, sharing parameters.",
+    no_args_is_help=True,
+)
+
+RepositoryOption = Annotated[
+    list[Path] | None,
+    typer.Option("--model-repository", help="Where NAMEs are (default: ./model_repository)."),
+]
+FormatOption = Annotated[str, typer.Option("--format", help="text or json.")]
+
+
+@blocks_app.command("compile")
+def compile_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]MODEL.onnx...",
+            show_default=False,
+            help="ONNX files; NAME is the model's, by default the file's (of NAME/1/model.onnx, "
+            "the directory's).",
+        ),
+    ],
+    fuse: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Make one model NAME of all files: one process, one load, shared parameters once; "
+            "tensors are called MEMBER/TENSOR, and only what a request asks for is computed.",
+        ),
+    ] = None,
+    budget_mib: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most memory for weights: blocks are cut to run within it."),
+    ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(help="Where blocks are kept (default: `blocks` beside the model repository)."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The model repository to write to.")] = Path(
+        "model_repository"
+    ),
+    max_batch: Annotated[
+        int, typer.Option(min=0, help="max_batch_size where the batch axis is dynamic; 0: none.")
+    ] = 32,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT=D,D,...",
+            help="An input's shape to measure with, if its dynamic axes cannot be guessed.",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(help="Run the blocks: compare with the whole model, time each."),
+    ] = True,
+) -> None:
+    """Compile ONNX models for the Triton backend `paceline_blocks`.
+
+    The graph is optimised for this machine's CPU and ONNX Runtime, oversized matrices are tiled,
+    the graph is cut where few tensors cross. Blocks go into the pool under their hash - what two
+    models have in common is there once - and a model directory into the repository:
+
+        paceline blocks compile bert.onnx --budget-mib 150
+
+        paceline blocks compile det=a/det.onnx rec=b/rec.onnx --fuse ocr
+
+    Compiling again does nothing unless the file, an option, the CPU or ONNX Runtime changed. It
+    can be stopped at any time. Models larger than memory need external data (ONNX's own limit for
+    one file is 2 GiB).
+    """
+    from paceline.blocks.compile import compile_model
+    from paceline.blocks.member import Options
+
+    named = _named(models)
+    shapes = dict(_shape(text) for text in shape or ())
+    options = Options(budget_mib=budget_mib, max_batch=max_batch, measure=measure, shapes=shapes)
+    jobs = {fuse: named} if fuse is not None else {name: {"": path} for name, path in named.items()}
+    place = pool or out.absolute().parent / "blocks"
+    for name, sources in jobs.items():
+        with _Progress() as progress:
+            outcome = compile_model(sources, out / name, place, options, progress.told)
+        manifest = outcome.model.manifest
+        count = sum(len(member.blocks) for member in manifest.members)
+        what = (
+            f"{count} blocks, {manifest.weights_bytes / (1 << 20):.1f} MiB, of which "
+            f"{outcome.written_bytes / (1 << 20):.1f} MiB new to {place}"
+            if outcome.fresh
+            else "unchanged"
+        )
+        print(f"paceline: {out / name}: {what}", file=sys.stderr)
+        for member in manifest.members:
+            for note in member.notes:
+                print(
+                    f"paceline: {'/'.join(filter(None, (name, member.name)))}: {note}",
+                    file=sys.stderr,
+                )
+
+
+@blocks_app.command("show")
+def show_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME|DIR]...",
+            show_default=False,
+            help="Models, model directories or whole repositories (default: ./model_repository).",
+        ),
+    ] = None,
+    model_repository: RepositoryOption = None,
+    output: FormatOption = "text",
+) -> None:
+    """Print the blocks of compiled models, their sizes, and who shares what with whom."""
+    from paceline.blocks import show
+    from paceline.blocks.repository import find_compiled
+
+    _check_format(output)
+    repositories = model_repository or [Path("model_repository")]
+    places = [_place(text, repositories) for text in models or ()] or repositories
+    shown = show.sharing(find_compiled(places))
+    if output == "json":
+        print(json.dumps(show.as_json(shown), indent=2))
+    else:
+        for table in show.tables(shown):
+            console().print(table)
+
+
+def _named(models: list[str]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for text in models:
+        name, equals, file = text.partition("=")
+        path = Path(file if equals else text)
+        if not equals:
+            versioned = path.name == "model.onnx" and path.parent.name.isdecimal()
+            name = path.resolve().parent.parent.name if versioned else path.stem
+        if name in named:
+            raise ConfigError(f"two models are called {name!r}; give NAME=MODEL.onnx", key=text)
+        if not path.is_file():
+            raise ConfigError("no such file", where=str(path))
+        named[name] = path
+    return named
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, sizes = text.rpartition("=")
+    if not name or not all(size.isdecimal() for size in sizes.split(",")):
+        raise ConfigError(
+            f"must be INPUT=D,D,..., for example ids=1,128; got {text!r}", key="--shape"
+        )
+    return name, tuple(int(size) for size in sizes.split(","))
+
+
+def _place(text: str, repositories: list[Path]) -> Path:
+    if "/" in text or Path(text).is_dir():
+        return Path(text)
+    for repository in repositories:
+        if (repository / text).is_dir():
+            return repository / text
+    searched = ", ".join(map(str, repositories))
+    raise ConfigError(f"no model {text!r} in {searched}; give --model-repository or a directory")
+
+
+def _check_format(output: str) -> None:
+    if output not in ("text", "json"):
+        raise ConfigError(f"must be text or json, got {output!r}", key="--format")
+
+
+class _Progress:
+    """Bars on a terminal, one line a step elsewhere; on stderr."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            console=console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task: TaskID | None = None
+        self._what = ""
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def told(self, what: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
+        if self._bar.disable:
+            if what != self._what:
+                print(f"paceline: {what}", file=sys.stderr, flush=True)
+        elif what != self._what:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what, total=total_bytes or None)
+        if self._task is not None and total_bytes:
+            self._bar.update(self._task, completed=done_bytes, total=total_bytes)
+        self._what = what
