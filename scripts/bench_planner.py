@@ -3,6 +3,7 @@
 
     .venv/bin/python scripts/bench_planner.py            # all; --quick for 90
     .venv/bin/python scripts/bench_planner.py --json out.json
+    .venv/bin/python scripts/bench_planner.py --verify 24   # so many of them under Poisson arrivals
 
 Workloads are seeded: chains of 2 to 4, forks, trees and diamonds of the models in examples/data;
 fan-outs 0.25 to 3, rates 3 to 1,600 requests/s, objectives 1.2 to 5 times the least latency; a
@@ -31,8 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "server"))
 
 from paceline.config import read_hardware, read_profiles  # noqa: E402
+from paceline.core.chain import Chain, Module, Source  # noqa: E402
 from paceline.core.errors import PlanError  # noqa: E402
+from paceline.core.plan import Plan  # noqa: E402
 from paceline.core.profile import Configuration, Hardware, Profiles  # noqa: E402
+from paceline.core.tensor import TensorSpec  # noqa: E402
 from paceline.planner.assemble import graph_of  # noqa: E402
 from paceline.planner.compose import compose  # noqa: E402
 from paceline.planner.paths import Graph  # noqa: E402
@@ -40,6 +44,9 @@ from paceline.planner.problem import Options, PlannedChain, PlannedModule  # noq
 from paceline.planner.residual import ModuleScheduler  # noqa: E402
 from paceline.planner.solve import HEURISTICS, POLICIES, solve  # noqa: E402
 from paceline.planner.split import choices  # noqa: E402
+from paceline.sim.headroom import Verification  # noqa: E402
+from paceline.sim.search import verified  # noqa: E402
+from paceline.sim.verify import simulate  # noqa: E402
 
 WORKLOADS = 1131
 SHAPES: Mapping[str, Sequence[Sequence[int]]] = {
@@ -67,7 +74,7 @@ ABLATIONS: Mapping[str, Options] = {
 }
 
 
-class Source:
+class Workloads:
     """Where workloads draw their models from."""
 
     def __init__(self) -> None:
@@ -103,8 +110,8 @@ class Source:
 
 
 @cache
-def _source() -> Source:
-    return Source()
+def _source() -> Workloads:
+    return Workloads()
 
 
 def four_kinds(chain: PlannedChain) -> PlannedChain:
@@ -170,6 +177,110 @@ def measure(at: int) -> dict[str, Any]:
     return result
 
 
+TARGET = 0.99
+VERIFIED_REQUESTS = 4000
+KINDS: Mapping[str, Options] = {
+    **{policy: Options(policy=policy) for policy in POLICIES},
+    "optimal, whole machines": replace(OPTIMAL, billing="machine"),
+}
+
+
+def served(chain: PlannedChain) -> Chain:
+    """The workload as a chain that can be executed: as many items as its rates say, on average."""
+    modules = tuple(
+        Module(
+            m.name,
+            m.model,
+            {p: Source(p, "y") for p in m.parents} or {"x": Source(None, "x")},
+            fan_out=m.rate_rps / chain.rate_rps,
+        )
+        for m in chain.modules
+    )
+    inputs = (TensorSpec("x", "UINT8", (1,)),)
+    last = {"y": Source(modules[-1].name, "y")}
+    return Chain(chain.name, chain.slo_s, inputs, modules, last, attainment=TARGET)
+
+
+def attained(at: int) -> dict[str, Any]:
+    """One workload under Poisson arrivals, by every policy: as planned, and verified."""
+    source = _source()
+    name = f"workload {at}"
+    demand = replace(source.chain(name, hardware=HARDWARE[at % 3]), name=name.replace(" ", "-"))
+    chain = served(demand)
+    result: dict[str, Any] = {"at": at}
+    how = Verification(requests=VERIFIED_REQUESTS, seed=at)
+
+    def share(plan: Plan) -> float:
+        """Attained by requests that neither search nor confirmation has seen."""
+        return simulate(
+            [chain],
+            plan,
+            source.profiles,
+            arrivals="poisson",
+            requests=VERIFIED_REQUESTS,
+            seed=WORKLOADS + at,
+        ).attainment
+
+    for kind, options in KINDS.items():
+        try:
+            base = solve([demand], options)
+        except PlanError:
+            result[kind] = None
+            continue
+        found: dict[str, Any] = {"cost": base.cost_per_hour, "attained": share(base)}
+        result[kind] = found
+        try:
+            plan, headroom = verified([chain], [demand], options, source.profiles, how, base)
+        except PlanError:
+            continue
+        assert plan.attainment is not None
+        found["verified"] = plan.cost_per_hour
+        found["at_least"] = plan.attainment.tightest.at_least
+        found["attained_verified"] = share(plan)
+        found["headroom"] = [[h.rate_factor, h.slo_factor] for h in headroom.values()]
+    return result
+
+
+def report_attained(results: Sequence[Mapping[str, Any]]) -> None:
+    """The table of plans under Poisson arrivals."""
+    print(
+        f"\n{len(results)} workloads, Poisson arrivals, {TARGET:.0%} of {VERIFIED_REQUESTS} "
+        "requests in time with 95 % confidence\n"
+    )
+    print(
+        "| policy | planned | below 99 % as planned | cost of headroom, median | p90 | not "
+        "verifiable | verified cost / optimal, mean | max | below 99 % once verified | the same, "
+        "fresh requests |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for kind in KINDS:
+        planned = [r[kind] for r in results if r[kind] is not None]
+        shown = [found for found in planned if "verified" in found]
+        extra = [found["verified"] / found["cost"] - 1 for found in shown]
+        ratios = [
+            r[kind]["verified"] / r["optimal"]["verified"]
+            for r in results
+            if r[kind] is not None and "verified" in r[kind] and "verified" in r["optimal"]
+        ]
+        below = mean(found["attained"] < TARGET for found in planned)
+        again = sum(found["attained_verified"] < TARGET for found in shown)
+        print(
+            f"| {kind} | {len(planned)} | {below:.0%} | {median(extra):.1%} | "
+            f"{percentile(extra, 0.9):.1%} | {len(planned) - len(shown)} | {mean(ratios):.3f} | "
+            f"{max(ratios):.2f} | {sum(found['at_least'] < TARGET for found in shown)} | {again} |"
+        )
+    both = [
+        found["headroom"][0]
+        for r in results
+        if (found := r["optimal"]) is not None and found.get("headroom")
+    ]
+    if both:
+        print(
+            f"\n`optimal` is planned for {median(rate for rate, _ in both):.2f} times the rate in "
+            f"{median(slo for _, slo in both):.2f} times the objective (medians)"
+        )
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
@@ -225,7 +336,7 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def timings(source: Source, repeats: int) -> None:
+def timings(source: Workloads, repeats: int) -> None:
     """Four modules on four kinds of hardware; twelve modules."""
     long_chain = tuple((i - 1,) if i else () for i in range(12))
     cases = {
@@ -248,7 +359,7 @@ def timings(source: Source, repeats: int) -> None:
         print(f"| {name} | {median(times):.1f} | {percentile(times, 0.99):.1f} | {max(gaps):.3%} |")
 
 
-def together(source: Source, repeats: int) -> None:
+def together(source: Workloads, repeats: int) -> None:
     """100 chains of four modules, in whole machines."""
     shapes = [shape for shape in SHAPES.values() if len(shape) == 4]
     print("\n| 100 chains of 4 modules, whole machines | cost/h | lower bound | gap | s |")
@@ -276,15 +387,27 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--json", type=Path, help="also write every result here")
     parser.add_argument("--together", action="store_true", help="only the 100 chains")
+    parser.add_argument(
+        "--verify", type=int, metavar="N", help="only N workloads, Poisson arrivals"
+    )
     arguments = parser.parse_args()
     if arguments.together:
-        together(Source(), 5)
+        together(Workloads(), 5)
+        return
+    if arguments.verify:
+        # Evenly over all of them; 7 and 3, the numbers of shapes and of hardware, do not divide it.
+        step = max(1, WORKLOADS // arguments.verify)
+        with ProcessPoolExecutor(arguments.jobs) as pool:
+            attainments = list(pool.map(attained, range(0, step * arguments.verify, step)))
+        report_attained(attainments)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(attainments), encoding="utf-8")
         return
     count = 90 if arguments.quick else WORKLOADS
     with ProcessPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(measure, range(count), chunksize=5))
     report(results)
-    source = Source()
+    source = Workloads()
     timings(source, 10 if arguments.quick else 50)
     together(source, 1 if arguments.quick else 5)
     if arguments.json:

@@ -19,7 +19,8 @@ from paceline.core.plan import Plan
 from paceline.core.profile import Profiles
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.solve import solve
-from paceline.sim.headroom import Headroom, Progress, Verification, plan_with, verified
+from paceline.sim.headroom import Headroom, Verification, plan_with
+from paceline.sim.search import Progress, verified
 
 WORTH_TELLING = 0.1
 """A longer objective is told when it saves this share of the cost, else what the longest saves."""

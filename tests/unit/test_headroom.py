@@ -15,8 +15,9 @@ from paceline.core.profile import Hardware, ProfileRow, Profiles
 from paceline.core.tensor import TensorSpec
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.solve import solve
-from paceline.sim.headroom import Arrivals, Headroom, Verification, verified
+from paceline.sim.headroom import Arrivals, Headroom, Verification
 from paceline.sim.results import ChainResult
+from paceline.sim.search import verified
 from paceline.sim.verify import simulate
 
 M3 = ((2, 0.1), (8, 0.25), (32, 0.8))

@@ -1,0 +1,345 @@
+"""Verified plans: the least headroom with which a plan attains what its chains ask for.
+
+The real dispatcher runs candidate plans in virtual time. Which mixture of a higher rate and a
+shorter objective is the cheapest differs from chain to chain, so both are searched.
+
+Invariant: a plan that is returned attained its targets, with the stated confidence, on requests
+that took no part in the search; the same seed gives the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from random import Random
+
+from paceline.core.chain import Chain
+from paceline.core.errors import ConfigError, PlanError
+from paceline.core.plan import Attainment, ChainAttainment, Plan
+from paceline.core.profile import Profiles
+from paceline.planner.problem import Options, PlannedChain
+from paceline.sim.headroom import MOST_REQUESTS, NONE, Headroom, Verification, plan_with
+from paceline.sim.results import ChainResult, SimResult, wilson
+from paceline.sim.verify import simulate
+
+RATE_STEP = 1.025
+"""Rates are raised by whole steps of this factor."""
+RATE_STEPS = 190
+"""A chain that misses its target at 109 times its rate misses it for another reason."""
+SLO_FACTORS = (0.8, 0.9, 1.0, 0.7, 0.6, 0.5)
+"""Those first that are the cheapest most often: what follows has to be cheaper still."""
+CONFIRMATIONS = 12
+"""How often a plan that the search found is given one more step when fresh requests refute it."""
+WIDE = 3.0
+"""Runs that miss up to so many times what they may tell how misses clump near the target."""
+SCREENED = 2
+"""The search looks at one in so many of the requests that the result is confirmed with."""
+
+Progress = Callable[[str, str], None]
+"""Told the subject, and what of it is being tried."""
+
+
+def verified(
+    chains: Sequence[Chain],
+    demands: Sequence[PlannedChain],
+    options: Options,
+    profiles: Profiles,
+    how: Verification,
+    base: Plan,
+    *,
+    progress: Progress = lambda subject, detail: None,
+) -> tuple[Plan, dict[str, Headroom]]:
+    """The cheapest plan found whose chains attain their targets, and its headroom by chain.
+
+    `base` is the plan without any. Where machines are not shared each chain is verified by itself.
+    Raises PlanError when no headroom is enough, ConfigError when too few requests could show it.
+    """
+    if not any(how.arrivals.judged(chain) for chain in chains):
+        return base, {}
+    if options.billing == "machine" or len(chains) == 1:
+        units = [(tuple(chains), tuple(demands), base)]
+    else:
+        units = [
+            ((chain,), (demand,), replace(base, chains=(planned,)))
+            for chain, demand, planned in zip(chains, demands, base.chains, strict=True)
+        ]
+    found: dict[str, Headroom] = {}
+    attained: list[ChainAttainment] = []
+    plans: list[Plan] = []
+    for own_chains, own_demands, own_base in units:
+        search = _Search(own_chains, own_demands, options, profiles, how, own_base, progress)
+        plan, headroom, shown = search.run() if search.judged else (own_base, {}, [])
+        plans.append(plan)
+        found |= headroom
+        attained += shown
+    whole = replace(
+        base,
+        chains=tuple(chain for plan in plans for chain in plan.chains),
+        machines=tuple(machine for plan in plans for machine in plan.machines),
+        attainment=Attainment(tuple(attained), how.confidence, base.cost_per_hour),
+    )
+    return whole, found
+
+
+class _Search:
+    """Chains that are planned together, and what is known of their plans."""
+
+    def __init__(
+        self,
+        chains: Sequence[Chain],
+        demands: Sequence[PlannedChain],
+        options: Options,
+        profiles: Profiles,
+        how: Verification,
+        base: Plan,
+        progress: Progress,
+    ) -> None:
+        self._chains = chains
+        self._demands = demands
+        self._options = options
+        self._profiles = profiles
+        self._how = how
+        self._progress = progress
+        self.judged = [chain for chain in chains if how.arrivals.judged(chain)]
+        self._requests = max((how.needed(c.attainment) for c in self.judged), default=0)
+        self._needing: set[str] = set()
+        """Chains that missed their target without headroom; the others are planned as declared."""
+        self._clumping = dict.fromkeys((chain.name for chain in chains), 1.0)
+        """How many misses come together by chain, as far as seen: a run with few cannot tell."""
+        self._base = base
+        self._plans: dict[tuple[int, float], Plan | None] = {}
+        self._enough: dict[tuple[int, float], bool] = {}
+
+    def run(self) -> tuple[Plan, dict[str, Headroom], list[ChainAttainment]]:
+        """The cheapest verified plan."""
+        found = self._cheapest()
+        for attempt in range(CONFIRMATIONS):
+            if found is None:
+                break
+            plan = self._plan(found)
+            if plan is not None:
+                self._tell("confirming", found)
+                result = self._simulated(plan, *self._instants(f"confirm {attempt}"))
+                shown = [self._attained(chain, result, found) for chain in self.judged]
+                short = {c.chain for c in shown if c.at_least < c.target}
+                if not short:
+                    return plan, self._headroom(found), shown
+                if not short <= self._needing:
+                    self._need(short)
+                    found = self._cheapest()
+                    continue
+            found = (found[0] + 1, found[1]) if found[0] < RATE_STEPS else None
+        raise self._unreachable()
+
+    def _cheapest(self) -> tuple[int, float] | None:
+        """Steps of the rate and a factor of the objective that screening lets pass."""
+        while True:
+            known = set(self._needing)
+            found = self._search()
+            if self._needing == known:
+                return found
+
+    def _search(self) -> tuple[int, float] | None:
+        """By bisection over the rate, for each factor of the objective that may be cheaper."""
+        if self._passes((0, 1.0)):
+            return (0, 1.0)
+        best: tuple[int, float] | None = None
+        for factor in SLO_FACTORS:
+            most = RATE_STEPS if best is None else self._cheaper_than(best, factor)
+            if most is None:
+                continue
+            low, high = self._bracket(factor, most)
+            if high is None:
+                continue
+            while high - low > 1:
+                middle = (low + high) // 2
+                if self._passes((middle, factor)):
+                    high = middle
+                else:
+                    low = middle
+            if best is None or self._cost((high, factor)) < self._cost(best):
+                best = (high, factor)
+        return best
+
+    def _cheaper_than(self, best: tuple[int, float], factor: float) -> int | None:
+        """The most steps that, with this factor, still cost less than `best`."""
+        cost = self._cost(best)
+        if self._cost((0, factor)) >= cost:
+            return None
+        low, high = 0, best[0]
+        if self._cost((high, factor)) < cost:
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._cost((middle, factor)) < cost else (low, middle)
+        return low
+
+    def _bracket(self, factor: float, most: int) -> tuple[int, int | None]:
+        """Steps that do not pass (-1: none was tried) and more steps that do (None: none do)."""
+        if most < RATE_STEPS and not self._passes((most, factor)):
+            return most, None
+        low, step = -1, 0
+        while not self._passes((min(step, most), factor)):
+            if step >= most:
+                return low, None
+            low, step = step, max(1, 2 * step)
+        return low, min(step, most)
+
+    def _passes(self, at: tuple[int, float]) -> bool:
+        """Whether no more requests than a quarter of what may be missed miss, of a quarter."""
+        if at in self._enough:
+            return self._enough[at]
+        plan = self._plan(at)
+        if plan is None:
+            self._enough[at] = False
+            return False
+        self._tell("with", at)
+        instants, seed = self._instants("search", 1 if self._how.arrivals.trace else SCREENED)
+        most = {c.name: self._allowed(c, len(instants[c.name])) for c in self.judged}
+        # Without headroom all chains that need it are wanted; later one is enough to go on.
+        stop = most if self._needing else None
+        result = self._simulated(plan, instants, seed, stop)
+        missed = {c.chain for c in result.chains if c.chain in most and _missed(c) > most[c.chain]}
+        if not missed <= self._needing:
+            self._need(missed)
+        self._enough[at] = not missed
+        for chain in self.judged:
+            own = result.chain(chain.name)
+            if own.attainment >= 1.0 - WIDE * (1.0 - chain.attainment):
+                self._clumping[chain.name] = max(self._clumping[chain.name], own.clumping)
+        return not missed
+
+    def _tell(self, what: str, at: tuple[int, float]) -> None:
+        names = ", ".join(chain.name for chain in self.judged[:4])
+        more = f" and {len(self.judged) - 4} more" if len(self.judged) > 4 else ""
+        kinds = " and ".join(sorted({self._how.arrivals.of(chain) for chain in self.judged}))
+        self._progress(
+            f"simulating {names}{more} under {kinds} arrivals",
+            f"{what} {RATE_STEP ** at[0]:.2f}x the rate in {at[1]:.1f}x the objective",
+        )
+
+    def _need(self, chains: set[str]) -> None:
+        """More chains get headroom: what is known holds without any only."""
+        self._needing |= chains
+        self._plans.clear()
+        self._enough = {(0, 1.0): False}
+
+    def _instants(self, salt: str, part: int = 1) -> tuple[dict[str, Sequence[float]], int]:
+        """Arrivals of one part in so many of the requests, and a seed for the rest of the run.
+
+        The chain of least rate gets as many as it needs, the others come for as long.
+        """
+        seed = Random(f"{self._how.seed} {salt}").randrange(1 << 30)
+        rates = {demand.name: demand.rate_rps for demand in self._demands}
+        span_s = self._requests / part / min(rates.values())
+        total = round(span_s * sum(rates.values()))
+        if self._how.arrivals.trace is None and total > MOST_REQUESTS:
+            raise ConfigError(
+                f"verifying these chains takes {total} requests at a time, more than "
+                f"{MOST_REQUESTS}; verify fewer together, or use --no-verify",
+                key="attainment",
+            )
+        found = {
+            chain.name: self._how.arrivals.instants(
+                chain, rate_rps, round(span_s * rate_rps), Random(f"{seed} {chain.name}")
+            )
+            for chain in self._chains
+            if (rate_rps := rates[chain.name])
+        }
+        return found, seed
+
+    def _simulated(
+        self,
+        plan: Plan,
+        instants: Mapping[str, Sequence[float]],
+        seed: int,
+        most: Mapping[str, int] | None = None,
+    ) -> SimResult:
+        return simulate(
+            self._chains, plan, self._profiles, arrivals=instants, seed=seed, most_missed=most
+        )
+
+    def _allowed(self, chain: Chain, requests: int) -> int:
+        """The most of so many requests that may miss: the share with which the lower bound of all
+        requests reaches the target.
+        """
+        traced = self._how.arrivals.trace is not None
+        total = requests if traced else self._requests
+        if wilson(total, total, self._how.confidence)[0] < chain.attainment:
+            raise ConfigError(
+                f"{total} requests cannot show {chain.attainment:.6g} with "
+                f"{self._how.confidence:.0%} confidence; take a longer trace",
+                key="--arrivals",
+            )
+        worth = total / self._clumped(chain, total)
+
+        def shown(misses: int) -> bool:
+            share = 1.0 - misses / total
+            return wilson(share * worth, worth, self._how.confidence)[0] >= chain.attainment
+
+        low, high = 0, total
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if shown(middle) else (low, middle)
+        return low * requests // total
+
+    def _attained(self, chain: Chain, result: SimResult, at: tuple[int, float]) -> ChainAttainment:
+        own = result.chain(chain.name)
+        headroom = self._headroom(at).get(chain.name, NONE)
+        return ChainAttainment(
+            chain.name,
+            self._how.arrivals.of(chain),
+            chain.attainment,
+            own.attainment,
+            self._shown(chain, own),
+            own.requests,
+            headroom.rate_factor,
+            headroom.slo_factor,
+        )
+
+    def _shown(self, chain: Chain, own: ChainResult) -> float:
+        """The lower bound of a chain's attainment, misses clumping at least as in the search."""
+        clumping = max(own.clumping, self._clumped(chain, own.requests))
+        return replace(own, clumping=clumping).at_least(self._how.confidence)
+
+    def _clumped(self, chain: Chain, requests: int) -> float:
+        """As seen in the search, but so that these requests can show the target."""
+        most = requests / (2 * self._how.least(chain.attainment))
+        return max(1.0, min(self._clumping[chain.name], most))
+
+    def _headroom(self, at: tuple[int, float]) -> dict[str, Headroom]:
+        """By chain; none without any."""
+        if at == (0, 1.0):
+            return {}
+        return {name: Headroom(RATE_STEP ** at[0], at[1]) for name in sorted(self._needing)}
+
+    def _plan(self, at: tuple[int, float]) -> Plan | None:
+        """None where the objective is too short for any plan."""
+        if at == (0, 1.0):
+            return self._base
+        if at not in self._plans:
+            try:
+                made = plan_with(self._demands, self._options, self._headroom(at))
+                self._plans[at] = replace(
+                    made, lower_bound_per_hour=self._base.lower_bound_per_hour
+                )
+            except PlanError:
+                self._plans[at] = None
+        return self._plans[at]
+
+    def _cost(self, at: tuple[int, float]) -> float:
+        plan = self._plan(at)
+        return float("inf") if plan is None else plan.cost_per_hour
+
+    def _unreachable(self) -> PlanError:
+        chain = min(self.judged, key=lambda c: (c.name not in self._needing, c.name))
+        return PlanError(
+            f"chain {chain.name!r} does not attain {chain.attainment:.6g} under "
+            f"{self._how.arrivals.of(chain)} arrivals, not even planned for "
+            f"{RATE_STEP**RATE_STEPS:.0f} times its rate; relax slo_ms or attainment",
+            chain=chain.name,
+        )
+
+
+def _missed(result: ChainResult) -> int:
+    return result.requests - result.met
