@@ -6,6 +6,7 @@ in which it worked, inferences in rows, executions in batches.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from paceline.core.ports import ModelStatistics
@@ -36,34 +37,47 @@ class Statistics:
     """Observes ended requests and executed batches; read by `snapshot`."""
 
     def __init__(self) -> None:
-        self.chains: dict[str, Counts] = {}
-        self.models: dict[str, Counts] = {}
+        self.chains: defaultdict[str, Counts] = defaultdict(Counts)
+        self.models: defaultdict[str, Counts] = defaultdict(Counts)
 
     def observe_request(self, timeline: Timeline, *, direct: bool, wall_ms: int) -> None:
         """One ended request; `direct` when the model was called by its own name."""
-        if not direct:
-            counts = self.chains.setdefault(timeline.chain, Counts())
-            self._outcome(counts, timeline)
-            if not timeline.error:
-                counts.inference_count += 1
-                counts.last_inference_ms = wall_ms
-                counts.execution_count += 1
-        elif timeline.error:
-            self._outcome(self.models.setdefault(timeline.chain, Counts()), timeline)
+        waited_s = ran_s = 0.0
         for span in timeline.spans:
-            counts = self.models.setdefault(span.model, Counts())
+            counts = self.models[span.model]
+            queue_s = span.started_s - span.queued_s
+            compute_s = span.ended_s - span.started_s
+            waited_s += queue_s
+            ran_s += compute_s
             counts.success_count += 1
-            counts.success_s += span.ended_s - span.queued_s
+            counts.success_s += queue_s + compute_s
             counts.queue_count += 1
-            counts.queue_s += span.started_s - span.queued_s
+            counts.queue_s += queue_s
             counts.compute_count += 1
-            counts.compute_s += span.ended_s - span.started_s
+            counts.compute_s += compute_s
             counts.inference_count += span.rows
             counts.last_inference_ms = wall_ms
+        if timeline.error:
+            counts = (self.models if direct else self.chains)[timeline.chain]
+            counts.fail_count += 1
+            counts.fail_s += timeline.latency_s
+            counts.rejected_count += timeline.rejected
+        elif not direct:
+            counts = self.chains[timeline.chain]
+            counts.success_count += 1
+            counts.success_s += timeline.latency_s
+            counts.met_count += timeline.met
+            counts.queue_count += 1
+            counts.queue_s += waited_s
+            counts.compute_count += 1
+            counts.compute_s += ran_s
+            counts.inference_count += 1
+            counts.last_inference_ms = wall_ms
+            counts.execution_count += 1
 
     def observe_batch(self, model: str, rows: int, duration_s: float) -> None:
         """One executed batch."""
-        counts = self.models.setdefault(model, Counts())
+        counts = self.models[model]
         counts.execution_count += 1
         batch = counts.batches.setdefault(rows, [0, 0.0])
         batch[0] += 1
@@ -88,18 +102,3 @@ class Statistics:
             compute_infer_s=counts.compute_s,
             batches=tuple((rows, int(n), s) for rows, (n, s) in sorted(counts.batches.items())),
         )
-
-    @staticmethod
-    def _outcome(counts: Counts, timeline: Timeline) -> None:
-        if timeline.error:
-            counts.fail_count += 1
-            counts.fail_s += timeline.latency_s
-            counts.rejected_count += timeline.rejected
-            return
-        counts.success_count += 1
-        counts.success_s += timeline.latency_s
-        counts.met_count += timeline.met
-        counts.queue_count += 1
-        counts.queue_s += sum(span.started_s - span.queued_s for span in timeline.spans)
-        counts.compute_count += 1
-        counts.compute_s += sum(span.ended_s - span.started_s for span in timeline.spans)
