@@ -78,6 +78,10 @@ class Ledger:
         """Everything it holds, by name."""
         return tuple(held for _, held in sorted(self._held.items()))
 
+    def leaks(self, model: str) -> bool:
+        """Whether its unload never ended."""
+        return model in self._held and self._held[model].phase is Phase.LEAKED
+
     def bytes_in(self, phase: Phase) -> int:
         """Bytes that would be free if everything in that phase went."""
         return self.freed_bytes(h.model for h in self._held.values() if h.phase is phase)

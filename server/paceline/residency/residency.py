@@ -202,10 +202,10 @@ class Residency:
             case LoadHung():
                 self._load_hung(event, now_s)
             case UnloadDone():
-                if self._under_way(event.machine, event.model, event.operation) is not None:
+                if self.under_way(event.machine, event.model, event.operation) is not None:
                     self.machines[event.machine].ledger.freed(event.model)
             case UnloadStuck():
-                if self._under_way(event.machine, event.model, event.operation) is not None:
+                if self.under_way(event.machine, event.model, event.operation) is not None:
                     self.machines[event.machine].ledger.leaked(event.model, now_s)
                     self.counts.leaks += 1
             case SizeMeasured():
@@ -273,14 +273,18 @@ class Residency:
         models = (m for m in self.models.values() if not m.withdrawn and not m.asleep)
         return [model.name for model in sorted(models, key=rank)]
 
-    def _under_way(self, machine: str, model: str, operation: int) -> Held | None:
+    def is_under_way(self, machine: str, model: str, operation: int) -> bool:
+        """Whether that load or unload is still what is being done."""
+        return self.under_way(machine, model, operation) is not None
+
+    def under_way(self, machine: str, model: str, operation: int) -> Held | None:
         """What that operation is about; None when it is of a machine's earlier life."""
         found = self.machines.get(machine)
         held = found.ledger.get(model) if found is not None else None
         return held if held is not None and held.operation == operation else None
 
     def _load_done(self, event: LoadDone, now_s: float) -> None:
-        held = self._under_way(event.machine, event.model, event.operation)
+        held = self.under_way(event.machine, event.model, event.operation)
         if held is None:
             return
         machine, model = self.machines[event.machine], self.models[event.model]
@@ -300,7 +304,7 @@ class Residency:
             self._measured(event.model, event.own_bytes)
 
     def _load_failed(self, event: LoadFailed, now_s: float) -> None:
-        held = self._under_way(event.machine, event.model, event.operation)
+        held = self.under_way(event.machine, event.model, event.operation)
         if held is None:
             return
         machine, model = self.machines[event.machine], self.models[event.model]
@@ -316,7 +320,7 @@ class Residency:
         model.instances = {**model.instances, event.machine: change.before}
 
     def _load_hung(self, event: LoadHung, now_s: float) -> None:
-        held = self._under_way(event.machine, event.model, event.operation)
+        held = self.under_way(event.machine, event.model, event.operation)
         if held is None:
             return
         self.counts.load_failures += 1

@@ -46,8 +46,7 @@ class _Place:
 
     @property
     def rank(self) -> tuple[int, float, int, str]:
-        loading = sum(h.phase is Phase.LOADING for h in self.machine.ledger.held())
-        return (self.kind, self.cost, loading, self.machine.name)
+        return (self.kind, self.cost, self.machine.loading, self.machine.name)
 
 
 class Room:
@@ -467,7 +466,7 @@ class Room:
         `held_s` for it and nothing else is being loaded.
         """
         limits = self._r.limits
-        loading = sum(h.phase is Phase.LOADING for h in machine.ledger.held())
+        loading = machine.loading
         if loading >= limits.most_loads:
             return False
         if loading < machine.allowed_loads(limits.most_loads):

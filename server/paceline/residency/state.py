@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from paceline.residency.evict import Eviction, Rate, weight
-from paceline.residency.ledger import Footprint, Held, Ledger
+from paceline.residency.ledger import Footprint, Held, Ledger, Phase
 
 FIRST_LOAD_S = 1.0
 """What a load is believed to take before one was seen."""
@@ -126,6 +126,11 @@ class Machine:
         """The model here, if leases can be granted on it."""
         held = self.ledger.get(model)
         return held if held is not None and held.open and not self.recycling else None
+
+    @property
+    def loading(self) -> int:
+        """Loads under way."""
+        return sum(held.phase is Phase.LOADING for held in self.ledger.held())
 
     def allowed_loads(self, most: int) -> int:
         """Loads at a time that what runs can bear."""

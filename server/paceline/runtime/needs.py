@@ -1,0 +1,26 @@
+"""What a request will need of models, and when: the leases that residency is told of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paceline.dispatch import ModuleRoute
+from paceline.residency.events import Need
+
+LATER_S = 1e-6
+"""A module that waits for another is wanted later than now, even where nothing was measured."""
+
+
+def needs(modules: Sequence[ModuleRoute]) -> tuple[Need, ...]:
+    """One need for each module, in the chain's order: after all that it waits for, at the
+    durations of single rows.
+    """
+    ends_s: dict[str, float] = {}
+    found = []
+    for module in modules:
+        parents = [p for p in module.bound.module.parents if p in ends_s]
+        start_s = max((ends_s[parent] for parent in parents), default=0.0)
+        ends_s[module.name] = start_s + module.best_s(1)
+        in_s = max(start_s, LATER_S) if parents else 0.0
+        found.append(Need(module.model, in_s, module.floor_s))
+    return tuple(found)

@@ -1,0 +1,407 @@
+"""Residency, performed: leases from the engine's requests, loads and unloads on the Tritons.
+
+Off until a machine has a memory budget or a chain a keep-alive (`engage`): where everything fits
+and stays, nothing of this costs a request anything. Invariant: `Machines.placed` says what batches
+are sent to; a model is taken out of it before its unload begins, and put in after its load ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from paceline.core.errors import (
+    BackendError,
+    ErrorKind,
+    LoadTimeoutError,
+    ResidencyError,
+)
+from paceline.core.model import ModelSpec
+from paceline.dispatch import ChainRoute, Entered, Passed, Reached, TooCold
+from paceline.residency import events as ev
+from paceline.residency.ledger import Footprint
+from paceline.residency.residency import Residency
+from paceline.residency.state import Limits
+from paceline.runtime.engine import Engine
+from paceline.runtime.interference import Interference
+from paceline.runtime.needs import needs
+
+if TYPE_CHECKING:
+    from paceline.runtime.machines import Machine, Machines
+
+logger = logging.getLogger(__name__)
+
+MEASURE_EVERY_S = 5.0
+"""How often sizes are measured again: models grow while they execute."""
+
+SIZE_TOLERANCE = 0.02
+"""A size that differs by less is no correction."""
+
+
+class Residence:
+    """Implements `engine.Leasing`; see the module docstring. On the event loop's thread."""
+
+    def __init__(self, engine: Engine, machines: Machines, limits: Limits | None = None) -> None:
+        self._engine = engine
+        self._machines = machines
+        self.state = Residency(limits)
+        self.engaged = False
+        self.interference = Interference()
+        self._needs: dict[tuple[str, int], tuple[ev.Need, ...]] = {}
+        self._routes: dict[str, ChainRoute] = {}
+        self._ids = count(-1, -1)
+        self._granted: dict[int, asyncio.Future[None]] = {}
+        self._wishes: dict[int, str] = {}
+        self._gone: dict[str, list[asyncio.Future[None]]] = {}
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake: asyncio.TimerHandle | None = None
+        self._paced: dict[str, tuple[float, float]] = {}
+
+    def engage(self) -> None:
+        """From now on models come and go; what is loaded now stays for the time being."""
+        if self.engaged:
+            return
+        self.engaged = True
+        placed = self._machines.placed
+        for model in sorted({model for held in placed.values() for model in held}):
+            self._declare(model)
+        for name in self._machines.named():
+            if self._machines.is_up(name) or not placed[name]:
+                self._up(name, placed[name])
+        self._engine.lease(self)
+        self._spawn(self._measure_again(), "measure models")
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        if self._wake is not None:
+            self._wake.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- what the machines and the controller ask -------------------------------------------
+
+    async def introduce(self, model: str) -> ModelSpec:
+        """Have a model loaded somewhere, afresh where it was; from now on it can be demanded.
+
+        Raises ResidencyError, and forgets a model that did not load.
+        """
+        known = model in self.state.models and not self.state.models[model].withdrawn
+        before = self.state.copies(model) if known else []
+        self._declare(model)
+        try:
+            async with self.using(model):
+                for name in before:
+                    if model in self._machines.placed[name]:
+                        instances = self._machines.placed[name][model]
+                        await self._machines.named()[name].repository.load(
+                            model, instances=instances
+                        )
+                (name, *_) = self.state.copies(model)
+                return await self._machines.named()[name].repository.spec(model)
+        except ResidencyError:
+            if not known:
+                self._tell(ev.Forget(model))
+            raise
+
+    async def forget(self, model: str) -> None:
+        """Unload a model everywhere, after the requests that use it. Raises ResidencyError."""
+        if model not in self.state.models:
+            return
+        self._tell(ev.Forget(model))
+        while (name := self._holder(model)) is not None:
+            if self.state.machines[name].ledger.leaks(model):
+                raise ResidencyError(f"model {model!r} was not unloaded by {name}")
+            changed = asyncio.get_running_loop().create_future()
+            self._gone.setdefault(model, []).append(changed)
+            await changed
+
+    @asynccontextmanager
+    async def using(self, model: str, machine: str = "") -> AsyncIterator[None]:
+        """Lease a model, on that machine where one is named; it is there while the block runs.
+
+        Raises ResidencyError where it cannot be had.
+        """
+        number = next(self._ids)
+        granted = self._granted[number] = asyncio.get_running_loop().create_future()
+        self._tell(ev.Enter(number, (ev.Need(model, machine=machine),)))
+        try:
+            await granted
+            yield
+        finally:
+            del self._granted[number]
+            self._tell(ev.Leave(number))
+        for name in self.state.copies(model):
+            await self._measure(name, model)
+
+    def want(self, placed: Mapping[str, Mapping[str, int]]) -> None:
+        """Instances of each model that the plan would have on each machine."""
+        models = sorted({model for held in placed.values() for model in held})
+        for model in models:
+            instances = {name: held[model] for name, held in placed.items() if model in held}
+            if model in self.state.models:
+                footprint = self.state.models[model].footprint
+                self._tell(ev.Declare(model, footprint, instances))
+
+    def machine_up(self, name: str) -> None:
+        """A Triton is there, empty."""
+        self._machines.placed[name].clear()
+        self._up(name, {})
+
+    def machine_down(self, name: str) -> None:
+        """A Triton is gone, and everything it held."""
+        self._tell(ev.MachineDown(name))
+        self._machines.placed[name].clear()
+        for model in list(self._gone):
+            self._changed(model)
+
+    def lock(self, machine: str, model: str) -> asyncio.Lock:
+        """One operation on a model of a machine at a time."""
+        return self._locks.setdefault((machine, model), asyncio.Lock())
+
+    def load_s(self, model: str) -> float:
+        known = self.state.models.get(model)
+        return known.load_s if known is not None else 0.0
+
+    # -- what the engine tells (`engine.Leasing`) -------------------------------------------
+
+    def ready_in_s(self, model: str, now_s: float) -> float:
+        """See `Leasing.ready_in_s`."""
+        if model not in self.state.models:
+            return 0.0
+        return self.state.ready_in_s(model, now_s)
+
+    def told(self, action: Entered | Reached | Passed | TooCold) -> None:
+        """See `Leasing.told`."""
+        match action:
+            case Entered():
+                wanted = self._needs_of(action)
+                self._tell(ev.Enter(action.request, wanted, action.deadline_s, action.priority))
+            case Reached():
+                self._tell(ev.Reach(action.request, action.model))
+            case Passed():
+                self._tell(ev.Passed(action.request, action.model))
+            case TooCold():
+                self._wish(action)
+
+    def ended(self, request: int) -> None:
+        """See `Leasing.ended`."""
+        self._tell(ev.Leave(request))
+
+    def executed(self, machine: str, model: str, rows: int, took_s: float) -> None:
+        """See `Leasing.executed`."""
+        known = self._machines.named().get(machine)
+        if known is not None:
+            self.interference.count(machine, model, rows, took_s, self._loading(machine))
+
+    def installed(self, route: ChainRoute) -> None:
+        """See `Leasing.installed`."""
+        chain = route.bound.chain
+        self._routes[chain.name] = route
+        self._needs = {key: value for key, value in self._needs.items() if key[0] != chain.name}
+        for module in route.modules:
+            if module.model not in self.state.models:
+                self._declare(module.model)
+        if not route.bound.direct:
+            rates: dict[str, float] = {}
+            for module in route.modules:
+                rates[module.model] = rates.get(module.model, 0.0) + module.rate_rps
+            self._tell(ev.ChainUp(chain.name, rates, chain.priority, chain.keep_alive_s))
+
+    def removed(self, chain: str) -> None:
+        """See `Leasing.removed`."""
+        self._routes.pop(chain, None)
+        self._tell(ev.ChainDown(chain))
+
+    # -- steps ------------------------------------------------------------------------------
+
+    def _needs_of(self, action: Entered) -> tuple[ev.Need, ...]:
+        """Cached by chain and modules: a chain has few sets of outputs that are asked for."""
+        first = action.modules[0]
+        key = (first.chain, hash(tuple(id(module) for module in action.modules)))
+        found = self._needs.get(key)
+        if found is None:
+            found = self._needs[key] = needs(action.modules)
+        return found
+
+    def _wish(self, action: TooCold) -> None:
+        """A request was refused because its models are not there: have them for the next one."""
+        waited_for = set(self._wishes.values())
+        for model in action.models:
+            if model not in waited_for and not self.state.leases.any(model):
+                number = next(self._ids)
+                self._wishes[number] = model
+                self._tell(ev.Enter(number, (ev.Need(model),)))
+
+    def _declare(self, model: str) -> None:
+        known = self.state.models.get(model)
+        if known is not None:
+            self._tell(ev.Declare(model, known.footprint, known.instances))
+            return
+        guessed = max(
+            (m.memory.guessed_bytes(model) for m in self._machines.all() if m.memory is not None),
+            default=0,
+        )
+        self._tell(ev.Declare(model, Footprint(guessed)))
+
+    def _up(self, name: str, resident: Mapping[str, int]) -> None:
+        machine = self._machines.named()[name]
+        restartable = machine.restart is not None
+        self._tell(ev.MachineUp(name, machine.budget_bytes, dict(resident), restartable))
+
+    def _loading(self, machine: str) -> int:
+        known = self.state.machines.get(machine)
+        return known.loading if known is not None else 0
+
+    def _holder(self, model: str) -> str | None:
+        for name, machine in sorted(self.state.machines.items()):
+            if machine.ledger.get(model) is not None:
+                return name
+        return None
+
+    def _tell(self, event: ev.Event) -> None:
+        if not self.engaged:
+            return
+        now_s = asyncio.get_running_loop().time()
+        if self.state.waiting:
+            self._pace(now_s)
+        self._perform(self.state.handle(event, now_s=now_s))
+
+    def _pace(self, now_s: float) -> None:
+        """What runs now, and what loads do to it, before anything is loaded."""
+        bearable = self._engine.dispatcher.bearable(now_s)
+        for name in self.state.machines:
+            pace = (self.interference.factor(name), bearable)
+            if self._paced.get(name) != pace:
+                self._paced[name] = pace
+                self._perform(self.state.handle(ev.Pace(name, *pace), now_s=now_s))
+
+    def _perform(self, actions: list[ev.Action]) -> None:
+        for action in actions:
+            match action:
+                case ev.Load():
+                    self._spawn(self._load(action), f"load {action.model}")
+                case ev.Unload():
+                    self._unplace(action.machine, action.model)
+                    self._spawn(self._unload(action), f"unload {action.model}")
+                case ev.Recycle():
+                    self._spawn(self._recycle(action), f"recycle {action.machine}")
+                case ev.Grant():
+                    self._grant(action.request)
+                case ev.Refuse():
+                    self._refuse(action)
+                case ev.Wake():
+                    if self._wake is not None:
+                        self._wake.cancel()
+                    loop = asyncio.get_running_loop()
+                    self._wake = loop.call_at(action.at_s, self._tell, ev.Tick())
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _grant(self, request: int) -> None:
+        if (granted := self._granted.get(request)) is not None and not granted.done():
+            granted.set_result(None)
+        elif self._wishes.pop(request, None) is not None:
+            asyncio.get_running_loop().call_soon(self._tell, ev.Leave(request))
+
+    def _refuse(self, action: ev.Refuse) -> None:
+        if (granted := self._granted.get(action.request)) is not None:
+            if not granted.done():
+                granted.set_exception(ResidencyError(action.reason))
+        elif self._wishes.pop(action.request, None) is None:
+            error = BackendError(action.reason, kind=ErrorKind.UNAVAILABLE)
+            asyncio.get_running_loop().call_soon(self._engine.abort, action.request, error)
+
+    # -- loads and unloads ------------------------------------------------------------------
+
+    async def _load(self, action: ev.Load) -> None:
+        name, model = action.machine, action.model
+        machine = self._machines.named()[name]
+        try:
+            async with self.lock(name, model):
+                await machine.repository.load(model, instances=action.instances)
+                own_bytes = await self._own_bytes(machine, model, action.instances)
+        except LoadTimeoutError as error:
+            logger.error("%s", error)
+            self._tell(ev.LoadHung(action.operation, name, model, str(error)))
+        except ResidencyError as error:
+            logger.warning("%s", error)
+            self._tell(ev.LoadFailed(action.operation, name, model, str(error)))
+        else:
+            if self.state.is_under_way(name, model, action.operation):
+                self._machines.placed[name][model] = action.instances
+                self._tell(ev.LoadDone(action.operation, name, model, own_bytes))
+                if self._machines.is_up(name):
+                    self._machines.announce(name)
+        self._changed(model)
+
+    def _unplace(self, name: str, model: str) -> None:
+        """No batch is sent to it from now on."""
+        if self._machines.placed[name].pop(model, None) is not None and self._machines.is_up(name):
+            self._machines.announce(name)
+
+    async def _unload(self, action: ev.Unload) -> None:
+        name, model = action.machine, action.model
+        machine = self._machines.named()[name]
+        logger.info("unloading %s from %s: %s", model, name, action.why)
+        try:
+            await self._engine.lane_idle(name, model)
+            async with self.lock(name, model):
+                await machine.repository.unload(model)
+            if machine.memory is not None and not await machine.memory.gone(model):
+                raise ResidencyError(f"processes of {model!r} are left on {name}")
+        except ResidencyError as error:
+            logger.error("%s", error)
+            self._tell(ev.UnloadStuck(action.operation, name, model))
+        else:
+            self._tell(ev.UnloadDone(action.operation, name, model))
+        self._changed(model)
+
+    async def _recycle(self, action: ev.Recycle) -> None:
+        """Let what runs end, then restart the Triton; its owner tells when it is down and up."""
+        logger.warning("restarting Triton %s: %s", action.machine, action.why)
+        machine = self._machines.named()[action.machine]
+        for model in list(self._machines.placed[action.machine]):
+            self._unplace(action.machine, model)
+            await self._engine.lane_idle(action.machine, model)
+        assert machine.restart is not None, action
+        machine.restart()
+
+    def _changed(self, model: str) -> None:
+        for waiting in self._gone.pop(model, ()):
+            if not waiting.done():
+                waiting.set_result(None)
+
+    # -- sizes ------------------------------------------------------------------------------
+
+    async def _own_bytes(self, machine: Machine, model: str, instances: int) -> int | None:
+        if machine.memory is None:
+            return None
+        total = await machine.memory.measured_bytes(model)
+        return None if total is None else -(-total // instances)
+
+    async def _measure(self, name: str, model: str) -> None:
+        instances = self._machines.placed[name].get(model)
+        if instances is None:
+            return
+        own_bytes = await self._own_bytes(self._machines.named()[name], model, instances)
+        if own_bytes is None or self._machines.placed[name].get(model) != instances:
+            return
+        believed = self.state.models[model].footprint.own_bytes
+        if abs(own_bytes - believed) > SIZE_TOLERANCE * believed:
+            self._tell(ev.SizeMeasured(model, own_bytes))
+
+    async def _measure_again(self) -> None:
+        while True:
+            await asyncio.sleep(MEASURE_EVERY_S)
+            for name in sorted(self._machines.placed):
+                for model in sorted(self._machines.placed[name]):
+                    await self._measure(name, model)
