@@ -206,6 +206,7 @@ class ServerConnection(Connection, Generic[H]):
 
     def _new_head(self, stream: int, block: bytes) -> H | None:
         """Headers that were not seen before; None where the stream is reset for them."""
+        before = self._decoder.changes
         headers = self._decoded(stream, block)
         if headers is None:
             return None
@@ -217,7 +218,8 @@ class ServerConnection(Connection, Generic[H]):
         if self._heads_of != self._decoder.changes or len(self._heads) >= _KEPT_BLOCKS:
             self._heads.clear()
             self._heads_of = self._decoder.changes
-        if len(block) <= _LONGEST_KEPT_BYTES:
+        # A block that adds to the table has to be read every time.
+        if before == self._decoder.changes and len(block) <= _LONGEST_KEPT_BYTES:
             self._heads[block] = head
         return head
 

@@ -130,7 +130,7 @@ class GrpcServer:
             sockets = _bound(host, port, shared_port=shared_port)
             loop = asyncio.get_running_loop()
             for plug in sockets:
-                server = await loop.create_server(self._connected, sock=plug, backlog=_BACKLOG)
+                server = await loop.create_server(self.new_connection, sock=plug, backlog=_BACKLOG)
                 self._servers.append(server)
         except OSError as error:
             for plug in sockets:
@@ -145,7 +145,8 @@ class GrpcServer:
         self._check_later()
         return int(sockets[0].getsockname()[1])
 
-    def _connected(self) -> ServerConnection[Head[_Method]]:
+    def new_connection(self) -> ServerConnection[Head[_Method]]:
+        """The protocol of a connection that has come in."""
         refused = self._stopping or len(self._connections) >= MAX_CONNECTIONS
         connection = ServerConnection(self._buffer, self._serving, refused=refused)
         self._connections.add(connection)
@@ -156,13 +157,14 @@ class GrpcServer:
 
     def _check_later(self) -> None:
         loop = asyncio.get_running_loop()
-        self._check = loop.call_later(_CHECK_EVERY_S, self._check_connections)
+        self._check = loop.call_later(_CHECK_EVERY_S, self.check_connections)
 
-    def _check_connections(self) -> None:
+    def check_connections(self) -> None:
         """Ask clients that say nothing, drop those that do not answer or take nothing."""
         self._check_later()
         for connection in list(self._connections):
-            connection.quiet_checks = 0 if connection.heard else connection.quiet_checks + 1
+            heard = connection.heard and connection.greeted
+            connection.quiet_checks = 0 if heard else connection.quiet_checks + 1
             stuck = connection.stuck and not connection.moved
             connection.stuck_checks = connection.stuck_checks + 1 if stuck else 0
             connection.heard = connection.moved = False
