@@ -24,6 +24,7 @@ from paceline.blocks.backend.manifest import (
     Member,
     ObjectStore,
     PoolError,
+    Runtime,
     pages,
     parse,
     runtime_here,
@@ -69,9 +70,12 @@ def compile_model(
     pool: Path,
     options: Options,
     progress: Progress = silent,
+    *,
+    runtime: Runtime | None = None,
 ) -> Outcome:
     """Compiles `sources` (by member; "" for a model that is not fused) into `directory`.
 
+    `runtime` is what it is compiled for: by default, and in truth always, this machine's.
     Raises ConfigError for what the user can correct, ResidencyError for what the machine refuses.
     """
     pool = pool.resolve()
@@ -86,12 +90,13 @@ def compile_model(
     for member, path in sources.items():
         progress(f"{directory.name}: reading {path.name}")
         examined[member] = examine(path)
-    key = _cache_key(examined, options)
+    runtime = runtime or runtime_here(ort.__version__)
+    key = _cache_key(examined, options, runtime)
     before = _current(directory, pool, key)
     if before is not None:
         return Outcome(before, 0, fresh=False)
     with PoolWriter(pool) as writer:
-        compiler = _Compiler(writer, directory.name, options, progress)
+        compiler = _Compiler(writer, directory.name, options, runtime, progress)
         members = [compiler.member(name, source) for name, source in examined.items()]
         text = json.dumps(compiler.document(members, examined, key), indent=1).encode()
         manifest = parse(text, "the manifest that was just made")
@@ -112,10 +117,18 @@ def compile_model(
 class _Compiler:
     """One model's compile."""
 
-    def __init__(self, pool: PoolWriter, model: str, options: Options, progress: Progress) -> None:
+    def __init__(
+        self,
+        pool: PoolWriter,
+        model: str,
+        options: Options,
+        runtime: Runtime,
+        progress: Progress,
+    ) -> None:
         self._pool = pool
         self._model = model
         self._options = options
+        self._runtime = runtime
         self._progress = progress
         self._objects: dict[str, int] = {}
         self._measured: dict[str, Any] = {}
@@ -145,7 +158,7 @@ class _Compiler:
             "format": FORMAT,
             "model": self._model,
             "cache_key": key,
-            "runtime": runtime_here(ort.__version__).as_json(),
+            "runtime": self._runtime.as_json(),
             "sources": [
                 {"member": m, "file": s.path.name, "digest": s.digest, "bytes": s.bytes}
                 for m, s in sources.items()
@@ -233,13 +246,13 @@ class _Compiler:
             )
 
 
-def _cache_key(sources: Mapping[str, Source], options: Options) -> str:
+def _cache_key(sources: Mapping[str, Source], options: Options, runtime: Runtime) -> str:
     parts = [
         FORMAT,
         COMPILER,
         [[member, source.digest] for member, source in sources.items()],
         options.as_json(),
-        runtime_here(ort.__version__).as_json(),
+        runtime.as_json(),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

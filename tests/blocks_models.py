@@ -1,0 +1,119 @@
+"""Small networks of every kind that blocks are made of; weights are large enough to be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from scripts.make_models import Network, Sizes, bert, gpt2, vit, wide_mlp
+
+SMALL = Sizes(width=256, layers=2, heads=4, vocabulary=2000, sequence=16)
+
+
+def _value(
+    name: str, shape: list[int | str], dtype: int = TensorProto.FLOAT
+) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def conv(name: str = "conv", *, head_seed: int = 0) -> Network:
+    """Four convolutions with batch normalisation, then a classifier; 3.9 MiB."""
+    network = Network(name, "conv", head_seed=head_seed)
+    network.inputs.append(_value("image", ["N", 3, 32, 32]))
+    x, channels = "image", 3
+    for index, width in enumerate((64, 128, 256, 256)):
+        shape = (width, channels, 3, 3)
+        kernel = network.normal(f"c{index}.w", shape, (2 / (channels * 9)) ** 0.5)
+        x = network.node("Conv", [x, kernel], f"c{index}", pads=[1] * 4, strides=[2, 2])
+        one, zero = np.ones(width, np.float32), np.zeros(width, np.float32)
+        scale, variance = (network.constant(f"c{index}.{k}", one) for k in ("scale", "var"))
+        bias = network.normal(f"c{index}.bias", (width,), 0.05)
+        mean = network.constant(f"c{index}.mean", zero)
+        x = network.node("BatchNormalization", [x, scale, bias, mean, variance], f"n{index}")
+        x, channels = network.node("Relu", [x], f"r{index}"), width
+    x = network.node("Flatten", [x], "flat")
+    network.linear(x, "head", (1024, 100), head=True)
+    network.outputs.append(_value("head.y", ["N", 100]))
+    return network
+
+
+def branches(name: str = "branches") -> Network:
+    """Three parallel branches of two layers between a stem and a head, and two outputs."""
+    network = Network(name, "branches")
+    network.inputs.append(_value("x", ["N", 256]))
+    stem = network.node("Relu", [network.linear("x", "stem", (256, 512))], "stem.relu")
+    ends = []
+    for index in range(3):
+        inner = network.linear(stem, f"b{index}.0", (512, 512))
+        inner = network.node("Tanh", [inner], f"b{index}.tanh")
+        ends.append(network.linear(inner, f"b{index}.1", (512, 256)))
+    joined = network.node("Concat", ends, "joined", axis=1)
+    network.linear(joined, "head", (768, 64))
+    network.node("Softmax", [stem], "early", axis=-1)
+    network.outputs.append(_value("head.y", ["N", 64]))
+    network.outputs.append(_value("early", ["N", 512]))
+    return network
+
+
+def choice(name: str = "choice") -> Network:
+    """An If whose branches read weights of the graph around it."""
+    network = Network(name, "choice")
+    network.inputs.append(_value("x", ["N", 256]))
+    network.inputs.append(_value("flip", [], TensorProto.BOOL))
+    weight = network.normal("w", (256, 256), 0.1)
+    made = helper.make_node("MatMul", ["x", weight], ["then.y"])
+    then = helper.make_graph([made], "then", [], [_value("then.y", ["N", 256])])
+    made = helper.make_node("Neg", ["x"], ["else.y"])
+    other = helper.make_graph([made], "else", [], [_value("else.y", ["N", 256])])
+    network.node("If", ["flip"], "y", then_branch=then, else_branch=other)
+    network.outputs.append(_value("y", ["N", 256]))
+    return network
+
+
+def mixing(name: str = "mixing") -> Network:
+    """Its rows depend on each other: it must not be batched."""
+    network = Network(name, "mixing")
+    network.inputs.append(_value("x", ["N", 256]))
+    mean = network.node("ReduceMean", [network.linear("x", "l", (256, 256))], "mean", axes=[0])
+    network.node("Sub", ["x", mean], "y")
+    network.outputs.append(_value("y", ["N", 256]))
+    return network
+
+
+def sequence(name: str = "sequence") -> Network:
+    """Its output is no tensor."""
+    network = Network(name, "sequence")
+    network.inputs.append(_value("x", ["N", 4]))
+    network.node("SplitToSequence", ["x"], "y", axis=1)
+    network.outputs.append(helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None))
+    return network
+
+
+def fixed(name: str = "fixed") -> Network:
+    """No dynamic axis, and a scalar output."""
+    network = Network(name, "fixed")
+    network.inputs.append(_value("x", [3, 256]))
+    network.node("ReduceSum", [network.linear("x", "l", (256, 256))], "y", keepdims=0)
+    network.outputs.append(_value("y", []))
+    return network
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "conv": conv,
+    "branches": branches,
+    "choice": choice,
+    "mixing": mixing,
+    "fixed": fixed,
+    "bert": lambda: bert("bert", SMALL),
+    "gpt2": lambda: gpt2("gpt2", SMALL),
+    "vit": lambda: vit("vit", SMALL, pixels=64),
+    "mlp": lambda: wide_mlp("mlp", width=1024, layers=2),
+}
+
+
+def written(directory: Path, kind: str) -> Path:
+    """The network of this kind as a file."""
+    return NETWORKS[kind]().write(directory)
