@@ -4,7 +4,13 @@ spend machines on late answers.
 A request's end is predicted by walking its chain: a module starts when its parents have ended, and
 not before a batch for one more row could start there. Rows ahead (admitted, not yet launched, as
 urgent or more) fill whole batches, which start on the slots in the order in which they are expected
-to be free; the batch that the request joins grows at the planned rate until it starts.
+to be free; the batch that the request joins grows at the planned rate until it starts. Of the
+chain's other modules that share the machines, what the queues' order (launch-by times) puts before
+the request counts: further down, not the rows of requests that entered just before it; further
+up, those of requests that enter just after it as well.
+
+A prediction is an expectation, and in overload requests are admitted right up to their deadlines.
+So every admitted request that misses its deadline after all widens the chain's margin for a while.
 
 Invariant: `Stage.ahead` counts, by priority, exactly the rows (expected, then actual) that
 admitted requests have not yet had launched there.
@@ -13,6 +19,8 @@ admitted requests have not yet had launched there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import exp
 
 from paceline.core.errors import ErrorKind, Rejected
 from paceline.dispatch.machines import MachinePool
@@ -23,6 +31,25 @@ ReadyIn = Callable[[str, float], float]
 
 LEAST_RETRY_S = 0.001
 _NOTHING_ROWS = 1e-6
+
+MISS_STEP = 0.02
+"""By how much of its objective a miss widens a chain's margin; at most to `MOST_MARGIN` of it."""
+MOST_MARGIN = 0.25
+MARGIN_FADES_S = 10.0
+"""In which time a margin fades to 1/e."""
+
+
+@dataclass(slots=True)
+class _Margin:
+    """What is kept free of a chain's objective."""
+
+    wide_s: float = 0.0
+    at_s: float = 0.0
+
+    def left_s(self, now_s: float) -> float:
+        if self.wide_s == 0.0:
+            return 0.0
+        return self.wide_s * exp((self.at_s - now_s) / MARGIN_FADES_S)
 
 
 class Ticket:
@@ -40,6 +67,8 @@ class Admission:
     """See the module docstring."""
 
     def __init__(self) -> None:
+        self._margins: dict[str, _Margin] = {}
+        """By chain."""
         self._busy: dict[Stage, None] = {}
         """Stages with rows ahead (an ordered set)."""
         self.ready_in_s: ReadyIn | None = None
@@ -54,7 +83,8 @@ class Admission:
         """
         cold = self.cold(served, now_s)
         if served.route.modules[0].rate_rps > 0 or cold:
-            excess_s = self.predicted_s(served, priority, pool, now_s) - budget_s
+            predicted_s = self.predicted_s(served, priority, pool, now_s)
+            excess_s = predicted_s + self._margin_s(served, predicted_s, now_s) - budget_s
             if excess_s > 0 and cold:
                 raise _too_cold(served, cold, excess_s)
             if excess_s > 0:
@@ -79,16 +109,30 @@ class Admission:
     def predicted_s(self, served: Served, priority: int, pool: MachinePool, now_s: float) -> float:
         """Time from now to the answer of a request that would enter now."""
         ends_s: list[float] = []
+        # Where machines are too few for the planned rate, no more than they can take gets in.
+        share = min(1.0, pool.slots / served.load) if served.load > 0 else 1.0
         for stage, parents in zip(served.stages, served.parents, strict=True):
             route = stage.route
-            start_s, rows = self._start(stage, priority, pool, now_s)
+            there_s = 0.0
             for parent in parents:
-                if ends_s[parent] > start_s:
-                    start_s = ends_s[parent]
+                if ends_s[parent] > there_s:
+                    there_s = ends_s[parent]
+            start_s, rows = self._start(stage, priority, there_s, share, pool, now_s)
+            if there_s > start_s:
+                start_s = there_s
             if start_s > 0:
                 rows += int(route.rate_rps * start_s)
             ends_s.append(start_s + route.best_s(min(route.full_rows, rows)))
         return max(ends_s)
+
+    def missed(self, served: Served, now_s: float) -> None:
+        """A request that was admitted did not end in time."""
+        chain = served.route.bound.chain
+        if served.route.modules[0].rate_rps <= 0:
+            return
+        margin = self._margins.setdefault(chain.name, _Margin())
+        wider_s = margin.left_s(now_s) + MISS_STEP * chain.slo_s
+        margin.wide_s, margin.at_s = min(MOST_MARGIN * chain.slo_s, wider_s), now_s
 
     def counted(self, ticket: Ticket, place: int, rows: int) -> None:
         """A module's real number of rows is known (0: it does not run)."""
@@ -120,12 +164,27 @@ class Admission:
             if not ahead:
                 del self._busy[stage]
 
+    def _margin_s(self, served: Served, predicted_s: float, now_s: float) -> float:
+        """No more than what the request is expected to wait: where nothing waits, none is refused
+        for it."""
+        margin = self._margins.get(served.route.bound.name)
+        if margin is None:
+            return 0.0
+        return min(margin.left_s(now_s), max(0.0, predicted_s - served.route.longest.floor_s))
+
     def _start(
-        self, stage: Stage, priority: int, pool: MachinePool, now_s: float
+        self,
+        stage: Stage,
+        priority: int,
+        there_s: float,
+        share: float,
+        pool: MachinePool,
+        now_s: float,
     ) -> tuple[float, int]:
         """When a batch with one more row could start, from now, and its rows so far.
 
-        At once, where nobody can tell.
+        At once, where nobody can tell. The row is not there before `there_s`; `share` of the
+        planned rate is admitted.
         """
         route = stage.route
         if self.ready_in_s is not None and (wait_s := self.ready_in_s(route.model, now_s)) > 0:
@@ -141,15 +200,28 @@ class Admission:
             return 0.0, 1
         rounds, position = divmod(batches, len(free_s))
         own_s = free_s[position] - now_s + rounds * route.row_s * route.full_rows
-        return own_s + self._others_s(stage, priority, pool), joined + 1
+        return own_s + self._others_s(stage, priority, there_s, share, pool), joined + 1
 
-    def _others_s(self, stage: Stage, priority: int, pool: MachinePool) -> float:
+    def _others_s(
+        self, stage: Stage, priority: int, there_s: float, share: float, pool: MachinePool
+    ) -> float:
         """Work of other modules that goes before, spread over all slots."""
-        near = pool.sharing(stage.route.model)
+        route = stage.route
+        near = pool.sharing(route.model)
         work_s = 0.0
         for other in self._busy:
-            if other is not stage and other.route.model in near:
-                work_s += other.ahead_of(priority) * other.route.row_s
+            if other is stage or other.route.model not in near:
+                continue
+            rows = other.ahead_of(priority)
+            if other.route.chain == route.chain:
+                # Launched by `deadline - tail`: entered that much before it, they go before it.
+                lag_s = route.tail_s - other.route.tail_s
+                rate_rps = share * other.route.rate_rps
+                if lag_s > 0:
+                    rows -= min(other.ahead.get(priority, 0.0), rate_rps * lag_s)
+                else:
+                    rows += rate_rps * min(-lag_s, there_s)
+            work_s += rows * other.route.row_s
         return work_s / max(1, pool.slots)
 
     def _change(self, ticket: Ticket, place: int, rows: float) -> None:

@@ -236,6 +236,8 @@ class Dispatcher:
             if self._leasing:
                 actions.append(Passed(run.submit.request, idle.bound.spec.name))
         if run.done:
+            if now_s > run.submit.deadline_s:
+                self._admission.missed(run.served, now_s)
             self._end(run)
             actions.append(Answer(run.submit.request, run.answer(), run.timeline(now_s)))
 
@@ -283,6 +285,8 @@ class Dispatcher:
         self, run: ChainRun, error: RequestError, now_s: float, actions: list[Action]
     ) -> None:
         if run.submit.request in self._runs:
+            if error.kind is ErrorKind.DEADLINE:
+                self._admission.missed(run.served, now_s)
             self._end(run)
             actions.append(Fail(run.submit.request, error, run.timeline(now_s, error)))
 

@@ -32,13 +32,15 @@ class Stage:
 class Served:
     """A chain's route with its stages, in the order of its modules.
 
-    `parents` are indices of modules; `fan_outs` the rows a request is expected to have at each.
+    `parents` are indices of modules; `fan_outs` the rows a request is expected to have at each;
+    `load` is how many machines the planned rate keeps busy with full batches.
     """
 
     route: ChainRoute
     stages: tuple[Stage, ...]
     parents: tuple[tuple[int, ...], ...]
     fan_outs: tuple[float, ...]
+    load: float
 
 
 def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
@@ -55,4 +57,5 @@ def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
         tuple(stages),
         tuple(tuple(places[p] for p in m.bound.module.parents) for m in route.modules),
         tuple(module.fan_out for module in route.modules),
+        sum(module.rate_rps * module.row_s for module in route.modules),
     )
