@@ -48,8 +48,10 @@ MAX_MESSAGE_BYTES = 1_000_000
 class Service:
     """`/t/Echo` answers at once; `/t/Wait` when the test does; `/t/Big` with as much as asked."""
 
-    def __init__(self, limits: ServerLimits = LIMITS) -> None:
-        self.server = GrpcServer(max_message_bytes=MAX_MESSAGE_BYTES, limits=limits)
+    def __init__(self, limits: ServerLimits = LIMITS, max_held_bytes: int = 1 << 30) -> None:
+        self.server = GrpcServer(
+            max_message_bytes=MAX_MESSAGE_BYTES, max_held_bytes=max_held_bytes, limits=limits
+        )
         self.waiting: list[UnaryCall] = []
         self.cancelled: list[UnaryCall] = []
         self.one_cancelled = asyncio.Event()
@@ -395,8 +397,8 @@ async def test_more_than_the_window_is_an_error_of_the_stream(service: Service) 
 
 
 async def test_what_came_of_unfinished_requests_is_bounded_for_all_of_them_together() -> None:
-    service = Service(ServerLimits(stream_window_bytes=100_000, frame_bytes=50_000))
-    service.server._intake.max_held_bytes = 100_000
+    limits = ServerLimits(stream_window_bytes=100_000, frame_bytes=50_000)
+    service = Service(limits, max_held_bytes=100_000)
     first, second = Client(service.server), Client(service.server)
     for client in (first, second):
         client.send(frame(HEADERS, 0x4, 1, request_block()))
@@ -406,7 +408,7 @@ async def test_what_came_of_unfinished_requests_is_bounded_for_all_of_them_toget
     second.send(frame(DATA, 1, 1, bytes(41_005)))
     second.send(frame(WINDOW, 0, 0, word(1_000_000)) + frame(WINDOW, 0, 1, word(1_000_000)))
     assert len(second.answers()[1][0]) == 90_005
-    assert service.server._intake.held_bytes == 0
+    assert service.server.held_bytes == 0
 
 
 # Endings
@@ -481,6 +483,8 @@ async def test_clients_that_say_nothing_are_asked_and_then_dropped(service: Serv
     alive.send(frame(PING, 0x1, 0, ping.payload))
     server.check_connections()
     assert quiet.wire.aborted and silent.wire.aborted and not alive.wire.aborted
+    for client in (quiet, alive, silent):
+        client.lose()
     await server.stop(None)
 
 
@@ -497,6 +501,8 @@ async def test_clients_that_take_nothing_of_what_waits_for_them_are_dropped(
         stuck.send(frame(PING, 0, 0, bytes(8)))
         slow.send(frame(WINDOW, 0, 1, word(1)))
     assert stuck.wire.aborted and not slow.wire.aborted
+    for client in (stuck, slow):
+        client.lose()
     await server.stop(None)
 
 

@@ -469,6 +469,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._data_stream is stream:
             self._data_stream = None
 
+    def on_its_way(self, stream: Stream) -> int:
+        """Bytes that the peer may still send on a stream, or is sending in a frame that began."""
+        return stream.credit + (self._data_left if self._data_stream is stream else 0)
+
     def renew(self, stream: Stream, increment: int) -> None:
         """Let the peer send so many more bytes on a stream."""
         if increment > 0 and not stream.remote_closed:

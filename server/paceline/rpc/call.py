@@ -155,7 +155,7 @@ class Call(ServerStream):
             details = "too many bytes of requests are on their way to the server"
             self.stop(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, details))
             return
-        self._connection.renew(self, inbox.missing_bytes - self.credit)
+        self._connection.renew(self, inbox.missing_bytes - self._connection.on_its_way(self))
         self.arrived(inbox)
 
     def _ended(self, inbox: Inbox) -> None:

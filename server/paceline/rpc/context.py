@@ -83,7 +83,7 @@ class TaskCall(Call):
                 if data is None:
                     raise asyncio.CancelledError
                 half = self._connection.stream_credit // 2
-                room = 2 * half - inbox.unread_bytes - self.credit
+                room = 2 * half - inbox.unread_bytes - self._connection.on_its_way(self)
                 if room >= half:
                     self._connection.renew(self, room)
                 return self._deserialized(data)
@@ -94,9 +94,10 @@ class TaskCall(Call):
     def _deserialized(self, data: Buffer) -> Any:
         read = self._handler.request_deserializer
         if read is None:
-            return data
+            return bytes(data)
         try:
-            return read(bytes(data))
+            # A large message is a memoryview: protobuf takes both.
+            return read(data)
         except Exception:
             self.stop(Status(grpc.StatusCode.INTERNAL, "Exception deserializing request!"))
             raise asyncio.CancelledError from None

@@ -63,8 +63,14 @@ class _Details(grpc.HandlerCallDetails):
 class GrpcServer:
     """See the module docstring."""
 
-    def __init__(self, *, max_message_bytes: int, limits: ServerLimits | None = None) -> None:
-        self._intake = Intake(max_message_bytes, MAX_HELD_BYTES)
+    def __init__(
+        self,
+        *,
+        max_message_bytes: int,
+        max_held_bytes: int = MAX_HELD_BYTES,
+        limits: ServerLimits | None = None,
+    ) -> None:
+        self._intake = Intake(max_message_bytes, max_held_bytes)
         self._methods: dict[str, _Method] = {}
         self._generic: list[grpc.GenericRpcHandler[Any, Any]] = []
         self._serving: Serving[Head[_Method]] = Serving(
@@ -80,6 +86,11 @@ class GrpcServer:
         self._check: asyncio.TimerHandle | None = None
         self._stopping = False
         self._stopped = asyncio.Event()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of requests that no handler has taken yet."""
+        return self._intake.held_bytes
 
     # -- what is served ---------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
     def add_raw_handlers(self, server: GrpcServer) -> None:
         """Inference on serialized messages; to be registered before the servicer itself."""
         server.add_unary(f"/{SERVICE}/ModelInfer", self._raw_infer)
-        stream = grpc.stream_stream_rpc_method_handler(self._raw_stream)
+        stream = grpc.stream_stream_rpc_method_handler(self._raw_stream, _as_it_came)
         server.add_registered_method_handlers(SERVICE, {"ModelStreamInfer": stream})
 
     def _raw_infer(self, call: UnaryCall, data: Buffer) -> None:
@@ -82,7 +82,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         except Exception as error:
             call.refuse(status_of(error))
 
-    async def _raw_stream(self, requests: AsyncIterator[bytes], context: CallContext) -> None:
+    async def _raw_stream(self, requests: AsyncIterator[Buffer], context: CallContext) -> None:
         async def infer(message: Any, emit: Emit) -> bytes:
             def emit_raw(response: Any) -> None:
                 emit(response.SerializeToString())
@@ -287,7 +287,11 @@ def _number(answer: InferAnswer) -> Metadata:
     return (("paceline-request-id", str(answer.timeline.request)),)
 
 
-async def _parsed(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+def _as_it_came(data: Buffer) -> Buffer:
+    return data
+
+
+async def _parsed(requests: AsyncIterator[Buffer]) -> AsyncIterator[Any]:
     async for data in requests:
         yield wire.read_request(data)
 
