@@ -205,10 +205,11 @@ def optimise(source: Source, stage: Path) -> Optimised:
 
     Raises ConfigError for a model ONNX Runtime refuses, ResidencyError if the disk is full.
     """
+    pool = stage.parent.parent.parent
     free = shutil.disk_usage(stage).free
     if free < source.bytes:
         raise ResidencyError(
-            f"{stage.parent.parent}: {source.bytes >> 20} MiB are needed to compile "
+            f"{pool}: {source.bytes >> 20} MiB are needed to compile "
             f"{source.path.name}, {free >> 20} MiB are free: make room or choose another --pool"
         )
     path = stage / "optimised.onnx"
@@ -223,9 +224,13 @@ def optimise(source: Source, stage: Path) -> Optimised:
     try:
         ort.InferenceSession(_foldable(source, stage), options, ["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
-        if shutil.disk_usage(stage).free < (1 << 20):
-            raise ResidencyError(f"{stage.parent.parent}: the disk is full") from None
         said = " ".join(str(error).split())
+        if path.stem in said:  # about what it writes, not about what it reads
+            raise ResidencyError(
+                f"{pool}: the optimised model could not be written "
+                f"({shutil.disk_usage(stage).free >> 20} MiB free): make room or choose another "
+                f"--pool; ONNX Runtime says: {said}"
+            ) from None
         raise ConfigError(f"ONNX Runtime refuses it: {said}", where=str(source.path)) from None
     model = onnx.load(path, load_external_data=False)
     stored = {}
@@ -241,7 +246,7 @@ def optimise(source: Source, stage: Path) -> Optimised:
     for name, place in stored.items():
         # ONNX Runtime does not say so when it could not write everything.
         if place.offset + place.size_bytes > place.path.stat().st_size:
-            raise ResidencyError(f"{stage.parent.parent}: the disk was full while writing {name!r}")
+            raise ResidencyError(f"{pool}: the disk was full while writing {name!r}")
     return Optimised(model, path, stored)
 
 

@@ -271,11 +271,10 @@ class ObjectStore:
             raise PoolError(f"{path}: missing; compile the model again") from None
         except OSError as error:
             raise PoolError(f"{path}: {error.strerror}") from None
-        file = os.fdopen(handle, "rb", buffering=0)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            file.close()
+            os.close(handle)
             raise PoolError(f"{path}: not a regular file")
-        return file
+        return os.fdopen(handle, "rb", buffering=0)
 
 
 def hash_file(file: Any) -> str:
