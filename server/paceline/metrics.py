@@ -18,7 +18,7 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -100,6 +100,7 @@ class ControlCollector(Collector):
         yield _pending(status)
         yield _batch_sizes(statistics)
         yield from _gauges(status, self._control)
+        yield from _residency(status)
 
 
 def _triton_counters(statistics: Iterable[ModelStatistics]) -> Iterator[Metric]:
@@ -183,6 +184,31 @@ def _gauges(status: dict[str, Any], control: Control) -> Iterator[Metric]:
         yield _gauge(name, about, ("chain", "module"), depths)
     machines = [((m["machine"],), m.get("state") == "up") for m in status.get("machines", ())]
     yield _gauge("paceline_machine_up", "1 if it answers.", ("machine",), machines)
+
+
+def _residency(status: dict[str, Any]) -> Iterator[Metric]:
+    """What models came and went, and what memory they take; where there is a bound."""
+    counts = status.get("residency") or {}
+    for key, about in (
+        ("hits", "Uses of a model that was in memory."),
+        ("misses", "Uses of a model that was not."),
+        ("loads", "Models loaded."),
+        ("load_failures", "Loads that failed or hung."),
+        ("loaded_bytes", "Bytes of the models loaded."),
+        ("evictions", "Models unloaded for others."),
+        ("unloads", "Models unloaded, for whatever reason."),
+        ("leaks", "Unloads that never ended."),
+    ):
+        if key in counts:
+            yield CounterMetricFamily(f"paceline_model_{key}", about, value=counts[key])
+    machines = [m for m in status.get("machines", ()) if "memory_used_mib" in m]
+    for name, about, key in (
+        ("paceline_memory_used_bytes", "Loading, resident, unloading.", "memory_used_mib"),
+        ("paceline_memory_budget_bytes", "0: no bound.", "memory_mib"),
+    ):
+        yield _gauge(
+            name, about, ("machine",), [((m["machine"],), m[key] * 2**20) for m in machines]
+        )
 
 
 def _gauge(

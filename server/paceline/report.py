@@ -186,13 +186,17 @@ def status_report(status: Mapping[str, Any]) -> RenderableType:
         ("machine", "left"),
         ("hardware", "left"),
         ("state", "left"),
-        *_right("busy"),
+        *_right("busy", "memory MiB"),
         ("models x instances", "left"),
     )
     for machine in status["machines"]:
         held = ", ".join(f"{name} x{n}" for name, n in machine["instances"].items())
         busy = f"{machine['executing']}/{machine['slots']}"
-        machines.add_row(machine["machine"], machine["hardware"], machine["state"], busy, held)
+        bounded = machine.get("memory_mib")
+        memory = f"{machine['memory_used_mib']:.0f}/{bounded:.0f}" if bounded else "-"
+        machines.add_row(
+            machine["machine"], machine["hardware"], machine["state"], busy, memory, held
+        )
     notes = [
         Text(f"{model['model']}: {model['state']} {model['reason']}")
         for model in status["models"]

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from math import inf
 from time import perf_counter
 
+from paceline.core.chain import Chain
 from paceline.core.errors import ResidencyError
 from paceline.core.model import ModelSpec
-from paceline.core.ports import ModelRepository, Profiler
+from paceline.core.ports import ModelMemory, ModelRepository, Profiler
 from paceline.runtime.engine import Engine
 from paceline.runtime.placement import Share, Site
+from paceline.runtime.residence import Residence
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +36,18 @@ _REPAIRABLE = ("is not healthy", "deadline exceeded")
 class Machine:
     """One Triton as the controller uses it.
 
-    `overhead_s` is what the front and the network add to every execution there, measured.
+    `overhead_s` is what the front and the network add to every execution there, measured;
+    `budget_bytes` bounds what its models may take, which `memory` tells; `restart` ends a Triton
+    of ours, which is then started again.
     """
 
     site: Site
     repository: ModelRepository
     profiler: Profiler
     overhead_s: float = 0.0
+    budget_bytes: float = inf
+    memory: ModelMemory | None = None
+    restart: Callable[[], None] | None = None
 
 
 class Machines:
@@ -54,11 +63,45 @@ class Machines:
         """Instances by machine and model."""
         self._load_s: dict[tuple[str, str], float] = {}
         """What the last load of a model took on a machine."""
+        self.residence = Residence(engine, self)
 
     def add(self, machine: Machine) -> None:
         """One more Triton; nothing is sent to it before `announce`."""
         self._machines[machine.site.name] = machine
         self.placed[machine.site.name] = {}
+        if self.residence.engaged:
+            self.residence.machine_up(machine.site.name)
+        elif machine.budget_bytes != inf:
+            self.residence.engage()
+
+    async def remove(self, name: str, *, timeout_s: float) -> bool:
+        """Send nothing more to a Triton and forget it when its batches have ended; False when
+        time ran out first.
+        """
+        site = self._machines[name].site
+        self._up.discard(name)
+        self._engine.machine_up(name, site.hardware, self._share.of(site.slots), {})
+        try:
+            async with asyncio.timeout(timeout_s):
+                for model in sorted(self.placed[name]):
+                    await self._engine.lane_idle(name, model)
+        except TimeoutError:
+            return False
+        finally:
+            self._engine.machine_down(name)
+            del self._machines[name], self.placed[name]
+        return True
+
+    def keep(self, chains: Iterable[Chain]) -> None:
+        """Unload what chains with a keep-alive do not use. Several workers share their machines:
+        none of them knows what the others use, so that nothing is unloaded there.
+        """
+        if self._share.count == 1 and any(chain.keep_alive_s is not None for chain in chains):
+            self.residence.engage()
+
+    def using(self, model: str, name: str) -> AbstractAsyncContextManager[None]:
+        """That model is loaded on that Triton while the block runs. Raises ResidencyError."""
+        return self.residence.using(model, name) if self.residence.engaged else nullcontext()
 
     def all(self) -> tuple[Machine, ...]:
         return tuple(self._machines.values())
@@ -68,6 +111,13 @@ class Machines:
 
     def sites(self) -> list[Site]:
         return [machine.site for machine in self._machines.values()]
+
+    def usable(self) -> list[Site]:
+        """The Tritons that are up; before the first is announced, all."""
+        return [m.site for n, m in self._machines.items() if n in self._up or not self._up]
+
+    def up_now(self) -> frozenset[str]:
+        return frozenset(self._up)
 
     @property
     def any_up(self) -> bool:
@@ -80,6 +130,10 @@ class Machines:
     def holds(self, name: str) -> str | None:
         """A model that should be loaded on a Triton, to ask it for; None if it holds none."""
         return min(self.placed[name], default=None)
+
+    def has(self, name: str, model: str) -> bool:
+        """Whether a Triton should have that model."""
+        return model in self.placed.get(name, ())
 
     def announce(self, name: str) -> None:
         """Tell the engine what a Triton holds; from now on it is up."""
@@ -112,7 +166,12 @@ class Machines:
             return True
 
     async def load(self, model: str) -> ModelSpec:
-        """Load it on every Triton, as often as it was. Raises ResidencyError, ConfigError."""
+        """Load it on every Triton, as often as it was, or where models come and go on one.
+
+        Raises ResidencyError, ConfigError.
+        """
+        if self.residence.engaged:
+            return await self.residence.introduce(model)
         spec: ModelSpec | None = None
         for name, machine in self._machines.items():
             instances = self.placed[name].get(model, 1)
@@ -124,6 +183,9 @@ class Machines:
 
     async def unload(self, model: str) -> None:
         """Unload it from every Triton; nothing is sent to it any more. Raises ResidencyError."""
+        if self.residence.engaged:
+            await self.residence.forget(model)
+            return
         for name, machine in self._machines.items():
             self.placed[name].pop(model, None)
             if name in self._up:
@@ -135,10 +197,13 @@ class Machines:
 
         Requests are sent to it from the next `announce` on. Raises ResidencyError.
         """
+        if self.residence.engaged:
+            self.residence.want(placed)
+            return
         for name in self._machines:
             if not first and name not in self._up:
                 continue
-            for model, instances in sorted(placed[name].items()):
+            for model, instances in sorted(placed.get(name, {}).items()):
                 if self.placed[name].get(model, 0) < instances:
                     await self._load(name, model, instances)
 
@@ -147,10 +212,12 @@ class Machines:
 
         What Triton does not give up stays, unused: that is logged, no reason to fail.
         """
+        if self.residence.engaged:
+            return
         for name in sorted(self._up):
             fewer = {
                 model: instances
-                for model, instances in sorted(placed[name].items())
+                for model, instances in sorted(placed.get(name, {}).items())
                 if self.placed[name].get(model, 0) > instances
             }
             if not fewer:
@@ -181,6 +248,8 @@ class Machines:
 
     def down(self, name: str) -> None:
         """A Triton is gone: nothing more is sent to it."""
+        if self.residence.engaged:
+            self.residence.machine_down(name)
         self._up.discard(name)
         self._engine.machine_down(name)
 
@@ -189,6 +258,10 @@ class Machines:
 
         Raises ResidencyError when nothing loads.
         """
+        if self.residence.engaged:
+            self.residence.machine_up(name)
+            self.announce(name)
+            return []
         placed = self.placed[name]
         repository = self._machines[name].repository
         failures: dict[str, ResidencyError] = {}
@@ -219,6 +292,7 @@ class Machines:
 
     async def close(self) -> None:
         """Give up repairs under way."""
+        await self.residence.close()
         tasks = list(self._repairing.values())
         for task in tasks:
             task.cancel()
@@ -227,8 +301,9 @@ class Machines:
     async def _repair(self, name: str, model: str) -> None:
         """No batch is sent to the model while this lasts, so that none is lost to a probe."""
         try:
-            instances = self.placed[name].get(model, 1)
-            await self._machines[name].repository.repair(model, instances=instances)
+            async with self.residence.lock(name, model):
+                if (instances := self.placed[name].get(model)) is not None:
+                    await self._machines[name].repository.repair(model, instances=instances)
         except ResidencyError as error:
             logger.error("model %s on %s could not be repaired: %s", model, name, error)
         finally:

@@ -389,11 +389,12 @@ class Residence:
         return None if total is None else -(-total // instances)
 
     async def _measure(self, name: str, model: str) -> None:
-        instances = self._machines.placed[name].get(model)
-        if instances is None:
+        machine, placed = self._machines.named().get(name), self._machines.placed.get(name, {})
+        instances = placed.get(model)
+        if machine is None or instances is None:
             return
-        own_bytes = await self._own_bytes(self._machines.named()[name], model, instances)
-        if own_bytes is None or self._machines.placed[name].get(model) != instances:
+        own_bytes = await self._own_bytes(machine, model, instances)
+        if own_bytes is None or placed.get(model) != instances:
             return
         believed = self.state.models[model].footprint.own_bytes
         if abs(own_bytes - believed) > SIZE_TOLERANCE * believed:
@@ -402,6 +403,7 @@ class Residence:
     async def _measure_again(self) -> None:
         while True:
             await asyncio.sleep(MEASURE_EVERY_S)
-            for name in sorted(self._machines.placed):
-                for model in sorted(self._machines.placed[name]):
+            placed = {name: sorted(held) for name, held in self._machines.placed.items()}
+            for name, models in sorted(placed.items()):
+                for model in models:
                     await self._measure(name, model)

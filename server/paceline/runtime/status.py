@@ -6,6 +6,8 @@ Its keys are the fields of `paceline.v1.StatusResponse`, with some more for whic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +17,13 @@ from paceline.core.plan import Plan
 from paceline.dispatch.dispatcher import Dispatcher, ModuleLoad
 from paceline.runtime.machines import Placed
 from paceline.runtime.placement import Site
+from paceline.runtime.residence import Residence
 from paceline.runtime.statistics import Counts, Statistics
 
 if TYPE_CHECKING:
     from paceline.runtime.controller import Controller
+
+MIB = 1 << 20
 
 _STARTED_S = monotonic()
 
@@ -47,9 +52,13 @@ def describe(
             for hardware, (needed, present) in controller.shortage().items()
         ],
         "replanning": _replanning(controller),
+        "residency": _residency(controller.machines.residence),
         "chains": [_chain(bound, dispatcher, statistics, plan) for bound in chains],
         "modules": _modules(chains, dispatcher, plan, placed, now_s),
-        "machines": [_machine(site, dispatcher, placed) for site in sites],
+        "machines": [
+            _machine(site, dispatcher, placed) | _memory(controller.machines.residence, site.name)
+            for site in sites
+        ],
         "models": [
             {
                 "model": state.name,
@@ -61,6 +70,48 @@ def describe(
                 ],
             }
             for state in controller.repository_index()
+        ],
+    }
+
+
+def _residency(residence: Residence) -> dict[str, Any]:
+    """What models came and went, and why; nothing where they all stay."""
+    if not residence.engaged:
+        return {}
+    return {
+        **asdict(residence.state.counts),
+        "evicted": [
+            {
+                "machine": gone.machine,
+                "model": gone.model,
+                "mib": round(gone.size_bytes / MIB, 1),
+                "why": gone.why,
+            }
+            for gone in reversed(residence.state.recent)
+        ],
+    }
+
+
+def _memory(residence: Residence, name: str) -> dict[str, Any]:
+    """A machine's ledger."""
+    machine = residence.state.machines.get(name) if residence.engaged else None
+    if machine is None:
+        return {}
+    ledger = machine.ledger
+    bounded = ledger.budget_bytes != inf
+    return {
+        "memory_used_mib": round(ledger.used_bytes / MIB, 1),
+        "memory_mib": round(ledger.budget_bytes / MIB, 1) if bounded else 0.0,
+        "load_interference": round(residence.interference.factor(name), 3),
+        "held": [
+            {
+                "model": held.model,
+                "state": "closing" if held.closing else held.phase.value,
+                "mib": round(held.footprint.alone_bytes(held.instances) / MIB, 1),
+                "instances": held.instances,
+                "leases": residence.state.leases.pins(held.model),
+            }
+            for held in ledger.held()
         ],
     }
 
