@@ -8,6 +8,7 @@ through a window of that size, one at a time.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ class BlockModel:
         loaded = {name for names in needs for name in names}
         self._tables = [name for name in sizes if name not in loaded]
         self._unchecked_tables = list(self._tables)
+        self._tables_lock = threading.Lock()
+        self._tables_thread = threading.Thread(target=self._check_tables_early, daemon=True)
         held = {name: pages(size) for name, size in sizes.items()}
         self.budget: Budget | None = None
         if settings.memory_budget_bytes is not None or settings.shared_budget_bytes is not None:
@@ -83,9 +86,8 @@ class BlockModel:
     @classmethod
     def open(cls, settings: Settings) -> BlockModel:
         """The model that a config.pbtxt describes. Raises PoolError."""
-        assert isinstance(settings.pool, Path)
-        source = LocalSource(settings.pool)
-        ledger = Ledger(f"disk {settings.pool.stat().st_dev}", priority=settings.priority)
+        source, channel = _open_source(settings)
+        ledger = Ledger(channel, priority=settings.priority)
         try:
             return cls(settings, source, ledger)
         except BaseException:
@@ -97,6 +99,7 @@ class BlockModel:
         """Building and loading begin; requests may come. Raises PoolError."""
         if self.budget is not None:
             self.budget.start(self._loader, self._durations)
+        self._tables_thread.start()
         self._skeleton.start()
         self._loader.start()
         return self
@@ -130,6 +133,8 @@ class BlockModel:
             self.budget.close()
         self._loader.close()
         self._skeleton.close()
+        if self._tables_thread.is_alive():
+            self._tables_thread.join()
         self._source.close()
         self._ledger.close()
 
@@ -153,16 +158,36 @@ class BlockModel:
         return {output: values[value].numpy() for output, value in wanted.items()}
 
     def _check_tables(self) -> None:
-        """Tables that are paged in on demand are hashed before their first use."""
-        while self._unchecked_tables:
-            self._source.check(self._unchecked_tables[-1])
-            self._unchecked_tables.pop()
+        """Tables that are paged in on demand are fetched and hashed before their first use."""
+        if not self._unchecked_tables:
+            return
+        with self._tables_lock:
+            while self._unchecked_tables:
+                self._source.check(self._unchecked_tables[-1])
+                self._unchecked_tables.pop()
+
+    def _check_tables_early(self) -> None:
+        with contextlib.suppress(PoolError):  # the first request tries again, and is told
+            self._check_tables()
 
     def _trim_tables(self, limit_bytes: int) -> None:
         """Rows that were paged in stay as long as there is room for them."""
         if sum(self._objects[name].cached_bytes() for name in self._tables) > limit_bytes:
             for name in self._tables:
                 self._objects[name].drop(page_cache=not self._settings.keep_page_cache)
+
+
+def _open_source(settings: Settings) -> tuple[Source, str]:
+    """Where the model's objects come from, and the name of what they come through."""
+    if isinstance(settings.pool, Path):
+        return LocalSource(settings.pool), f"disk {settings.pool.stat().st_dev}"
+    from . import remote, store  # a local pool needs no HTTP
+
+    url, endpoint = settings.pool, settings.s3_endpoint
+    source = remote.RemoteSource(
+        lambda: store.open_store(url, s3_endpoint=endpoint), settings.cache
+    )
+    return source, store.channel(url)
 
 
 def _loaded_objects(block: Block) -> tuple[str, ...]:

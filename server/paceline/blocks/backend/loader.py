@@ -8,6 +8,7 @@ after a back-off: a store that comes back is enough to heal a model.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -207,7 +208,8 @@ class Loader:
 
     def _perform(self, step: Step) -> None:
         for name in step.drop:
-            self._objects[name].drop(page_cache=not self._keep_page_cache)
+            with contextlib.suppress(OSError):  # then they stay for the kernel to drop
+                self._objects[name].drop(page_cache=not self._keep_page_cache)
         if not step.fetch:
             return
         if self._turn_since_s is None:

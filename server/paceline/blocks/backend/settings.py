@@ -53,7 +53,8 @@ def read_settings(parameters: Mapping[str, Mapping[str, str]], model_directory: 
     """`parameters` as Triton hands them over; paths are relative to the model's directory."""
     texts = {key: value.get("string_value", "") for key, value in parameters.items()}
     for key in texts:
-        if key not in KNOWN:
+        # Triton's own are in capitals; the server that loads the model adds some, too.
+        if key not in KNOWN and not key.isupper() and not key.startswith("paceline_"):
             raise SettingsError(f"parameter {key} is unknown; known are {', '.join(KNOWN)}")
     for key in ("manifest", "pool"):
         if not texts.get(key):

@@ -18,7 +18,7 @@ from .window import Span
 
 
 class Source(Protocol):
-    """Objects of one model; used by one thread at a time, `open` and `graph` by another one."""
+    """Objects of one model. `fetch`, `graph` and `check` may run at once, each in one thread."""
 
     def manifest(self, digest: str) -> Manifest:
         """Raises PoolError if it cannot be had or is unsound."""

@@ -1,0 +1,270 @@
+"""A remote pool, cached in a local one: what is missing is fetched, checked and kept.
+
+An object that is not in the cache is a file under `tmp/fetch/` at first, with its full size
+allocated (a full disk is noticed before anything starts) and mapped at once, so that sessions can
+be built over it. When its last byte is there and its hash is right it is renamed into `objects/`;
+the mapping stays, and other processes find it. Processes that need the same object take turns: the
+file is locked by who fetches it. A killed one leaves a file that the next one takes over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .manifest import Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
+from .mapping import MappedObject
+from .store import Store
+from .window import Span
+
+_HASH_ATTEMPTS = 2
+
+
+class RemoteSource:
+    """See `source.Source`. `connect` opens the store; every thread has one of its own."""
+
+    def __init__(self, connect: Callable[[], Store], cache: Path) -> None:
+        self._connect = connect
+        self._threads = threading.local()
+        self._cache = cache
+        try:
+            for name in ("objects", "manifests", "verified", "tmp/fetch"):
+                (cache / name).mkdir(parents=True, exist_ok=True)
+            (cache / "objects" / "external").touch()
+            # Shared while we live: a sweep of tmp/ leaves it alone then.
+            self._directory = os.open(cache / "tmp" / "fetch", os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(self._directory, fcntl.LOCK_SH)
+        except OSError as error:
+            raise PoolError(f"cache {cache}: {error.strerror}") from None
+        self._store = ObjectStore(cache)
+        self._objects: dict[str, MappedObject] = {}
+        self._parts: dict[str, _Part] = {}
+        self._right: set[str] = set()
+        self._publisher = ThreadPoolExecutor(1, "blocks-publisher")
+
+    @property
+    def _remote(self) -> Store:
+        if not hasattr(self._threads, "store"):
+            self._threads.store = self._connect()
+        store: Store = self._threads.store
+        return store
+
+    def manifest(self, digest: str) -> Manifest:
+        if not is_digest(digest):
+            raise PoolError(f"parameter manifest is {digest!r}: give 64 lower-case hex digits")
+        path = self._cache / "manifests" / f"{digest}.json"
+        if not path.is_file():
+            text = self._remote.all(f"manifests/{digest}.json")
+            if hashlib.sha256(text).hexdigest() != digest:
+                raise PoolError(f"manifest {digest}: the store has other bytes under this name")
+            parse(text, f"manifest {digest}")
+            self._write(path, text)
+        return self._store.manifest(digest)
+
+    def open(self, digest: str, size_bytes: int) -> MappedObject:
+        path = self._store.path(digest)
+        if not path.is_file():
+            part = _Part(self._cache / "tmp" / "fetch" / digest, size_bytes)
+            if path.is_file():  # renamed meanwhile: ours is another, empty one
+                part.remove()
+            else:
+                self._parts[digest] = part
+                path = part.path
+        opened = MappedObject(path, size_bytes)
+        self._objects[digest] = opened
+        return opened
+
+    def graph(self, digest: str, size_bytes: int) -> Path:
+        path = self._store.path(digest)
+        if not path.is_file():
+            text = self._remote.all(f"objects/{digest}")
+            if len(text) != size_bytes or hashlib.sha256(text).hexdigest() != digest:
+                raise PoolError(f"graph {digest}: the store has other bytes under this name")
+            self._write(path, text)
+        return self._store.verified(digest, size_bytes)
+
+    def fetch(self, span: Span) -> None:
+        opened = self._objects[span.name]
+        part = self._parts.get(span.name)
+        size = min(span.size_bytes, opened.size_bytes - span.offset)  # spans are whole pages
+        if part is not None:
+            if span.offset == 0 and self._came_from_elsewhere(span.name, part):
+                part = None
+            else:
+                self._download(span.name, part, span.offset, size)
+                if span.last:
+                    self._complete(span.name, part)
+        elif span.offset == 0:
+            self.check(span.name)
+        opened.populate(span.offset, size)
+
+    def check(self, digest: str) -> None:
+        if digest in self._right:
+            return
+        part = self._parts.get(digest)
+        if part is not None:
+            if not self._came_from_elsewhere(digest, part):
+                chunk = 8 * 2**20
+                for offset in range(0, part.size_bytes, chunk):
+                    self._download(digest, part, offset, min(chunk, part.size_bytes - offset))
+                self._complete(digest, part)
+            return
+        self._store.verified(digest, self._objects[digest].size_bytes)
+        self._right.add(digest)
+
+    def close(self) -> None:
+        self._publisher.shutdown()
+        for part in self._parts.values():
+            part.close()
+        for opened in self._objects.values():
+            opened.close()
+        # Whatever was fetched in part is of use to somebody only while somebody fetches.
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in (self._cache / "tmp" / "fetch").iterdir():
+                path.unlink(missing_ok=True)
+        os.close(self._directory)
+
+    def _download(self, digest: str, part: _Part, offset: int, size_bytes: int) -> None:
+        part.write(offset, self._remote.read(f"objects/{digest}", offset, size_bytes))
+
+    def _complete(self, digest: str, part: _Part) -> None:
+        """Checks the whole; what is wrong is fetched once more, then given up."""
+        for attempt in range(_HASH_ATTEMPTS):
+            if part.hash() == digest:
+                self._right.add(digest)
+                del self._parts[digest]
+                # Nobody has to wait until the disk has it.
+                self._publisher.submit(self._publish, digest, part)
+                return
+            if attempt + 1 < _HASH_ATTEMPTS:
+                self._download(digest, part, 0, part.size_bytes)
+        part.release()
+        raise PoolError(f"object {digest}: the store has other bytes under this name")
+
+    def _publish(self, digest: str, part: _Part) -> None:
+        """Into the cache; if that fails this process still has it, and the next fetches again."""
+        with contextlib.suppress(PoolError, OSError):
+            part.publish(self._store.path(digest))
+            self._store.mark_verified(digest)
+        part.close()
+
+    def _came_from_elsewhere(self, digest: str, part: _Part) -> bool:
+        """Waits for whoever fetches it; whether it is complete then."""
+        if not part.try_lock():
+            for other in self._parts.values():
+                other.release()  # two that wait for each other would wait for ever
+            part.lock()
+        path = self._store.path(digest)
+        if not path.is_file():
+            return False
+        if path.stat().st_ino != part.inode:
+            raise PoolError(f"{path}: written by others meanwhile; load the model again")
+        self._store.verified(digest, part.size_bytes)
+        self._right.add(digest)
+        part.close()
+        del self._parts[digest]
+        return True
+
+    def _write(self, path: Path, text: bytes) -> None:
+        fresh = self._cache / "tmp" / "fetch" / f"{path.name}.{os.getpid()}"
+        try:
+            fresh.write_bytes(text)
+            fresh.replace(path)
+        except OSError as error:
+            fresh.unlink(missing_ok=True)
+            raise PoolError(f"cache {path}: {error.strerror}") from None
+
+
+class _Part:
+    """An object that is being fetched: a file of its full size."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._handle = os.open(path, flags, 0o644)
+        except OSError as error:
+            raise PoolError(f"cache {path}: {error.strerror}") from None
+        try:
+            self._check_space()
+            # Allocated, not just long: writing into a hole of a full disk would kill the process.
+            os.posix_fallocate(self._handle, 0, size_bytes)
+            os.ftruncate(self._handle, size_bytes)
+        except OSError as error:
+            os.close(self._handle)
+            path.unlink(missing_ok=True)
+            raise PoolError(
+                f"cache {path.parent}: {error.strerror} for an object of {size_bytes} bytes"
+            ) from None
+        self.inode = os.fstat(self._handle).st_ino
+        self._hash = hashlib.sha256()
+        self._hashed_bytes = 0
+
+    def remove(self) -> None:
+        """Unless somebody else uses it."""
+        if self.try_lock():
+            self.path.unlink(missing_ok=True)
+        self.close()
+
+    def try_lock(self) -> bool:
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def lock(self) -> None:
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        fcntl.flock(self._handle, fcntl.LOCK_UN)
+
+    def write(self, offset: int, text: bytes) -> None:
+        try:
+            os.pwrite(self._handle, text, offset)
+        except OSError as error:
+            raise PoolError(f"cache {self.path}: {error.strerror}") from None
+        if offset == 0:
+            self._hash, self._hashed_bytes = hashlib.sha256(), 0
+        if offset == self._hashed_bytes:
+            self._hash.update(text)
+            self._hashed_bytes += len(text)
+
+    def hash(self) -> str:
+        """Of the file; what came in order was hashed on the way."""
+        if self._hashed_bytes == self.size_bytes:
+            return self._hash.hexdigest()
+        with os.fdopen(os.dup(self._handle), "rb", buffering=0) as file:
+            file.seek(0)
+            return hash_file(file)
+
+    def publish(self, path: Path) -> None:
+        """Under its name; ends the lock."""
+        try:
+            os.fchmod(self._handle, 0o444)
+            os.fsync(self._handle)
+            self.path.rename(path)
+        except OSError as error:
+            raise PoolError(f"cache {path}: {error.strerror}") from None
+        self.close()
+
+    def close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _check_space(self) -> None:
+        """Refuses before it fills the disk up to the last byte."""
+        if os.fstat(self._handle).st_blocks * 512 >= self.size_bytes:
+            return
+        if shutil.disk_usage(self.path.parent).free < self.size_bytes:
+            raise OSError(28, "No space left on device")

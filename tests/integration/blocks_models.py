@@ -1,0 +1,93 @@
+"""Small ONNX models with seeded weights, compiled into a block pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from paceline.blocks.compile import compile_model
+from paceline.blocks.member import Options
+
+WIDTH = 256
+VOCABULARY = 2048
+
+
+def write_mlp(path: Path, *, layers: int = 12, seed: int = 0, head_seed: int = 0) -> Path:
+    """y = tanh(tanh(x W0) W1) ..., 256 KiB of weights a layer; the last one is the head."""
+    nodes, weights = [], []
+    value = "x"
+    for layer in range(layers):
+        drawn = np.random.default_rng([head_seed if layer == layers - 1 else seed, layer])
+        matrix = drawn.standard_normal((WIDTH, WIDTH), dtype=np.float32) / np.float32(WIDTH**0.5)
+        weights.append(numpy_helper.from_array(matrix, f"w{layer}"))
+        nodes.append(helper.make_node("MatMul", [value, f"w{layer}"], [f"m{layer}"]))
+        value = "y" if layer == layers - 1 else f"t{layer}"
+        nodes.append(helper.make_node("Tanh", [f"m{layer}"], [value]))
+    return _save(path, nodes, weights, ("x", TensorProto.FLOAT, ["N", WIDTH]))
+
+
+def write_embedding(path: Path, *, seed: int = 0) -> Path:
+    """ids -> rows of a 2 MiB table -> a layer: a model with a table that is paged on demand."""
+    drawn = np.random.default_rng(seed)
+    table = drawn.standard_normal((VOCABULARY, WIDTH), dtype=np.float32)
+    matrix = drawn.standard_normal((WIDTH, WIDTH), dtype=np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "w"], ["y"]),
+    ]
+    weights = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(matrix, "w")]
+    return _save(path, nodes, weights, ("ids", TensorProto.INT64, ["N", 4]))
+
+
+def compiled(
+    repository: Path,
+    name: str,
+    sources: Mapping[str, Path],
+    *,
+    parameters: Mapping[str, str] | None = None,
+    budget_mib: int | None = 1,
+) -> Path:
+    """The model `name`, in the pool beside the repository; blocks as fine as they get.
+
+    `parameters` replace those that the compiler wrote, and its budget.
+    """
+    directory = repository / name
+    pool = repository.parent / "blocks"
+    options = Options(budget_mib=budget_mib, max_batch=8, measure=False)
+    compile_model(sources, directory, pool, options)
+    config = directory / "config.pbtxt"
+    lines = [
+        line
+        for line in config.read_text(encoding="utf-8").splitlines()
+        if not any(f'"{key}"' in line for key in ("memory_budget_mib", *(parameters or {})))
+    ]
+    lines += [
+        f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+        for key, value in (parameters or {}).items()
+    ]
+    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return directory
+
+
+def _save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    weights: list[onnx.TensorProto],
+    given: tuple[str, int, list[str | int]],
+) -> Path:
+    shape = [*given[2], WIDTH] if given[0] == "ids" else given[2]
+    graph = helper.make_graph(
+        nodes,
+        path.stem,
+        [helper.make_tensor_value_info(*given)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        weights,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    return path
