@@ -149,9 +149,10 @@ def serve(
     Every model of the repository can also be called by its own name. SIGTERM and Ctrl-C drain:
     what was accepted is answered first.
     """
+    from paceline.discovery import TritonTarget
     from paceline.progress import ServeProgress
     from paceline.runtime.placement import Share
-    from paceline.serving import ServeSettings, TritonTarget
+    from paceline.serving import ServeSettings
     from paceline.serving import serve as run
     from paceline.workers import serve_workers
 
@@ -292,7 +293,8 @@ def profile(
     ] = None,
 ) -> None:
     """Measure models on a running Triton: p95 duration by batch size, as CSV."""
-    from paceline.serving import TritonTarget, measure
+    from paceline.discovery import TritonTarget
+    from paceline.serving import measure
 
     target = TritonTarget.parse(triton)
     repositories = tuple(path.resolve() for path in model_repository or ())

@@ -16,26 +16,26 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
-from time import perf_counter
 
 from paceline.config import parse_chain, read_chains, read_hardware
 from paceline.core.chain import Chain
-from paceline.core.errors import ConfigError, PacelineError, ResidencyError
+from paceline.core.errors import ConfigError, PacelineError
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
-from paceline.core.quantities import percentile
+from paceline.discovery import TritonTarget
+from paceline.fleet import RemoteTritons, connected_machine
 from paceline.metrics import Metrics
 from paceline.planner.replan import Replanning
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
 from paceline.runtime.controller import Controller
 from paceline.runtime.engine import Engine
-from paceline.runtime.machines import Machine
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.provisioning import Step
 from paceline.runtime.statistics import Statistics
 from paceline.state import State
-from paceline.triton.client import TritonClient, TritonFleet, checked_url
+from paceline.triton.client import TritonClient, TritonFleet
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 from paceline.triton.profiler import TritonProfiler
 from paceline.triton.repository import TritonRepository
@@ -46,34 +46,6 @@ logger = logging.getLogger(__name__)
 LOCAL = "local"
 LOCAL_HARDWARE = "cpu"
 """The name and hardware of the machine that Paceline starts itself."""
-
-UNDECLARED_PRICE_PER_HOUR = 1.0
-"""Price of hardware when no --hardware file is given: costs then count machines."""
-
-_OVERHEAD_PROBES = 20
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-_WATCH_EVERY_S = 1.0
-_WATCH_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class TritonTarget:
-    """A Triton that somebody else runs."""
-
-    url: str
-    hardware: str = "gpu"
-
-    @classmethod
-    def parse(cls, text: str) -> TritonTarget:
-        """`HOST:PORT` or `HARDWARE@HOST:PORT`."""
-        hardware, at, url = text.rpartition("@")
-        try:
-            checked_url(url)
-        except ResidencyError:
-            raise ConfigError(f"{text!r} is not [HARDWARE@]HOST:PORT", key="--triton") from None
-        if at and not hardware:
-            raise ConfigError(f"{text!r} names no hardware before the @", key="--triton")
-        return cls(url, hardware) if at else cls(url)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +58,8 @@ class ServeSettings:
     tritons: tuple[TritonTarget, ...] = ()
     hardware: Path | None = None
     slots: int | None = None
+    memory_bytes: int | None = None
+    """What the models of a machine may take; None: as the hardware file says, or all there is."""
     host: str = "127.0.0.1"
     grpc_port: int = 8001
     http_port: int = 8002
@@ -181,11 +155,22 @@ def _settle_garbage_collection() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
-def _hardware(settings: ServeSettings) -> dict[str, Hardware]:
+def _hardware(settings: ServeSettings) -> dict[str, Hardware] | None:
+    """Prices; None where none are given: costs then count machines."""
+    return read_hardware(settings.hardware) if settings.hardware is not None else None
+
+
+def _budget_bytes(settings: ServeSettings, hardware: str) -> float:
+    """What models may take on a machine. Several workers keep no budget: none of them knows what
+    the others have loaded.
+    """
+    if settings.share.count > 1:
+        return inf
+    declared = 0
     if settings.hardware is not None:
-        return read_hardware(settings.hardware)
-    names = {target.hardware for target in settings.tritons} or {LOCAL_HARDWARE}
-    return {name: Hardware(name, UNDECLARED_PRICE_PER_HOUR) for name in sorted(names)}
+        kinds = read_hardware(settings.hardware)
+        declared = kinds[hardware].memory_bytes if hardware in kinds else 0
+    return settings.memory_bytes or declared or inf
 
 
 def check_directories(settings: ServeSettings) -> None:
@@ -275,29 +260,34 @@ async def _start(
 
     What was applied over the API and cannot be served any more is no reason not to start.
     """
+    remote: RemoteTritons | None = None
     if settings.tritons:
-        for index, target in enumerate(settings.tritons):
-            name = f"triton-{index}"
-            events.on_note(f"connecting to Triton at {target.url}")
-            client = await TritonClient.connect(target.url, name=name)
-            fleet.add(name, client)
-            site = Site(name, target.hardware, settings.slots or 1)
-            # Its port may be another one next time; this processor is the same.
-            local = target.url.rpartition(":")[0] in _LOOPBACK
-            controller.add_machine(await _machine(settings, client, site, local=local))
-            watch = asyncio.create_task(_watch(client, controller), name=f"watch {name}")
-            stack.push_async_callback(_cancelled, watch)
+        remote = RemoteTritons(
+            settings.tritons,
+            controller,
+            fleet,
+            model_repositories=settings.model_repositories,
+            profiles=settings.state_directory / "profiles",
+            slots=settings.slots or 1,
+            budget_bytes=partial(_budget_bytes, settings),
+            on_note=events.on_note,
+        )
+        stack.push_async_callback(remote.close)
+        await remote.start()
     else:
         await _start_local(settings, controller, fleet, stack, events)
     try:
-        return await controller.start(chains)
+        plan = await controller.start(chains)
     except PacelineError as error:
         if all(chain in declared for chain in chains):
             raise
         names = {chain.name for chain in chains}
         in_files = tuple(chain for chain in declared if chain.name in names)
         logger.error("of the chains only those in files are served: %s", error)
-        return await controller.start(in_files)
+        plan = await controller.start(in_files)
+    if remote is not None:
+        remote.follow()
+    return plan
 
 
 async def _start_local(
@@ -326,7 +316,17 @@ async def _start_local(
     client = await TritonClient.connect(url, name=LOCAL)
     fleet.add(LOCAL, client)
     site = Site(LOCAL, LOCAL_HARDWARE, settings.slots or os.cpu_count() or 1)
-    controller.add_machine(await _machine(settings, client, site, local=True))
+    controller.add_machine(
+        await connected_machine(
+            client,
+            site,
+            settings.model_repositories,
+            settings.state_directory / "profiles",
+            local=True,
+            budget_bytes=_budget_bytes(settings, LOCAL_HARDWARE),
+            process=triton,
+        )
+    )
 
 
 def local_triton(settings: ServeSettings, events: Events) -> LocalTriton:
@@ -341,53 +341,9 @@ def local_triton(settings: ServeSettings, events: Events) -> LocalTriton:
     return triton
 
 
-async def _watch(client: TritonClient, controller: Controller) -> None:
-    """Notice when a Triton that somebody else runs goes away, or comes back empty."""
-    name = client.name
-    while True:
-        await asyncio.sleep(_WATCH_EVERY_S)
-        held = controller.machines.holds(name)
-        if held is None:
-            continue
-        alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
-        if controller.machines.is_up(name):
-            if alive and await client.model_ready(held):
-                continue
-            logger.error("Triton %s %s", client.url, "restarted" if alive else "does not answer")
-            controller.machines.down(name)
-        if alive:
-            try:
-                await client.retarget(client.url)
-                await controller.machine_up(name)
-            except ResidencyError as error:
-                logger.error("Triton %s is not usable yet: %s", client.url, error)
-            else:
-                logger.warning("Triton %s is back, models loaded", client.url)
-
-
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-async def _machine(
-    settings: ServeSettings, client: TritonClient, site: Site, *, local: bool
-) -> Machine:
-    repository = TritonRepository(client, settings.model_repositories)
-    profiler = TritonProfiler(
-        repository, cache_directory=settings.state_directory / "profiles", local=local
-    )
-    return Machine(site, repository, profiler, await _overhead_s(client))
-
-
-async def _overhead_s(client: TritonClient) -> float:
-    """p95 of an empty call through our loop and the network to that Triton."""
-    took_s = []
-    for _ in range(_OVERHEAD_PROBES):
-        started_s = perf_counter()
-        await client.live()
-        took_s.append(perf_counter() - started_s)
-    return percentile(took_s, 0.95)
 
 
 async def measure(

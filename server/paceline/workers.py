@@ -40,7 +40,7 @@ async def serve_workers(
     check_directories(settings)
     stop = stop_on_signals(events)
     async with AsyncExitStack() as stack:
-        targets = [f"{target.hardware}@{target.url}" for target in settings.tritons]
+        targets = [str(target) for target in settings.tritons]
         slots = settings.slots
         if not targets:
             triton = local_triton(settings, events)

@@ -28,6 +28,8 @@ class Controller:
         self.failure: PlanError | None = None
         self.slow: dict[tuple[str, str], float] = {}
         self.chain: tuple[Chain, ...] = (OCR,)
+        self.up = {"a", "b"}
+        self.rebalanced: list[list[str]] = []
 
     def chains(self) -> tuple[Chain, ...]:
         return self.chain
@@ -37,6 +39,12 @@ class Controller:
 
     def slowdowns(self) -> Mapping[tuple[str, str], float]:
         return self.slow
+
+    def machines_up(self) -> frozenset[str]:
+        return frozenset(self.up)
+
+    async def rebalance(self) -> None:
+        self.rebalanced.append(sorted(self.up))
 
     async def replan(self, proposal: Proposal, decide: Decide) -> bool:
         self.asked.append(proposal)
@@ -141,3 +149,15 @@ def test_a_deleted_chain_is_forgotten_and_models_by_their_own_name_are_not_count
     replanner.observe(timeline(chain="det"))
     assert replanner.measured().rates_rps == {}
     assert controller.asked == []
+
+
+def test_machines_that_come_and_go_are_planned_for_at_the_next_look() -> None:
+    controller = Controller()
+    replanner = Replanner(controller, RULES)
+    asyncio.run(run(replanner, 20, range(2)))
+    assert controller.rebalanced == []
+    for second, up in enumerate(({"a"}, {"a"}, set(), {"b", "c"}), 2):
+        controller.up = up
+        asyncio.run(run(replanner, 20, range(second, second + 1)))
+    assert controller.rebalanced == [["a"], ["b", "c"]], "without machines there is no plan"
+    assert [c.reason for c in replanner.changes] == ["b is gone", "b has come, c has come"]

@@ -76,7 +76,7 @@ class Controller:
         engine: Engine,
         statistics: Statistics,
         *,
-        hardware: Mapping[str, Hardware],
+        hardware: Mapping[str, Hardware] | None,
         options: Options | None = None,
         share: Share | None = None,
         rules: Replanning | None = None,
@@ -123,6 +123,29 @@ class Controller:
             plan = await self._apply(chains, as_declared=())
             self._started = True
             return plan
+
+    async def join(self, machine: Machine) -> None:
+        """Use one more Triton from now on: models loaded, profiled where its hardware is new.
+
+        Raises ConfigError, ResidencyError; it is not used then.
+        """
+        self._provisioning.check(machine)
+        name = machine.site.name
+        async with self._changing:
+            self.machines.add(machine)
+            try:
+                await self.machines.grow_to({name: dict.fromkeys(self._loaded(), 1)}, first=True)
+                used = [m.spec for b in self._bound.values() if not b.direct for m in b.modules]
+                await self._provisioning.profile(used)
+            except BaseException:
+                await self.machines.remove(name, timeout_s=0.0)
+                raise
+            self.machines.announce(name)
+
+    async def leave(self, name: str, *, timeout_s: float) -> bool:
+        """Use a Triton no more; False when its batches did not end within `timeout_s`."""
+        async with self._changing:
+            return await self.machines.remove(name, timeout_s=timeout_s)
 
     async def machine_up(self, name: str) -> None:
         """A Triton is back, empty; see `Machines.up`."""
@@ -271,20 +294,32 @@ class Controller:
         """
         self._check_changeable()
         async with self._changing:
-            chains, models = self.chains(), dict(self._models)
-            plan = await asyncio.to_thread(
-                self._provisioning.solve, chains, models, proposal.traffic
-            )
-            placed = place(plan, self.machines.sites(), self._loaded())
-            if not worth(self._plan, plan, self._transition_cost(placed)):
-                return False
-            await self.machines.grow_to(placed)
-            self._install({chain.name: self._bound[chain.name] for chain in chains}, plan)
-            self._traffic = proposal.traffic
-            if self._memory is not None:
-                self._memory.keep_traffic(self._traffic, chains)
-            await self.machines.shrink_to(placed)
-            return True
+            return await self._replan(proposal.traffic, worth)
+
+    async def rebalance(self) -> None:
+        """Plan and place anew for the machines that are up now. Raises as `replan` does."""
+        self._check_changeable()
+        async with self._changing:
+            traffic = self._expected(self.chains(), ())
+            await self._replan(traffic, lambda before, after, cost: True)
+
+    async def _replan(self, traffic: Traffic, worth: Callable[[Plan, Plan, float], bool]) -> bool:
+        chains, models = self.chains(), dict(self._models)
+        plan = await asyncio.to_thread(self._provisioning.solve, chains, models, traffic)
+        placed = place(plan, self.machines.usable(), self._loaded())
+        if not worth(self._plan, plan, self._transition_cost(placed)):
+            return False
+        await self.machines.grow_to(placed)
+        self._install({chain.name: self._bound[chain.name] for chain in chains}, plan)
+        self._traffic = traffic
+        if self._memory is not None:
+            self._memory.keep_traffic(self._traffic, chains)
+        await self.machines.shrink_to(placed)
+        return True
+
+    def machines_up(self) -> frozenset[str]:
+        """Tritons that requests are sent to now."""
+        return self.machines.up_now()
 
     def slowdowns(self) -> dict[tuple[str, str], float]:
         """Learned over profiled duration by (model, hardware), for what has run often enough.
@@ -308,7 +343,7 @@ class Controller:
 
     def shortage(self) -> dict[str, tuple[float, int]]:
         """Hardware of which the plan needs more than there is."""
-        return shortage(self._plan, self.machines.sites())
+        return shortage(self._plan, self.machines.usable())
 
     # -- what is shown ----------------------------------------------------------------------
 
@@ -379,7 +414,7 @@ class Controller:
         await self._provisioning.profile(m.spec for b in bound.values() for m in b.modules)
         traffic = self._expected(served, chains if as_declared is None else as_declared)
         plan = self._provisioning.solve(served, self._models, traffic)
-        placed = place(plan, self.machines.sites(), self._loaded())
+        placed = place(plan, self.machines.usable(), self._loaded())
         await self.machines.grow_to(placed, first=not self._started)
         if self._memory is not None and remember:
             self._memory.changed(chains, ())
@@ -414,6 +449,7 @@ class Controller:
             * self._provisioning.price_per_hour(machine.site.hardware)
             / 3600
             for name, machine in self.machines.named().items()
+            if name in placed
         )
 
     def _remove(self, chain: str) -> None:
@@ -474,6 +510,7 @@ class Controller:
             for site in self.machines.sites():
                 self.machines.announce(site.name)
         self.machines.announce_up()
+        self.machines.keep(chain.chain for chain in bound.values())
 
     # -- models -----------------------------------------------------------------------------
 

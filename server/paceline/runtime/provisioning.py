@@ -24,6 +24,10 @@ ASSUMED_RATE_RPS = 1.0
 """What a chain that declares no rate is planned for until its traffic is known."""
 
 
+UNDECLARED_PRICE_PER_HOUR = 1.0
+"""Price of hardware when no prices are given: costs then count machines."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """Progress of a long change: `what` ("load", "profile", "plan"), on which `name`, how far."""
@@ -40,12 +44,13 @@ class Provisioning:
     def __init__(
         self,
         machines: Machines,
-        hardware: Mapping[str, Hardware],
+        hardware: Mapping[str, Hardware] | None,
         options: Options,
         on_step: Callable[[Step], None],
     ) -> None:
         self._machines = machines
-        self._hardware = dict(hardware)
+        self._hardware = dict(hardware or {})
+        self._priced = hardware is not None
         self._options = options
         self._on_step = on_step
         self.profiles = Profiles()
@@ -56,8 +61,10 @@ class Provisioning:
         return Plan(self._options.policy, "fractional", ())
 
     def check(self, machine: Machine) -> None:
-        """Raises ConfigError when a machine's hardware has no price."""
+        """Raises ConfigError when a machine's hardware has no price but other hardware has."""
         site = machine.site
+        if not self._priced:
+            self._hardware[site.hardware] = Hardware(site.hardware, UNDECLARED_PRICE_PER_HOUR)
         if site.hardware not in self._hardware:
             raise ConfigError(
                 f"hardware {site.hardware!r} of {site.name} has no price; "
@@ -86,7 +93,8 @@ class Provisioning:
             def progress(done: int, total: int, name: str = name) -> None:
                 self._on_step(Step("profile", name, done, total))
 
-            rows = await machine.profiler.measure(spec, hardware, on_progress=progress)
+            async with self._machines.using(name, machine.site.name):
+                rows = await machine.profiler.measure(spec, hardware, on_progress=progress)
             self.profiles = self.profiles.merged(rows)
 
     def assumed(self, chains: Iterable[Chain]) -> Traffic:
@@ -134,7 +142,7 @@ class Provisioning:
     def _demands(
         self, chains: Sequence[Chain], specs: Mapping[str, ModelSpec], traffic: Traffic
     ) -> Iterable[tuple[Chain, PlannedChain]]:
-        present = {site.hardware for site in self._machines.sites()}
+        present = {site.hardware for site in self._machines.usable()}
         hardware = {name: h for name, h in self._hardware.items() if name in present}
         limits = {name: spec.row_limit for name, spec in specs.items()}
         overhead_s = max(machine.overhead_s for machine in self._machines.all())

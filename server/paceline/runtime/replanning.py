@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from time import time
 from typing import Protocol
@@ -43,7 +43,9 @@ class Replannable(Protocol):
     def chains(self) -> tuple[Chain, ...]: ...
     def current_plan(self) -> Plan: ...
     def slowdowns(self) -> Mapping[tuple[str, str], float]: ...
+    def machines_up(self) -> frozenset[str]: ...
     async def replan(self, proposal: Proposal, decide: Decide) -> bool: ...
+    async def rebalance(self) -> None: ...
 
 
 class Decide(Protocol):
@@ -78,6 +80,7 @@ class Replanner:
         self._rules = rules
         self._counts: dict[str, _Counts] = {}
         self._slowdowns: dict[tuple[str, str], float] = {}
+        self._up: frozenset[str] | None = None
         self._changed_s = float("-inf")
         self.changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
         self.failure = ""
@@ -104,8 +107,16 @@ class Replanner:
             await self.tick(loop.time())
 
     async def tick(self, now_s: float) -> None:
-        """Look at the traffic of the last second; replan where it asks for it."""
+        """Look at the traffic of the last second, and at the machines; replan for them."""
         measured = self._measured(now_s)
+        up = self._controller.machines_up()
+        if up != self._up:
+            reason = _moved(self._up, up)
+            self._up = up
+            # With none left there is nothing to plan; at the first look nothing has moved.
+            if reason and up:
+                await self._follow(reason, now_s, self._rebalanced)
+                return
         proposal = propose(self._controller.traffic, measured, self._rules)
         if proposal is None:
             return
@@ -124,20 +135,33 @@ class Replanner:
                 since_change_s=since_change_s,
             )
 
+        async def replan() -> bool:
+            return await self._controller.replan(proposal, decide)
+
+        await self._follow(proposal.reason, now_s, replan)
+
+    async def _follow(
+        self, reason: str, now_s: float, change: Callable[[], Awaitable[bool]]
+    ) -> None:
+        """Make a change and write it down, or why it was not possible."""
         before = self._controller.current_plan().cost_per_hour
         # What was not worth it, or not possible, is not tried again every second.
         self._changed_s = now_s
         try:
-            changed = await self._controller.replan(proposal, decide)
+            changed = await change()
         except PacelineError as error:
-            self.failure = f"{proposal.reason}: {error}"
+            self.failure = f"{reason}: {error}"
             logger.warning("the plan stays although %s", self.failure)
             return
         self.failure = ""
         if changed:
             after = self._controller.current_plan().cost_per_hour
-            self.changes.append(Change(time(), proposal.reason, before, after))
-            logger.info("replanned: %s; cost %.4g -> %.4g", proposal.reason, before, after)
+            self.changes.append(Change(time(), reason, before, after))
+            logger.info("replanned: %s; cost %.4g -> %.4g", reason, before, after)
+
+    async def _rebalanced(self) -> bool:
+        await self._controller.rebalance()
+        return True
 
     def measured(self) -> Traffic:
         """What is measured now of what was planned for."""
@@ -169,3 +193,11 @@ class Replanner:
             known = self._slowdowns.get(key, 1.0)
             self._slowdowns[key] = known + _SLOWDOWN_WEIGHT * (ratio - known)
         return self.measured()
+
+
+def _moved(before: frozenset[str] | None, now: frozenset[str]) -> str:
+    """In words which machines came and went; empty when there is nothing to compare with."""
+    if before is None:
+        return ""
+    gone = [f"{name} is gone" for name in sorted(before - now)]
+    return ", ".join([*gone, *(f"{name} has come" for name in sorted(now - before))])

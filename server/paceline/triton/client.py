@@ -343,6 +343,10 @@ class TritonFleet:
         """See `Executor.execute`."""
         return await self.client(machine).execute(call, timeout_s=timeout_s)
 
+    async def remove(self, machine: str) -> None:
+        """Close a machine's client and forget it."""
+        await self._clients.pop(machine).close()
+
     async def close(self) -> None:
         """Close every client."""
         for machine in self.machines:

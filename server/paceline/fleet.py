@@ -1,0 +1,204 @@
+"""The Tritons that somebody else runs: connected to, watched, joined and left while serving.
+
+Invariant: a machine gets requests only after its models are loaded, and its connection is closed
+only after its last batch has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from math import inf
+from pathlib import Path
+from time import perf_counter
+
+from paceline.core.errors import PacelineError, ResidencyError
+from paceline.core.quantities import percentile
+from paceline.discovery import LOOK_EVERY_S, Discovery, TritonTarget
+from paceline.runtime.controller import Controller
+from paceline.runtime.machines import Machine
+from paceline.runtime.placement import Site
+from paceline.triton.client import TritonClient, TritonFleet
+from paceline.triton.launcher import LocalTriton
+from paceline.triton.memory import GuessedMemory, ProcessMemory
+from paceline.triton.profiler import TritonProfiler
+from paceline.triton.repository import TritonRepository
+
+logger = logging.getLogger(__name__)
+
+_OVERHEAD_PROBES = 20
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_WATCH_EVERY_S = 1.0
+_WATCH_TIMEOUT_S = 5.0
+_LEAVE_TIMEOUT_S = 60.0
+
+
+class RemoteTritons:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        targets: Sequence[TritonTarget],
+        controller: Controller,
+        clients: TritonFleet,
+        *,
+        model_repositories: tuple[Path, ...],
+        profiles: Path,
+        slots: int,
+        budget_bytes: Callable[[str], float],
+        on_note: Callable[[str], None],
+    ) -> None:
+        """`budget_bytes`: what models may take on a machine of that hardware."""
+        self._discovery = Discovery(targets)
+        self._controller = controller
+        self._clients = clients
+        self._model_repositories = model_repositories
+        self._profiles = profiles
+        self._slots = slots
+        self._budget_bytes = budget_bytes
+        self._on_note = on_note
+        self._known: dict[str, TritonTarget] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._refused: set[TritonTarget] = set()
+        self._count = 0
+
+    async def start(self) -> None:
+        """Connect to every machine there is. Raises ConfigError, ResidencyError."""
+        for target in await self._discovery.look():
+            self._on_note(f"connecting to Triton at {target.url}")
+            self._controller.add_machine(await self._connect(target))
+        if not self._known:
+            raise ResidencyError("no machine was found; --triton names none at the moment")
+
+    def follow(self) -> None:
+        """From now on machines come and go."""
+        if self._discovery.changes:
+            self._looking = asyncio.create_task(self._look(), name="discover")
+
+    async def close(self) -> None:
+        """Stop looking and watching; connections are the clients' owner's."""
+        tasks = [*self._watches.values(), *([self._looking] if self._looking else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _connect(self, target: TritonTarget) -> Machine:
+        name = f"triton-{self._count}"
+        client = await TritonClient.connect(target.url, name=name)
+        self._count += 1
+        self._clients.add(name, client)
+        # Its port may be another one next time; this processor is the same.
+        local = target.url.rpartition(":")[0] in _LOOPBACK
+        machine = await connected_machine(
+            client,
+            Site(name, target.hardware, self._slots),
+            self._model_repositories,
+            self._profiles,
+            local=local,
+            budget_bytes=self._budget_bytes(target.hardware),
+        )
+        self._known[name] = target
+        self._watches[name] = asyncio.create_task(self._watch(client), name=f"watch {name}")
+        return machine
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                found = await self._discovery.look()
+            except PacelineError as error:
+                logger.warning("the machines stay as they are: %s", error)
+                continue
+            for name in [n for n, target in self._known.items() if target not in found]:
+                await self._leave(name)
+            for target in found:
+                if target not in self._known.values():
+                    await self._join(target)
+
+    async def _join(self, target: TritonTarget) -> None:
+        """A machine that cannot be used is asked again at the next look, and spoken of once."""
+        before = set(self._known)
+        try:
+            machine = await self._connect(target)
+            await self._controller.join(machine)
+        except PacelineError as error:
+            if target not in self._refused:
+                logger.warning("Triton %s is not used: %s", target.url, error)
+            self._refused.add(target)
+            for name in self._known.keys() - before:
+                await self._forget(name)
+            return
+        self._refused.discard(target)
+        self._on_note(f"Triton {target.url} joined as {machine.site.name}")
+
+    async def _leave(self, name: str) -> None:
+        target = self._known[name]
+        if not await self._controller.leave(name, timeout_s=_LEAVE_TIMEOUT_S):
+            logger.warning("%s left with batches under way", name)
+        await self._forget(name)
+        self._on_note(f"Triton {target.url} ({name}) left")
+
+    async def _forget(self, name: str) -> None:
+        del self._known[name]
+        watch = self._watches.pop(name)
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        await self._clients.remove(name)
+
+    async def _watch(self, client: TritonClient) -> None:
+        """Notice when a machine goes away, or comes back empty."""
+        name, machines = client.name, self._controller.machines
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            held = machines.holds(name)
+            if held is None:
+                continue
+            alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
+            if machines.is_up(name):
+                if alive and (await client.model_ready(held) or not machines.has(name, held)):
+                    continue
+                what = "restarted" if alive else "does not answer"
+                logger.error("Triton %s %s", client.url, what)
+                machines.down(name)
+            if alive:
+                try:
+                    await client.retarget(client.url)
+                    await self._controller.machine_up(name)
+                except ResidencyError as error:
+                    logger.error("Triton %s is not usable yet: %s", client.url, error)
+                else:
+                    logger.warning("Triton %s is back, models loaded", client.url)
+
+
+async def connected_machine(
+    client: TritonClient,
+    site: Site,
+    model_repositories: tuple[Path, ...],
+    profiles: Path,
+    *,
+    local: bool,
+    budget_bytes: float = inf,
+    process: LocalTriton | None = None,
+) -> Machine:
+    """A Triton that answers, as the controller uses it; `process` where we run it ourselves."""
+    repository = TritonRepository(client, model_repositories)
+    profiler = TritonProfiler(repository, cache_directory=profiles, local=local)
+    overhead_s = await _overhead_s(client)
+    if process is None:
+        memory = GuessedMemory(repository)
+        return Machine(site, repository, profiler, overhead_s, budget_bytes, memory)
+    memory = ProcessMemory(repository, lambda: process.pid)
+    restart = process.restart
+    return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart)
+
+
+async def _overhead_s(client: TritonClient) -> float:
+    """p95 of an empty call through our loop and the network to that Triton."""
+    took_s = []
+    for _ in range(_OVERHEAD_PROBES):
+        started_s = perf_counter()
+        await client.live()
+        took_s.append(perf_counter() - started_s)
+    return percentile(took_s, 0.95)

@@ -1,0 +1,147 @@
+"""Machines come and go while requests are served: real Tritons, named by the lines of a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tritonclient.grpc as triton
+from tests.integration.conftest import Start
+from tests.integration.models import write_add
+from tests.integration.paceline_process import Paceline
+from tests.integration.test_serve_inference import TIMEOUT_S, pair
+from tests.integration.test_serve_lifecycle import wait_status
+
+pytestmark = pytest.mark.integration
+
+CHAIN = """\
+chain: sums
+slo_ms: 20000
+rate_rps: 5
+inputs:
+  a: {dtype: INT32, shape: [16]}
+  b: {dtype: INT32, shape: [16]}
+modules:
+  only:
+    model: add
+    inputs: {a: inputs.a, b: inputs.b}
+outputs:
+  out: only.sum
+"""
+
+
+@contextlib.contextmanager
+def somebody_elses_triton(state: Path, models: Path) -> Iterator[tuple[int, str]]:
+    """(pid, host:port) of a tritonserver that another process owns."""
+    owner = subprocess.Popen(
+        [sys.executable, "-m", "tests.integration.triton_owner", str(state), str(models)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert owner.stdout is not None
+    try:
+        pid, url = owner.stdout.readline().split()
+        yield int(pid), url
+    finally:
+        owner.send_signal(signal.SIGTERM)
+        owner.wait(20)
+        owner.stdout.close()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(int(pid)).wait(20)
+
+
+class Traffic:
+    """Requests one after the other on a thread of its own, until told to stop."""
+
+    def __init__(self, server: Paceline) -> None:
+        self._stop = threading.Event()
+        self.answers: list[int | str] = []
+        self._thread = threading.Thread(target=self._run, args=(server,))
+        self._thread.start()
+
+    def _run(self, server: Paceline) -> None:
+        with server.client() as client:
+            while not self._stop.is_set():
+                try:
+                    answer = client.infer("sums", pair(40), client_timeout=TIMEOUT_S)
+                    self.answers.append(int(answer.as_numpy("out")[0]))
+                except triton.InferenceServerException as error:
+                    self.answers.append(str(error))
+
+    def end(self) -> list[int | str]:
+        self._stop.set()
+        self._thread.join(TIMEOUT_S)
+        return self.answers
+
+
+def up(status: Any) -> list[str]:
+    return [m["machine"] for m in json.loads(status.json)["machines"] if m["state"] == "up"]
+
+
+def reasons(status: Any) -> list[str]:
+    return [change["reason"] for change in json.loads(status.json)["replanning"]["changes"]]
+
+
+def test_machines_join_die_and_leave_and_no_request_fails(
+    start_paceline: Start, tmp_path: Path
+) -> None:
+    models, chain, file = tmp_path / "models", tmp_path / "sums.yaml", tmp_path / "machines"
+    models.mkdir()
+    write_add(models)
+    chain.write_text(CHAIN, encoding="utf-8")
+    with (
+        somebody_elses_triton(tmp_path / "a", models) as (_, first),
+        somebody_elses_triton(tmp_path / "b", models) as (pid, second),
+    ):
+        file.write_text(f"{first}  # the only one for now\n", encoding="utf-8")
+        server = start_paceline(
+            *("--triton", f"file:{file}", "--chains", str(chain)),
+            *("--model-repository", str(models)),
+        ).wait_ready()
+        traffic = Traffic(server)
+
+        file.write_text(f"{first}\n{second}\n", encoding="utf-8")
+        wait_status(server, lambda s: up(s) == ["triton-0", "triton-1"])
+        status = wait_status(server, lambda s: "triton-1 has come" in reasons(s))
+
+        # The second one dies; what it had under way is done by the first.
+        psutil.Process(pid).kill()
+        status = wait_status(server, lambda s: "triton-1 is gone" in reasons(s))
+        assert up(status) == ["triton-0"]
+
+        # A bad line takes nobody with it; a line that is gone takes its machine.
+        file.write_text("no machine\n", encoding="utf-8")
+        server.wait_line("going on with the machines known")
+        file.write_text(f"{first}\n", encoding="utf-8")
+        server.wait_line(r"\(triton-1\) left")
+        answers = traffic.end()
+        status = wait_status(server, lambda s: up(s) == ["triton-0"])
+        assert len(json.loads(status.json)["machines"]) == 1
+        assert set(answers) == {41}
+        assert server.stop() == 0
+
+
+def test_a_name_is_looked_up(start_paceline: Start, tmp_path: Path) -> None:
+    models, chain = tmp_path / "models", tmp_path / "sums.yaml"
+    models.mkdir()
+    write_add(models)
+    chain.write_text(CHAIN, encoding="utf-8")
+    with somebody_elses_triton(tmp_path / "a", models) as (_, url):
+        port = url.rpartition(":")[2]
+        server = start_paceline(
+            *("--triton", f"box@dns:localhost:{port}", "--chains", str(chain)),
+            *("--model-repository", str(models)),
+        ).wait_ready()
+        status = wait_status(server, lambda s: up(s) == ["triton-0"])
+        (machine,) = json.loads(status.json)["machines"]
+        assert machine["hardware"] == "box"
+        assert server.stop() == 0
