@@ -82,6 +82,7 @@ class BlockModel:
             settings.threads,
         )
         self._one_at_a_time = threading.Lock()
+        self._closed = False
 
     @classmethod
     def open(cls, settings: Settings) -> BlockModel:
@@ -128,7 +129,10 @@ class BlockModel:
         return results
 
     def close(self) -> None:
-        """Ends the threads; call it when no request is under way."""
+        """Ends the threads; call it when no request is under way. Once is enough."""
+        if self._closed:
+            return
+        self._closed = True
         if self.budget is not None:
             self.budget.close()
         self._loader.close()

@@ -33,6 +33,7 @@ class RemoteSource:
     def __init__(self, connect: Callable[[], Store], cache: Path) -> None:
         self._connect = connect
         self._threads = threading.local()
+        self._stores: list[Store] = []
         self._cache = cache
         try:
             for name in ("objects", "manifests", "verified", "tmp/fetch"):
@@ -53,6 +54,7 @@ class RemoteSource:
     def _remote(self) -> Store:
         if not hasattr(self._threads, "store"):
             self._threads.store = self._connect()
+            self._stores.append(self._threads.store)
         store: Store = self._threads.store
         return store
 
@@ -121,6 +123,8 @@ class RemoteSource:
 
     def close(self) -> None:
         self._publisher.shutdown()
+        for store in self._stores:
+            store.close()
         for part in self._parts.values():
             part.close()
         for opened in self._objects.values():

@@ -33,6 +33,9 @@ class Store(Protocol):
     def all(self, key: str) -> bytes:
         """The whole of a small file. Raises PoolError."""
 
+    def close(self) -> None:
+        """Its connections."""
+
 
 class _Passing(Exception):
     """A failure that may be over at the next attempt."""
@@ -79,6 +82,9 @@ class HttpStore:
 
     def all(self, key: str) -> bytes:
         return _persist(f"{self._url}/{key}", lambda: self._get(key, {}, None, 0))
+
+    def close(self) -> None:
+        self._connection.close()
 
     def _get(self, key: str, headers: dict[str, str], size_bytes: int | None, offset: int) -> bytes:
         try:
@@ -137,6 +143,9 @@ class S3Store:
 
     def all(self, key: str) -> bytes:
         return _persist(f"{self._url}/{key}", lambda: self._get(key, {}, None))
+
+    def close(self) -> None:
+        self._client.close()
 
     def _get(self, key: str, extra: dict[str, str], size_bytes: int | None) -> bytes:
         name = "/".join(part for part in (self._prefix, key) if part)
