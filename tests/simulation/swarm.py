@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from tests.simulation.book import Violation
 from tests.simulation.checks import Oracle
+from tests.simulation.memory import MemoryLog, MemoryOracle, draw_memory, is_calm
 
 from paceline.core.bind import BoundChain, bind, single_model_chain
 from paceline.core.chain import Chain, Module, Source
@@ -20,9 +22,11 @@ from paceline.core.plan import Allocation, ChainPlan, ModulePlan
 from paceline.core.profile import Durations
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import ChainRoute, Dispatcher, route_chain
+from paceline.residency.residency import Residency
 from paceline.sim import workload
 from paceline.sim.backend import SimMachine
 from paceline.sim.content import TracingModels, fill
+from paceline.sim.resident import Memory, ResidentWorld
 from paceline.sim.stimuli import (
     Arrive,
     ClockJump,
@@ -69,12 +73,15 @@ class Case:
     heal: tuple[Stimulus, ...]
     noise: float
     settle_s: float | None
+    memory: Memory | None = None
+    residency: type[Residency] = Residency
     dispatcher: type[Dispatcher] = Dispatcher
 
     @property
     def calm(self) -> bool:
         """Whether nothing but requests and cancels happens."""
-        return all(isinstance(s, (Arrive, GiveUp)) for s in self.stimuli)
+        quiet = all(isinstance(s, (Arrive, GiveUp)) for s in self.stimuli)
+        return quiet and is_calm(self.memory)
 
 
 def run(case: Case, stimuli: Sequence[Stimulus] | None = None, log: EventLog | None = None) -> None:
@@ -82,16 +89,8 @@ def run(case: Case, stimuli: Sequence[Stimulus] | None = None, log: EventLog | N
     oracle = Oracle(
         case.models, case.durations, faults=not case.calm, settle_s=case.settle_s or 0.0
     )
-    world = World(
-        [machine.build() for machine in case.machines],
-        case.durations,
-        case.models,
-        seed=case.seed,
-        noise=case.noise,
-        settle_s=case.settle_s,
-        dispatcher=case.dispatcher(),
-        observers=(log, oracle) if log is not None else (oracle,),
-    )
+    memory = MemoryOracle(case.memory) if case.memory is not None else None
+    world = _world(case, oracle, memory, log)
     played = case.stimuli if stimuli is None else stimuli
     try:
         world.run([*case.setup, *played, *case.heal])
@@ -107,6 +106,8 @@ def run(case: Case, stimuli: Sequence[Stimulus] | None = None, log: EventLog | N
             raise
         raise Violation(f"{type(error).__name__}", f"the dispatcher broke: {error!r}") from error
     oracle.finish(world.dispatcher)
+    if memory is not None:
+        memory.finish()
     quiet_s = max((s.at_s for s in (*case.heal, *played)), default=0.0)
     for stimulus in played:
         if isinstance(stimulus, Arrive) and stimulus.budget_s >= FOREVER_S:
@@ -115,6 +116,30 @@ def run(case: Case, stimuli: Sequence[Stimulus] | None = None, log: EventLog | N
                 raise Violation("stuck", f"request {stimulus.request} {how} only at {ended_s}")
             if case.calm and how not in ("answered", "cancelled"):
                 raise Violation("stuck", f"request {stimulus.request} had all time, but {how}")
+
+
+def _world(case: Case, oracle: Oracle, memory: MemoryOracle | None, log: EventLog | None) -> World:
+    machines = [machine.build() for machine in case.machines]
+    options: dict[str, Any] = {
+        "seed": case.seed,
+        "noise": case.noise,
+        "settle_s": case.settle_s,
+        "dispatcher": case.dispatcher(),
+        "observers": (log, oracle) if log is not None else (oracle,),
+    }
+    if case.memory is None or memory is None:
+        return World(machines, case.durations, case.models, **options)
+    watchers = (MemoryLog(log), memory) if log is not None else (memory,)
+    return ResidentWorld(
+        machines,
+        case.durations,
+        case.models,
+        memory=case.memory,
+        residency=case.residency(case.memory.limits),
+        watchers=watchers,
+        on_made=memory.watch,
+        **options,
+    )
 
 
 def draw(seed: int) -> Case:
@@ -155,6 +180,7 @@ def draw(seed: int) -> Case:
         ),
         noise=rng.choice((0.0, 0.0, 0.1, 0.5)),
         settle_s=None if jumps else rng.choice((None, 0.0, 0.0005)),
+        memory=draw_memory(seed, {m.name: m.instances for m in machines}, tuple(specs)),
     )
 
 

@@ -10,6 +10,10 @@ from tests.simulation.replay import explain, violation
 from tests.simulation.swarm import draw
 
 from paceline.dispatch import Action, Answer, Dispatcher, Event, Execute, Fail, Wake
+from paceline.residency import events as ev
+from paceline.residency.residency import Residency
+from paceline.residency.room import Room
+from paceline.residency.state import Limits, Machine
 
 Tamper = Callable[[list[Action]], list[Action]]
 
@@ -98,3 +102,37 @@ def test_a_planted_bug_is_caught_and_shown_by_few_stimuli(tamper: Tamper, checks
         assert shortest <= 6
         return
     pytest.fail("no seed noticed")
+
+
+class Unpinned(Room):
+    """Thinks that nothing is in use."""
+
+    def _pinned(self, machine: Machine, model: str) -> bool:
+        return False
+
+
+class Careless(Residency):
+    """Unloads what is in use."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        super().__init__(limits)
+        self._room = Unpinned(self)
+
+
+class Greedy(Residency):
+    """Loads ten instances more than its ledger has room for."""
+
+    def handle(self, event: ev.Event, *, now_s: float) -> list[ev.Action]:
+        return [
+            replace(action, instances=action.instances + 10)
+            if isinstance(action, ev.Load)
+            else action
+            for action in super().handle(event, now_s=now_s)
+        ]
+
+
+@pytest.mark.parametrize(("residency", "check"), [(Careless, "lease"), (Greedy, "memory")])
+def test_a_planted_bug_of_residency_is_caught(residency: type[Residency], check: str) -> None:
+    cases = (case for seed in range(120) if (case := draw(seed)).memory is not None)
+    found = (violation(replace(case, residency=residency)) for case in cases)
+    assert any(broken is not None and broken.check == check for broken in found)

@@ -155,6 +155,14 @@ class Residency:
             return machine is not None and machine.copy(lease.model) is not None
         return any(m.copy(lease.model) is not None for m in self.machines.values())
 
+    def _is_resident_for(self, lease: Lease) -> bool:
+        """Whether the lease can still be used, if not granted: also on a copy that is closed."""
+        return any(
+            (held := machine.ledger.get(lease.model)) is not None and held.phase is Phase.RESIDENT
+            for name, machine in self.machines.items()
+            if lease.machine in ("", name)
+        )
+
     def _grant(self, lease: Lease, actions: list[Action]) -> None:
         self.leases.grant(lease)
         actions.append(Grant(lease.request, lease.model))
@@ -244,7 +252,7 @@ class Residency:
             return
         for held in machine.ledger.held():
             for lease in self.leases.of(held.model):
-                if lease.granted and not self.has_copy_for(lease):
+                if lease.granted and not self._is_resident_for(lease):
                     self.leases.revoke(lease)
                 if not lease.granted and not self.has_copy_for(lease):
                     self._wanted[held.model] = None

@@ -49,6 +49,7 @@ class SimMachine:
     instances: Mapping[str, int]
     share: float = 1.0
     alive: bool = True
+    withdrawn: bool = False
     slow: float = 1.0
     mishaps: deque[Mishap] = field(default_factory=deque)
     running: dict[int, Execute] = field(default_factory=dict)
@@ -90,6 +91,11 @@ class Backend:
         self._noise = noise
         self._known_s: dict[tuple[str, str, int], float] = {}
         self.busy_s = dict.fromkeys(self.machines, 0.0)
+
+    def add(self, machine: SimMachine) -> None:
+        """One more machine; it is announced when it starts."""
+        self.machines[machine.name] = machine
+        self.busy_s[machine.name] = 0.0
 
     def start(self, action: Execute, now_s: float) -> Started:
         """A batch arrives at its machine."""

@@ -6,7 +6,7 @@ item by item. Instants are virtual seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -130,6 +130,14 @@ class Remove:
     chain: str
 
 
+@dataclass(frozen=True, slots=True)
+class Happen:
+    """Something else of the world that is due."""
+
+    at_s: float
+    do: Callable[[], None]
+
+
 Stimulus = (
     Arrive
     | GiveUp
@@ -142,4 +150,5 @@ Stimulus = (
     | ClockJump
     | Install
     | Remove
+    | Happen
 )

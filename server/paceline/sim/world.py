@@ -44,6 +44,7 @@ from paceline.sim.stimuli import (
     Crash,
     Fault,
     GiveUp,
+    Happen,
     Install,
     Remove,
     Resize,
@@ -186,7 +187,7 @@ class World:
         if event is None:
             return
         machine = started.machine
-        if machine.share < 1.0:
+        if machine.share < 1.0 and not machine.withdrawn:
             # The rest of its time belongs to others: it is back when its share is right again.
             self._handle(due_s, MachineUp(machine.name, machine.hardware, 0, machine.instances))
             rest_s = started.took_s * (1.0 - machine.share) / machine.share
@@ -223,10 +224,11 @@ class World:
                     self._handle(due_s, event)
                 self._push(due_s + item.notice_s, MachineDown(item.machine))
             case Withdraw():
+                machines[item.machine].withdrawn = True
                 self._handle(due_s, MachineDown(item.machine))
             case Start():
                 machine = machines[item.machine]
-                machine.alive, machine.slow = True, 1.0
+                machine.alive, machine.withdrawn, machine.slow = True, False, 1.0
                 self._handle(due_s, machine.up())
             case Resize():
                 machine = machines[item.machine]
@@ -239,12 +241,14 @@ class World:
                 machines[item.machine].mishaps.extend([item.mishap] * item.count)
             case ClockJump():
                 self.now_s += item.by_s
+            case Happen():
+                item.do()
             case Install():
                 self._handle(due_s, InstallChain(item.route))
             case Remove():
                 self._handle(due_s, RemoveChain(item.chain))
             case MachineUp():
-                if machines[item.machine].alive:
+                if machines[item.machine].alive and not machines[item.machine].withdrawn:
                     self._handle(due_s, item)
             case MachineDown():
                 if not machines[item.machine].alive:
