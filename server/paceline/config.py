@@ -16,18 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from paceline.core.chain import Chain, Dispatch, Module, Source
 from paceline.core.errors import ConfigError
 from paceline.core.profile import Hardware, ProfileRow, Profiles
 from paceline.core.tensor import TensorSpec
-
-MAX_FILE_BYTES = 4 << 20
-"""A chain, profile or hardware file larger than this is a mistake."""
-
-MIB = 1 << 20
+from paceline.files import MIB, first_error, line_of, load_yaml, places_of, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +61,17 @@ class _ChainFile(_Strict):
 
 def parse_chain(text: str, *, name: str = "<chain>") -> Chain:
     """A chain file's text as a validated Chain; `name` stands for the file in errors."""
-    document = _load_yaml(text, name)
+    document = load_yaml(text, name, "a chain file is a mapping that starts with `chain: NAME`")
     try:
         parsed = _ChainFile.model_validate(document)
     except ValidationError as error:
-        raise _first_error(error, document, name) from None
+        raise first_error(error, document, name, _file_model) from None
     try:
-        return replace(_to_chain(parsed), places=_places(document, name))
+        return replace(_to_chain(parsed), places=places_of(document, name))
     except ConfigError as error:
         path = error.key.split(".") if error.key else []
         raise ConfigError(
-            error.message, key=error.key, where=f"{name}:{_line(document, path)}"
+            error.message, key=error.key, where=f"{name}:{line_of(document, path)}"
         ) from None
 
 
@@ -116,7 +110,7 @@ def chain_document(chain: Chain) -> str:
 
 def read_chain(path: Path) -> Chain:
     """Read one chain file."""
-    return parse_chain(_read(path), name=path.name)
+    return parse_chain(read_text(path), name=path.name)
 
 
 def read_chains(paths: Iterable[Path]) -> tuple[Chain, ...]:
@@ -140,7 +134,8 @@ def read_chains(paths: Iterable[Path]) -> tuple[Chain, ...]:
 
 
 def read_profiles(path: Path) -> Profiles:
-    """Read `model,hardware,batch_size,duration_ms,memory_mib` (memory may be empty).
+    """Read `model,hardware,batch_size,duration_ms,memory_mib` (memory may be empty), and `p99_ms`
+    where there is such a column (its cells may be empty).
 
     A batch that was measured faster than a smaller one is given that one's duration, with a
     warning that says so: what is planned must not be faster than anything that was measured.
@@ -153,6 +148,14 @@ def read_profiles(path: Path) -> Profiles:
         batch_size = _number(row, "batch_size", where, minimum=1, whole=True)
         duration_ms = _number(row, "duration_ms", where)
         memory_mib = _number(row, "memory_mib", where, empty=0.0, minimum=0)
+        p99_ms = _number(row, "p99_ms", where, empty=0.0, minimum=0) if "p99_ms" in row else 0.0
+        if 0 < p99_ms < duration_ms:
+            raise ConfigError(
+                f"{p99_ms:g} is below duration_ms, the p95 of the same runs: leave it empty "
+                "where it is not known",
+                key="p99_ms",
+                where=where,
+            )
         key = (row["model"], row["hardware"], int(batch_size))
         if key in seen:
             raise ConfigError(
@@ -160,7 +163,7 @@ def read_profiles(path: Path) -> Profiles:
                 where=where,
             )
         seen[key] = line
-        rows.append(ProfileRow(*key, duration_ms / 1e3, int(memory_mib * MIB)))
+        rows.append(ProfileRow(*key, duration_ms / 1e3, int(memory_mib * MIB), p99_ms / 1e3))
     if not rows:
         raise ConfigError("no profile in this file", where=path.name)
     return Profiles(_monotone(rows, seen, path.name))
@@ -196,14 +199,18 @@ def _monotone(
 
 
 def write_profiles(path: Path, rows: Sequence[ProfileRow]) -> None:
-    """Write profiles as CSV, atomically."""
+    """Write profiles as CSV, atomically; with a column `p99_ms` where any row has one."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("model", "hardware", "batch_size", "duration_ms", "memory_mib"))
+    slow = any(row.p99_s for row in rows)
+    columns = ("model", "hardware", "batch_size", "duration_ms", "memory_mib")
+    writer.writerow((*columns, "p99_ms") if slow else columns)
     for row in rows:
         memory = f"{row.memory_bytes / MIB:.1f}" if row.memory_bytes else ""
         duration = f"{row.duration_s * 1e3:.3f}"
-        writer.writerow((row.model, row.hardware, row.batch_size, duration, memory))
+        cells = (row.model, row.hardware, row.batch_size, duration, memory)
+        p99 = f"{row.p99_s * 1e3:.3f}" if row.p99_s else ""
+        writer.writerow((*cells, p99) if slow else cells)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text.getvalue(), encoding="utf-8")
     temporary.replace(path)
@@ -273,39 +280,6 @@ def _source(text: str | None, key: str) -> Source | None:
     return None if text is None else Source.parse(text, key=key)
 
 
-def _load_yaml(text: str, name: str) -> Mapping[str, Any]:
-    try:
-        document = YAML(typ="rt", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}" if mark is not None else name
-        problem = (error.problem or error.context or "not YAML").splitlines()[0]
-        raise ConfigError(f"not valid YAML: {problem}", where=where) from None
-    except YAMLError as error:
-        raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from None
-    if not isinstance(document, Mapping):
-        raise ConfigError("a chain file is a mapping that starts with `chain: NAME`", where=name)
-    return document
-
-
-def _first_error(error: ValidationError, document: Mapping[str, Any], name: str) -> ConfigError:
-    """The first of pydantic's findings in our words: file, line, key, and what to write."""
-    finding = error.errors(include_url=False)[0]
-    path = [part for part in finding["loc"] if part != "[key]"]
-    key = ".".join(str(part) for part in path)
-    where = f"{name}:{_line(document, path)}"
-    match finding["type"]:
-        case "missing":
-            message = "is missing"
-        case "extra_forbidden":
-            model = _file_model(path[:-1])
-            message = f"unknown key; expected one of {', '.join(model.model_fields)}"
-        case _:
-            text = finding["msg"]
-            message = f"{text[0].lower()}{text[1:]}, got {_short(finding['input'])}"
-    return ConfigError(message, key=key, where=where)
-
-
 def _file_model(path: Sequence[Any]) -> type[BaseModel]:
     match list(path):
         case ["modules", _]:
@@ -316,54 +290,9 @@ def _file_model(path: Sequence[Any]) -> type[BaseModel]:
             return _ChainFile
 
 
-def _line(document: Any, path: Sequence[Any]) -> int:
-    """The line (from 1) of the deepest part of `path` that the document has."""
-    line = 1
-    at = document
-    for part in path:
-        try:
-            marks: Any = at.lc
-            line = (marks.key(part) if isinstance(at, Mapping) else marks.item(part))[0] + 1
-            at = at[part]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            break
-    return line
-
-
-def _places(document: Mapping[str, Any], name: str) -> dict[str, str]:
-    """`file:line` of every key in a document, by dotted path."""
-    places = {"": f"{name}:1"}
-
-    def walk(at: Any, path: tuple[Any, ...]) -> None:
-        if isinstance(at, Mapping):
-            for key, value in at.items():
-                here = (*path, key)
-                places[".".join(map(str, here))] = f"{name}:{_line(document, here)}"
-                walk(value, here)
-
-    walk(document, ())
-    return places
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bool)) else type(value).__name__
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"larger than {MAX_FILE_BYTES // MIB} MiB", where=str(path))
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError("not UTF-8 text", where=str(path)) from None
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
-
-
 def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows with their line numbers; ConfigError where a column is missing, unknown or extra."""
-    reader = csv.reader(StringIO(_read(path)))
+    reader = csv.reader(StringIO(read_text(path)))
     header = [cell.strip() for cell in next(reader, [])]
     for name in columns:
         if name not in header:

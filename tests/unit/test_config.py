@@ -154,6 +154,10 @@ PROFILES = "model,hardware,batch_size,duration_ms,memory_mib\n"
         (PROFILES + ",gpu,2,1,\n", "p.csv:2: model: is empty"),
         (PROFILES + "m,gpu,2,1\n", "p.csv:2: 4 cells where the header has 5"),
         (
+            "model,hardware,batch_size,duration_ms,memory_mib,p99_ms\nm,gpu,2,3,,2\n",
+            "p.csv:2: p99_ms: 2 is below duration_ms, the p95 of the same runs",
+        ),
+        (
             PROFILES + "m,gpu,2,1,\nm,gpu,2,3,\n",
             "p.csv:3: m on gpu at batch 2 is already on line 2",
         ),
@@ -198,6 +202,13 @@ def test_profiles_survive_being_written_and_read(tmp_path: Path) -> None:
     rows = (ProfileRow("m", "gpu", 1, 0.0125, 3 << 20), ProfileRow("m", "gpu", 8, 0.05))
     write_profiles(tmp_path / "p.csv", rows)
     assert read_profiles(tmp_path / "p.csv").rows == rows
+    assert "p99_ms" not in (tmp_path / "p.csv").read_text()
+    rows = (ProfileRow("m", "gpu", 1, 0.0125, p99_s=0.02), ProfileRow("m", "gpu", 8, 0.05))
+    write_profiles(tmp_path / "p.csv", rows)
+    profiles = read_profiles(tmp_path / "p.csv")
+    assert profiles.rows == rows
+    known = profiles.durations("m", "gpu")
+    assert known is not None and known.slow_at(1) == 0.02
 
 
 def test_hardware_needs_a_price_above_zero(tmp_path: Path) -> None:

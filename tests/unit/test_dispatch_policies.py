@@ -25,6 +25,7 @@ from paceline.dispatch import (
     Event,
     Execute,
     Fail,
+    HangLimits,
     InstallChain,
     MachineUp,
     Partial,
@@ -334,6 +335,25 @@ def test_a_batch_may_hang_for_twenty_times_its_profiled_duration_and_ten_seconds
     assert launch.timeout_s == pytest.approx(10.0)
 
 
+def test_with_a_p99_in_the_profile_a_batch_hangs_by_that_and_by_no_less_than_the_limits_say() -> (
+    None
+):
+    slow = Durations(M3_DURATIONS.points, ((1, 1.0), (32, 4.1)))
+    limits = HangLimits(factor=5.0, least_s=3.0, unprofiled_s=60.0)
+    module = Module("m3", "m3", {"x": Source(None, "x")})
+    inputs = (TensorSpec("x", "BOOL", (1,)),)
+    chain = Chain("c", 100.0, inputs, (module,), {"y": Source("m3", "y")})
+    x = Tensor("x", "BOOL", (1,), b"1")
+    for known, expected_s in ((slow, 5.0), (M3_DURATIONS, 3.0), (None, 60.0)):
+        dispatcher = Dispatcher(limits)
+        durations = {"m3": {"gpu": known}} if known is not None else {}
+        route = route_chain(bind(chain, {"m3": M3}), None, durations)
+        dispatcher.handle(InstallChain(route), now_s=0.0)
+        dispatcher.handle(MachineUp("g0", "gpu", 1, {"m3": 1}), now_s=0.0)
+        (launch,) = executes(dispatcher.handle(Submit(1, "c", {"x": x}, 90.0), now_s=0.0))
+        assert launch.timeout_s == pytest.approx(expected_s)
+
+
 def test_low_priority_is_served_now_and_then_under_constant_high_priority_load() -> None:
     dispatcher = reader()
     (launch,) = executes(submit(dispatcher, 0, *[b"x"] * 4))
@@ -364,3 +384,6 @@ def test_a_slow_machine_is_learned_and_called_a_straggler() -> None:
         dispatcher.handle(BatchDone(launch.batch, (y,)), now_s=now_s)
     lane = dispatcher.machines()[0].lanes["m3"]
     assert lane.straggling and lane.ratio == pytest.approx(3.0, rel=0.05)
+    (learned,) = dispatcher.durations_learned()
+    assert (learned.model, learned.hardware, learned.batch_size) == ("m3", "gpu", 1)
+    assert learned.count == 40 and learned.median_s == pytest.approx(3 * 0.08)

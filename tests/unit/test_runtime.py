@@ -80,8 +80,8 @@ def request(value: int) -> InferRequest:
     return InferRequest("echo", (Tensor("x", "INT8", (1, 1), bytes([value])),))
 
 
-def serving(hands: Hands, **limits: int) -> Engine:
-    engine = Engine(hands, limits=EngineLimits(**limits) if limits else None)
+def serving(hands: Hands, max_in_flight_bytes: int = 1 << 30) -> Engine:
+    engine = Engine(hands, limits=EngineLimits(max_in_flight_bytes=max_in_flight_bytes))
     engine.install(route_chain(single_model_chain(ECHO)))
     engine.machine_up("m", "cpu", 1, {"echo": 1})
     return engine

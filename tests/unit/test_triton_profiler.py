@@ -121,7 +121,10 @@ def test_an_unusable_sample_says_what_is_wrong_with_it(
 
 def test_a_cached_profile_reads_back_equal_and_only_for_its_key(tmp_path: Path) -> None:
     cache = ProfileCache(tmp_path / "cache")
-    rows = (ProfileRow("a/b", "cpu", 1, 0.001234567), ProfileRow("a/b", "cpu", 2, 0.1))
+    rows = (
+        ProfileRow("a/b", "cpu", 1, 0.001234567, p99_s=0.001234568),
+        ProfileRow("a/b", "cpu", 2, 0.1),
+    )
     assert cache.read("a/b", "cpu", "key") is None
     cache.write("a/b", "key", rows)
     assert cache.read("a/b", "cpu", "key") == rows
@@ -138,6 +141,8 @@ def test_a_cached_profile_reads_back_equal_and_only_for_its_key(tmp_path: Path) 
         '{"format": 1, "key": "key", "rows": []}',
         '{"format": 1, "key": "key", "rows": [{"batch_size": 1, "duration_ms": -1}]}',
         '{"format": 1, "key": "key", "rows": [{"batch_size": 1, "duration_ms": NaN}]}',
+        '{"format": 2, "key": "key", "rows": [{"batch_size": 1, "duration_ms": 2, "p99_ms": 1}]}',
+        '{"format": 2, "key": "key", "rows": [[1, 2, 3]]}',
     ],
 )
 def test_a_corrupt_cache_is_a_warning_and_no_profile(
@@ -148,6 +153,17 @@ def test_a_corrupt_cache_is_a_warning_and_no_profile(
     with caplog.at_level(logging.WARNING):
         assert cache.read("m", "cpu", "key") is None
     assert "is unusable" in caplog.text
+
+
+def test_a_profile_cached_before_there_was_a_p99_is_used_and_a_later_format_is_not(
+    tmp_path: Path,
+) -> None:
+    cache = ProfileCache(tmp_path)
+    text = '{"format": %d, "key": "key", "rows": [{"batch_size": 1, "duration_ms": 2}]}'
+    cache.path("m", "key").write_text(text % 1)
+    assert cache.read("m", "cpu", "key") == (ProfileRow("m", "cpu", 1, 0.002),)
+    cache.path("m", "key").write_text(text % 3)
+    assert cache.read("m", "cpu", "key") is None
 
 
 def test_a_cache_that_cannot_be_written_costs_only_the_cache(

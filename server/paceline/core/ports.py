@@ -103,7 +103,10 @@ class Profiler(Protocol):
         *,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> tuple[ProfileRow, ...]:
-        """p95 per batch size 1, 2, 4, ... up to the limit; calls `on_progress(done, total)`."""
+        """p95 and p99 per batch size 1, 2, 4, ... up to the limit.
+
+        Calls `on_progress(done, total)`.
+        """
         ...
 
 

@@ -64,51 +64,68 @@ class Configuration:
 class Durations:
     """Duration of one batch by batch size: measured points, linear between and beyond them.
 
+    `points` are what is planned with (p95), `slow` what a batch hardly ever exceeds (p99), where
+    that was measured.
+
     >>> Durations(((1, 0.1), (4, 0.25))).at(2)
     0.15
+    >>> Durations(((1, 0.1), (4, 0.25)), ((1, 0.2), (4, 0.5))).slow_at(2)
+    0.3
     """
 
     points: tuple[tuple[int, float], ...]
+    slow: tuple[tuple[int, float], ...] = ()
     _known: dict[int, float] = field(
         default_factory=dict, init=False, repr=False, compare=False, hash=False
     )
     """What `at` found; asked for the same few sizes with every request."""
 
     def __post_init__(self) -> None:
-        sizes = [size for size, _ in self.points]
-        if not sizes or sizes != sorted(set(sizes)):
-            raise ConfigError("durations need at least one point, in order of batch size")
+        for points in (self.points, self.slow or self.points):
+            sizes = [size for size, _ in points]
+            if not sizes or sizes != sorted(set(sizes)):
+                raise ConfigError("durations need at least one point, in order of batch size")
 
     def at(self, batch_size: int) -> float:
         """Duration in seconds of a batch of `batch_size`."""
         found = self._known.get(batch_size)
         if found is None:
-            found = self._interpolated(batch_size)
+            found = _interpolated(self.points, batch_size)
             if len(self._known) < MOST_KNOWN:
                 self._known[batch_size] = found
         return found
 
-    def _interpolated(self, batch_size: int) -> float:
-        sizes = [size for size, _ in self.points]
-        index = bisect_left(sizes, batch_size)
-        if index < len(sizes) and sizes[index] == batch_size:
-            return self.points[index][1]
-        if len(sizes) == 1:
-            return self.points[0][1] * max(1.0, batch_size / sizes[0])
-        high = min(max(index, 1), len(sizes) - 1)
-        (b0, d0), (b1, d1) = self.points[high - 1], self.points[high]
-        return max(1e-9, d0 + (d1 - d0) * (batch_size - b0) / (b1 - b0))
+    def slow_at(self, batch_size: int) -> float:
+        """What a batch of `batch_size` hardly ever exceeds; `at` where that is not known."""
+        usual_s = self.at(batch_size)
+        return max(usual_s, _interpolated(self.slow, batch_size)) if self.slow else usual_s
+
+
+def _interpolated(points: tuple[tuple[int, float], ...], batch_size: int) -> float:
+    sizes = [size for size, _ in points]
+    index = bisect_left(sizes, batch_size)
+    if index < len(sizes) and sizes[index] == batch_size:
+        return points[index][1]
+    if len(sizes) == 1:
+        return points[0][1] * max(1.0, batch_size / sizes[0])
+    high = min(max(index, 1), len(sizes) - 1)
+    (b0, d0), (b1, d1) = points[high - 1], points[high]
+    return max(1e-9, d0 + (d1 - d0) * (batch_size - b0) / (b1 - b0))
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileRow:
-    """One measured line of a profile file."""
+    """One measured line of a profile file: p95 of one batch's duration, and its p99 (0: unknown).
+
+    What hangs is told from the p99, everything else is planned with the p95.
+    """
 
     model: str
     hardware: str
     batch_size: int
     duration_s: float
     memory_bytes: int = 0
+    p99_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,10 +136,15 @@ class Profiles:
     _table: dict[tuple[str, str], Durations] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        points: dict[tuple[str, str], dict[int, float]] = {}
+        rows: dict[tuple[str, str], dict[int, ProfileRow]] = {}
         for row in self.rows:
-            points.setdefault((row.model, row.hardware), {})[row.batch_size] = row.duration_s
-        table = {key: Durations(tuple(sorted(p.items()))) for key, p in sorted(points.items())}
+            rows.setdefault((row.model, row.hardware), {})[row.batch_size] = row
+        table: dict[tuple[str, str], Durations] = {}
+        for key, by_size in sorted(rows.items()):
+            ordered = sorted(by_size.items())
+            points = tuple((size, row.duration_s) for size, row in ordered)
+            slow = tuple((size, row.p99_s) for size, row in ordered if row.p99_s)
+            table[key] = Durations(points, slow)
         object.__setattr__(self, "_table", table)
 
     def durations(self, model: str, hardware: str) -> Durations | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from math import ceil
 
 
-def percentile(values: Sequence[float], share: float) -> float:
+def percentile(values: Collection[float], share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed (nearest rank).
 
     >>> percentile([3.0, 1.0, 2.0, 4.0], 0.5)

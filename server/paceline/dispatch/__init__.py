@@ -30,6 +30,8 @@ from paceline.dispatch.events import (
     TooCold,
     Wake,
 )
+from paceline.dispatch.learned import LearnedDuration
+from paceline.dispatch.machines import HangLimits
 from paceline.dispatch.route import ChainRoute, ModuleRoute, route_chain
 
 __all__ = [
@@ -46,7 +48,9 @@ __all__ = [
     "Event",
     "Execute",
     "Fail",
+    "HangLimits",
     "InstallChain",
+    "LearnedDuration",
     "MachineDown",
     "MachineUp",
     "ModuleRoute",

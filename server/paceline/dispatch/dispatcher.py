@@ -50,7 +50,8 @@ from paceline.dispatch.events import (
     TooCold,
     Wake,
 )
-from paceline.dispatch.machines import Machine, MachinePool
+from paceline.dispatch.learned import LearnedDuration
+from paceline.dispatch.machines import HangLimits, Machine, MachinePool
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
 from paceline.dispatch.route import ChainRoute, ModuleRoute
 from paceline.dispatch.stage import Served, Stage, served
@@ -80,13 +81,13 @@ class ModuleLoad:
 class Dispatcher:
     """See the module docstring; `handle` is the one door."""
 
-    def __init__(self) -> None:
+    def __init__(self, hang: HangLimits | None = None) -> None:
         self._served: dict[str, Served] = {}
         self._stages: dict[int, Stage] = {}
         """By the identity of the module's route; of replaced routes until they are empty."""
         self._active: dict[Stage, None] = {}
         """Stages that may have rows waiting (an ordered set)."""
-        self._pool = MachinePool()
+        self._pool = MachinePool(hang)
         self._admission = Admission()
         self._runs: dict[int, ChainRun] = {}
         self._per_chain: dict[str, int] = {}
@@ -182,6 +183,10 @@ class Dispatcher:
     def machines(self) -> tuple[Machine, ...]:
         """Machines that are up, by name."""
         return self._pool.all()
+
+    def durations_learned(self) -> tuple[LearnedDuration, ...]:
+        """What batches took lately, by model, hardware and batch size."""
+        return self._pool.learned.all()
 
     # -- requests ---------------------------------------------------------------------------
 

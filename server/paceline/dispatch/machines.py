@@ -5,7 +5,8 @@ Invariants: a machine runs at most `slots` batches and of a model at most its in
 quarantine runs at most one batch, its probe, and only after its back-off.
 
 Durations are learned per lane as the ratio of what batches took to what the profile says
-(exponentially weighted), so that a machine that is slower than its kind is expected to be.
+(exponentially weighted), so that a machine that is slower than its kind is expected to be; and
+over all machines by batch size (`learned`), for whoever corrects the profile.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
+from paceline.dispatch.learned import Learned
 from paceline.dispatch.route import ModuleRoute
 
 FIRST_BACKOFF_S = 0.5
@@ -25,10 +27,23 @@ STRAGGLER_RATIO = 1.5
 STRAGGLER_BATCHES = 20
 """A lane is a straggler when it has been that much slower than profiled over that many batches."""
 
-HANG_FACTOR = 20.0
-LEAST_HANG_S = 10.0
-"""Generous: durations depend on what is in a request, and a false alarm costs a reload."""
-UNPROFILED_HANG_S = 120.0
+
+@dataclass(frozen=True, slots=True)
+class HangLimits:
+    """After how long a batch counts as hanging: `factor` times the p99 of its profile (the p95,
+    where that is all there is), on a slow lane as much longer, but `least_s` at least.
+
+    Generous: durations depend on what is in a request, and a false alarm costs a reload. A model
+    that was never profiled, because no chain uses it, has `unprofiled_s`.
+    """
+
+    factor: float = 20.0
+    least_s: float = 10.0
+    unprofiled_s: float = 120.0
+
+    def of(self, slow_s: float) -> float:
+        """The limit of a batch that hardly ever takes longer than `slow_s`."""
+        return max(self.least_s, self.factor * slow_s)
 
 
 @dataclass(slots=True)
@@ -80,7 +95,9 @@ class Machine:
 class MachinePool:
     """All machines; see the module docstring."""
 
-    def __init__(self) -> None:
+    def __init__(self, hang: HangLimits | None = None) -> None:
+        self.learned = Learned()
+        self._hang = hang or HangLimits()
         self._machines: dict[str, Machine] = {}
         self._incarnations: dict[str, int] = {}
         self._lanes: dict[str, list[tuple[Machine, Lane]]] = {}
@@ -187,14 +204,16 @@ class MachinePool:
         self, machine: Machine, route: ModuleRoute, rows: int, batch: int, now_s: float
     ) -> float:
         """A batch went to a machine; returns after how long it counts as hanging."""
-        machine.lanes[route.model].running += 1
+        lane = machine.lanes[route.model]
+        lane.running += 1
         machine.busy += 1
         self._free_at.clear()
-        expected_s = self.expected_s(machine, route, rows)
-        machine.ends_s[batch] = now_s + (expected_s or 0.0)
-        if expected_s is None:
-            return UNPROFILED_HANG_S
-        return max(LEAST_HANG_S, HANG_FACTOR * expected_s)
+        known = route.durations.get(machine.hardware)
+        if known is None:
+            machine.ends_s[batch] = now_s
+            return self._hang.unprofiled_s
+        machine.ends_s[batch] = now_s + known.at(rows) * lane.ratio
+        return self._hang.of(known.slow_at(rows) * max(1.0, lane.ratio))
 
     def ended(self, machine: Machine, model: str, batch: int) -> None:
         """A batch came back, one way or the other."""
@@ -210,6 +229,7 @@ class MachinePool:
             lane.failures = 0
             lane.blocked_until_s = -inf
             self._free_at.clear()
+        self.learned.add(route.model, machine.hardware, rows, took_s)
         profiled_s = route.duration_s(machine.hardware, rows)
         if profiled_s is None:
             return

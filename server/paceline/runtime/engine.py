@@ -11,8 +11,9 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
+from time import monotonic
 from typing import Protocol
 
 from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
@@ -32,6 +33,7 @@ from paceline.dispatch import (
     Event,
     Execute,
     Fail,
+    HangLimits,
     InstallChain,
     MachineDown,
     MachineUp,
@@ -61,6 +63,7 @@ class EngineLimits:
     default_budget_s: float = 300.0
     max_in_flight_bytes: int = 2 << 30
     kept_timelines: int = 2048
+    hang: HangLimits = field(default_factory=HangLimits)
 
 
 @value
@@ -110,7 +113,7 @@ class Engine:
         self._on_timeline: list[Callable[[Timeline], object]] = []
         self._on_batch: list[Callable[[str, int, float], object]] = []
         self._on_broken: list[Callable[[str, str, str], object]] = []
-        self._dispatcher = Dispatcher()
+        self._dispatcher = Dispatcher(self._limits.hang)
         self._ids = count(1)
         self._calls: dict[int, _Call] = {}
         self._executions: set[asyncio.Task[None]] = set()
@@ -120,6 +123,7 @@ class Engine:
         self._last_ones: dict[str | None, list[asyncio.Future[None]]] = {}
         self._timelines: deque[Timeline] = deque(maxlen=self._limits.kept_timelines)
         self._settling = self._news = False
+        self._read_s = 0.0
         self._leasing: Leasing | None = None
         self._watched_lanes: dict[tuple[str, str], list[asyncio.Future[None]]] = {}
         self.draining = False
@@ -173,7 +177,7 @@ class Engine:
         else:
             self._calls[number] = _Call(request.chain, size_bytes, on_end, on_partial)
             self._bytes += size_bytes
-            now_s = asyncio.get_running_loop().time()
+            now_s = self._read_s if self._settling else self._now_s()
             stream = on_partial is not None
             try:
                 self._handle_soon(self._submit(number, request, now_s, stream=stream), now_s)
@@ -313,18 +317,21 @@ class Engine:
         """Launch after a pass or two that brought nothing, or when it is late enough."""
         quiet = 0 if self._news else quiet + 1
         self._news = False
-        if quiet < QUIET_PASSES and self._loop_s() < latest_s:
+        if quiet < QUIET_PASSES and self._now_s() < latest_s:
             asyncio.get_running_loop().call_soon(self._settle, quiet, latest_s)
             return
         self._settling = False
         self._handle(Settled())
 
     def _handle(self, event: Event) -> None:
-        self._perform(self._dispatcher.handle(event, now_s=self._loop_s()))
+        self._perform(self._dispatcher.handle(event, now_s=self._now_s()))
 
-    @staticmethod
-    def _loop_s() -> float:
-        return asyncio.get_running_loop().time()
+    def _now_s(self) -> float:
+        """The event loop's clock. uvloop's own answer is in whole milliseconds and as old as the
+        pass, which is too coarse to learn durations from; what arrives in one pass has one time.
+        """
+        self._read_s = monotonic()
+        return self._read_s
 
     def _perform(self, actions: Sequence[Action]) -> None:
         loop = asyncio.get_running_loop()
@@ -357,8 +364,7 @@ class Engine:
                     self._wake = loop.call_at(action.at_s, self._handle, Tick())
 
     async def _execute(self, action: Execute) -> None:
-        loop = asyncio.get_running_loop()
-        started_s = loop.time()
+        started_s = self._now_s()
         try:
             outputs = await self._executor.execute(
                 action.machine, action.call, timeout_s=action.timeout_s
@@ -370,7 +376,7 @@ class Engine:
             logger.exception("executing %s on %s", action.call.model, action.machine)
             self._handle(BatchFailed(action.batch, BackendError(f"executor failed: {error}")))
         else:
-            ended_s = loop.time()
+            ended_s = self._now_s()
             for tell in self._on_batch:
                 tell(action.call.model, action.rows, ended_s - started_s)
             if self._leasing is not None:

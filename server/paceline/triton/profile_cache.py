@@ -22,7 +22,9 @@ from paceline.triton.installation import BACKENDS
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""Format 1 has no p99: such a profile is as good as before, only without."""
 DURATION_DIGITS = 9
 """Durations are whole nanoseconds, so that a cached one equals the measured one."""
 _CHUNK_BYTES = 1 << 20
@@ -45,7 +47,7 @@ class ProfileCache:
         path = self.path(model, key)
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            if (document["format"], document["key"]) != (FORMAT, key):
+            if document["format"] not in READABLE or document["key"] != key:
                 return None
             rows = tuple(
                 ProfileRow(
@@ -53,14 +55,15 @@ class ProfileCache:
                     hardware,
                     int(row["batch_size"]),
                     round(float(row["duration_ms"]) / 1e3, DURATION_DIGITS),
+                    p99_s=round(float(row.get("p99_ms", 0.0)) / 1e3, DURATION_DIGITS),
                 )
                 for row in document["rows"]
             )
-            if not rows or any(not 0 < row.duration_s < math.inf for row in rows):
+            if not rows or not all(map(_usable, rows)):
                 raise ValueError("no usable rows")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("profile cache %s is unusable (%s); measuring again", path, error)
             return None
         return rows
@@ -73,7 +76,12 @@ class ProfileCache:
             "model": model,
             "key": key,
             "rows": [
-                {"batch_size": row.batch_size, "duration_ms": row.duration_s * 1e3} for row in rows
+                {
+                    "batch_size": row.batch_size,
+                    "duration_ms": row.duration_s * 1e3,
+                    "p99_ms": row.p99_s * 1e3,
+                }
+                for row in rows
             ],
         }
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
@@ -83,6 +91,11 @@ class ProfileCache:
             fresh.replace(path)
         except OSError as error:
             logger.warning("the profile of %r could not be cached: %s", model, error)
+
+
+def _usable(row: ProfileRow) -> bool:
+    known = 0 < row.duration_s < math.inf
+    return known and (row.p99_s == 0 or row.duration_s <= row.p99_s < math.inf)
 
 
 def content_hash(directory: Path | None, config: ModelConfig) -> str:

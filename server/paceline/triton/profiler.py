@@ -1,4 +1,4 @@
-"""Measuring models on a Triton (a `Profiler`): p95 duration of one batch, by batch size.
+"""Measuring models on a Triton (a `Profiler`): p95 and p99 duration of one batch, by batch size.
 
 Invariants: one call at a time, so that a batch is measured alone on its machine; durations never
 fall as the batch grows (a faster larger batch is noise, and the planner relies on d(b) being
@@ -118,8 +118,11 @@ class TritonProfiler:
         progress: Callable[[int, int], None],
     ) -> tuple[ProfileRow, ...]:
         durations_s: list[float] = []
+        slow_s: list[float] = []
         for size in sizes:
-            durations_s.append(await self._measure_size(model, sample, size))
+            took_s = await self._measure_size(model, sample, size)
+            durations_s.append(round(percentile(took_s, 0.95), DURATION_DIGITS))
+            slow_s.append(round(percentile(took_s, 0.99), DURATION_DIGITS))
             if durations_s[-1] > self._effort.longest_batch_s and size != sizes[-1]:
                 logger.warning(
                     "model %r takes %.1f s for a batch of %d: larger batches are not measured",
@@ -139,12 +142,12 @@ class TritonProfiler:
                     *(model.name, size, was_s * 1e3, is_s * 1e3),
                 )
         return tuple(
-            ProfileRow(model.name, hardware, size, duration_s)
-            for size, duration_s in zip(sizes, repaired, strict=False)
+            ProfileRow(model.name, hardware, size, duration_s, p99_s=p99_s)
+            for size, duration_s, p99_s in zip(sizes, repaired, monotone(slow_s), strict=False)
         )
 
-    async def _measure_size(self, model: ModelSpec, sample: Sample, size: int) -> float:
-        """p95 of as many calls as `effort` asks for, in seconds."""
+    async def _measure_size(self, model: ModelSpec, sample: Sample, size: int) -> list[float]:
+        """What each of as many calls as `effort` asks for took, in seconds."""
         effort = self._effort
         call = ModelCall(
             model.name,
@@ -158,7 +161,7 @@ class TritonProfiler:
         took_s: list[float] = []
         while not _enough(took_s, effort):
             took_s.append(await self._timed(call, size))
-        return round(percentile(took_s, 0.95), DURATION_DIGITS)
+        return took_s
 
     async def _timed(self, call: ModelCall, size: int) -> float:
         self.measured_calls += 1
