@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 # Before grpc is imported: its fork handlers are of no use to a child that execs, and talk; what
 # its core writes to stderr (a busy port, say) is said again, in one line, by us.
@@ -23,13 +23,11 @@ import typer
 import uvloop
 
 from paceline.blocks.commands import blocks_app
+from paceline.cli_offline import one_of, plan, simulate
 from paceline.config import write_profiles
 from paceline.core.errors import ConfigError, PacelineError, PlanError
 from paceline.core.profile import ProfileRow
-from paceline.report import Working, console, plan_report, status_report, timeline_report
-
-if TYPE_CHECKING:
-    from paceline.sim.headroom import Verification
+from paceline.report import console, status_report, timeline_report
 
 MIB = 1 << 20
 
@@ -47,26 +45,6 @@ ServerOption = Annotated[
     str, typer.Option("--server", metavar="HOST:PORT", help="The running paceline's gRPC address.")
 ]
 DEFAULT_SERVER = "127.0.0.1:8001"
-
-ArrivalsOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="poisson|uniform|TRACE.csv",
-        help="What the plan is verified against (default: what the chain file declares, else "
-        "poisson); a trace is stretched to the chain's rate.",
-    ),
-]
-WindowOption = Annotated[
-    str, typer.Option(help="The rows of a trace whose column `window` says so.")
-]
-VerifyOption = Annotated[bool, typer.Option(help="Simulate the plan; raise its headroom.")]
-ConfidenceOption = Annotated[
-    float, typer.Option(min=0.5, max=0.9999, help="With which the attainment has to hold.")
-]
-RequestsOption = Annotated[
-    int, typer.Option(min=0, max=1_000_000, help="To verify with (0: what the target takes).")
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
 
 
 def _state_directory() -> Path:
@@ -187,99 +165,8 @@ def serve(
             uvloop.run(serve_workers(settings, workers, progress.events, log_level))
 
 
-@app.command()
-def plan(
-    chains: Annotated[list[Path], typer.Argument(metavar="CHAIN.yaml...", show_default=False)],
-    profiles: Annotated[Path, typer.Option(help="Durations: CSV from `paceline profile`.")],
-    hardware: Annotated[Path, typer.Option(help="Prices: hardware,price_per_hour,memory_mib.")],
-    rate_rps: Annotated[
-        float | None, typer.Option(help="Instead of the file's rate, requests/s.")
-    ] = None,
-    slo_ms: Annotated[float | None, typer.Option(help="Instead of the file's objective.")] = None,
-    policy: Annotated[
-        str, typer.Option(help="optimal, harpagon, nexus, scrooge, inferline or clipper.")
-    ] = "optimal",
-    billing: Annotated[
-        str, typer.Option(help="fractional, or machine: whole ones that modules share.")
-    ] = "fractional",
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(metavar="HARDWARE=N", help="Most machines of a kind (--billing machine)."),
-    ] = None,
-    overhead_ms: Annotated[
-        float, typer.Option(min=0, help="Reserved per module for front server and network.")
-    ] = 0.0,
-    arrivals: ArrivalsOption = None,
-    window: WindowOption = "",
-    verify: VerifyOption = True,
-    confidence: ConfidenceOption = 0.95,
-    requests: RequestsOption = 0,
-    seed: SeedOption = 0,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw cost against objective and rate (.png or .svg).")
-    ] = None,
-    output: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
-    dispatch: Annotated[
-        str, typer.Option(help="harpagon: throughput-cost, round-robin or pooled.")
-    ] = "throughput-cost",
-    max_tuples: Annotated[
-        int | None, typer.Option(min=1, help="harpagon: most configurations a module may mix.")
-    ] = None,
-    dummy: Annotated[bool, typer.Option(help="harpagon: dummy requests.")] = True,
-    reassign: Annotated[bool, typer.Option(help="harpagon: latency reassignment.")] = True,
-    node_merger: Annotated[bool, typer.Option(help="harpagon: siblings as one node.")] = True,
-    cost_direct: Annotated[bool, typer.Option(help="harpagon: also split by saving.")] = True,
-) -> None:
-    """What is the least that must be paid to serve these chains within their objectives, and how?
-
-    The plan is executed by the real dispatcher in virtual time. Where a chain misses its
-    attainment, it is given more machines, and what they cost is told. --arrivals uniform (what
-    the published bounds assume) and --no-verify do without.
-
-    Exits 3 when no plan meets an objective, naming the module that lacks how many ms.
-    """
-    from paceline.planner.problem import BILLINGS, Options
-    from paceline.planner.solve import POLICIES
-    from paceline.planner.worst_case import DISPATCHES
-    from paceline.planning import cheaper_slo, limits, plan_offline
-    from paceline.planning import plot as draw
-
-    _one_of("--format", output, ("text", "json"))
-    _one_of("--policy", policy, POLICIES)
-    _one_of("--billing", billing, BILLINGS)
-    _one_of("--dispatch", dispatch, DISPATCHES)
-    options = Options(
-        policy=policy,
-        dispatch=dispatch,  # type: ignore[arg-type]
-        max_tuples=max_tuples,
-        dummy=dummy,
-        reassign=reassign,
-        node_merger=node_merger,
-        cost_direct=cost_direct,
-        billing=billing,  # type: ignore[arg-type]
-        machine_limits=limits(limit or ()),
-    )
-    how = _verification(arrivals, window, confidence, requests, seed)
-    with Working() as working:
-        made = plan_offline(
-            chains,
-            profiles,
-            hardware,
-            options,
-            rate_rps=rate_rps,
-            slo_ms=slo_ms,
-            overhead_s=overhead_ms / 1e3,
-            verification=how if verify else None,
-            progress=working,
-        )
-    if plot is not None:
-        draw(made, plot)
-    if output == "json":
-        print(json.dumps(made.plan.as_json(), indent=2))
-    else:
-        cheaper = cheaper_slo(made)
-        told = None if cheaper is None else cheaper.told(len(made.chains))
-        console().print(plan_report(made.plan, cheaper=told))
+app.command()(plan)
+app.command()(simulate)
 
 
 @app.command()
@@ -326,7 +213,7 @@ def infer(
     """Send one request and print the outputs and where the time went."""
     from paceline import client
 
-    _one_of("--format", output, ("text", "json"))
+    one_of("--format", output, ("text", "json"))
     answer = client.infer(server, chain, inputs, slo_ms=slo_ms, timeout_s=timeout_s)
     if output == "json":
         print(json.dumps(answer.as_json(), ensure_ascii=False))
@@ -345,7 +232,7 @@ def status(
     """What runs where, what waits, what was served."""
     from paceline import client
 
-    _one_of("--format", output, ("text", "json"))
+    one_of("--format", output, ("text", "json"))
     for document in client.statuses(server, watch=watch):
         if output == "json":
             print(json.dumps(document), flush=True)
@@ -362,7 +249,7 @@ def explain(
     """Where one recent request's time went, module by module."""
     from paceline import client
 
-    _one_of("--format", output, ("text", "json"))
+    one_of("--format", output, ("text", "json"))
     told = client.explain(server, request_id)
     if output == "json":
         print(json.dumps(told))
@@ -387,32 +274,6 @@ def main() -> None:
         sys.exit(code)
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"must be one of {', '.join(allowed)}, got {value!r}", key=option)
-
-
-def _verification(
-    arrivals: str | None, window: str, confidence: float, requests: int, seed: int
-) -> Verification:
-    """What --arrivals and its companions ask for."""
-    from paceline.core.chain import ARRIVALS
-    from paceline.sim.headroom import Arrivals, Verification
-
-    if arrivals is None or arrivals in ARRIVALS:
-        if window:
-            raise ConfigError("selects rows of a trace; give one as --arrivals", key="--window")
-        against = Arrivals(arrivals or "")
-    else:
-        against = Arrivals(trace=Path(arrivals), window=window)
-        if not Path(arrivals).is_file():
-            raise ConfigError(
-                f"must be poisson, uniform or a trace file; there is no {arrivals!r}",
-                key="--arrivals",
-            )
-    return Verification(against, confidence, requests, seed)
 
 
 def _set_up_logging(level: str) -> None:

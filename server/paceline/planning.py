@@ -6,17 +6,17 @@ policy, billing, options and headroom as the plan itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from paceline.config import read_chains, read_hardware, read_profiles
-from paceline.core.chain import Chain
+from paceline.core.chain import Chain, Dispatch
 from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import Plan
-from paceline.core.profile import Profiles
+from paceline.core.profile import Hardware, Profiles
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.solve import solve
 from paceline.sim.headroom import Headroom, Verification, plan_with
@@ -40,8 +40,6 @@ class Offline:
     plan: Plan
     chains: tuple[PlannedChain, ...]
     options: Options
-    declared: tuple[Chain, ...]
-    profiles: Profiles
     headroom: Mapping[str, Headroom] = field(default_factory=dict)
 
 
@@ -59,7 +57,18 @@ class Cheaper:
         return f"{at} this costs {self.saving:.0%} less"
 
 
-def plan_offline(
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What files and options ask to be planned."""
+
+    declared: tuple[Chain, ...]
+    chains: tuple[PlannedChain, ...]
+    options: Options
+    profiles: Profiles
+    prices: Mapping[str, Hardware]
+
+
+def read_demand(
     paths: Sequence[Path],
     profiles: Path,
     hardware: Path,
@@ -68,10 +77,13 @@ def plan_offline(
     rate_rps: float | None = None,
     slo_ms: float | None = None,
     overhead_s: float = 0.0,
-    verification: Verification | None = None,
-    progress: Progress = lambda subject, detail: None,
-) -> Offline:
-    """Read the files, plan, and verify if asked to. Raises ConfigError and PlanError."""
+    assumed_rps: Callable[[str], float | None] = lambda chain: None,
+    dispatch: Dispatch | None = None,
+) -> Demand:
+    """Read the files. Raises ConfigError.
+
+    `assumed_rps` is the rate of a chain that declares none; `dispatch` replaces what is declared.
+    """
     measured, prices = read_profiles(profiles), read_hardware(hardware)
     for name in options.machine_limits:
         if name not in prices:
@@ -82,9 +94,15 @@ def plan_offline(
     demands: list[PlannedChain] = []
     declared: list[Chain] = []
     for chain in read_chains(paths):
-        changed = chain if slo_ms is None else replace(chain, slo_s=slo_ms / 1e3)
+        changed = replace(
+            chain,
+            slo_s=chain.slo_s if slo_ms is None else slo_ms / 1e3,
+            dispatch=dispatch or chain.dispatch,
+        )
         declared.append(changed)
         rate = rate_rps if rate_rps is not None else chain.rate_rps
+        if rate is None:
+            rate = assumed_rps(chain.name)
         if rate is None:
             raise ConfigError(
                 f"chain {chain.name!r} declares none; give --rate-rps", key="rate_rps"
@@ -98,15 +116,31 @@ def plan_offline(
         demands.append(demand(changed, rate, measured, prices, {}, overhead_s))
     memory = {name: kind.memory_bytes for name, kind in prices.items() if kind.memory_bytes}
     used = replace(options, memory_bytes=memory)
+    return Demand(tuple(declared), tuple(demands), used, measured, prices)
+
+
+def plan_offline(
+    wanted: Demand,
+    *,
+    verification: Verification | None = None,
+    progress: Progress = lambda subject, detail: None,
+) -> Offline:
+    """Plan, and verify if asked to. Raises ConfigError and PlanError."""
     started = perf_counter()
-    plan = solve(demands, used)
+    plan = solve(wanted.chains, wanted.options)
     plan = replace(plan, solve_s=perf_counter() - started)
     headroom: dict[str, Headroom] = {}
     if verification is not None:
         plan, headroom = verified(
-            declared, demands, used, measured, verification, plan, progress=progress
+            wanted.declared,
+            wanted.chains,
+            wanted.options,
+            wanted.profiles,
+            verification,
+            plan,
+            progress=progress,
         )
-    return Offline(plan, tuple(demands), used, tuple(declared), measured, headroom)
+    return Offline(plan, wanted.chains, wanted.options, headroom)
 
 
 def limits(texts: Sequence[str]) -> dict[str, int]:
@@ -161,29 +195,46 @@ def curves(made: Offline) -> Mapping[str, list[tuple[float, float]]]:
 
 def plot(made: Offline, path: Path) -> None:
     """Draw cost against objective and against rate. ConfigError unless PNG or SVG."""
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ConfigError(f"{path.name!r} must end in .png or .svg", key="--plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     first = made.chains[0]
     single = len(made.chains) == 1
     scales = {"slo": first.slo_s * 1e3, "rate": first.rate_rps}
     units = {"slo": "objective, ms", "rate": "rate, requests/s"}
     whole = {"slo": "objective, times as declared", "rate": "rate, times as declared"}
-    for axes, (name, points) in zip(figure.subplots(1, 2), curves(made).items(), strict=True):
-        _draw(axes, points, scales[name] if single else 1.0, made.plan.cost_per_hour)
-        axes.set_xlabel(units[name] if single else whole[name])
-        axes.set_ylabel("cost per hour")
-    names = ", ".join(chain.name for chain in made.chains[:4])
-    more = f" and {len(made.chains) - 4} more" if len(made.chains) > 4 else ""
-    figure.suptitle(f"{names}{more}: {made.plan.policy}, {made.plan.billing} billing")
+
+    def draw(figure: Any) -> None:
+        for axes, (name, points) in zip(figure.subplots(1, 2), curves(made).items(), strict=True):
+            _draw(axes, points, scales[name] if single else 1.0, made.plan.cost_per_hour)
+            axes.set_xlabel(units[name] if single else whole[name])
+            axes.set_ylabel("cost per hour")
+        names = ", ".join(chain.name for chain in made.chains[:4])
+        more = f" and {len(made.chains) - 4} more" if len(made.chains) > 4 else ""
+        figure.suptitle(f"{names}{more}: {made.plan.policy}, {made.plan.billing} billing")
+
+    save_figure(path, (9, 3.6), draw)
+
+
+def save_figure(path: Path, inches: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    """Draw a figure into a file; the same bytes each time. ConfigError unless PNG or SVG."""
+    check_plot(path)
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    svg = path.suffix.lower() == ".svg"
     try:
-        figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        with matplotlib.rc_context({"svg.hashsalt": "paceline"}):
+            figure.savefig(path, metadata={"Date": None} if svg else None)
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror}", where=str(path)) from None
+
+
+def check_plot(path: Path) -> None:
+    """ConfigError unless it can be drawn there."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"{path.name!r} must end in .png or .svg", key="--plot")
 
 
 def _draw(axes: Any, points: Sequence[tuple[float, float]], scale: float, cost: float) -> None:

@@ -149,6 +149,107 @@ def timeline_report(
     return table
 
 
+ROWS_OF_TIME = 12
+
+
+def simulation_report(run: Mapping[str, Any]) -> RenderableType:
+    """A simulated run: its chains, modules and hardware, plans that followed, and its course."""
+    replanned = f", {len(run['plans'])} new plans" if run["replanned"] else ""
+    head = Text(
+        f"{run['duration_s']:.0f} s of {run['arrivals']} (seed {run['seed']}), policy "
+        f"{run['policy']}, {run['billing']} billing{replanned}: "
+        f"{run['cost_per_hour']:.4g} per hour, {run['cost']:.4g} in all"
+    )
+    chains = _table(
+        "chains",
+        ("chain", "left"),
+        *_right("SLO ms", "requests", "met", "missed", "rejected", "attained", "target"),
+        *_right("goodput/s", "p50 ms", "p99 ms", "max ms"),
+    )
+    for chain in run["chains"]:
+        latency = chain["latency_ms"]
+        chains.add_row(
+            chain["chain"],
+            f"{chain['slo_ms']:g}",
+            *(str(chain[name]) for name in ("requests", "met", "missed", "rejected")),
+            f"{floor(chain['attainment'] * 1e4) / 1e4:.2%}",
+            f"{chain['target']:.6g}",
+            f"{chain['goodput_rps']:.4g}",
+            *(f"{latency[name]:.0f}" for name in ("p50", "p99", "p100")),
+        )
+    modules = _table(
+        "modules",
+        ("module", "left"),
+        *_right("rows", "batch", "queue ms", "p99", "execution ms", "rows waiting", "most"),
+    )
+    for module in run["modules"]:
+        modules.add_row(
+            f"{module['chain']}.{module['module']}",
+            str(module["rows"]),
+            f"{module['batch_size']:.1f}",
+            f"{module['queue_ms']:.1f}",
+            f"{module['queue_p99_ms']:.1f}",
+            f"{module['execute_ms']:.1f}",
+            f"{module['waiting_rows']:.1f}",
+            str(module["waiting_rows_most"]),
+        )
+    return Group(head, chains, modules, *_changes(run["plans"]), _course(run["timeline"]))
+
+
+def _changes(plans: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    if not plans:
+        return []
+    table = _table(
+        "new plans",
+        *_right("at s", "in force s", "cost/h before", "then", "machines +", "-"),
+        ("because", "left"),
+    )
+    for plan in plans:
+        table.add_row(
+            f"{plan['at_s']:.0f}",
+            f"{plan['ready_s']:.0f}",
+            f"{plan['cost_per_hour_before']:.4g}",
+            f"{plan['cost_per_hour']:.4g}",
+            str(plan["machines_started"]),
+            str(plan["machines_ended"]),
+            plan["reason"],
+        )
+    return [table]
+
+
+def _course(timeline: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """The run in a few rows, each the sum or mean of some stretches."""
+    hardware = sorted({name for stretch in timeline for name in stretch["machines"]})
+    table = _table(
+        "course",
+        *_right("from s", "requests/s", "attained", "rows waiting", "cost/h"),
+        *_right(*(text for name in hardware for text in (name, "used"))),
+    )
+    step = -(-len(timeline) // ROWS_OF_TIME)
+    for start in range(0, len(timeline), step):
+        part = timeline[start : start + step]
+        span_s = sum(s["span_s"] for s in part) or 1.0
+        requests = sum(s["requests"] for s in part)
+        met = sum(s["met"] for s in part)
+        cells = []
+        for name in hardware:
+            had = sum(s["machines"].get(name, 0.0) * s["span_s"] for s in part)
+            busy = sum(
+                s["machines"].get(name, 0.0) * s["span_s"] * s["utilisation"].get(name, 0.0)
+                for s in part
+            )
+            cells += [f"{had / span_s:.3g}", f"{busy / had:.0%}" if had else "-"]
+        table.add_row(
+            f"{part[0]['at_s']:.0f}",
+            f"{requests / span_s:.4g}",
+            f"{met / requests:.2%}" if requests else "-",
+            f"{sum(s['waiting_rows'] * s['span_s'] for s in part) / span_s:.1f}",
+            f"{sum(s['cost_per_hour'] * s['span_s'] for s in part) / span_s:.4g}",
+            *cells,
+        )
+    return table
+
+
 def status_report(status: Mapping[str, Any]) -> RenderableType:
     """Chains, modules and machines of a running server, and models that are not ready."""
     state = "draining" if status["draining"] else "ready" if status["ready"] else "starting"

@@ -12,7 +12,7 @@ from paceline.cli import app
 from paceline.core.errors import ConfigError, PlanError
 from paceline.planner.problem import Options
 from paceline.planner.solve import POLICIES
-from paceline.planning import cheaper_slo, curves, limits, plan_offline
+from paceline.planning import cheaper_slo, curves, limits, plan_offline, read_demand
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHAIN = EXAMPLES / "planning/traffic.yaml"
@@ -107,7 +107,7 @@ def test_cost_against_objective_and_rate_is_drawn(tmp_path: Path, suffix: str) -
 
 
 def test_cost_falls_with_the_objective_and_rises_with_the_rate() -> None:
-    made = plan_offline([CHAIN], PROFILES, HARDWARE, Options(policy="optimal"))
+    made = plan_offline(read_demand([CHAIN], PROFILES, HARDWARE, Options(policy="optimal")))
     found = curves(made)
     slo = [cost for _, cost in found["slo"]]
     rate = [cost for _, cost in found["rate"]]

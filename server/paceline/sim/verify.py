@@ -72,7 +72,7 @@ def simulate(
     routes = [route_chain(b, plan.chain(name), durations) for name, b in bounds.items()]
     world.run(Install(0.0, route) for route in routes)
     late_s = 0.0 if shed else UNBOUNDED_S
-    stream: Iterator[Arrive] = _requests(chains, instants, rng, late_s)
+    stream = requests_of(chains, instants, rng, late_s)
     if most_missed is not None:
         most = list(most_missed.items())
         stream = takewhile(lambda _: all(tally.missed(name) <= n for name, n in most), stream)
@@ -107,10 +107,13 @@ def _instants(
     return found
 
 
-def _requests(
-    chains: Sequence[Chain], instants: Mapping[str, Sequence[float]], rng: Random, late_s: float
+def requests_of(
+    chains: Sequence[Chain],
+    instants: Mapping[str, Sequence[float]],
+    rng: Random,
+    late_s: float = 0.0,
 ) -> Iterator[Arrive]:
-    """Every chain's requests in the order of their arrival."""
+    """Every chain's requests in the order of their arrival, numbered from 1."""
     by_name = {chain.name: chain for chain in chains}
     inputs = {chain.name: RequestInputs(chain, rng) for chain in chains}
     merged = heapq.merge(*([(at_s, name) for at_s in times] for name, times in instants.items()))
