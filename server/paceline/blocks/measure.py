@@ -200,7 +200,9 @@ def rows_independent(runner: BlockRunner, member: Member, guess: int, given: Sha
     try:
         together = runner.run(member, pair, drop=True)
         alone = [
-            runner.run(member, {name: array[row : row + 1] for name, array in pair.items()})
+            runner.run(
+                member, {name: array[row : row + 1] for name, array in pair.items()}, drop=True
+            )
             for row in (0, 1)
         ]
     except Exception:  # as above

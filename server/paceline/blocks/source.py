@@ -110,19 +110,16 @@ class Stored:
                 )
                 return
             rows, columns = self.full_shape
-            step = max(1, CHUNK_BYTES // (columns * item_bytes(self.dtype)))
+            item, width = item_bytes(self.dtype), (self.stop - self.start) * item_bytes(self.dtype)
+            step = max(1, CHUNK_BYTES // width)
             for first in range(0, rows, step):
-                count = min(step, rows - first)
-                at = self.offset + first * columns * item_bytes(self.dtype)
-                raw = b"".join(
-                    self._read(file.fileno(), at, count * columns * item_bytes(self.dtype))
+                places = (
+                    self.offset + (row * columns + self.start) * item
+                    for row in range(first, min(first + step, rows))
                 )
-                table = np.frombuffer(raw, np.uint8).reshape(
-                    count, columns * item_bytes(self.dtype)
+                yield b"".join(
+                    data for at in places for data in self._read(file.fileno(), at, width)
                 )
-                yield table[
-                    :, self.start * item_bytes(self.dtype) : self.stop * item_bytes(self.dtype)
-                ].tobytes()
 
     def _read(self, handle: int, offset: int, count: int) -> Iterator[bytes]:
         while count:
