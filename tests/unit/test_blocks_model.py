@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 from tests.integration.blocks_models import WIDTH, compiled, write_embedding, write_mlp
 
-from paceline.blocks.backend import remote, store
+from paceline.blocks.backend import store
 from paceline.blocks.backend.blockmodel import BlockModel
 from paceline.blocks.backend.manifest import PoolError
 from paceline.blocks.backend.settings import SettingsError, read_settings
@@ -283,7 +283,7 @@ def test_a_full_disk_is_a_load_error_and_leaves_nothing(
     class Full:
         free = OBJECT_BYTES - 1
 
-    monkeypatch.setattr(remote.shutil, "disk_usage", lambda _: Full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Full)
     with pytest.raises(PoolError, match="No space left on device for an object of 262144 bytes"):
         opened("mlp", pool=pool.url, cache=str(tmp_path / "cache"))
     assert not list((tmp_path / "cache" / "tmp" / "fetch").iterdir())

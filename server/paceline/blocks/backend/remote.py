@@ -16,7 +16,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .manifest import Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
@@ -25,6 +24,8 @@ from .store import Store
 from .window import Span
 
 _HASH_ATTEMPTS = 2
+_SETTLE_S = 0.5
+"""So long nothing must have come before the disk is kept busy."""
 
 
 class RemoteSource:
@@ -48,7 +49,7 @@ class RemoteSource:
         self._objects: dict[str, MappedObject] = {}
         self._parts: dict[str, _Part] = {}
         self._right: set[str] = set()
-        self._publisher = ThreadPoolExecutor(1, "blocks-publisher")
+        self._settler = _Settler(self._store)
 
     @property
     def _remote(self) -> Store:
@@ -118,11 +119,15 @@ class RemoteSource:
                     self._download(digest, part, offset, min(chunk, part.size_bytes - offset))
                 self._complete(digest, part)
             return
-        self._store.verified(digest, self._objects[digest].size_bytes)
+        try:
+            self._store.verified(digest, self._objects[digest].size_bytes)
+        except PoolError as error:
+            self._store.path(digest).unlink(missing_ok=True)
+            raise PoolError(f"{error}; removed from the cache: load the model again") from None
         self._right.add(digest)
 
     def close(self) -> None:
-        self._publisher.shutdown()
+        self._settler.close()
         for store in self._stores:
             store.close()
         for part in self._parts.values():
@@ -145,20 +150,13 @@ class RemoteSource:
             if part.hash() == digest:
                 self._right.add(digest)
                 del self._parts[digest]
-                # Nobody has to wait until the disk has it.
-                self._publisher.submit(self._publish, digest, part)
+                part.publish(self._store.path(digest))
+                self._settler.add(digest)
                 return
             if attempt + 1 < _HASH_ATTEMPTS:
                 self._download(digest, part, 0, part.size_bytes)
         part.release()
         raise PoolError(f"object {digest}: the store has other bytes under this name")
-
-    def _publish(self, digest: str, part: _Part) -> None:
-        """Into the cache; if that fails this process still has it, and the next fetches again."""
-        with contextlib.suppress(PoolError, OSError):
-            part.publish(self._store.path(digest))
-            self._store.mark_verified(digest)
-        part.close()
 
     def _came_from_elsewhere(self, digest: str, part: _Part) -> bool:
         """Waits for whoever fetches it; whether it is complete then."""
@@ -185,6 +183,54 @@ class RemoteSource:
         except OSError as error:
             fresh.unlink(missing_ok=True)
             raise PoolError(f"cache {path}: {error.strerror}") from None
+
+
+class _Settler:
+    """Brings objects to the disk when nothing is being loaded, and remembers them as verified.
+
+    Before that a crash of the machine may leave other bytes under their names: without a marker
+    they are hashed before use.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._waiting: list[str] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="blocks-settler", daemon=True)
+        self._thread.start()
+
+    def add(self, digest: str) -> None:
+        with self._changed:
+            self._waiting.append(digest)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """What was not settled will be hashed by the next who uses it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._closed:
+            with self._changed:
+                count = len(self._waiting)
+                self._changed.wait(_SETTLE_S if count else None)
+                if not count or len(self._waiting) > count:
+                    continue  # something is being loaded
+            while self._waiting and len(self._waiting) <= count and not self._closed:
+                count = len(self._waiting)
+                self._settle(self._waiting.pop())
+
+    def _settle(self, digest: str) -> None:
+        with contextlib.suppress(OSError):
+            handle = os.open(self._store.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            self._store.mark_verified(digest)
 
 
 class _Part:
@@ -252,10 +298,9 @@ class _Part:
             return hash_file(file)
 
     def publish(self, path: Path) -> None:
-        """Under its name; ends the lock."""
+        """Under its name, in memory at least; ends the lock."""
         try:
             os.fchmod(self._handle, 0o444)
-            os.fsync(self._handle)
             self.path.rename(path)
         except OSError as error:
             raise PoolError(f"cache {path}: {error.strerror}") from None
