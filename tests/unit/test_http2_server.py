@@ -396,19 +396,37 @@ async def test_more_than_the_window_is_an_error_of_the_stream(service: Service) 
     assert client.answers()[3][0] == message(b"fine")
 
 
-async def test_what_came_of_unfinished_requests_is_bounded_for_all_of_them_together() -> None:
-    limits = ServerLimits(stream_window_bytes=100_000, frame_bytes=50_000)
-    service = Service(limits, max_held_bytes=100_000)
-    first, second = Client(service.server), Client(service.server)
-    for client in (first, second):
+async def test_the_memory_of_unfinished_requests_is_bounded_for_all_of_them_together() -> None:
+    service = Service(max_held_bytes=250_000)
+    clients = [Client(service.server) for _ in range(3)]
+    for client in clients:
         client.send(frame(HEADERS, 0x4, 1, request_block()))
-        client.send(frame(DATA, 0, 1, message(bytes(90_000))[:49_000]))
-    first.send(frame(DATA, 0, 1, bytes(10_000)))
-    assert first.answers()[1][1]["grpc-status"] == "8"
-    second.send(frame(DATA, 1, 1, bytes(41_005)))
-    second.send(frame(WINDOW, 0, 0, word(1_000_000)) + frame(WINDOW, 0, 1, word(1_000_000)))
-    assert len(second.answers()[1][0]) == 90_005
+        client.send(frame(DATA, 0, 1, message(bytes(90_000))[:10]))
+    first, second, third = clients
+    assert third.answers()[1][1]["grpc-status"] == "8"
+    for client in (first, second):
+        client.send(frame(DATA, 0, 1, bytes(45_000)) + frame(DATA, 1, 1, bytes(44_995)))
+        client.send(frame(WINDOW, 0, 0, word(1_000_000)) + frame(WINDOW, 0, 1, word(1_000_000)))
+        assert len(client.answers()[1][0]) == 90_005
     assert service.server.held_bytes == 0
+
+
+async def test_when_much_is_taken_announcing_large_messages_takes_nothing() -> None:
+    service = Service(max_held_bytes=1_500_000)
+    clients = [Client(service.server) for _ in range(10)]
+    for size, client in zip([400_000] + [900_000] * 9, clients, strict=True):
+        client.take()
+        client.send(frame(HEADERS, 0x4, 1, request_block()))
+        client.send(frame(DATA, 0, 1, message(bytes(size))[:1005]))
+    assert all(only(client.take(), HEADERS) == [] for client in clients)
+    assert service.server.held_bytes == 400_005 + 9 * 1005
+    last = clients[-1]
+    for at in range(1005, 900_005, 50_000):
+        rest = bytes(min(50_000, 900_005 - at))
+        last.send(frame(DATA, int(at + 50_000 >= 900_005), 1, rest), step=45_000)
+    last.send(frame(WINDOW, 0, 0, word(1_000_000)) + frame(WINDOW, 0, 1, word(1_000_000)))
+    assert last.answers()[1][0] == message(bytes(900_000))
+    assert service.server.held_bytes == 400_005 + 8 * 1005
 
 
 # Endings

@@ -1,8 +1,9 @@
 """gRPC's messages within a stream's DATA: a flag, four bytes of length, and the message.
 
 Invariant: a message's bytes are copied once, from the connection's read buffer; large ones not at
-all where the socket reads straight into `room`. Memory grows with what has arrived, not with what
-a peer announces; a peer's small messages wait unread as they came.
+all where the socket reads straight into `room`. A peer's small messages wait unread as they came.
+Memory for a whole message is taken when it begins, which is fast as the allocator reuses it; a
+`lazy` inbox takes a large message's from the kernel, which gives a page when something arrives.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from paceline.core.tensor import Buffer
 
 PREFIX = struct.Struct(">BI")
 PREFIX_BYTES = PREFIX.size
-_MAPPED_BYTES = 1 << 17
-"""From here on a message gets memory of its own that the kernel fills in when it is touched."""
+_LARGE_BYTES = 1 << 17
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _READ_AHEAD = 64
 
 
@@ -33,10 +34,11 @@ class Inbox:
 
     __slots__ = (
         *("_ahead", "_body", "_filled", "_flag", "_head", "_limit_bytes", "_size_bytes"),
-        *("_whole", "unread_bytes"),
+        *("_lazy", "_whole", "unread_bytes"),
     )
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, *, lazy: bool = False) -> None:
+        self._lazy = lazy
         self._limit_bytes = limit_bytes
         self._whole: deque[tuple[int, Buffer]] = deque()
         self._head = b""
@@ -85,8 +87,9 @@ class Inbox:
             end_of_message: int = at + size_bytes
             return end_of_message
         self._flag, self._size_bytes, self._filled = flag, size_bytes, 0
-        mapped = size_bytes >= _MAPPED_BYTES
-        self._body = memoryview(mmap.mmap(-1, size_bytes) if mapped else bytearray(size_bytes))
+        lazy = self._lazy and size_bytes >= _LARGE_BYTES
+        memory = mmap.mmap(-1, size_bytes, flags=_PRIVATE) if lazy else bytearray(size_bytes)
+        self._body = memoryview(memory)
         return at
 
     def room(self, at_most: int) -> memoryview | None:
@@ -104,7 +107,7 @@ class Inbox:
         assert self._body is not None
         self._filled += count
         if self._filled == self._size_bytes:
-            small = self._size_bytes < _MAPPED_BYTES
+            small = self._size_bytes < _LARGE_BYTES
             self._whole.append((self._flag, bytes(self._body) if small else self._body))
             self._body = None
 
@@ -112,6 +115,12 @@ class Inbox:
     def missing_bytes(self) -> int:
         """Of the message that has begun."""
         return self._size_bytes - self._filled if self._body is not None else 0
+
+    @property
+    def taken_bytes(self) -> int:
+        """Memory: of what has come, and for the rest of the message that has begun."""
+        lazy = self._lazy and self._size_bytes >= _LARGE_BYTES
+        return self.unread_bytes + (0 if lazy else self.missing_bytes)
 
     @property
     def partial(self) -> bool:

@@ -32,8 +32,9 @@ WRITE_AHEAD_BYTES = 1 << 20
 
 
 class Intake:
-    """The limits that all calls of a server share: of a message, and of what has come of
-    requests that no handler has taken yet."""
+    """The limits that all calls of a server share: of a message, and of the memory taken by
+    requests that no handler has taken yet. From a quarter of it on it is taken as it is needed,
+    and not as it is announced."""
 
     __slots__ = ("held_bytes", "max_held_bytes", "max_message_bytes")
 
@@ -122,7 +123,9 @@ class Call(ServerStream):
             return
         inbox = self._inbox
         if inbox is None:
-            inbox = self._inbox = Inbox(self._intake.max_message_bytes)
+            intake = self._intake
+            lazy = intake.held_bytes > intake.max_held_bytes // 4
+            inbox = self._inbox = Inbox(intake.max_message_bytes, lazy=lazy)
         try:
             inbox.feed(data)
         except MessageTooLarge as error:
@@ -150,7 +153,7 @@ class Call(ServerStream):
         raise NotImplementedError
 
     def _arrived(self, inbox: Inbox) -> None:
-        self._hold(inbox.unread_bytes)
+        self._hold(inbox.taken_bytes)
         if self._intake.held_bytes > self._intake.max_held_bytes:
             details = "too many bytes of requests are on their way to the server"
             self.stop(Status(grpc.StatusCode.RESOURCE_EXHAUSTED, details))
@@ -172,7 +175,7 @@ class Call(ServerStream):
     def _take(self, inbox: Inbox) -> Buffer | None:
         """The next message, decompressed; None where the call has ended over it."""
         flag, data = inbox.pop()
-        self._hold(inbox.unread_bytes)
+        self._hold(inbox.taken_bytes)
         if not flag:
             return data
         if flag != 1 or self.head.encoding == "identity":
