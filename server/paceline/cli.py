@@ -23,6 +23,7 @@ import typer
 import uvloop
 
 from paceline.blocks.commands import blocks_app
+from paceline.cli_edge import schedule
 from paceline.cli_offline import one_of, plan, simulate
 from paceline.config import write_profiles
 from paceline.core.errors import ConfigError, PacelineError, PlanError
@@ -90,6 +91,14 @@ def serve(
             "(default: the processor cores of a local one, 1 elsewhere).",
         ),
     ] = None,
+    memory_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="What the models of a Triton may take together; models are loaded and evicted "
+            "as requests need them (default: memory_mib of the hardware file, or no bound).",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8002,
@@ -150,6 +159,7 @@ def serve(
         tritons=targets,
         hardware=hardware,
         slots=slots,
+        memory_bytes=memory_mib * MIB if memory_mib is not None else None,
         host=host,
         grpc_port=grpc_port,
         http_port=http_port,
@@ -158,6 +168,10 @@ def serve(
         replan_window_s=replan_window_s,
         share=Share(*map(int, worker.split("/"))),
     )
+    if memory_mib is not None and (workers > 1 or settings.share.count > 1):
+        raise ConfigError(
+            "is for one worker: several do not know of each other's models", key="--memory-mib"
+        )
     with ServeProgress(host, ready_fd=ready_fd) as progress:
         if workers == 1:
             uvloop.run(run(settings, progress.events))
@@ -167,6 +181,7 @@ def serve(
 
 app.command()(plan)
 app.command()(simulate)
+app.command()(schedule)
 
 
 @app.command()

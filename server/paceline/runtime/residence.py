@@ -325,6 +325,7 @@ class Residence:
     async def _load(self, action: ev.Load) -> None:
         name, model = action.machine, action.model
         machine = self._machines.named()[name]
+        logger.info("loading %s on %s", model, name)
         try:
             async with self.lock(name, model):
                 await machine.repository.load(model, instances=action.instances)
@@ -336,6 +337,7 @@ class Residence:
             logger.warning("%s", error)
             self._tell(ev.LoadFailed(action.operation, name, model, str(error)))
         else:
+            logger.info("loaded %s on %s", model, name)
             if self.state.is_under_way(name, model, action.operation):
                 self._machines.placed[name][model] = action.instances
                 self._tell(ev.LoadDone(action.operation, name, model, own_bytes))

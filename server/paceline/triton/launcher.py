@@ -132,6 +132,12 @@ class LocalTriton:
         self._supervisor = asyncio.create_task(self._supervise(), name="triton-supervisor")
         return self.url
 
+    def restart(self) -> None:
+        """End it at once; it is started again as after any other end, without models."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     async def stop(self) -> None:
         """SIGTERM, a bounded wait, SIGKILL; returns when every process of it is gone."""
         supervisor, self._supervisor = self._supervisor, None
