@@ -94,6 +94,40 @@ def test_composition_equals_brute_force_on_every_shape_of_dag(
         assert priced is not None and priced.bound == pytest.approx(least)
 
 
+def agrees(parents: Sequence[Sequence[int]], rng: random.Random, options: int) -> bool:
+    """Whether composing equals brute force; also says whether anything was possible."""
+    offers = [
+        [(rng.randint(1, 9) / 10, float(rng.randint(1, 99))) for _ in range(options)]
+        for _ in parents
+    ]
+    arrays = [(np.array([p[0] for p in o]), np.array([p[1] for p in o])) for o in offers]
+    slo_s = rng.choice((1.0, 1.6, 2.2))
+    least = brute_force(parents, offers, slo_s)
+    found = compose(Graph.of(parents), arrays, slo_s)
+    assert (least == inf) == (found is None), parents
+    if found is not None:
+        cost = sum(offer[at][1] for offer, at in zip(offers, found.chosen, strict=True))
+        assert cost == pytest.approx(least) == pytest.approx(found.bound), parents
+    return found is not None
+
+
+def test_composition_equals_brute_force_on_every_dag_of_five_modules() -> None:
+    edges = list(combinations(range(5), 2))
+    feasible = 0
+    for at, used in enumerate(product((False, True), repeat=len(edges))):
+        there = [edge for edge, on in zip(edges, used, strict=True) if on]
+        parents = [tuple(a for a, b in there if b == i) for i in range(5)]
+        feasible += agrees(parents, random.Random(at), 2)
+    assert feasible >= 400
+
+
+def test_what_no_end_can_be_taken_off_is_solved_as_a_program() -> None:
+    # Three starts, three ends, each start before two of the ends: a crown.
+    crown = ((), (), (), (0, 1), (1, 2), (0, 2))
+    assert tree(Graph.of(crown)) is None
+    assert sum(agrees(crown, random.Random(seed), 3) for seed in range(12)) >= 6
+
+
 def small_chain(parents: tuple[tuple[int, ...], ...]) -> PlannedChain:
     rng = random.Random(f"chain {parents}")
     rate_rps = rng.choice((3.0, 20.0, 150.0))

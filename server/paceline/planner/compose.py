@@ -3,8 +3,10 @@
 Invariant: the result is the minimum over all combinations of the options given.
 
 Each module offers options (latency, cost). Series-parallel DAGs are solved by dynamic programming
-over Pareto fronts: latencies add up along series, and parallel parts share a latency. Any other
-DAG is a mixed integer program for HiGHS (algorithms 1.4).
+over Pareto fronts: latencies add up along series, and parallel parts share a latency. In any other
+DAG a module between the start and one other module, or between one other and the end, is decided
+with that one (the letter N is then a series of two); what is left and not series-parallel either is
+a mixed integer program for HiGHS (algorithms 1.4).
 
 `Prices` of latency come from the linear relaxation. Whatever keeps the objective costs at least
 sum over modules of (cost + price * latency) - total price * objective; where a part alone makes
@@ -100,6 +102,8 @@ def compose(
         return None
     structure = tree(graph)
     if structure is None:
+        if (ends := _ends(graph)) is not None:
+            return _by_ends(graph, offers, slo_s, at_most, tolerance, ends)
         return _by_program(graph, offers, slo_s, tolerance)
     free = Prices((0.0,) * len(offers), 0.0, ())
     return _Search.of(offers, slo_s, prices or free, at_most, tolerance).cheapest(structure)
@@ -265,6 +269,55 @@ def _trace(front: _Front, at: int, chosen: list[int]) -> None:
         return
     _trace(front.parts[0], int(front.left[at]), chosen)
     _trace(front.parts[1], int(front.right[at]), chosen)
+
+
+def _ends(graph: Graph) -> tuple[int, int] | None:
+    """A module at one end of the DAG whose only neighbour is at the other end: both, it last."""
+    for module, (above, below) in enumerate(zip(graph.parents, graph.children, strict=True)):
+        if len(above) == 1 and not below and not graph.parents[above[0]]:
+            return above[0], module
+        if len(below) == 1 and not above and not graph.children[below[0]]:
+            return below[0], module
+    return None
+
+
+def _by_ends(
+    graph: Graph,
+    offers: Sequence[Offers],
+    slo_s: float,
+    at_most: float,
+    tolerance: float,
+    ends: tuple[int, int],
+) -> Composed | None:
+    """Without the second of `ends`, which has what the first leaves of the objective."""
+    stays, goes = ends
+    (latencies_s, costs), kept = _pareto(*offers[goes])
+    own_s, own = offers[stays]
+    at = np.searchsorted(latencies_s, slo_s + SAME_S - own_s, side="right") - 1
+    possible = np.flatnonzero(at >= 0)
+    at = at[possible]
+    fewer = list(offers)
+    fewer[stays] = (own_s[possible], own[possible] + costs[at])
+    del fewer[goes]
+    found = compose(_without(graph, goes), fewer, slo_s, at_most=at_most, tolerance=tolerance)
+    if found is None:
+        return None
+    chosen = list(found.chosen)
+    chosen.insert(goes, 0)
+    picked = chosen[stays]
+    chosen[stays], chosen[goes] = int(possible[picked]), int(kept[at[picked]])
+    return Composed(tuple(chosen), found.bound)
+
+
+def _without(graph: Graph, module: int) -> Graph:
+    """The graph with one module less, those after it renumbered."""
+    return Graph.of(
+        [
+            tuple(parent - (parent > module) for parent in above if parent != module)
+            for i, above in enumerate(graph.parents)
+            if i != module
+        ]
+    )
 
 
 def _by_program(
