@@ -64,12 +64,12 @@ def _machines_table(machines: Sequence[PackedMachine]) -> Table:
         ("hardware", "left"),
         ("cycle ms", "right"),
         ("busy", "right"),
-        ("runs in each cycle", "left"),
+        ("runs", "left"),
     )
     for machine in machines:
         table.add_row(
             machine.hardware,
-            f"{machine.shares[0].cycle_s * 1e3:.1f}",
+            f"{cycle_s * 1e3:.1f}" if (cycle_s := machine.shares[0].cycle_s) else "by urgency",
             f"{sum(share.utilisation for share in machine.shares):.0%}",
             ", ".join(f"{s.chain}.{s.module} b{s.batch_size}" for s in machine.shares),
         )

@@ -6,14 +6,17 @@ import random
 from dataclasses import replace
 
 import pytest
+from tests.urgency import latest_s
 
 from paceline.core.errors import ConfigError, PlanError
-from paceline.core.plan import Plan
+from paceline.core.plan import ModulePlan, Plan, Share
 from paceline.core.profile import Configuration
-from paceline.planner.machines import least_price
-from paceline.planner.pack import Load, Machine, pack, together
+from paceline.planner.cycle import Load, together
+from paceline.planner.pack import Machine, pack
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
 from paceline.planner.solve import solve
+from paceline.planner.urgency import Stream
+from paceline.planner.whole_bound import least_price
 
 MACHINE = Options(policy="optimal", billing="machine")
 
@@ -87,14 +90,26 @@ def chain(name: str, rng: random.Random, rate_rps: float | None = None) -> Plann
     return PlannedChain(name, least_s * rng.choice((1.3, 2.0, 4.0)), rate_rps, tuple(modules))
 
 
+def stream(share: Share, module: ModulePlan, hardware: str) -> Stream:
+    """What a share asks of a machine that goes by urgency, from the plan alone."""
+    sizes = {(a.hardware, a.batch_size): a.duration_s for a in module.allocations}
+    duration_s = sizes[hardware, share.batch_size]
+    collection_s = 0.0 if share.batch_size == 1 else share.batch_size / module.rate_rps
+    # Batches that other machines of the module collect may be in the way of its own's beginning.
+    jitter_s = module.batch_size / module.rate_rps if len(sizes) > 1 else 0.0
+    within_s = module.latency_budget_s - collection_s
+    return Stream(duration_s, within_s, share.utilisation, jitter_s)
+
+
 def check(plan: Plan, chains: list[PlannedChain], memory_bytes: int) -> None:
     """Every rule of the module docstrings, from the plan alone."""
     rates = {(c.name, m.name): m.rate_rps for c in chains for m in c.modules}
     served = dict.fromkeys(rates, 0.0)
-    durations = {}
+    durations, found = {}, {}
     for c in plan.chains:
         assert c.latency_worst_s <= c.slo_s + 1e-6
         for m in c.modules:
+            found[c.chain, m.module] = m
             assert m.latency_worst_s <= m.latency_budget_s + 1e-6
             for a in m.allocations:
                 durations[c.chain, m.module, a.hardware, a.batch_size] = a.duration_s
@@ -108,8 +123,12 @@ def check(plan: Plan, chains: list[PlannedChain], memory_bytes: int) -> None:
         assert sum(share.utilisation for share in machine.shares) <= 1 + 1e-6
         if cycle_s:
             assert busy_s <= cycle_s + 1e-9
-        else:
-            assert len(machine.shares) == 1
+        elif len(machine.shares) > 1:
+            streams = [
+                stream(share, found[share.chain, share.module], machine.hardware)
+                for share in machine.shares
+            ]
+            assert latest_s(streams, random.Random(str(machine))) <= 1e-9
         assert machine.memory_bytes <= memory_bytes
     assert served == pytest.approx(rates, rel=1e-5)
     assert plan.cost_per_hour == pytest.approx(sum(m.price_per_hour for m in plan.machines))

@@ -76,7 +76,10 @@ class ChainPlan:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one module has of a machine; `cycle_s` is the machine's duty cycle (0: its own)."""
+    """What one module has of a machine; `cycle_s` is the machine's duty cycle.
+
+    0: it has none, the batch that is due first runs first.
+    """
 
     chain: str
     module: str

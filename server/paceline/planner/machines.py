@@ -1,19 +1,19 @@
 """Plans in whole machines that modules and chains share (`--billing machine`, algorithms 1.4).
 
 Invariant: every machine is paid for in full; each module's rate is served by full machines of its
-own and at most one share of another; no more machines of a kind are used than its limit.
+own and shares of others; no more machines of a kind are used than its limit.
 
 A module's full machines take batches from its queue at its whole rate (pooled), as in the optimum
-for fractional machines; what they leave is packed. Budgets are composed from what a module costs
-within each: full machines, and a share of another or, where that leaves no time for others, all of
-another.
+for fractional machines; what they leave is packed (`pack`). Budgets are composed from what a module
+costs within each: full machines, and what the rest is guessed to cost: a share of another machine
+or, where that leaves no time for others, all of another. Several guesses are tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor, inf
+from math import floor, inf
 
 import numpy as np
 
@@ -22,21 +22,39 @@ from paceline.core.plan import Allocation, ChainPlan, ModulePlan, PackedMachine,
 from paceline.core.profile import Configuration
 from paceline.planner.assemble import budgets_s, graph_of, infeasible
 from paceline.planner.compose import compose, latency_prices
-from paceline.planner.frontier import Choice, Frontier
+from paceline.planner.cycle import Load, together
+from paceline.planner.frontier import Choice, Curve, Frontier
 from paceline.planner.optimal import Optimum, optimum
-from paceline.planner.pack import Load, Machine, Packing, Shared, pack, together
+from paceline.planner.pack import Machine, Packing, Shared, pack
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
 from paceline.planner.schedule import TOLERANCE
+from paceline.planner.whole_bound import least_cost
 
-POINTS = (48, 24)
-"""How many latencies of a module are tried: with few chains, with many."""
+POINTS = 48
+"""How many latencies of a module are tried."""
 
 MANY_CHAINS = 20
-STRETCHES = (1.2, 1.6, inf)
-"""How much more than it keeps busy a share of a machine is taken to cost; the best plan is kept.
 
-With many loads shared machines fill up well; a single chain's may stay half empty.
-"""
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """What a share of a machine is taken to cost while budgets are chosen: `stretch` times what it
+    keeps busy if it can wait for `waits` batches of its own length, else the whole machine."""
+
+    stretch: float
+    waits: float
+
+
+GUESSES = (
+    _Guess(1.2, inf),
+    _Guess(1.2, 1.0),
+    _Guess(1.2, 0.3),
+    _Guess(1.6, 1.0),
+    _Guess(3.0, 0.3),
+    _Guess(inf, 0.0),
+)
+"""The best plan is kept. With many loads shared machines fill up well; a single chain's may stay
+half empty."""
 
 ROUNDS = 12
 """How often machines over their limit are made dearer for planning, before giving up."""
@@ -73,6 +91,7 @@ class _Served:
             {c.hardware: c.duration_s.tolist() for c in curves},
             self.module.memory_bytes,
             self.choice.configuration.hardware,
+            self.choice.configuration.batch_size / self.module.rate_rps if self.full else 0.0,
         )
 
 
@@ -91,14 +110,14 @@ def whole_machines(chains: Sequence[PlannedChain], options: Options) -> Plan:
     }
     factors = dict.fromkeys(kinds, 1.0)
     optima = [_fractional(chain, _frontiers(chain, kinds, factors)) for chain in chains]
-    fractional = sum(best.bound_per_hour for best in optima)
-    bound = least_price(fractional, [kind.price_per_hour for kind in kinds.values()])
+    bound = least_cost(chains, {name: kind.price_per_hour for name, kind in kinds.items()})
     hints = [best.latencies_s for best in optima]
     for _ in range(ROUNDS):
         best: tuple[list[_Served], Packing, float] | None = None
         scarce: set[str] = set()
-        for stretch in STRETCHES[: 3 if len(chains) < MANY_CHAINS else 2]:
-            served = _serve(chains, kinds, factors, stretch, hints)
+        known: _Known = {}
+        for guess in GUESSES[: 1 if len(chains) >= MANY_CHAINS else None]:
+            served = _serve(chains, kinds, factors, guess, hints, known)
             used = _full_machines(served)
             over = {name for name, count in used.items() if count > kinds[name].limit}
             if not over:
@@ -140,16 +159,34 @@ def _short(kinds: Mapping[str, Machine]) -> PlanError:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A way to serve a load on a shared machine: how busy it keeps it, and how long it can wait."""
+
+    price_per_hour: float
+    busy: float
+    waits: float
+
+    def cost(self, guess: _Guess) -> float:
+        stretched = guess.stretch * self.busy if self.waits >= guess.waits else 1.0
+        return min(1.0, stretched) * self.price_per_hour
+
+
+_Known = dict[tuple[str, str, float], list[tuple[_Served, float, list[_Way]]]]
+"""By chain, module and budget: full machines, what they cost, and ways to serve the rest."""
+
+
 def _serve(
     chains: Sequence[PlannedChain],
     kinds: Mapping[str, Machine],
     factors: Mapping[str, float],
-    stretch: float,
+    guess: _Guess,
     hints: Sequence[Sequence[float]],
+    known: _Known,
 ) -> list[_Served]:
-    """Every module's budget and full machines, the cheapest if a share costs `stretch` times
-    what it keeps busy, and at most a whole machine. `hints`: latencies worth trying."""
-    points = POINTS[len(chains) >= MANY_CHAINS]
+    """Every module's budget and full machines, the cheapest if shares cost what `guess` says.
+
+    `hints`: latencies worth trying."""
     found: list[_Served] = []
     for chain, hint in zip(chains, hints, strict=True):
         graph = graph_of(chain)
@@ -159,9 +196,9 @@ def _serve(
         if min(slacks_s) < -TOLERANCE:
             raise infeasible(chain, graph, least_s)
         options = [
-            _options(chain.name, module, frontier, least + max(0.0, slack), stretch, at, points)
-            for module, frontier, least, slack, at in zip(
-                chain.modules, frontiers, least_s, slacks_s, hint, strict=True
+            _options(chain.name, module, frontier, max(0.0, slack), guess, at, known)
+            for module, frontier, slack, at in zip(
+                chain.modules, frontiers, slacks_s, hint, strict=True
             )
         ]
         offers = [
@@ -172,11 +209,9 @@ def _serve(
         best = compose(graph, offers, chain.slo_s, prices=prices)
         assert best is not None, f"chain {chain.name!r}: every module at its least did not fit"
         chosen = [each[at][0] for each, at in zip(options, best.chosen, strict=True)]
-        latencies_s = [each.budget_s for each in chosen]
-        for served, budget_s in zip(
-            chosen, budgets_s(graph, latencies_s, chain.slo_s), strict=True
-        ):
-            again = _best_at(chain.name, served.module, served.frontier, budget_s, stretch)
+        each_s = budgets_s(graph, [each.budget_s for each in chosen], chain.slo_s)
+        for served, budget_s in zip(chosen, each_s, strict=True):
+            again = _best_at(chain.name, served.module, served.frontier, budget_s, guess, known)
             found.append(again[0])
     return found
 
@@ -194,52 +229,71 @@ def _options(
     chain: str,
     module: PlannedModule,
     frontier: Frontier,
-    most_s: float,
-    stretch: float,
+    slack_s: float,
+    guess: _Guess,
     hint_s: float,
-    points: int,
+    known: _Known,
 ) -> list[tuple[_Served, float]]:
     """What a module may take, with its cost; fastest first, each cheaper than the one before."""
-    least_s = frontier.least_s
-    steps_s = np.geomspace(1e-3, 1.0, points) * (most_s - least_s) + least_s
+    least_s, most_s = frontier.least_s, frontier.least_s + slack_s
+    steps_s = np.geomspace(1e-3, 1.0, POINTS) * slack_s + least_s
     found: list[tuple[_Served, float]] = []
     for budget_s in sorted({least_s, min(max(hint_s, least_s), most_s), *steps_s.tolist()}):
-        served, cost = _best_at(chain, module, frontier, budget_s, stretch)
+        served, cost = _best_at(chain, module, frontier, budget_s, guess, known)
         if not found or cost < found[-1][1] * (1 - TOLERANCE):
             found.append((served, cost))
     return found
 
 
 def _best_at(
-    chain: str, module: PlannedModule, frontier: Frontier, budget_s: float, stretch: float
+    chain: str,
+    module: PlannedModule,
+    frontier: Frontier,
+    budget_s: float,
+    guess: _Guess,
+    known: _Known,
 ) -> tuple[_Served, float]:
     """The cheapest hardware for the full machines of a module within a budget."""
+    key = (chain, module.name, budget_s)
+    if key not in known:
+        known[key] = list(_ways(chain, module, frontier, budget_s))
     best: tuple[_Served, float] | None = None
-    for curve in frontier.curves:
-        choice = Frontier(frontier.rate_rps, frontier.overhead_s, (curve,)).at(budget_s)
-        if choice is None:
-            continue
-        full = floor(choice.machines + 1e-6)
-        served = _Served(chain, module, frontier, budget_s, choice, full)
-        cost = full * curve.price_per_hour
-        if served.rest_rps:
-            cost += _share_price(served.load(), frontier, curve.price_per_hour, stretch)
+    for served, full_cost, ways in known[key]:
+        cost = full_cost + min((way.cost(guess) for way in ways), default=0.0)
         if best is None or cost < best[1] * (1 - TOLERANCE):
             best = (served, cost)
     assert best is not None, f"module {module.name}: nothing fits {budget_s} s"
     return best
 
 
-def _share_price(load: Load, frontier: Frontier, alone: float, stretch: float) -> float:
-    """What a load may cost on a shared machine, or at most on a machine of its own."""
-    best = alone
+def _ways(
+    chain: str, module: PlannedModule, frontier: Frontier, budget_s: float
+) -> Iterator[tuple[_Served, float, list[_Way]]]:
+    """For each kind of full machines what they cost, ways for the rest."""
     for curve in frontier.curves:
-        cycle = together([load], curve.hardware) if curve.hardware in load.durations_s else None
-        if cycle is not None:
-            best = min(best, min(1.0, stretch * cycle.busy) * curve.price_per_hour)
-        elif load.alone(curve.hardware):
-            best = min(best, curve.price_per_hour)
-    return best
+        choice = Frontier(frontier.rate_rps, frontier.overhead_s, (curve,)).at(budget_s)
+        if choice is None:
+            continue
+        full = floor(choice.machines + 1e-6)
+        served = _Served(chain, module, frontier, budget_s, choice, full)
+        ways: list[_Way] = []
+        if served.rest_rps:
+            load = served.load()
+            ways = [way for c in frontier.curves for way in _shares(load, c)]
+            ways.append(_Way(curve.price_per_hour, 1.0, 0.0))
+        yield served, full * curve.price_per_hour, ways
+
+
+def _shares(load: Load, curve: Curve) -> Iterator[_Way]:
+    if curve.hardware not in load.durations_s:
+        return
+    if (cycle := together([load], curve.hardware)) is not None:
+        yield _Way(curve.price_per_hour, cycle.busy, inf)
+    for size in load.sizes(curve.hardware):
+        if (busy := load.rate_rps * size.row_s) <= 1:
+            yield _Way(curve.price_per_hour, busy, size.deadline_s / size.duration_s - 1)
+    if load.alone(curve.hardware):
+        yield _Way(curve.price_per_hour, 1.0, 0.0)
 
 
 def _priced(
@@ -263,35 +317,6 @@ def _full_machines(served: Sequence[_Served]) -> dict[str, int]:
     return used
 
 
-def least_price(cost: float, prices: Sequence[float]) -> float:
-    """The least sum of whole machines' prices that is not below `cost`.
-
-    >>> least_price(4.1, [3.06, 0.526]), least_price(0.2, [3.06, 0.526]), least_price(0.0, [1.0])
-    (4.112, 0.526, 0.0)
-    """
-    if cost <= 0:
-        return 0.0
-    kinds = sorted(set(prices), reverse=True)
-    if cost > 40 * kinds[-1]:
-        # So many ways to add up that some sum is just above.
-        return cost
-    best = ceil(cost / kinds[-1] - TOLERANCE) * kinds[-1]
-
-    def add(at: int, total: float) -> None:
-        nonlocal best
-        if total >= cost * (1 - TOLERANCE):
-            best = min(best, total)
-            return
-        if at + 1 == len(kinds):
-            best = min(best, total + ceil((cost - total) / kinds[at] - TOLERANCE) * kinds[at])
-            return
-        for count in range(ceil((cost - total) / kinds[at] - TOLERANCE) + 1):
-            add(at + 1, total + count * kinds[at])
-
-    add(0, 0.0)
-    return best
-
-
 def _plan(
     chains: Sequence[PlannedChain],
     served: Sequence[_Served],
@@ -299,11 +324,10 @@ def _plan(
     kinds: Mapping[str, Machine],
     bound: float,
 ) -> Plan:
-    shares = {
-        (load.chain, load.module): (each, at)
-        for each in packing.shared
-        for at, load in enumerate(each.loads)
-    }
+    shares: dict[tuple[str, str], list[tuple[Shared, int]]] = {}
+    for each in packing.shared:
+        for at, load in enumerate(each.loads):
+            shares.setdefault((load.chain, load.module), []).append((each, at))
     machines = [
         PackedMachine(
             s.choice.configuration.hardware,
@@ -318,7 +342,9 @@ def _plan(
     plans = []
     for chain in chains:
         own = [s for s in served if s.chain == chain.name]
-        modules = tuple(_module_plan(s, shares.get((s.chain, s.module.name)), kinds) for s in own)
+        modules = tuple(
+            _module_plan(s, shares.get((s.chain, s.module.name), ()), kinds) for s in own
+        )
         worst_s = graph_of(chain).longest([m.latency_worst_s for m in modules])
         plans.append(ChainPlan(chain.name, chain.slo_s, chain.rate_rps, worst_s, modules))
     return Plan("optimal", "machine", tuple(plans), bound, machines=tuple(machines))
@@ -351,6 +377,9 @@ def _shared_machine(each: Shared, served: Sequence[_Served]) -> PackedMachine:
 
 def _run(each: Shared, at: int, s: _Served) -> tuple[int, float, float]:
     """Batch size, duration and worst case of one load on a shared machine."""
+    if each.cycle is None and each.due is not None:
+        own = each.sizes[at]
+        return own.batch_size, own.duration_s, each.loads[at].budget_s
     if each.cycle is None and not each.batch_size:
         c = s.choice.configuration
         return c.batch_size, c.duration_s, s.choice.worst_s
@@ -364,7 +393,7 @@ def _run(each: Shared, at: int, s: _Served) -> tuple[int, float, float]:
 
 
 def _module_plan(
-    s: _Served, share: tuple[Shared, int] | None, kinds: Mapping[str, Machine]
+    s: _Served, shares: Sequence[tuple[Shared, int]], kinds: Mapping[str, Machine]
 ) -> ModulePlan:
     c = s.choice.configuration
     allocations: list[Allocation] = []
@@ -375,10 +404,9 @@ def _module_plan(
         allocations.append(Allocation(c.hardware, c.batch_size, c.duration_s, float(s.full), price))
         worst_s = s.choice.worst_s
         dummy_rps = s.full * c.throughput_rps * (1 - s.module.rate_rps / s.choice.total_rps)
-    if share is not None:
-        each, at = share
+    for each, at in shares:
         size, duration_s, latency_s = _run(each, at, s)
-        machines = s.rest_rps * duration_s / size
+        machines = each.loads[at].rate_rps * duration_s / size
         allocations.append(
             Allocation(
                 each.machine.hardware, size, duration_s, machines, each.machine.price_per_hour

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from paceline.planner.compose import Offers, Prices, compose, latency_prices
-from paceline.planner.frontier import SAME_S, Choice, Floats, Frontier
+from paceline.planner.frontier import SAME_S, Choice, Floats
 from paceline.planner.paths import Graph
 
 GAP = 1e-4
@@ -33,6 +34,18 @@ PIECES, NEAR = 4, 8
 
 ROUNDS = 160
 """Shared out among the modules; then the bound is given as it is."""
+
+
+class Costs(Protocol):
+    """A module's least cost by latency, as `frontier.Frontier` has it."""
+
+    @property
+    def least_s(self) -> float: ...
+    def cost(self, latencies_s: Floats) -> Floats: ...
+    def cost_at(self, latency_s: float) -> float: ...
+    def below(self, latencies_s: Floats) -> Floats: ...
+    def kinks_s(self, within_s: float) -> Floats: ...
+    def at(self, latency_s: float) -> Choice | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +68,13 @@ class _Cut:
     low: Floats
 
     @classmethod
-    def of(cls, frontier: Frontier, start_s: Floats, end_s: Floats) -> _Cut:
+    def of(cls, frontier: Costs, start_s: Floats, end_s: Floats) -> _Cut:
         # An interval that ends where it starts is the last one, its end included.
         below = frontier.below(np.maximum(end_s, start_s + 2 * SAME_S))
         high = frontier.cost(start_s)
         return cls(start_s, end_s, high, np.minimum(high, below))
 
-    def finer(self, frontier: Frontier, pieces: npt.NDArray[np.intp]) -> _Cut:
+    def finer(self, frontier: Costs, pieces: npt.NDArray[np.intp]) -> _Cut:
         """Every interval cut into that many pieces of one width."""
         at = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         width_s = np.repeat((self.end_s - self.start_s) / pieces, pieces)
@@ -75,7 +88,7 @@ class _Cut:
         return _Cut(self.start_s[keep], self.end_s[keep], self.high[keep], self.low[keep])
 
 
-def optimum(graph: Graph, frontiers: Sequence[Frontier], slo_s: float) -> Optimum | None:
+def optimum(graph: Graph, frontiers: Sequence[Costs], slo_s: float) -> Optimum | None:
     """The cheapest plan within `slo_s`, None if there is none."""
     least_s = [frontier.least_s for frontier in frontiers]
     slacks_s = graph.slacks(least_s, slo_s)
@@ -120,7 +133,7 @@ def optimum(graph: Graph, frontiers: Sequence[Frontier], slo_s: float) -> Optimu
     return Optimum(tuple(best_s), tuple(c for c in choices if c is not None), cost, bound)
 
 
-def _whole(frontier: Frontier, most_s: float) -> _Cut:
+def _whole(frontier: Costs, most_s: float) -> _Cut:
     """All latencies from the least possible to `most_s`, cut where the shape changes."""
     start_s = frontier.kinks_s(most_s)
     start_s = start_s[start_s >= frontier.least_s - SAME_S]
@@ -128,11 +141,11 @@ def _whole(frontier: Frontier, most_s: float) -> _Cut:
     return _Cut.of(frontier, start_s, np.append(start_s[1:], most_s))
 
 
-def _cost(frontiers: Sequence[Frontier], latencies_s: Sequence[float]) -> float:
+def _cost(frontiers: Sequence[Costs], latencies_s: Sequence[float]) -> float:
     return sum(f.cost_at(s) for f, s in zip(frontiers, latencies_s, strict=True))
 
 
-def _split(cut: _Cut, frontier: Frontier, at: int) -> _Cut:
+def _split(cut: _Cut, frontier: Costs, at: int) -> _Cut:
     if cut.low[at] >= cut.high[at] * (1 - GAP / 10):
         return cut
     pieces = np.ones(len(cut.low), dtype=np.intp)
@@ -161,7 +174,7 @@ def _possible(cuts: Sequence[_Cut], prices: Prices, slo_s: float, cost: float) -
 
 
 def _with_slack(
-    graph: Graph, frontiers: Sequence[Frontier], latencies_s: Sequence[float], slo_s: float
+    graph: Graph, frontiers: Sequence[Costs], latencies_s: Sequence[float], slo_s: float
 ) -> list[float]:
     """Offer latency that no path uses to one module after the other, largest saving first."""
     now_s = list(latencies_s)

@@ -1,93 +1,30 @@
-"""Loads that fill no machine of their own, packed onto shared machines (algorithms 1.4, Nexus 4.1).
+"""Loads that fill no machine of their own, packed onto shared machines (algorithms 1.4).
 
-Invariant: on a `Shared` machine one batch of every load runs in each duty cycle D: the batches'
-durations add up to D at most, each batch holds what arrives in a cycle, and a request waits until
-its batch is collected and executed: D + d(b) <= budget, for each. Models fit into the memory.
-Where the module also has full machines, its batches are collected from one queue at the module's
-whole rate T, of which the load is r: D * r / T + d(b) <= budget (pooled, algorithms 1.4).
+Invariant: a `Shared` machine serves its loads by urgency (`urgency.Due`), in a duty cycle (`cycle`)
+or, if it serves one load alone, as fast as it can. Models fit into its memory.
 
-Nexus's two worked cases: A (64 requests/s within 200 ms) has a duty cycle of 125 ms for its batch
-of 8. B's 50 ms fit in beside A's 75 ms, C's 60 ms do not:
-
->>> def load(name, rate_rps, budget_s, b, d):
-...     durations_s = [d * (b + size) / (2 * b) for size in range(1, b + 1)]
-...     return Load("nexus", name, name, rate_rps, rate_rps, budget_s, {"gpu": durations_s})
->>> a = load("A", 64.0, 0.2, 8, 0.075)
->>> b, c = load("B", 32.0, 0.25, 4, 0.05), load("C", 32.0, 0.25, 4, 0.06)
->>> together([a, b], "gpu")
-Cycle(duration_s=0.125, batch_sizes=(8, 4), busy=1.0)
->>> together([a, c], "gpu") is None
-True
+Urgency is what the dispatcher does, and suits modules that cannot wait for a whole cycle; a cycle
+suits batches that fill it exactly. A machine keeps whichever its loads allow. By urgency a load may
+be divided among machines, so that they fill up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import ceil, floor, inf
+from dataclasses import dataclass, field, replace
+from math import inf
 
-SLACK = 1e-9
-"""Rounding: seconds for times, relative for counts."""
+from paceline.planner.cycle import SLACK, Cycle, Load, Size, together
+from paceline.planner.urgency import Due, Stream
 
+PARTS = 3
+"""Among how many machines a load may be divided."""
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """`rate_rps` of a module's `total_rps`. `durations_s` by hardware, for batches of 1, 2, ...
+WAITS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
+"""Shares of the longest wait for which batch sizes are made small enough, one after the other."""
 
-    `extra` says that the module has full machines elsewhere on some hardware, of which one more may
-    serve this load alone, collecting from the module's whole rate.
-    """
-
-    chain: str
-    module: str
-    model: str
-    rate_rps: float
-    total_rps: float
-    budget_s: float
-    durations_s: Mapping[str, Sequence[float]]
-    memory_bytes: Mapping[str, int] = field(default_factory=dict)
-    extra: str = ""
-
-    def longest_cycle_s(self, hardware: str) -> float:
-        """The longest duty cycle within the budget; 0 if there is none."""
-        longer = self.total_rps / self.rate_rps
-        best_s = 0.0
-        for size, duration_s in enumerate(self.durations_s[hardware], 1):
-            within_s = (self.budget_s - duration_s) * longer
-            if within_s <= best_s:
-                break
-            best_s = min(size / self.rate_rps, within_s)
-        return best_s
-
-    def worst_s(self, cycle_s: float, duration_s: float) -> float:
-        """Collection and execution."""
-        return cycle_s * self.rate_rps / self.total_rps + duration_s
-
-    def alone(self, hardware: str) -> int:
-        """The batch size with which a machine of its own serves it; 0 if none does.
-
-        All of the module's machines take batches from one queue, which fills at its whole rate.
-        """
-        for size, duration_s in enumerate(self.durations_s.get(hardware, ()), 1):
-            collection_s = 0.0 if size == 1 else size / self.total_rps
-            if duration_s + collection_s > self.budget_s + SLACK:
-                return 0
-            if size >= self.rate_rps * duration_s * (1 - SLACK):
-                return size
-        return 0
-
-    def batch_size(self, cycle_s: float) -> int:
-        """What arrives within a cycle, in whole requests."""
-        return max(1, ceil(self.rate_rps * cycle_s - 1e-6))
-
-
-@dataclass(frozen=True, slots=True)
-class Cycle:
-    """A duty cycle, the batch of every load in it, and the share of it that is busy."""
-
-    duration_s: float
-    batch_sizes: tuple[int, ...]
-    busy: float
+LEAST_PART = 0.03
+"""The share of a machine below which a part is not worth its model's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,71 +37,60 @@ class Machine:
     limit: float = inf
 
 
-def together(
-    loads: Sequence[Load], hardware: str, longest_s: Sequence[float] | None = None
-) -> Cycle | None:
-    """The least busy duty cycle in which one machine serves `loads`, or None."""
-    cycles_s = longest_s or [load.longest_cycle_s(hardware) for load in loads]
-    most_s = min(cycles_s)
-    if most_s <= 0:
-        return None
-    best: Cycle | None = None
-    # Batches are whole: the cycle may be cut to where one of the loads has no request to spare.
-    candidates = {most_s}
-    for load in loads:
-        if (count := floor(load.rate_rps * most_s + 1e-6)) >= 1:
-            candidates.add(min(most_s, count / load.rate_rps))
-    for cycle_s in sorted(candidates, reverse=True):
-        found = _in_cycle(loads, hardware, cycle_s)
-        if found and (best is None or found.busy < best.busy - SLACK):
-            best = found
-    return best
-
-
-def _in_cycle(loads: Sequence[Load], hardware: str, cycle_s: float) -> Cycle | None:
-    busy_s = 0.0
-    sizes: list[int] = []
-    for load in loads:
-        size = load.batch_size(cycle_s)
-        durations_s = load.durations_s[hardware]
-        if size > len(durations_s):
-            return None
-        duration_s = durations_s[size - 1]
-        busy_s += duration_s
-        sizes.append(size)
-        if (
-            busy_s > cycle_s * (1 + SLACK)
-            or load.worst_s(cycle_s, duration_s) > load.budget_s + SLACK
-        ):
-            return None
-    return Cycle(cycle_s, tuple(sizes), busy_s / cycle_s)
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Shared:
-    """One machine, its loads and their duty cycle.
+    """One machine and its loads, with the batch size of each when they go by urgency.
 
-    Without a cycle it serves one load as fast as it can, with batches of `batch_size` (0: as the
-    module's full machines).
+    With neither `due` nor `cycle` it serves one load as fast as it can, with batches of
+    `batch_size` (0: as the module's full machines).
     """
 
     machine: Machine
-    loads: list[Load]
-    cycle: Cycle | None
+    loads: tuple[Load, ...]
+    sizes: tuple[Size, ...] = ()
+    due: Due | None = None
+    cycle: Cycle | None = None
     batch_size: int = 0
 
     @property
     def busy(self) -> float:
-        return 1.0 if self.cycle is None else self.cycle.busy
+        if self.cycle is not None:
+            return self.cycle.busy
+        return 1.0 if self.due is None else self.due.busy
 
     @property
     def memory_bytes(self) -> int:
         return _memory_bytes(self.loads, self.machine.hardware)
 
+    def take(self, other: Shared) -> None:
+        """Become what `other` is."""
+        self.machine, self.loads, self.sizes = other.machine, other.loads, other.sizes
+        self.due, self.cycle, self.batch_size = other.due, other.cycle, other.batch_size
+
+
+def _stream(load: Load, size: Size) -> Stream:
+    return Stream(size.duration_s, size.deadline_s, load.rate_rps * size.row_s, load.jitter_s)
+
+
+def _due(loads: Sequence[Load], sizes: Sequence[Size]) -> Due:
+    return Due.of(tuple(_stream(*pair) for pair in zip(loads, sizes, strict=True)))
+
+
+def _that_waits(sizes: Sequence[Size], wait_s: float) -> Size:
+    """The first that can wait so long; the last can wait the longest."""
+    for size in sizes:
+        if size.deadline_s - size.duration_s >= wait_s:
+            return size
+    return sizes[-1]
+
 
 def _memory_bytes(loads: Iterable[Load], hardware: str) -> int:
     """A model that several loads use is resident once."""
     return sum({load.model: load.memory_bytes.get(hardware, 0) for load in loads}.values())
+
+
+_Key = tuple[str, str, str, float]
+"""Chain, module, hardware and budget."""
 
 
 @dataclass(slots=True)
@@ -174,67 +100,170 @@ class Packing:
     machines: Mapping[str, Machine]
     used: dict[str, int]
     shared: list[Shared] = field(default_factory=list)
-    _longest_s: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    _sizes: dict[_Key, tuple[Size, ...]] = field(default_factory=dict)
+    _cycles_s: dict[_Key, float] = field(default_factory=dict)
 
     @property
     def cost_per_hour(self) -> float:
         return sum(each.machine.price_per_hour for each in self.shared)
 
     def add(self, load: Load) -> bool:
-        """Put `load` where it costs least: on a shared machine or a new one; False if nowhere."""
-        best = self._cheapest_place(load, self.shared)
-        if best is not None:
-            at, cycle = best
-            at.loads.append(load)
-            at.cycle = cycle
+        """Put `load` where it costs least: on shared machines or a new one; False if nowhere."""
+        if (places := self.places(load, self.shared)) is not None:
+            for each, then in places:
+                each.take(then)
             return True
         return self._open(load)
 
-    def _cheapest_place(self, load: Load, among: Sequence[Shared]) -> tuple[Shared, Cycle] | None:
-        best: tuple[float, Shared, Cycle] | None = None
+    def places(self, load: Load, among: Sequence[Shared]) -> list[tuple[Shared, Shared]] | None:
+        """Machines that can serve it beside what they do, and what each then is; None if none."""
+        best: tuple[float, Shared, Shared] | None = None
         for each in among:
-            cycle = self._joined(each, load)
-            if cycle is not None:
-                added = (cycle.busy - each.busy) * each.machine.price_per_hour
+            if (then := self._joined(each, load)) is not None:
+                added = (then.busy - each.busy) * each.machine.price_per_hour
                 if best is None or added < best[0] - SLACK:
-                    best = (added, each, cycle)
-        return None if best is None else best[1:]
+                    best = (added, each, then)
+        return self._divided(load, among) if best is None else [best[1:]]
 
-    def _joined(self, each: Shared, load: Load) -> Cycle | None:
+    def _divided(self, load: Load, among: Sequence[Shared]) -> list[tuple[Shared, Shared]] | None:
+        """The same in parts, the largest first."""
+        offers: list[tuple[float, int, Shared, Size]] = []
+        parts: dict[str, Load] = {}
+        for at, each in enumerate(among):
+            hardware = each.machine.hardware
+            if each.due is None or each.due.busy > 1 - LEAST_PART:
+                continue
+            if not (sizes := self._sizes_of(load, hardware)) or not self._fits(each, load):
+                continue
+            if hardware not in parts:
+                longest_s = max(s.batch_size for s in sizes) / load.total_rps
+                parts[hardware] = replace(load, jitter_s=max(load.jitter_s, longest_s), part=True)
+            jitter_s = parts[hardware].jitter_s
+            rooms = [
+                (each.due.room(s.duration_s, s.deadline_s, jitter_s) / s.row_s, -i)
+                for i, s in enumerate(sizes)
+            ]
+            most_rps, i = max(rooms)
+            if most_rps * sizes[-i].row_s > LEAST_PART:
+                offers.append((most_rps, -at, each, sizes[-i]))
+        offers.sort(key=lambda offer: (-offer[0], -offer[1]))
+        left_rps = load.rate_rps
+        found: list[tuple[Shared, Shared]] = []
+        for most_rps, _, each, size in offers[:PARTS]:
+            taken_rps = min(most_rps * (1 - SLACK), left_rps)
+            part = replace(parts[each.machine.hardware], rate_rps=taken_rps)
+            found.append((each, self._with(each, part, size)))
+            left_rps -= taken_rps
+            if left_rps <= SLACK * load.rate_rps:
+                return found
+        return None
+
+    def _joined(self, each: Shared, load: Load) -> Shared | None:
         hardware = each.machine.hardware
-        if each.cycle is None or each.busy > 1 - 1e-3 or hardware not in load.durations_s:
+        if each.busy > 1 - 1e-3 or hardware not in load.durations_s or not self._fits(each, load):
             return None
-        loads = [*each.loads, load]
-        most_bytes = self.machines[hardware].memory_bytes
-        if most_bytes and _memory_bytes(loads, hardware) > most_bytes:
+        loads = (*each.loads, load)
+        if sum(self._least_busy(one, hardware) for one in loads) > 1:
             return None
-        return together(loads, hardware, [self._longest(one, hardware) for one in loads])
+        whole = not any(one.part for one in loads)
+        if whole and (each.cycle is not None or len(each.loads) == 1):
+            cycle = together(loads, hardware, [self._longest_s(one, hardware) for one in loads])
+            if cycle is not None:
+                return Shared(each.machine, loads, cycle=cycle)
+        if each.due is not None:
+            for size in self._sizes_of(load, hardware):
+                busy = load.rate_rps * size.row_s
+                if each.due.room(size.duration_s, size.deadline_s, load.jitter_s) >= busy:
+                    return self._with(each, load, size)
+        return self._resized(each, load) if each.due is not None else None
 
-    def _longest(self, load: Load, hardware: str) -> float:
-        key = (load.chain, load.module, hardware)
-        if key not in self._longest_s:
-            self._longest_s[key] = load.longest_cycle_s(hardware)
-        return self._longest_s[key]
+    def _resized(self, each: Shared, load: Load) -> Shared | None:
+        """With smaller batches for everybody, so that each can wait for the others'."""
+        loads = (*each.loads, load)
+        sizes = [self._sizes_of(one, each.machine.hardware) for one in loads]
+        if not all(sizes):
+            return None
+        waits_s = [own[-1].deadline_s - own[-1].duration_s for own in sizes]
+        longest_s = max(waits_s)
+        known: tuple[Size, ...] = ()
+        for share in WAITS:
+            chosen = tuple(
+                _that_waits(own, min(wait_s, longest_s * share))
+                for own, wait_s in zip(sizes, waits_s, strict=True)
+            )
+            if chosen == known:
+                continue
+            known = chosen
+            due = _due(loads, chosen)
+            if due.busy > 1:
+                return None
+            if due.in_time:
+                return Shared(each.machine, loads, chosen, due)
+        return None
+
+    def _with(self, each: Shared, load: Load, size: Size) -> Shared:
+        loads, sizes = (*each.loads, load), (*each.sizes, size)
+        return Shared(each.machine, loads, sizes, _due(loads, sizes))
+
+    def _fits(self, each: Shared, load: Load) -> bool:
+        if any(one.module == load.module and one.chain == load.chain for one in each.loads):
+            return False
+        hardware = each.machine.hardware
+        most_bytes = self.machines[hardware].memory_bytes
+        return not most_bytes or _memory_bytes((*each.loads, load), hardware) <= most_bytes
+
+    def _sizes_of(self, load: Load, hardware: str) -> tuple[Size, ...]:
+        key = (load.chain, load.module, hardware, load.budget_s)
+        if key not in self._sizes:
+            self._sizes[key] = load.sizes(hardware)
+        return self._sizes[key]
+
+    def _least_busy(self, load: Load, hardware: str) -> float:
+        """Of its time that a machine needs at least; batches that cannot wait included."""
+        sizes = self._sizes_of(load, hardware)
+        return load.rate_rps * sizes[0].row_s if sizes else inf
+
+    def _longest_s(self, load: Load, hardware: str) -> float:
+        key = (load.chain, load.module, hardware, load.budget_s)
+        if key not in self._cycles_s:
+            self._cycles_s[key] = load.longest_cycle_s(hardware)
+        return self._cycles_s[key]
+
+    def _alone(self, load: Load, machine: Machine) -> Shared | None:
+        """A machine of that kind with this load only."""
+        hardware = machine.hardware
+        if machine.memory_bytes and load.memory_bytes.get(hardware, 0) > machine.memory_bytes:
+            return None
+        if hardware not in load.durations_s:
+            return Shared(machine, (load,)) if load.extra == hardware else None
+        cycle = None if load.part else together([load], hardware)
+        sizes = self._sizes_of(load, hardware)
+        for size in sizes:
+            busy = load.rate_rps * size.row_s
+            # Rather a size that leaves time for others' batches of the same length.
+            waits = size.deadline_s >= 2 * size.duration_s or size is sizes[-1]
+            if waits and Due().room(size.duration_s, size.deadline_s, load.jitter_s) >= busy:
+                return Shared(machine, (load,), (size,), _due((load,), (size,)), cycle)
+        if cycle is not None:
+            return Shared(machine, (load,), cycle=cycle)
+        if (batch_size := load.alone(hardware)) or load.extra == hardware:
+            return Shared(machine, (load,), batch_size=batch_size)
+        return None
 
     def _open(self, load: Load) -> bool:
-        best: tuple[float, Machine, Cycle | None, int] | None = None
+        best: tuple[float, Shared] | None = None
         for hardware, machine in sorted(self.machines.items()):
             if self.used.get(hardware, 0) >= machine.limit:
                 continue
-            memory_bytes = load.memory_bytes.get(hardware, 0)
-            if machine.memory_bytes and memory_bytes > machine.memory_bytes:
-                continue
-            cycle = together([load], hardware) if hardware in load.durations_s else None
-            size = load.alone(hardware) if cycle is None else 0
-            if cycle is None and not size and load.extra != hardware:
-                continue
-            share = machine.price_per_hour * (1.0 if cycle is None else cycle.busy)
-            if best is None or share < best[0]:
-                best = (share, machine, cycle, size)
+            if (found := self._alone(load, machine)) is not None:
+                share = machine.price_per_hour * found.busy
+                if best is None or share < best[0]:
+                    best = (share, found)
         if best is None:
             return False
-        self.used[best[1].hardware] = self.used.get(best[1].hardware, 0) + 1
-        self.shared.append(Shared(best[1], [load], best[2], best[3]))
+        hardware = best[1].machine.hardware
+        self.used[hardware] = self.used.get(hardware, 0) + 1
+        self.shared.append(best[1])
         return True
 
     def drop(self, each: Shared) -> None:
@@ -250,15 +279,16 @@ class Packing:
 
     def _spread(self, each: Shared) -> bool:
         others = [other for other in self.shared if other is not each]
-        before = [(other, list(other.loads), other.cycle) for other in others]
+        before: list[tuple[Shared, Shared]] = []
         for load in sorted(each.loads, key=lambda one: -one.rate_rps):
-            place = self._cheapest_place(load, others)
-            if place is None:
-                for other, loads, cycle in before:
-                    other.loads, other.cycle = loads, cycle
+            places = self.places(load, others)
+            if places is None:
+                for other, was in reversed(before):
+                    other.take(was)
                 return False
-            place[0].loads.append(load)
-            place[0].cycle = place[1]
+            for other, then in places:
+                before.append((other, replace(other)))
+                other.take(then)
         self.drop(each)
         return True
 
@@ -270,16 +300,13 @@ class Packing:
                 break
             if self.used.get(hardware, 0) >= machine.limit:
                 continue
-            if any(hardware not in load.durations_s for load in each.loads):
-                continue
-            if machine.memory_bytes and _memory_bytes(each.loads, hardware) > machine.memory_bytes:
-                continue
-            cycle = together(each.loads, hardware)
-            size = each.loads[0].alone(hardware) if len(each.loads) == 1 else 0
-            if cycle is not None or size:
+            found = self._alone(each.loads[0], machine)
+            for load in each.loads[1:]:
+                found = found and self._joined(found, load)
+            if found:
                 self.used[each.machine.hardware] -= 1
                 self.used[hardware] = self.used.get(hardware, 0) + 1
-                each.machine, each.cycle, each.batch_size = machine, cycle, size
+                each.take(found)
                 return True
         return False
 
@@ -304,24 +331,25 @@ def pack(
 
 
 def _orders(loads: Sequence[Load], machines: Mapping[str, Machine]) -> list[list[Load]]:
-    """Largest first, and grouped by how long their duty cycles may be."""
+    """Largest first, and those first that can wait the least."""
     size: dict[tuple[str, str], float] = {}
-    cycle_s: dict[tuple[str, str], float] = {}
+    wait_s: dict[tuple[str, str], float] = {}
     for load in loads:
-        alone = [
-            (machines[hardware].price_per_hour * found.busy, found)
+        found = [
+            (machines[hardware].price_per_hour * load.rate_rps * each.row_s, each)
             for hardware in sorted(load.durations_s)
-            if hardware in machines and (found := together([load], hardware)) is not None
+            if hardware in machines
+            for each in load.sizes(hardware)
         ]
         key = (load.chain, load.module)
-        size[key] = min((cost for cost, _ in alone), default=inf)
-        cycle_s[key] = max((found.duration_s for _, found in alone), default=0.0)
+        size[key] = min((cost for cost, _ in found), default=inf)
+        wait_s[key] = max((s.deadline_s - s.duration_s for _, s in found), default=0.0)
 
     def name(load: Load) -> tuple[str, str]:
         return (load.chain, load.module)
 
     return [
         sorted(loads, key=lambda one: (-size[name(one)], name(one))),
-        sorted(loads, key=lambda one: (-cycle_s[name(one)], -size[name(one)], name(one))),
-        sorted(loads, key=lambda one: (cycle_s[name(one)], -size[name(one)], name(one))),
+        sorted(loads, key=lambda one: (-wait_s[name(one)], -size[name(one)], name(one))),
+        sorted(loads, key=lambda one: (wait_s[name(one)], -size[name(one)], name(one))),
     ]
