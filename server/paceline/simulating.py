@@ -18,7 +18,6 @@ from paceline.plan_file import planned_rates, read_plan
 from paceline.planner.replan import Replanning
 from paceline.planning import Demand, Offline, save_figure
 from paceline.sim import workload
-from paceline.sim.headroom import MOST_REQUESTS
 from paceline.sim.recorder import Depth, Stretch
 from paceline.sim.rental import Rented
 from paceline.sim.replan import LivePlanner
@@ -53,18 +52,16 @@ class Traffic:
             found = workload.read_trace(self.trace, rng, rate_rps=scale_rps, window=self.window)
         else:
             count = round(rate_rps * self.seconds)
-            if count > MOST_REQUESTS:
-                found = [0.0] * count
-            elif self.kind == "uniform":
+            if count > workload.MOST_REQUESTS:
+                raise ConfigError(
+                    f"{count} requests for chain {chain.name!r}, more than "
+                    f"{workload.MOST_REQUESTS}; take a lower rate",
+                    key="--seconds",
+                )
+            if self.kind == "uniform":
                 found = workload.uniform(rate_rps, count)
             else:
                 found = workload.poisson(rate_rps, count, rng)
-        if len(found) > MOST_REQUESTS:
-            raise ConfigError(
-                f"{len(found)} requests for chain {chain.name!r}, more than {MOST_REQUESTS}; "
-                "take a part of the trace (--window), a lower rate or fewer --seconds",
-                where=str(self.trace or ""),
-            )
         if not found:
             raise ConfigError(
                 f"no request comes for chain {chain.name!r}", where=str(self.trace or "")
@@ -114,7 +111,7 @@ class Simulation:
             "billing": self.plan.billing,
             "replanned": self.replanned,
             "duration_s": _round(run.duration_s),
-            "cost": _round(run.cost),
+            "cost": round(run.cost, 9),
             "cost_per_hour": _round(run.cost_per_hour),
             "chains": [
                 _chain_json(run.result.chain(chain.name), chain, run.duration_s)

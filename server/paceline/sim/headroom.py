@@ -22,8 +22,6 @@ from paceline.planner.solve import solve
 from paceline.sim import workload
 
 LEAST_REQUESTS = 10_000
-MOST_REQUESTS = 1_000_000
-"""Of all chains together, in one run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +71,7 @@ class Arrivals:
     ) -> Sequence[float]:
         """`requests` arrivals, or all those of the trace. Raises ConfigError."""
         if self.trace is not None:
-            found = workload.read_trace(self.trace, rng, rate_rps=rate_rps, window=self.window)
-            if len(found) > MOST_REQUESTS:
-                raise ConfigError(
-                    f"{len(found)} requests at {rate_rps:g} a second, more than {MOST_REQUESTS}; "
-                    "select a part with --window",
-                    where=str(self.trace),
-                )
-            return found
+            return workload.read_trace(self.trace, rng, rate_rps=rate_rps, window=self.window)
         if self.of(chain) == "uniform":
             return workload.uniform(rate_rps, requests)
         return workload.poisson(rate_rps, requests, rng)

@@ -18,9 +18,10 @@ from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import Attainment, ChainAttainment, Plan
 from paceline.core.profile import Profiles
 from paceline.planner.problem import Options, PlannedChain
-from paceline.sim.headroom import MOST_REQUESTS, NONE, Headroom, Verification, plan_with
+from paceline.sim.headroom import NONE, Headroom, Verification, plan_with
 from paceline.sim.results import ChainResult, SimResult, wilson
 from paceline.sim.verify import simulate
+from paceline.sim.workload import MOST_REQUESTS
 
 RATE_STEP = 1.025
 """Rates are raised by whole steps of this factor."""

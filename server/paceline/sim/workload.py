@@ -73,6 +73,9 @@ def scaled(arrivals: Sequence[float], rate_rps: float) -> list[float]:
     return [(at_s - arrivals[0]) * mean_rps / rate_rps for at_s in arrivals]
 
 
+MOST_REQUESTS = 1_000_000
+"""A run of more requests takes minutes and gigabytes."""
+
 _TIMESTAMPS = ("arrival_s", "timestamp_s")
 _COUNTS = {"second": 1.0, "second_in_window": 1.0, "minute": 60.0}
 
@@ -85,7 +88,8 @@ def read_trace(
     Two forms of CSV with a header: a column `arrival_s` of instants (scaling stretches time), or
     a column `requests` of counts beside `second`, `second_in_window` or `minute` (scaling
     multiplies the counts; arrivals are spread at random inside each bucket). `window` selects
-    rows whose column `window` says so. Raises ConfigError with file and line.
+    rows whose column `window` says so. Raises ConfigError with file and line, also for more than
+    `MOST_REQUESTS`.
     """
     rows = _rows(path, window)
     header = list(rows[0][1])
@@ -107,6 +111,12 @@ def read_trace(
     if total <= 0:
         raise ConfigError("the trace holds no requests", where=str(path))
     factor = 1.0 if rate_rps is None else rate_rps * bucket_s * len(counts) / total
+    if total * factor > MOST_REQUESTS:
+        raise ConfigError(
+            f"{total * factor:.0f} requests, more than {MOST_REQUESTS}; scale it down, or take one "
+            "of its windows",
+            where=str(path),
+        )
     return from_counts((count * factor for count in counts), bucket_s=bucket_s, rng=rng)
 
 

@@ -1,0 +1,206 @@
+"""`paceline simulate`: traffic replayed against plans and live replanning, told and drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from paceline.cli import app
+from paceline.core.errors import ConfigError
+from paceline.core.plan import Allocation, ChainPlan, ModulePlan, Plan
+from paceline.core.profile import Hardware
+from paceline.plan_file import read_plan
+from paceline.sim.rental import Fleet
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CHAIN = EXAMPLES / "planning/traffic.yaml"
+TRACE = EXAMPLES / "traces/twitter_2021-08_ipa_windows_per_second.csv"
+PRICED = (
+    "--profiles",
+    str(EXAMPLES / "data/profiles.csv"),
+    "--hardware",
+    str(EXAMPLES / "data/hardware.csv"),
+)
+FILES = (str(CHAIN), *PRICED)
+
+
+def run(command: str, *arguments: str) -> str:
+    answer = CliRunner().invoke(app, [command, *FILES, "--no-verify", *arguments])
+    if answer.exception is not None:
+        raise answer.exception
+    return answer.stdout
+
+
+def simulated(*arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("simulate", "--format", "json", *arguments))
+    return found
+
+
+def step(tmp_path: Path) -> Path:
+    """20 requests a second for 40 s, then 60."""
+    trace = tmp_path / "step.csv"
+    counts = [20] * 40 + [60] * 80
+    trace.write_text("second,requests\n" + "".join(f"{s},{n}\n" for s, n in enumerate(counts)))
+    return trace
+
+
+QUICK = ("--rate-rps", "40", "--seconds", "10")
+
+
+def test_the_same_seed_prints_the_same_bytes_and_another_one_does_not() -> None:
+    first, again, other = (
+        run("simulate", "--format", "json", *QUICK, "--seed", seed) for seed in ("1", "1", "2")
+    )
+    assert first == again != other
+
+
+def test_every_request_is_counted_once_and_every_machine_paid_for_as_long_as_it_is_had() -> None:
+    told = simulated(*QUICK)
+    (chain,) = told["chains"]
+    assert chain["requests"] == 400
+    assert chain["met"] + chain["missed"] + chain["rejected"] == 400
+    for name in ("requests", "met", "missed", "rejected"):
+        assert sum(stretch[name] for stretch in told["timeline"]) == chain[name], name
+    plan = json.loads(run("plan", "--rate-rps", "40", "--format", "json"))
+    assert told["cost_per_hour"] == pytest.approx(plan["cost_per_hour"], rel=1e-4)
+    assert told["cost"] == pytest.approx(
+        plan["cost_per_hour"] * told["duration_s"] / 3600, rel=1e-4
+    )
+    spans = [stretch["span_s"] for stretch in told["timeline"]]
+    assert sum(spans) == pytest.approx(told["duration_s"])
+    assert all(0 < machine["utilisation"] <= 1.001 for machine in told["machines"])
+    assert {module["module"] for module in told["modules"]} == {"detect", "cars", "faces"}
+    assert any(module["waiting_rows_most"] > 0 for module in told["modules"])
+
+
+def test_a_window_of_a_trace_is_scaled_to_the_rate_or_left_as_it_was_recorded() -> None:
+    window = ("--trace", str(TRACE), "--window", "ipa_steady_high")
+    scaled = simulated(*window, "--rate-rps", "4")
+    (chain,) = scaled["chains"]
+    assert chain["requests"] == pytest.approx(4 * 600, rel=0.01)
+    assert scaled["arrivals"] == TRACE.name
+    as_told = simulated(*window, "--rate-rps", "8", "--scale-to-rps", "2")
+    assert as_told["chains"][0]["requests"] == pytest.approx(2 * 600, rel=0.01)
+
+
+def test_live_replanning_follows_a_rate_that_rises_and_makes_before_it_breaks(
+    tmp_path: Path,
+) -> None:
+    trace = ("--trace", str(step(tmp_path)), "--scale-to-rps", "0", "--rate-rps", "20")
+    fixed = simulated(*trace)
+    live = simulated(*trace, "--replan", "--load-s", "5")
+    assert fixed["plans"] == [] and len(fixed["machines"]) <= len(live["machines"])
+    assert live["chains"][0]["met"] > fixed["chains"][0]["met"]
+    assert live["cost"] > fixed["cost"]
+    grown = [plan for plan in live["plans"] if plan["machines_started"]]
+    assert grown and "planned for" in grown[0]["reason"]
+    for plan in grown:
+        assert plan["ready_s"] == plan["at_s"] + 5
+        started = [m for m in live["machines"] if m["from_s"] == plan["at_s"]]
+        assert len(started) == plan["machines_started"]
+    decided = {plan["at_s"] for plan in live["plans"]}
+    for machine in live["machines"]:
+        if machine["until_s"] < live["duration_s"]:
+            assert machine["until_s"] not in decided or any(
+                plan["at_s"] == plan["ready_s"] == machine["until_s"] for plan in live["plans"]
+            )
+    # In the last third the new plans hold what the first one cannot.
+    third = [s for s in live["timeline"] if s["at_s"] >= 80]
+    assert sum(s["met"] for s in third) / sum(s["requests"] for s in third) > 0.8
+
+
+def test_a_plan_that_was_written_is_read_back_as_it_was(tmp_path: Path) -> None:
+    prices = {
+        name: Hardware(name, price)
+        for name, price in (("t4", 0.526), ("v100", 3.06), ("a100-40", 4.1))
+    }
+    for billing in ("fractional", "machine"):
+        path = tmp_path / f"{billing}.json"
+        path.write_text(run("plan", "--billing", billing, "--format", "json"))
+        again = read_plan(path, prices).as_json()
+        before = json.loads(path.read_text())
+        assert again["chains"] == before["chains"]
+        assert again.get("machines") == before.get("machines")
+        assert again["cost_per_hour"] == pytest.approx(before["cost_per_hour"], rel=1e-5)
+        told = simulated("--plan", str(path), "--seconds", "5", "--rate-rps", "200")
+        assert told["billing"] == billing and told["chains"][0]["requests"] == 1000
+
+
+def test_the_text_form_tells_attainment_queueing_new_plans_and_the_course(tmp_path: Path) -> None:
+    text = run("simulate", "--trace", str(step(tmp_path)), "--scale-to-rps", "0", "--replan")
+    for word in ("attained", "goodput/s", "queue ms", "rows waiting", "new plans", "course", "t4"):
+        assert word in text
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_run_is_drawn_into_the_same_bytes_each_time(tmp_path: Path, suffix: str) -> None:
+    paths = [tmp_path / f"{name}.{suffix}" for name in ("a", "b")]
+    for path in paths:
+        run("simulate", *QUICK, "--plot", str(path))
+    first, again = (path.read_bytes() for path in paths)
+    assert first == again
+    assert first.startswith(b"\x89PNG") if suffix == "png" else b"<svg" in first[:1000]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--window", "ipa_bursty"), "--window: is about a trace; give one"),
+        (("--scale-to-rps", "5"), "--scale-to-rps: is about a trace; give one"),
+        (("--trace", "none.csv"), "none.csv: cannot read the trace"),
+        (("--trace", "bad.csv"), "bad.csv:3: requests must be a number of at least 0, got 'many'"),
+        (("--arrivals", "weekly"), "--arrivals: must be one of poisson, uniform, got 'weekly'"),
+        (("--dispatch", "random"), "--dispatch: must be one of pooled"),
+        (("--plot", "run.txt"), "--plot: 'run.txt' must end in .png or .svg"),
+        (("--plan", "plan.json", "--replan"), "--plan: replanning starts from a plan that it made"),
+        (("--plan", "none.json"), "none.json: cannot be read"),
+        (("--plan", "plan.json"), "plan.json: chains: field required; write it with `paceline pl"),
+        (
+            ("--seconds", "100000000"),
+            "--seconds: 20000000000 requests for chain 'traffic', more than",
+        ),
+        (
+            ("--trace", "good.csv", "--rate-rps", "9e6"),
+            "good.csv: 9000000 requests, more than 1000",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.csv").write_text("second,requests\n0,3\n1,many\n")
+    (tmp_path / "good.csv").write_text("second,requests\n0,3\n")
+    (tmp_path / "plan.json").write_text('{"policy": "optimal", "billing": "fractional"}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        run("simulate", *arguments)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def allotted(*allocations: tuple[str, str, float]) -> Plan:
+    """A plan of one chain: model, hardware and machines of each module."""
+    modules = tuple(
+        ModulePlan(f"m{i}", model, 1.0, 0.0, 1.0, 1.0, (Allocation(hardware, 1, 0.1, n, 2.0),))
+        for i, (model, hardware, n) in enumerate(allocations)
+    )
+    return Plan("optimal", "fractional", (ChainPlan("c", 1.0, 1.0, 1.0, modules),))
+
+
+def test_machines_stay_where_the_next_plan_wants_their_models_on_their_hardware() -> None:
+    fleet = Fleet.of(allotted(("a", "t4", 1.5), ("b", "v100", 1.0)))
+    change = fleet.towards(allotted(("a", "t4", 2.25), ("b", "t4", 1.0)), 7.0)
+    assert [r.machine.hardware for r in change.started] == ["t4", "t4"]
+    assert sorted(tuple(r.machine.instances) for r in change.started) == [("a",), ("b",)]
+    assert [r.machine.hardware for r in change.ended] == ["v100"]
+    assert sorted(share for _, share in change.shares) == [1.0, 1.0]
+    assert sum(r.cost_per_hour for r in fleet.now()) == 5.0
+    fleet.begin(change)
+    assert sum(r.cost_per_hour for r in fleet.now()) == 2 + 2 + 2 + 0.5 + 2, "both are paid for"
+    fleet.end(change, 9.0)
+    assert sum(r.cost_per_hour for r in fleet.now()) == 2 + 2 + 0.5 + 2
+    assert [r.until_s for r in change.ended] == [9.0]
