@@ -83,7 +83,7 @@ class Bench:
         self.work = work
 
     def onnx(self, model: str) -> Path:
-        path = self.work / "onnx" / f"{model}.onnx"
+        path = self.work / "onnx" / f"{model.replace('@', '_')}.onnx"
         if not path.is_file():
             command = [sys.executable, str(SCRIPTS / "make_models.py"), "--out", str(path.parent)]
             subprocess.run([*command, model], check=True, stdout=sys.stderr)

@@ -108,10 +108,12 @@ def with_instances(config: ModelConfig, instances: int) -> ModelConfig:
     """A copy whose instance groups are one group of `instances`.
 
     The kind and devices of the first group are kept; Triton counts per device, so a group on
-    several devices gets its share on each, rounded up.
+    several devices gets its share on each, rounded up. An ensemble has none, and may not.
     """
     changed = model_config_pb2.ModelConfig()
     changed.CopyFrom(config)
+    if changed.HasField("ensemble_scheduling"):
+        return changed
     if not changed.instance_group:
         changed.instance_group.add()
     del changed.instance_group[1:]

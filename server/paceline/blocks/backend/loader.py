@@ -9,6 +9,7 @@ after a back-off: a store that comes back is enough to heal a model.
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,10 +18,12 @@ from typing import Protocol
 from .manifest import PoolError
 from .mapping import MappedObject
 from .source import Source
-from .window import Step, Window
+from .window import Span, Step, Window
 
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 8.0
+_AHEAD = 2
+"""Spans that were received and wait to be hashed and written."""
 TURN_S = 0.02
 """Steps that follow each other within this time are one turn: a turn costs about 0.3 ms."""
 
@@ -73,7 +76,11 @@ class Loader:
         self._moved_bytes = 0
         self._moving_s = 0.0
         self._stalled_s = 0.0
+        # Within a budget the next step may drop what this one fetched: one after the other.
+        self._in_turn = not window.unlimited
+        self._rest: queue.Queue[tuple[Span, Callable[[], None]] | None] = queue.Queue(_AHEAD)
         self._thread = threading.Thread(target=self._work, name="blocks-loader", daemon=True)
+        self._finisher = threading.Thread(target=self._finish, name="blocks-finisher", daemon=True)
 
     @property
     def error(self) -> PoolError | None:
@@ -105,6 +112,7 @@ class Loader:
     def start(self) -> None:
         """Begins to load what the window wants."""
         self._thread.start()
+        self._finisher.start()
 
     def pin(self, pinned: Iterable[int], limit_bytes: int | None) -> None:
         """See `Window.pin`."""
@@ -170,6 +178,8 @@ class Loader:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+            self._rest.put(None)
+            self._finisher.join()
 
     def _work(self) -> None:
         while True:
@@ -219,14 +229,16 @@ class Loader:
         moved = 0
         try:
             for span in step.fetch:
-                self._source.fetch(span)
+                rest = self._source.fetch(span)
                 moved += span.size_bytes
-                with self._changed:
-                    self._window.fetched(span)
-                    self._error, self._backoff_s = None, FIRST_BACKOFF_S
-                    self._changed.notify_all()
+                if rest is not None:
+                    self._rest.put((span, rest))
+                    if self._in_turn:
+                        self._rest.join()
+                else:
+                    self._arrived(span)
         except Exception as error:  # a thread that died would leave runs waiting for ever
-            self._fail(step, error)
+            self._fail(step.fetch, error)
         finally:
             now_s = time.perf_counter()
             with self._changed:
@@ -245,10 +257,27 @@ class Loader:
         with self._changed:
             return self._window.waited_for
 
-    def _fail(self, step: Step, error: Exception) -> None:
+    def _finish(self) -> None:
+        """The second half of fetches that have two."""
+        while (job := self._rest.get()) is not None:
+            span, rest = job
+            try:
+                rest()
+                self._arrived(span)
+            except Exception as error:  # as above
+                self._fail((span,), error)
+            self._rest.task_done()
+
+    def _arrived(self, span: Span) -> None:
+        with self._changed:
+            self._window.fetched(span)
+            self._error, self._backoff_s = None, FIRST_BACKOFF_S
+            self._changed.notify_all()
+
+    def _fail(self, spans: Sequence[Span], error: Exception) -> None:
         wrong = error if isinstance(error, PoolError) else PoolError(f"weights: {error!r}")
         with self._changed:
-            for span in step.fetch:
+            for span in spans:
                 if not self._window.holds(span.name):
                     self._window.lost(span.name)
                     self._objects[span.name].drop(page_cache=False)

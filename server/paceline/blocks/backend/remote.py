@@ -16,6 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .manifest import Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
@@ -93,20 +94,26 @@ class RemoteSource:
             self._write(path, text)
         return self._store.verified(digest, size_bytes)
 
-    def fetch(self, span: Span) -> None:
+    def fetch(self, span: Span) -> Callable[[], None] | None:
+        """Receives; the rest is to hash and to write, beside the reception of the next span."""
         opened = self._objects[span.name]
         part = self._parts.get(span.name)
         size = min(span.size_bytes, opened.size_bytes - span.offset)  # spans are whole pages
-        if part is not None:
-            if span.offset == 0 and self._came_from_elsewhere(span.name, part):
-                part = None
-            else:
-                self._download(span.name, part, span.offset, size)
-                if span.last:
-                    self._complete(span.name, part)
-        elif span.offset == 0:
+        if part is not None and not (
+            span.offset == 0 and self._came_from_elsewhere(span.name, part)
+        ):
+            text = self._remote.read(f"objects/{span.name}", span.offset, size)
+            return partial(self._store_span, span, part, text)
+        if part is None and span.offset == 0:
             self.check(span.name)
         opened.populate(span.offset, size)
+        return None
+
+    def _store_span(self, span: Span, part: _Part, text: bytes) -> None:
+        part.write(span.offset, text)
+        if span.last:
+            self._complete(span.name, part)
+        self._objects[span.name].populate(span.offset, len(text))
 
     def check(self, digest: str) -> None:
         if digest in self._right:

@@ -1,14 +1,14 @@
 """Where a model's objects come from: a pool on this machine's disk (`LocalSource`).
 
 A source opens objects as mappings, at once and without reading them, and brings their bytes into
-memory when the loader says so. Invariant: `fetch` returns for the last span of an object only if
-the whole object's hash was found right, in this process or by a marker that still holds; so no
-block computes with bytes that nobody checked.
+memory when the loader says so. Invariant: `fetch` (and the rest it returns) succeeds for the last
+span of an object only if the whole object's hash was found right, in this process or by a marker
+that still holds; so no block computes with bytes that nobody checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +29,12 @@ class Source(Protocol):
     def graph(self, digest: str, size_bytes: int) -> Path:
         """A graph's file, complete and checked. Raises PoolError."""
 
-    def fetch(self, span: Span) -> None:
-        """Brings the span's bytes into memory. Raises PoolError; the object is then not held."""
+    def fetch(self, span: Span) -> Callable[[], None] | None:
+        """Brings the span's bytes into memory. Raises PoolError; the object is then not held.
+
+        What it returns is the rest of the work, for another thread to do, in order: until then
+        the span is not there.
+        """
 
     def check(self, digest: str) -> None:
         """Makes sure that an object that is paged in on demand has the right bytes."""

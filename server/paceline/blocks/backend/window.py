@@ -76,6 +76,11 @@ class Window:
         return sum(self._have.values())
 
     @property
+    def unlimited(self) -> bool:
+        """Whether nothing is ever dropped."""
+        return self._limit_bytes is None
+
+    @property
     def complete(self) -> bool:
         """Whether everything that a model without limit needs is in memory."""
         return all(name in self._ready for names in self._blocks for name in names)
@@ -125,7 +130,7 @@ class Window:
 
     def fetched(self, span: Span) -> None:
         """A span of the last step is in memory; the last of an object: and was checked."""
-        if span.last:
+        if span.last and self._have.get(span.name) == self._sizes[span.name]:
             self._ready.add(span.name)
 
     def lost(self, name: str) -> None:
