@@ -115,6 +115,14 @@ class Residency:
         """Machines on which leases of it can be granted, by name."""
         return [name for name, m in sorted(self.machines.items()) if m.copy(model) is not None]
 
+    def holders(self, model: str) -> list[str]:
+        """Machines on which it is resident, closed or not, by name."""
+        return [
+            name
+            for name, machine in sorted(self.machines.items())
+            if (held := machine.ledger.get(model)) is not None and held.phase is Phase.RESIDENT
+        ]
+
     def ready_in_s(self, model: str, now_s: float) -> float:
         """How long until a request that comes now could use it; 0 when it is there.
 
@@ -157,11 +165,8 @@ class Residency:
 
     def _is_resident_for(self, lease: Lease) -> bool:
         """Whether the lease can still be used, if not granted: also on a copy that is closed."""
-        return any(
-            (held := machine.ledger.get(lease.model)) is not None and held.phase is Phase.RESIDENT
-            for name, machine in self.machines.items()
-            if lease.machine in ("", name)
-        )
+        holders = self.holders(lease.model)
+        return lease.machine in holders if lease.machine else bool(holders)
 
     def _grant(self, lease: Lease, actions: list[Action]) -> None:
         self.leases.grant(lease)

@@ -92,7 +92,7 @@ class Residence:
         Raises ResidencyError, and forgets a model that did not load.
         """
         known = model in self.state.models and not self.state.models[model].withdrawn
-        before = self.state.copies(model) if known else []
+        before = self.state.holders(model) if known else []
         self._declare(model)
         try:
             async with self.using(model):
@@ -102,7 +102,7 @@ class Residence:
                         await self._machines.named()[name].repository.load(
                             model, instances=instances
                         )
-                (name, *_) = self.state.copies(model)
+                (name, *_) = self.state.holders(model)
                 return await self._machines.named()[name].repository.spec(model)
         except ResidencyError:
             if not known:
@@ -136,7 +136,7 @@ class Residence:
         finally:
             del self._granted[number]
             self._tell(ev.Leave(number))
-        for name in self.state.copies(model):
+        for name in self.state.holders(model):
             await self._measure(name, model)
 
     def want(self, placed: Mapping[str, Mapping[str, int]]) -> None:
