@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import StringIO
+from math import inf, isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,9 @@ from paceline.core.tensor import TensorSpec
 from paceline.files import MIB, first_error, line_of, load_yaml, places_of, read_text
 
 logger = logging.getLogger(__name__)
+
+LARGEST_BATCH = 65536
+"""A larger batch size in a profile is a mistake in its column."""
 
 
 class _Strict(BaseModel):
@@ -133,19 +137,21 @@ def read_chains(paths: Iterable[Path]) -> tuple[Chain, ...]:
     return tuple(chain for chain, _ in chains.values())
 
 
-def read_profiles(path: Path) -> Profiles:
+def read_profiles(path: Path, prices: Collection[str] | None = None) -> Profiles:
     """Read `model,hardware,batch_size,duration_ms,memory_mib` (memory may be empty), and `p99_ms`
     where there is such a column (its cells may be empty).
 
-    A batch that was measured faster than a smaller one is given that one's duration, with a
-    warning that says so: what is planned must not be faster than anything that was measured.
+    With `prices`, the hardware that has one: profiles on other hardware are of no use, which is
+    told once a kind. A batch that was measured faster than a smaller one is given that one's
+    duration, with a warning that says so: what is planned must not be faster than anything that
+    was measured.
     """
     rows: list[ProfileRow] = []
     seen: dict[tuple[str, str, int], int] = {}
     columns = ("model", "hardware", "batch_size", "duration_ms", "memory_mib")
     for line, row in _read_csv(path, columns):
         where = f"{path.name}:{line}"
-        batch_size = _number(row, "batch_size", where, minimum=1, whole=True)
+        batch_size = _number(row, "batch_size", where, minimum=1, maximum=LARGEST_BATCH, whole=True)
         duration_ms = _number(row, "duration_ms", where)
         memory_mib = _number(row, "memory_mib", where, empty=0.0, minimum=0)
         p99_ms = _number(row, "p99_ms", where, empty=0.0, minimum=0) if "p99_ms" in row else 0.0
@@ -159,14 +165,36 @@ def read_profiles(path: Path) -> Profiles:
         key = (row["model"], row["hardware"], int(batch_size))
         if key in seen:
             raise ConfigError(
-                f"{key[0]} on {key[1]} at batch {key[2]} is already on line {seen[key]}",
+                f"{key[0]} on {key[1]} at batch {key[2]} is already on line {seen[key]}; "
+                "remove one of the two",
                 where=where,
             )
         seen[key] = line
         rows.append(ProfileRow(*key, duration_ms / 1e3, int(memory_mib * MIB), p99_ms / 1e3))
     if not rows:
         raise ConfigError("no profile in this file", where=path.name)
+    if prices is not None:
+        _tell_unpriced(rows, seen, path.name, prices)
     return Profiles(_monotone(rows, seen, path.name))
+
+
+def _tell_unpriced(
+    rows: Sequence[ProfileRow],
+    lines: Mapping[tuple[str, str, int], int],
+    name: str,
+    prices: Collection[str],
+) -> None:
+    for hardware in sorted({row.hardware for row in rows} - set(prices)):
+        own = [lines[r.model, r.hardware, r.batch_size] for r in rows if r.hardware == hardware]
+        logger.warning(
+            "%s:%d: hardware: %r has no price, so nothing is planned on it (%d lines); give it one "
+            "or write one of %s",
+            name,
+            min(own),
+            hardware,
+            len(own),
+            ", ".join(sorted(prices)),
+        )
 
 
 def _monotone(
@@ -319,20 +347,25 @@ def _number(
     where: str,
     *,
     minimum: float | None = None,
+    maximum: float = inf,
     empty: float | None = None,
     whole: bool = False,
 ) -> float:
     text = row[column]
     if not text and empty is not None:
         return empty
+    if not text:
+        raise ConfigError("is empty; fill it in or remove the line", key=column, where=where)
     try:
         value = float(text)
     except ValueError:
         raise ConfigError(f"{text!r} is not a number", key=column, where=where) from None
-    if whole and value != int(value):
-        raise ConfigError(f"{text!r} is not a whole number", key=column, where=where)
     low = value < minimum if minimum is not None else not value > 0
-    if low or value == float("inf") or value != value:
+    if low or not isfinite(value):
         bound = f"at least {minimum:g}" if minimum is not None else "above 0"
         raise ConfigError(f"must be {bound}, got {text}", key=column, where=where)
+    if value > maximum:
+        raise ConfigError(f"must be at most {maximum:g}, got {text}", key=column, where=where)
+    if whole and value != int(value):
+        raise ConfigError(f"{text!r} is not a whole number", key=column, where=where)
     return value

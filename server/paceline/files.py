@@ -66,6 +66,8 @@ def first_error(
         case "extra_forbidden":
             known = ", ".join(model_at(path[:-1]).model_fields)
             message = f"unknown key; expected one of {known}"
+        case "too_short":
+            message = "needs at least one entry"
         case _:
             text = finding["msg"]
             message = f"{text[0].lower()}{text[1:]}, got {_short(finding['input'])}"

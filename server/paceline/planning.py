@@ -28,7 +28,9 @@ WORTH_TELLING = 0.1
 LONGER = tuple(1 + step / 20 for step in range(1, 41))
 """The factors of the objective that are tried, up to three times."""
 
-PLOT_POINTS = 24
+PLOT_POINTS = 25
+"""Odd, so that what is declared is one of them."""
+
 MOST_RPS = 1e7
 """A higher rate is a mistake in its unit."""
 
@@ -84,7 +86,8 @@ def read_demand(
 
     `assumed_rps` is the rate of a chain that declares none; `dispatch` replaces what is declared.
     """
-    measured, prices = read_profiles(profiles), read_hardware(hardware)
+    prices = read_hardware(hardware)
+    measured = read_profiles(profiles, prices)
     for name in options.machine_limits:
         if name not in prices:
             raise ConfigError(
@@ -105,15 +108,21 @@ def read_demand(
             rate = assumed_rps(chain.name)
         if rate is None:
             raise ConfigError(
-                f"chain {chain.name!r} declares none; give --rate-rps", key="rate_rps"
+                f"chain {chain.name!r} declares none; give --rate-rps",
+                key="rate_rps",
+                where=chain.where("rate_rps"),
             )
         if not 0 < rate <= MOST_RPS:
             raise ConfigError(
                 f"must be above 0 and at most {MOST_RPS:.0f} requests/s, got {rate:g}",
                 key="rate_rps",
-                where=f"chain {chain.name}",
+                where=chain.where("rate_rps") if rate_rps is None else f"chain {chain.name}",
             )
-        demands.append(demand(changed, rate, measured, prices, {}, overhead_s))
+        try:
+            demands.append(demand(changed, rate, measured, prices, {}, overhead_s))
+        except ConfigError as error:
+            where = error.where or chain.where(error.key)
+            raise ConfigError(error.message, key=error.key, where=where) from None
     memory = {name: kind.memory_bytes for name, kind in prices.items() if kind.memory_bytes}
     used = replace(options, memory_bytes=memory)
     return Demand(tuple(declared), tuple(demands), used, measured, prices)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,5 +153,70 @@ def test_bad_input_is_one_line_that_says_what_to_write(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("changed", "old", "new", "message"),
+    [
+        ("t.yaml", "rate_rps: 200", "rate_rps: 1e12", "t.yaml:7: rate_rps: must be above 0 and at"),
+        ("t.yaml", "rate_rps: 200\n", "", "t.yaml:1: rate_rps: chain 'traffic' declares none"),
+        ("t.yaml", "ssd320", "ssd999", "t.yaml:12: modules.detect.model: no profile of model"),
+        ("h.csv", "t4,0.526", "t4,-1", "h.csv:2: price_per_hour: must be above 0, got -1"),
+        ("p.csv", "280,", "280,x", "p.csv:2: memory_mib: 'x' is not a number"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line_with_its_place(
+    changed: str, old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    for name, source in (("t.yaml", CHAIN), ("p.csv", PROFILES), ("h.csv", HARDWARE)):
+        text = source.read_text(encoding="utf-8")
+        assert name != changed or old in text
+        text = text.replace(old, new, 1) if name == changed else text
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as raised:
+        read_demand([tmp_path / "t.yaml"], tmp_path / "p.csv", tmp_path / "h.csv", Options())
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_profiles_on_hardware_without_a_price_are_told_once_with_their_first_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = HARDWARE.read_text(encoding="utf-8").replace("v100,", "V100,")
+    (tmp_path / "h.csv").write_text(text, encoding="utf-8")
+    read_demand([CHAIN], PROFILES, tmp_path / "h.csv", Options())
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.startswith("profiles.csv:19: hardware: 'v100' has no price, so nothing is planned")
+    assert told.endswith("write one of V100, a100-40, a100-80, l4, p4, t4")
+
+
+def test_the_curves_go_through_the_plan() -> None:
+    made = plan_offline(read_demand([CHAIN], PROFILES, HARDWARE, Options(policy="nexus")))
+    for points in curves(made).values():
+        assert (1.0, made.plan.cost_per_hour) in points
+
+
 def test_limits_are_read_as_hardware_and_number() -> None:
     assert limits(["t4=10", "v100=0"]) == {"t4": 10, "v100": 0}
+
+
+def test_nothing_but_the_plan_is_printed_where_a_solver_in_c_plans(tmp_path: Path) -> None:
+    """Not series-parallel (the letter N) and packed machines: HiGHS solves both, and could talk."""
+    model = "{model: resnet50-v1-5-tensorflow-mixed-fp16, inputs: "
+    chain = tmp_path / "n.yaml"
+    chain.write_text(
+        "chain: n\nslo_ms: 300\nrate_rps: 50\ninputs: {x: {dtype: UINT8, shape: [-1]}}\nmodules:\n"
+        f"  a: {model}{{x: inputs.x}}}}\n  b: {model}{{x: inputs.x}}}}\n"
+        f"  c: {model}{{x: a.y}}}}\n  d: {model}{{x: a.y, z: b.y}}}}\n"
+        "outputs: {y: c.y, z: d.y}\n"
+    )
+    files = [str(chain), "--profiles", str(PROFILES), "--hardware", str(HARDWARE)]
+    for billing in ("fractional", "machine"):
+        ended = subprocess.run(
+            [sys.executable, "-m", "paceline", "plan", *files, "--no-verify", "--format", "json"]
+            + ["--billing", billing],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=True,
+        )
+        assert json.loads(ended.stdout)["billing"] == billing
+        assert ended.stderr == ""

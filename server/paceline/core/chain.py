@@ -125,11 +125,11 @@ def _check_scalars(chain: Chain) -> None:
             f"{chain.name!r} is not a name (letters, digits, '_', '-', '.')", key="chain"
         )
     if not (isfinite(chain.slo_s) and chain.slo_s > 0):
-        raise ConfigError("must be above 0", key="slo_ms")
+        raise ConfigError(f"must be above 0, got {chain.slo_s * 1e3:g}", key="slo_ms")
     if not 0 < chain.attainment < 1:
         raise ConfigError("must be above 0 and below 1", key="attainment")
     if chain.rate_rps is not None and not (isfinite(chain.rate_rps) and chain.rate_rps > 0):
-        raise ConfigError("must be above 0", key="rate_rps")
+        raise ConfigError(f"must be above 0, got {chain.rate_rps}", key="rate_rps")
     if chain.arrivals not in ARRIVALS:
         raise ConfigError(f"must be one of {', '.join(ARRIVALS)}", key="arrivals")
     if chain.dispatch not in DISPATCHES:

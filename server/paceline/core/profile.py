@@ -175,8 +175,9 @@ class Profiles:
         if not found:
             measured = ", ".join(self.hardware_of(model)) or "nothing"
             raise ConfigError(
-                f"no profile of model {model!r} on any priced hardware "
-                f"(measured on: {measured}; priced: {', '.join(sorted(hardware)) or 'nothing'})"
+                f"no profile of model {model!r} on any priced hardware (measured on: {measured}; "
+                f"priced: {', '.join(sorted(hardware)) or 'nothing'}); measure it with "
+                "`paceline profile`"
             )
         return tuple(found)
 

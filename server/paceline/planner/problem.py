@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal, get_args
 
-from paceline.core.chain import Chain
+from paceline.core.chain import Chain, Module
 from paceline.core.errors import ConfigError
 from paceline.core.profile import Configuration, Hardware, Profiles
 from paceline.planner.worst_case import DISPATCHES, Dispatch
@@ -130,6 +130,14 @@ def demand(
     is per chain request, so it multiplies the chain's rate and is not nested.
     Raises ConfigError for a model without a profile, or a rate that is not above 0.
     """
+
+    def configurations(module: Module) -> tuple[Configuration, ...]:
+        limit = row_limits.get(module.model, 1 << 30)
+        try:
+            return profiles.configurations(module.model, hardware, limit=limit)
+        except ConfigError as error:
+            raise ConfigError(error.message, key=f"modules.{module.name}.model") from None
+
     return PlannedChain(
         name=chain.name,
         slo_s=chain.slo_s,
@@ -140,9 +148,7 @@ def demand(
                 model=module.model,
                 rate_rps=rate_rps * module.fan_out,
                 parents=module.parents,
-                configurations=profiles.configurations(
-                    module.model, hardware, limit=row_limits.get(module.model, 1 << 30)
-                ),
+                configurations=configurations(module),
                 overhead_s=overhead_s,
                 memory_bytes=_memory_bytes(profiles, module.model),
             )
