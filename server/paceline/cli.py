@@ -99,6 +99,12 @@ def serve(
             "as requests need them (default: memory_mib of the hardware file, or no bound).",
         ),
     ] = None,
+    eviction: Annotated[
+        str,
+        typer.Option(
+            help="What goes when memory is short: cost (what is missed least per byte) or lru."
+        ),
+    ] = "cost",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8002,
@@ -144,6 +150,7 @@ def serve(
     from paceline.workers import serve_workers
 
     _set_up_logging(log_level)
+    one_of("--eviction", eviction, ("cost", "lru"))
     targets = tuple(TritonTarget.parse(text) for text in triton or ())
     repositories = tuple(model_repository or ())
     if not repositories and not targets:
@@ -160,6 +167,7 @@ def serve(
         hardware=hardware,
         slots=slots,
         memory_bytes=memory_mib * MIB if memory_mib is not None else None,
+        eviction=eviction,  # type: ignore[arg-type]
         host=host,
         grpc_port=grpc_port,
         http_port=http_port,

@@ -28,6 +28,8 @@ from paceline.discovery import TritonTarget
 from paceline.fleet import RemoteTritons, connected_machine
 from paceline.metrics import Metrics
 from paceline.planner.replan import Replanning
+from paceline.residency.evict import Eviction
+from paceline.residency.state import Limits as ResidencyLimits
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
 from paceline.runtime.controller import Controller
 from paceline.runtime.engine import Engine
@@ -60,6 +62,7 @@ class ServeSettings:
     slots: int | None = None
     memory_bytes: int | None = None
     """What the models of a machine may take; None: as the hardware file says, or all there is."""
+    eviction: Eviction = "cost"
     host: str = "127.0.0.1"
     grpc_port: int = 8001
     http_port: int = 8002
@@ -112,6 +115,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             on_broken=controller.machines.broken,
         )
         metrics.watch(controller)
+        controller.machines.residence.state.limits = ResidencyLimits(eviction=settings.eviction)
         stack.push_async_callback(engine.close)
         stack.push_async_callback(controller.machines.close)
         web = await start_web(
