@@ -121,6 +121,7 @@ class Client:
 
     def take(self) -> list[Frame]:
         """The frames that the server has written since the last time."""
+        self.connection.flush()
         found = []
         data = bytes(self.wire.written)
         while data:

@@ -5,8 +5,8 @@ order, before anything that came later; a peer that breaks the rules ends its co
 with the reason), or its stream where the standard says so, and nothing else.
 
 The socket reads into one buffer per event loop, so streams copy what they keep; a large payload
-goes where its stream wants it (`Stream.room`), without the buffer. Writes are left to the event
-loop's transport, which sends what one pass wrote together (uvloop).
+goes where its stream wants it (`Stream.room`), without the buffer. What one pass of the event loop
+writes is sent together: a system call, and waking the peer, cost more than anything here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import cast
 
@@ -29,7 +29,8 @@ _RENEW_WINDOW_BYTES = 1 << 26
 _TURN_BYTES = 1 << 20
 """A stream sends so much before it is the next one's turn."""
 _HIGH_WATER_BYTES = 1 << 20
-_JOIN_BYTES = 1 << 13
+_JOIN_BYTES = 1 << 15
+_FLUSH_BYTES = 1 << 18
 _USER_TIMEOUT_MS = 20_000
 _EMPTY = memoryview(b"")
 
@@ -83,6 +84,10 @@ class Connection(asyncio.BufferedProtocol):
         self._expects = expects
         self._settings = settings
         self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._out: list[Buffer] = []
+        self._out_bytes = 0
+        self._reading = False
         self._streams: dict[int, Stream] = {}
         self._blocked: deque[Stream] = deque()
         self._window = frames.FIRST_WINDOW
@@ -141,8 +146,29 @@ class Connection(asyncio.BufferedProtocol):
 
     def write(self, data: bytes) -> None:
         """Frames that no window restricts."""
-        if self._transport is not None:
-            self._transport.write(data)
+        self._put((data,), len(data))
+
+    def _put(self, parts: Iterable[Buffer], size: int) -> None:
+        """Send with whatever else this pass of the event loop writes."""
+        if not (self._out or self._reading):
+            self._loop.call_soon(self.flush)
+        self._out += parts
+        self._out_bytes += size
+        if self._out_bytes >= _FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Give the transport what has been written."""
+        out, size = self._out, self._out_bytes
+        if not out:
+            return
+        self._out, self._out_bytes = [], 0
+        if self._transport is None:
+            return
+        if size < _JOIN_BYTES:
+            self._transport.write(b"".join(out))
+        else:
+            self._transport.writelines(out)
 
     def reset(self, stream: int, code: ErrorCode) -> None:
         """End a stream; what still comes for it is ignored."""
@@ -156,8 +182,7 @@ class Connection(asyncio.BufferedProtocol):
 
         What the windows do not allow waits. Returns whether all is written.
         """
-        transport = self._transport
-        if transport is None:
+        if self._transport is None:
             return True
         if (
             size <= self._frame_bytes
@@ -168,14 +193,12 @@ class Connection(asyncio.BufferedProtocol):
             stream.window -= size
             self._window -= size
             ends = frames.END_STREAM if tail == b"" else 0
-            framed = (head, frames.header(frames.DATA, ends, stream.id, size), *parts, tail or b"")
-            if size < _JOIN_BYTES:
-                transport.write(b"".join(framed))
-            else:
-                transport.writelines(framed)
+            tail = tail or b""
+            self._put((head, frames.header(frames.DATA, ends, stream.id, size)), len(head) + 9)
+            self._put((*parts, tail), size + len(tail))
             return True
         if head:
-            transport.write(head)
+            self.write(head)
         waiting = bool(stream.pending)
         stream.pending.extend(memoryview(part) for part in parts if len(part))
         stream.pending_bytes += size
@@ -220,8 +243,8 @@ class Connection(asyncio.BufferedProtocol):
             written += taken
         if not pending and stream.tail:
             chunks.append(stream.tail)
-        if chunks and self._transport is not None:
-            self._transport.writelines(chunks)
+        if chunks:
+            self._put(chunks, sum(map(len, chunks)))
             self.moved = True
         if pending and written >= _TURN_BYTES and not self._paused:
             self._resume_soon()
@@ -230,7 +253,7 @@ class Connection(asyncio.BufferedProtocol):
     def _resume_soon(self) -> None:
         if not self._resuming:
             self._resuming = True
-            asyncio.get_running_loop().call_soon(self._resume)
+            self._loop.call_soon(self._resume)
 
     def _resume(self) -> None:
         self._resuming = False
@@ -283,6 +306,7 @@ class Connection(asyncio.BufferedProtocol):
         self.over = True
         self._transport = None
         self._blocked.clear()
+        self._out.clear()
         self.on_lost(exc)
 
     def eof_received(self) -> bool:
@@ -307,9 +331,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many bytes have been read to where `get_buffer` said."""
-        self.heard = True
         if self.over:
             return
+        self.heard = self._reading = True
         try:
             if self._direct:
                 self._direct = False
@@ -325,6 +349,9 @@ class Connection(asyncio.BufferedProtocol):
             self._read(end)
         except ProtocolError as error:
             self._broken(error)
+        finally:
+            self._reading = False
+            self.flush()
 
     def _broken(self, error: ProtocolError) -> None:
         self.over = True

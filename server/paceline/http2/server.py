@@ -157,6 +157,7 @@ class ServerConnection(Connection, Generic[H]):
             self._transport.abort()
 
     def _close(self) -> None:
+        self.flush()
         if self._transport is not None:
             self._transport.close()
 
@@ -289,7 +290,7 @@ class ServerConnection(Connection, Generic[H]):
             stream.aborted()
 
     def _count_window(self) -> None:
-        now_s = asyncio.get_running_loop().time()
+        now_s = self._loop.time()
         if now_s - self._window_began_s > self._limits.window_s:
             self._window_began_s, self._first_of_window = now_s, self._last_stream
             self._resets = self._chores = 0

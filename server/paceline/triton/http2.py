@@ -143,7 +143,6 @@ class _Connection(Connection):
         self._takes_frame_bytes = frames.MAX_FRAME_BYTES
         self._decoder = hpack.Decoder(0)
         self._authority = authority
-        self._loop = asyncio.get_running_loop()
         self._calls: dict[int, _Call] = {}
         self._next_stream = 1
         self._peer_streams = frames.MAX_WINDOW
@@ -256,6 +255,7 @@ class _Connection(Connection):
         self._calls.pop(call.id, None)
         self.forget(call)
         if not (self.usable or self._calls) and self._transport is not None:
+            self.flush()
             self._transport.close()
 
     # -- what comes in ----------------------------------------------------------------------
