@@ -209,10 +209,10 @@ def test_nothing_but_the_plan_is_printed_where_a_solver_in_c_plans(tmp_path: Pat
         "outputs: {y: c.y, z: d.y}\n"
     )
     files = [str(chain), "--profiles", str(PROFILES), "--hardware", str(HARDWARE)]
+    json_only = ("--no-verify", "--format", "json")
     for billing in ("fractional", "machine"):
         ended = subprocess.run(
-            [sys.executable, "-m", "paceline", "plan", *files, "--no-verify", "--format", "json"]
-            + ["--billing", billing],
+            [sys.executable, "-m", "paceline", "plan", *files, *json_only, "--billing", billing],
             capture_output=True,
             text=True,
             timeout=100,
