@@ -43,8 +43,9 @@ from paceline.blocks.repository import compiled_model
 
 SCRIPTS = Path(__file__).parent
 RATIOS = (2.32, 3.5, 5.81)
-COLD_METHODS = ("plain", "in-order", "blocks")
-MBPS = 1e6  # bytes a second
+COLD_METHODS = ("plain", "in-order", "in-order compiled", "blocks")
+_WARM_UP_RUNS = 4
+"""Until the plan rests on what was measured."""
 
 
 def main() -> None:
@@ -98,6 +99,19 @@ class Bench:
             compile_model({"": self.onnx(model)}, directory, self.work / "blocks", options)
         return directory
 
+    def uncompiled(self, model: str) -> Path:
+        """Blocks of the graph as it came, in a pool of their own: what PISeL has to start from."""
+        directory = self.work / "raw" / "models" / model
+        if not (directory / "config.pbtxt").is_file():
+            level = ort.GraphOptimizationLevel
+            best, level.ORT_ENABLE_ALL = level.ORT_ENABLE_ALL, level.ORT_DISABLE_ALL
+            try:
+                options = Options(measure=False)
+                compile_model({"": self.onnx(model)}, directory, self.work / "raw/blocks", options)
+            finally:
+                level.ORT_ENABLE_ALL = best
+        return directory
+
     def weights_bytes(self, model: str) -> int:
         found = compiled_model(self.compiled(model))
         assert found is not None
@@ -136,45 +150,42 @@ def swap(onnx: str, directory: str, budget_mib: float, batch: int, repeats: int)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     plain = ort.InferenceSession(onnx, options, ["CPUExecutionProvider"])
-    models = {
-        cache: open_model(Path(directory), memory_budget_mib=f"{budget_mib}", page_cache=cache)
-        for cache in ("keep", "drop")
-    }
-    feed = feed_of(models["keep"], batch)
-    names = [tensor.name for tensor in models["keep"].members[0].outputs]
-    plain_feed = plain_names(models["keep"], feed)
-    expected = plain.run(None, plain_feed)
-    runs: dict[str, Callable[[], Any]] = {"plain": lambda: plain.run(None, plain_feed)}
-    times: dict[str, list[float]] = {name: [] for name in ("plain", *models)}
+    times: dict[str, list[float]] = {"plain": [], "keep": [], "drop": []}
+    peak_bytes = pinned = 0
     # One budgeted model at a time: they map the same pages, and neither may drop for the other.
-    for cache, model in models.items():
-        runs[cache] = lambda model=model: model.infer("", feed, names, batch)
-        for _ in range(3):
-            got = runs[cache]()
+    for cache in ("keep", "drop"):
+        model = open_model(Path(directory), memory_budget_mib=f"{budget_mib}", page_cache=cache)
+        names = [tensor.name for tensor in model.members[0].outputs]
+        feed = feed_of(model, batch)
+        plain_feed = plain_names(model, feed)
+        expected = plain.run(None, plain_feed)
+        for _ in range(_WARM_UP_RUNS):
+            got = model.infer("", feed, names, batch)
         for name, want in zip(names, expected, strict=True):
             np.testing.assert_allclose(got[name], want, rtol=1e-3, atol=1e-3)
         for _ in range(repeats):
-            for name in ("plain", cache):
-                began_s = time.perf_counter()
-                runs[name]()
-                times[name].append(time.perf_counter() - began_s)
-        last = model.budget
+            began_s = time.perf_counter()
+            plain.run(None, plain_feed)
+            middle_s = time.perf_counter()
+            model.infer("", feed, names, batch)
+            times["plain"].append(middle_s - began_s)
+            times[cache].append(time.perf_counter() - middle_s)
+        peak_bytes = max(peak_bytes, model.loader.peak_bytes)
+        assert model.budget is not None and model.budget.plan is not None
+        pinned = len(model.budget.plan.pinned)
         model.close()
-    assert last is not None and last.plan is not None
-    return {
-        **{name: statistics.median(values) for name, values in times.items()},
-        "peak_bytes": max(model.loader.peak_bytes for model in models.values()),
-        "pinned": len(last.plan.pinned),
-    }
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    return {**middle, "peak_bytes": peak_bytes, "pinned": pinned}
 
 
 def print_cold(bench: Bench, arguments: argparse.Namespace) -> None:
-    print(
-        "| model | from | plain ms | in-order ms | blocks ms | less than in-order | private MiB |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print(f"| model | from | {' ms | '.join(COLD_METHODS)} ms | less than in-order | private MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for model in arguments.models:
-        directory = bench.compiled(model)
+        directories = {
+            method: bench.uncompiled(model) if method == "in-order" else bench.compiled(model)
+            for method in COLD_METHODS
+        }
         for mbps in arguments.link_mbps:
             with served(bench.work, mbps) as url:
                 times: dict[str, list[dict[str, float]]] = {name: [] for name in COLD_METHODS}
@@ -187,7 +198,7 @@ def print_cold(bench: Bench, arguments: argparse.Namespace) -> None:
                                 do="cold",
                                 method=method,
                                 onnx=str(bench.onnx(model)),
-                                directory=str(directory),
+                                directory=str(directories[method]),
                                 url=url,
                                 fresh=fresh,
                             )
@@ -201,8 +212,8 @@ def print_cold(bench: Bench, arguments: argparse.Namespace) -> None:
                 for name in COLD_METHODS
             )
             print(
-                f"| {model} | {f'{mbps:g} MB/s' if mbps else 'disk'} | {ms['plain']:.0f} "
-                f"| {ms['in-order']:.0f} | {ms['blocks']:.0f} "
+                f"| {model} | {f'{mbps:g} MB/s' if mbps else 'disk'} "
+                f"| {' | '.join(f'{value:.0f}' for value in ms.values())} "
                 f"| {100 * (1 - ms['blocks'] / ms['in-order']):.0f} % | {private} |",
                 flush=True,
             )
@@ -225,8 +236,9 @@ def cold(method: str, onnx: str, directory: str, url: str, fresh: str) -> dict[s
             for node in session.get_inputs()
         }
         session.run(None, feed)
-    elif method == "in-order":
-        kept = in_order(Path(directory), url)
+    elif method.startswith("in-order"):
+        pool = "raw/blocks" if method == "in-order" else "blocks"
+        kept = in_order(Path(directory), f"{url}/{pool}" if url else "")
     else:
         extra = {"pool": f"{url}/blocks", "cache": fresh} if url else {}
         model = open_model(Path(directory), **extra)
@@ -236,7 +248,7 @@ def cold(method: str, onnx: str, directory: str, url: str, fresh: str) -> dict[s
     result = {"took_s": took_s, "private_mib": private_mib() - before}
     if method == "blocks":
         model.close()
-    elif method == "in-order":
+    elif method.startswith("in-order"):
         kept.clear()  # what it holds was measured with the rest
     return result
 
@@ -244,14 +256,14 @@ def cold(method: str, onnx: str, directory: str, url: str, fresh: str) -> dict[s
 def in_order(directory: Path, url: str) -> list[Any]:
     """PISeL's pipeline: fetch, construct and compute, each in layer order on a thread of its own.
 
-    It gets the blocks as they were compiled, so that nothing is left to optimise, and constructs
-    them as ONNX Runtime does by default: weights are initialised, copied and packed.
+    Blocks are constructed as ONNX Runtime does by default: optimised, weights copied and packed.
+    Of compiled blocks nothing is left to optimise: what then is left is the pipeline alone.
     """
     found = compiled_model(directory)
     assert found is not None
     store = ObjectStore(found.pool)
     member = found.manifest.members[0]
-    remote = HttpStore(f"{url}/blocks") if url else None
+    remote = HttpStore(url) if url else None
     fetched: queue.Queue[tuple[Block, bytes, dict[str, bytes]]] = queue.Queue()
     built: queue.Queue[tuple[Block, ort.InferenceSession]] = queue.Queue()
 
@@ -423,7 +435,7 @@ def private_mib() -> float:
 
 
 def files_under(root: Path) -> Iterator[Path]:
-    for part in ("onnx", "blocks/objects"):
+    for part in ("onnx", "blocks/objects", "raw/blocks/objects"):
         yield from (path for path in (root / part).glob("*") if path.is_file())
 
 
@@ -466,7 +478,8 @@ def served(root: Path, mbps: float) -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
-        server.stdout.close()
+        if server.stdout is not None:
+            server.stdout.close()
 
 
 def download(url: str, onnx: Path, target: Path) -> Path:
