@@ -43,6 +43,12 @@ def write_embedding(path: Path, *, seed: int = 0) -> Path:
     return _save(path, nodes, weights, ("ids", TensorProto.INT64, ["N", 4]))
 
 
+def write_argmax(path: Path) -> Path:
+    """y = the largest column's number: one scalar a row."""
+    node = helper.make_node("ArgMax", ["x"], ["y"], axis=1, keepdims=0)
+    return _save(path, [node], [], ("x", TensorProto.FLOAT, ["N", WIDTH]), TensorProto.INT64)
+
+
 def compiled(
     repository: Path,
     name: str,
@@ -78,13 +84,16 @@ def _save(
     nodes: list[onnx.NodeProto],
     weights: list[onnx.TensorProto],
     given: tuple[str, int, list[str | int]],
+    kind: int = TensorProto.FLOAT,
 ) -> Path:
     shape = [*given[2], WIDTH] if given[0] == "ids" else given[2]
+    if kind == TensorProto.INT64:
+        shape = shape[:1]
     graph = helper.make_graph(
         nodes,
         path.stem,
         [helper.make_tensor_value_info(*given)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", kind, shape)],
         weights,
     )
     path.parent.mkdir(parents=True, exist_ok=True)

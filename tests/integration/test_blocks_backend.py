@@ -14,7 +14,14 @@ import onnxruntime as ort
 import psutil
 import pytest
 import pytest_asyncio
-from tests.integration.blocks_models import VOCABULARY, WIDTH, compiled, write_embedding, write_mlp
+from tests.integration.blocks_models import (
+    VOCABULARY,
+    WIDTH,
+    compiled,
+    write_argmax,
+    write_embedding,
+    write_mlp,
+)
 
 from paceline.blocks.backend.ledger import Ledger
 from paceline.blocks.backend.manifest import ObjectStore
@@ -53,6 +60,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("first", "second"):
         compiled(repository, name, {"": mlp if name == "first" else other}, parameters=SHARED)
     compiled(repository, "third", {"": mlp}, parameters={**SHARED, "shared_budget_mib": "2"})
+    compiled(repository, "argmax", {"": write_argmax(root / "argmax.onnx")})
     compiled(repository, "unknown", {"": mlp}, parameters={"memory_budget": "3"})
     return repository
 
@@ -137,6 +145,16 @@ async def test_concurrent_requests_get_their_own_rows(models: TritonRepository) 
     )
     for (single,), (answer,) in zip(singles, answers, strict=True):
         np.testing.assert_allclose(answer[:1], single, rtol=1e-5, atol=1e-6)
+
+
+async def test_a_scalar_a_row_has_an_axis_in_triton(models: TritonRepository) -> None:
+    """Triton has no empty shapes; the backend adds and drops the axis."""
+    await models.load("argmax", instances=1)
+    x = batch(3)
+    call = ModelCall("argmax", (BatchTensor("x", "FP32", x.shape, (x.tobytes(),)),), ("y",))
+    (got,) = await models.client.execute(call, timeout_s=30)
+    assert got.shape == (3, 1)
+    assert np.frombuffer(got.data, np.int64).tolist() == x.argmax(axis=1).tolist()
 
 
 async def test_a_table_is_paged_in_row_by_row(models: TritonRepository, repository: Path) -> None:

@@ -38,6 +38,7 @@ def _package() -> str:
 _package()
 from paceline_blocks import batching  # noqa: E402
 from paceline_blocks.blockmodel import BlockModel  # noqa: E402
+from paceline_blocks.manifest import Member  # noqa: E402
 from paceline_blocks.settings import Settings, read_settings  # noqa: E402
 
 
@@ -57,6 +58,7 @@ class TritonPythonModel:
             member.name: member.batching and int(config.get("max_batch_size", 0)) > 0
             for member in self._model.members
         }
+        self._scalars = _without_axes(config, self._model.members)
         parallel = settings.parallel or len(self._model.members)
         self._workers = ThreadPoolExecutor(parallel) if parallel > 1 else None
         self._free = threading.Semaphore(parallel)
@@ -110,12 +112,16 @@ class TritonPythonModel:
                     self._compute([call], answers)
             return
         for call, part in zip(batch, parts, strict=True):
+            for name in self._scalars.intersection(part):
+                part[name] = part[name].reshape(*part[name].shape, 1)
             answers.give(call.request, part)
 
     def _calls(self, position: int, request: Any) -> list[batching.Call]:
         given = {}
         for tensor in request.inputs():
             array = tensor.as_numpy()
+            if tensor.name() in self._scalars:
+                array = array.reshape(array.shape[:-1])
             given[tensor.name()] = _as_text(array) if array.dtype == np.object_ else array
         outputs = request.requested_output_names()
         return batching.calls_of(position, self._model.members, given, outputs)
@@ -154,6 +160,17 @@ def _check(config: Mapping[str, Any], model: BlockModel) -> None:
                 raise ValueError(
                     f"config.pbtxt: {kind} {name!r} is {data_type}; the manifest has {known}"
                 )
+
+
+def _without_axes(config: Mapping[str, Any], members: Sequence[Member]) -> frozenset[str]:
+    """Tensors that have no axis but the batch's: Triton's shape of them has one of length 1."""
+    batch_axes = 1 if int(config.get("max_batch_size", 0)) > 0 else 0
+    return frozenset(
+        tensor.name
+        for member in members
+        for tensor in (*member.inputs, *member.outputs)
+        if len(tensor.shape) == batch_axes
+    )
 
 
 class _Answers:
