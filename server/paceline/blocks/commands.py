@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
+from paceline.core.chain import NAME
 from paceline.core.errors import ConfigError
 from paceline.report import console
 
@@ -91,6 +92,10 @@ def compile_command(
     named = _named(models)
     shapes = dict(_shape(text) for text in shape or ())
     options = Options(budget_mib=budget_mib, max_batch=max_batch, measure=measure, shapes=shapes)
+    if fuse is not None and not NAME.fullmatch(fuse):
+        raise ConfigError(
+            f"{fuse!r} is no name of a model: use letters, digits, _ . -", key="--fuse"
+        )
     jobs = {fuse: named} if fuse is not None else {name: {"": path} for name, path in named.items()}
     place = pool or out.absolute().parent / "blocks"
     for name, sources in jobs.items():
@@ -141,6 +146,41 @@ def show_command(
             console().print(table)
 
 
+@blocks_app.command("suggest")
+def suggest_command(
+    chains: Annotated[
+        list[Path], typer.Option(help="A chain file, or a directory of them; may be given again.")
+    ],
+    model_repository: RepositoryOption = None,
+    profiles: Annotated[
+        Path | None,
+        typer.Option(help="Durations (CSV of `paceline profile`): warns of unlike batch sizes."),
+    ] = None,
+    output: FormatOption = "text",
+) -> None:
+    """Propose which models to fuse: those that the same requests always need together.
+
+    What it prints can be done with `paceline blocks compile A.onnx B.onnx --fuse NAME`.
+    """
+    from paceline.blocks.suggest import suggest, weights_of
+    from paceline.config import read_chains, read_profiles
+
+    _check_format(output)
+    read = read_chains(chains)
+    measured = read_profiles(profiles) if profiles is not None else None
+    names = dict.fromkeys(module.model for chain in read for module in chain.modules)
+    repositories = model_repository or [Path("model_repository")]
+    weights = {name: weights_of(name, repositories) for name in names}
+    suggestions = suggest(read, weights, measured)
+    if output == "json":
+        print(json.dumps([suggestion.as_json() for suggestion in suggestions], indent=2))
+        return
+    for suggestion in suggestions:
+        print(suggestion)
+    if not suggestions:
+        print("paceline: no two models are always needed together", file=sys.stderr)
+
+
 def _named(models: list[str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for text in models:
@@ -149,12 +189,18 @@ def _named(models: list[str]) -> dict[str, Path]:
         if not equals:
             versioned = path.name == "model.onnx" and path.parent.name.isdecimal()
             name = path.resolve().parent.parent.name if versioned else path.stem
+        _check_name(name)
         if name in named:
             raise ConfigError(f"two models are called {name!r}; give NAME=MODEL.onnx", key=text)
         if not path.is_file():
             raise ConfigError("no such file", where=str(path))
         named[name] = path
     return named
+
+
+def _check_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} is no name of a model: use letters, digits, _ . -")
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +41,6 @@ _MEASURED_BATCHES = (1, 8)
 _COMPARED_BATCHES = (1, 2)
 # Comparing runs the model as one block, all of it mapped; above this that would fill the memory.
 _COMPARED_BYTES = 1 << 30
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 
 
 class Progress(Protocol):
@@ -79,8 +77,6 @@ def compile_model(
     Raises ConfigError for what the user can correct, ResidencyError for what the machine refuses.
     """
     pool = pool.resolve()
-    if not _NAME.match(directory.name):
-        raise ConfigError(f"{directory.name!r} is no name of a model: use letters, digits, _ . -")
     if directory.exists() and not is_ours(directory):
         raise ConfigError(
             "holds a model of another backend; choose another name (NAME=MODEL.onnx) or --out",

@@ -42,7 +42,7 @@ def compiled_model(directory: Path) -> CompiledModel | None:
     Raises ConfigError if its configuration or manifest cannot be used.
     """
     path = directory / CONFIG_FILE
-    config = _config(path)
+    config = read_config(path)
     if config is None or config.backend != BACKEND:
         return None
     parameters = {key: value.string_value for key, value in config.parameters.items()}
@@ -60,12 +60,12 @@ def compiled_model(directory: Path) -> CompiledModel | None:
 
 def is_ours(directory: Path) -> bool:
     """May a compile overwrite what is in the existing `directory`?"""
-    config = _config(directory / CONFIG_FILE)
+    config = read_config(directory / CONFIG_FILE)
     return config.backend == BACKEND if config is not None else not any(directory.iterdir())
 
 
-def _config(path: Path) -> Any:
-    """A ModelConfig, None if there is none; tritonclient ships no type information."""
+def read_config(path: Path) -> Any:
+    """The ModelConfig in a file, None if there is none; tritonclient ships no type information."""
     config = model_config_pb2.ModelConfig()
     try:
         text_format.Parse(path.read_text(encoding="utf-8"), config)
@@ -85,7 +85,7 @@ def find_compiled(places: Iterable[Path]) -> list[CompiledModel]:
     for place in places:
         if not place.is_dir():
             raise ConfigError("no such directory", where=str(place))
-        inside = (path for path in sorted(place.iterdir()) if not path.name.startswith("."))
+        inside = (p for p in sorted(place.iterdir()) if p.is_dir() and not p.name.startswith("."))
         directories = [place] if (place / CONFIG_FILE).is_file() else inside
         models = [model for path in directories if (model := compiled_model(path)) is not None]
         if not models:
