@@ -99,8 +99,8 @@ def test_a_miss_widens_the_margin_for_a_while_and_only_for_those_who_would_wait(
     tickets = [admission.admit(chain, 0, 100.0, pool, 0.0) for _ in range(20)]
     just_s = admission.predicted_s(chain, 0, pool, 0.0) + 0.01
     tickets.append(admission.admit(chain, 0, just_s, pool, 0.0))
-    for _ in range(3):
-        admission.missed(chain, 0.0)
+    for miss in range(3):
+        admission.missed(chain, 0.2 * miss)
     just_s = admission.predicted_s(chain, 0, pool, 0.0) + 0.01
     with pytest.raises(Rejected) as refused:
         admission.admit(chain, 0, just_s, pool, 0.0)
@@ -109,7 +109,7 @@ def test_a_miss_widens_the_margin_for_a_while_and_only_for_those_who_would_wait(
     tickets.append(admission.admit(chain, 0, just_s, pool, later_s))
     for ticket in tickets:
         admission.ended(ticket)
-    for _ in range(100):
-        admission.missed(chain, later_s)
+    for miss in range(100):
+        admission.missed(chain, later_s + 0.2 * miss)
     # Nothing waits: what such a request takes more than the least is all that it is held to.
-    admission.admit(chain, 0, 2 * alone_s, pool, later_s)
+    admission.admit(chain, 0, 2 * alone_s, pool, later_s + 20.0)

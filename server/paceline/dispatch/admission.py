@@ -32,11 +32,14 @@ ReadyIn = Callable[[str, float], float]
 LEAST_RETRY_S = 0.001
 _NOTHING_ROWS = 1e-6
 
-MISS_STEP = 0.02
-"""By how much of its objective a miss widens a chain's margin; at most to `MOST_MARGIN` of it."""
-MOST_MARGIN = 0.25
-MARGIN_FADES_S = 10.0
+MISS_STEP = 0.05
+"""By what share of a chain's slack (its objective less planned batches along its slowest path) a
+miss widens its margin; at most to `MOST_MARGIN` of it."""
+MOST_MARGIN = 0.3
+MARGIN_FADES_S = 3.0
 """In which time a margin fades to 1/e."""
+MISSES_APART_S = 0.1
+"""Misses closer than this count once: a stall makes many, and says nothing about predictions."""
 
 
 @dataclass(slots=True)
@@ -131,8 +134,11 @@ class Admission:
         if served.route.modules[0].rate_rps <= 0:
             return
         margin = self._margins.setdefault(chain.name, _Margin())
-        wider_s = margin.left_s(now_s) + MISS_STEP * chain.slo_s
-        margin.wide_s, margin.at_s = min(MOST_MARGIN * chain.slo_s, wider_s), now_s
+        if margin.wide_s and now_s < margin.at_s + MISSES_APART_S:
+            return
+        slack_s = max(0.0, chain.slo_s - max(stage.route.tail_s for stage in served.stages))
+        wider_s = margin.left_s(now_s) + MISS_STEP * slack_s
+        margin.wide_s, margin.at_s = min(MOST_MARGIN * slack_s, wider_s), now_s
 
     def counted(self, ticket: Ticket, place: int, rows: int) -> None:
         """A module's real number of rows is known (0: it does not run)."""
