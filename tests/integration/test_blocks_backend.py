@@ -57,6 +57,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiled(repository, "tight", {"": mlp}, parameters={"memory_budget_mib": "0.9"})
     compiled(repository, "table", {"": table}, parameters={"memory_budget_mib": "1"})
     compiled(repository, "fused", {"mlp": other, "table": table})
+    compiled(repository, "aliased", {"whole": other, "embedding": table})
     for name in ("first", "second"):
         compiled(repository, name, {"": mlp if name == "first" else other}, parameters=SHARED)
     compiled(repository, "third", {"": mlp}, parameters={**SHARED, "shared_budget_mib": "2"})
@@ -178,6 +179,18 @@ async def test_a_fused_model_computes_the_members_that_are_asked_for(
     with pytest.raises(BackendError, match="lacks the input of member 'table' table/ids") as failed:
         await infer(models, "fused", {"mlp/x": x}, ("table/y",))
     assert failed.value.kind is ErrorKind.INVALID
+
+
+async def test_a_member_is_called_by_its_own_name_too(
+    models: TritonRepository, repository: Path
+) -> None:
+    """As before it was fused; the fused model is loaded with it. A name that is taken stays."""
+    assert "embedding" in models.names() and models.declaration("table").inputs[0].name == "ids"
+    await models.load("embedding", instances=1)
+    ids = np.arange(8).reshape(2, 4)
+    (got,) = await infer(models, "embedding", {"ids": ids})
+    wanted = plain(repository, "table", {"ids": ids})
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 async def test_models_that_share_a_budget_divide_it_by_their_load(

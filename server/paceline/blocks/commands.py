@@ -110,6 +110,12 @@ def compile_command(
             else "unchanged"
         )
         print(f"paceline: {out / name}: {what}", file=sys.stderr)
+        for member_name in outcome.taken:
+            print(
+                f"paceline: {name}: another model is called {member_name!r}: call this member "
+                f"as {name} with tensors {member_name}/...",
+                file=sys.stderr,
+            )
         for member in manifest.members:
             for note in member.notes:
                 print(

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import onnxruntime as ort
 
 from paceline.blocks import measure
+from paceline.blocks.aliases import publish_members
 from paceline.blocks.backend.manifest import (
     FORMAT,
     Member,
@@ -55,11 +56,15 @@ def silent(what: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A compiled model; `written_bytes` of objects the pool did not have; `fresh`: compiled now."""
+    """A compiled model; `written_bytes` of objects the pool did not have; `fresh`: compiled now.
+
+    `taken` are members that cannot be called by their own names: other models have them.
+    """
 
     model: CompiledModel
     written_bytes: int
     fresh: bool
+    taken: tuple[str, ...] = ()
 
 
 def compile_model(
@@ -107,7 +112,8 @@ def compile_model(
             budget_mib=options.budget_mib,
         )
         model = CompiledModel(directory, pool, digest, manifest)
-        return Outcome(model, writer.written_bytes, fresh=True)
+        taken = publish_members(model)
+        return Outcome(model, writer.written_bytes, fresh=True, taken=tuple(taken))
 
 
 class _Compiler:
