@@ -6,22 +6,26 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 from google.protobuf import json_format
 from tritonclient import grpc as triton
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException, triton_to_np_dtype
 
 from paceline.core.errors import ConfigError, PacelineError
-from paceline.v1 import control_pb2, control_pb2_grpc
+from paceline.edge.pacing import BURST_BYTES
+from paceline.v1 import control_pb2, control_pb2_grpc, edge_pb2, edge_pb2_grpc
 
 T = TypeVar("T")
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 _CONTROL_TIMEOUT_S = 10.0
+_PART_BYTES = 16 << 10
+"""Of an upload: small against the burst that a grant allows."""
 
 
 class ServerError(PacelineError):
@@ -121,6 +125,30 @@ def _ask(server: str, call: Callable[[], T]) -> T:
     if code == "UNAVAILABLE" and "connect" in message:
         raise ServerError(f"no paceline answers at {server}; is `paceline serve` running?")
     raise ServerError(f"{code}: {message.splitlines()[0] if message else 'no details'}")
+
+
+def upload(
+    channel: grpc.Channel, grant: edge_pb2.EdgeGrant, request: Any, *, timeout_s: float
+) -> Any:
+    """Send a ModelInferRequest under a grant, no faster than it allows; its ModelInferResponse.
+
+    Raises grpc.RpcError as the server ends it (see edge.proto).
+    """
+    payload: bytes = request.SerializeToString()
+
+    def parts() -> Iterator[edge_pb2.UploadRequest]:
+        began = perf_counter()
+        for start in range(0, len(payload), _PART_BYTES):
+            early_s = began + (start - BURST_BYTES) / grant.bytes_per_s - perf_counter()
+            if early_s > 0:
+                sleep(early_s)
+            part = payload[start : start + _PART_BYTES]
+            yield edge_pb2.UploadRequest(grant_id=grant.grant_id if not start else "", payload=part)
+
+    answer = edge_pb2_grpc.EdgeStub(channel).Upload(parts(), timeout=timeout_s)
+    response = service_pb2.ModelInferResponse()
+    response.ParseFromString(answer.response)
+    return response
 
 
 def _name_and_file(text: str) -> tuple[str, Path]:

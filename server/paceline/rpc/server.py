@@ -16,12 +16,14 @@ from tritonclient.grpc import service_pb2_grpc
 
 from paceline.core.ports import Control, Inference
 from paceline.rpc import control as control_service
+from paceline.rpc import edge as edge_service
 from paceline.rpc import service
 from paceline.rpc.control import ControlService, ParseChain
+from paceline.rpc.edge import EdgeService
 from paceline.rpc.health import HealthService
 from paceline.rpc.listener import GrpcServer
 from paceline.rpc.service import InferenceService
-from paceline.v1 import control_pb2_grpc
+from paceline.v1 import control_pb2_grpc, edge_pb2_grpc
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -59,7 +61,7 @@ async def start_grpc(
     """
     stopping = asyncio.Event()
     server = GrpcServer(max_message_bytes=max_message_bytes)
-    services = frozenset({service.SERVICE, control_service.SERVICE})
+    services = frozenset({service.SERVICE, control_service.SERVICE, edge_service.SERVICE})
     inference_service = InferenceService(inference, control, stopping=stopping)
     if raw:
         # The first handler registered for a method is the one that is called.
@@ -69,6 +71,9 @@ async def start_grpc(
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference_service, generated)
     control_pb2_grpc.add_ControlServicer_to_server(
         ControlService(control, parse_chain=parse_chain, stopping=stopping), generated
+    )
+    edge_pb2_grpc.add_EdgeServicer_to_server(
+        EdgeService(inference_service.infer, max_message_bytes=max_message_bytes), generated
     )
     health_pb2_grpc.add_HealthServicer_to_server(
         HealthService(control, services=services, stopping=stopping), generated

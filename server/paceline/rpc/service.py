@@ -98,6 +98,11 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
     async def ModelInfer(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._unary(request, context))
 
+    async def infer(self, request: Any, remaining_s: float | None) -> Any:
+        """A ModelInferRequest as a ModelInferResponse. RequestError."""
+        answer, version = await self._serve(request, remaining_s)
+        return infer_response(request, version, answer)
+
     async def _unary(self, request: Any, context: CallContext) -> Any:
         answer, version = await self._serve(request, context.time_remaining())
         if not request.id:
