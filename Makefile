@@ -22,6 +22,7 @@ bench: ## every benchmark, quickly; each has --help
 	.venv/bin/python scripts/bench_workers.py
 	.venv/bin/python scripts/bench_gateway.py --quick
 	.venv/bin/python scripts/bench_slo.py --quick
+	.venv/bin/python scripts/bench_residency.py --quick
 
 sim: ## the dispatcher in virtual time; SEED=n replays one seed, SEEDS=n runs so many
 	scripts/setup --dev

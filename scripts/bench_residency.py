@@ -1,0 +1,276 @@
+"""More models than memory: Paceline's residency against LRU and against unlimited memory, and what
+prewarming saves a cold chain. On a real local Triton, with models that take memory and time.
+
+    .venv/bin/python scripts/bench_residency.py [--quick] [--seconds S] [--systems NAME ...]
+
+Twelve models of 10 to 120 MiB beside what their processes take, which load the longer the larger
+they are; memory for 40 % of their total. Requests follow the shape of a Twitter window, models a
+Zipf law whose ranking is dealt anew at every shift. A request is attained when its answer came
+within the objective, counted from the instant at which it was due to be sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from subprocess import Popen
+from time import monotonic
+from typing import Any
+from urllib.request import urlopen
+
+import grpc
+import grpc.aio
+from scripts.bench_gateway import free_port, process
+from scripts.residency_models import chain_file, write_ballast
+from tritonclient.grpc import service_pb2
+
+from paceline.core.quantities import percentile
+from paceline.sim.workload import read_trace
+from paceline.v1 import control_pb2, control_pb2_grpc
+
+ROOT = Path(__file__).parents[1]
+TRACE = ROOT / "examples" / "traces" / "twitter_2021-08_ipa_windows_per_second.csv"
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+MODELS = {f"m{index:02}": 10.0 * index for index in range(1, 13)}
+"""Ballast in MiB."""
+PROCESS_MIB = 22.0
+"""What a model's process takes beside it (PSS), measured."""
+LOAD_S_PER_MIB = 0.004
+EXECUTE_S = 0.01
+MEMORY_SHARE = 0.4
+ZIPF = 1.1
+RATE_RPS = 12.0
+OBJECTIVE_S = 0.5
+SHIFTS = 4
+GIVE_UP_S = 60.0
+READY_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One replay: latencies in seconds (None: failed), and the server's counts."""
+
+    latencies_s: list[float | None]
+    counts: dict[str, float]
+
+    def row(self, name: str) -> str:
+        met = sum(took is not None and took <= OBJECTIVE_S for took in self.latencies_s)
+        answered = sorted(took for took in self.latencies_s if took is not None)
+        uses = self.counts.get("hits", 0) + self.counts.get("misses", 0)
+        misses = f"{self.counts['misses'] / uses:.1%}" if uses else "-"
+        moved = f"{self.counts.get('loads', 0):.0f}" if uses else "-"
+        return (
+            f"| {name} | {len(self.latencies_s)} | {misses} | {moved} "
+            f"| {percentile(answered, 0.5) * 1e3:.0f} | {percentile(answered, 0.99) * 1e3:.0f} "
+            f"| {met / len(self.latencies_s):.1%} | {len(self.latencies_s) - len(answered)} |"
+        )
+
+
+def requests(seconds: float, seed: int) -> list[tuple[float, str]]:
+    """When which model is asked for: the same for every system."""
+    rng = Random(seed)
+    arrivals = read_trace(TRACE, rng, rate_rps=RATE_RPS, window="ipa_bursty")
+    names, found = list(MODELS), []
+    weights = [1.0 / rank**ZIPF for rank in range(1, len(names) + 1)]
+    shift = -1
+    for at_s in arrivals:
+        if at_s >= seconds:
+            break
+        if int(at_s * SHIFTS / seconds) != shift:
+            shift = int(at_s * SHIFTS / seconds)
+            rng.shuffle(names)
+        found.append((at_s, rng.choices(names, weights)[0]))
+    return found
+
+
+def message(name: str, *, batched: bool = True) -> bytes:
+    request = service_pb2.ModelInferRequest(model_name=name)
+    request.inputs.add(name="x", datatype="FP32", shape=[1, 4] if batched else [4])
+    request.raw_input_contents.append(bytes(16))
+    sent: bytes = request.SerializeToString()
+    return sent
+
+
+@contextmanager
+def served(work: Path, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """`paceline serve`, ready: its gRPC target and HTTP address."""
+    grpc_port, http_port = free_port(), free_port()
+    command: list[str | Path] = [
+        *(sys.executable, "-m", "paceline", "serve", "--state-dir", work / "state"),
+        *("--grpc-port", str(grpc_port), "--http-port", str(http_port), *arguments),
+    ]
+    log = (work / "front.log").open("w", encoding="utf-8")
+    with log, process(command, stdout=log, stderr=log) as child:
+        wait_ready(child, f"http://127.0.0.1:{http_port}", work / "front.log")
+        yield f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}"
+
+
+def wait_ready(child: Popen[str], http: str, log: Path) -> None:
+    limit_s = monotonic() + READY_S
+    while monotonic() < limit_s:
+        if child.poll() is not None:
+            raise SystemExit(f"the server ended:\n{log.read_text(encoding='utf-8')}")
+        try:
+            with urlopen(f"{http}/readyz", timeout=5):
+                return
+        except OSError:
+            asyncio.run(asyncio.sleep(0.2))
+    raise SystemExit(f"not ready within {READY_S:g} s")
+
+
+def counts(http: str) -> dict[str, float]:
+    """Residency's counters, as Prometheus sees them."""
+    with urlopen(f"{http}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    found = {}
+    for line in lines:
+        name, _, value = line.partition(" ")
+        if name.startswith("paceline_model_") and name.endswith("_total"):
+            key = name.removeprefix("paceline_model_").removesuffix("_total")
+            found[key] = float(value)
+    return found
+
+
+async def replay(target: str, asked: Sequence[tuple[float, str]]) -> list[float | None]:
+    """Open loop: sent when due, whatever became of those before."""
+    latencies: list[float | None] = [None] * len(asked)
+    async with grpc.aio.insecure_channel(target) as channel:
+        await asyncio.wait_for(channel.channel_ready(), 10.0)
+        call: Any = channel.unary_unary(INFER, None, None)
+
+        async def send(index: int, name: str, due_s: float) -> None:
+            try:
+                await call(message(name), timeout=GIVE_UP_S)
+            except grpc.aio.AioRpcError as error:
+                print(f"{name}: {error.code().name} {error.details()}", file=sys.stderr)
+            else:
+                latencies[index] = monotonic() - due_s
+
+        start_s = monotonic() + 0.1
+        async with asyncio.TaskGroup() as group:
+            for index, (at_s, name) in enumerate(asked):
+                await asyncio.sleep(max(0.0, start_s + at_s - monotonic()))
+                group.create_task(send(index, name, start_s + at_s))
+    return latencies
+
+
+def compare(systems: Sequence[str], seconds: float, seed: int) -> None:
+    asked = requests(seconds, seed)
+    total_mib = sum(MODELS.values()) + PROCESS_MIB * len(MODELS)
+    budget_mib = round(MEMORY_SHARE * total_mib)
+    print(
+        f"{len(MODELS)} models, {total_mib:.0f} MiB with their processes; budget {budget_mib} MiB; "
+        f"{len(asked)} requests in {seconds:g} s, {SHIFTS} rankings; "
+        f"objective {OBJECTIVE_S * 1e3:.0f} ms; seed {seed}\n"
+    )
+    print("| system | requests | misses | loads | p50 ms | p99 ms | attained | failed |")
+    print("|---|---|---|---|---|---|---|---|")
+    bounds = {
+        "cost": ["--memory-mib", str(budget_mib)],
+        "lru": ["--memory-mib", str(budget_mib), "--eviction", "lru"],
+        "load-all": [],
+    }
+    for name in systems:
+        with tempfile.TemporaryDirectory(prefix="paceline-residency-") as made:
+            work = Path(made)
+            for model, ballast_mib in MODELS.items():
+                write_ballast(
+                    work / "models",
+                    model,
+                    ballast_mib,
+                    load_s=LOAD_S_PER_MIB * ballast_mib,
+                    execute_s=EXECUTE_S,
+                )
+            arguments = ["--model-repository", str(work / "models"), *bounds[name]]
+            with served(work, arguments) as (target, http):
+                before = counts(http)
+                latencies_s = asyncio.run(replay(target, asked))
+                after = counts(http)
+        moved = {key: value - before.get(key, 0.0) for key, value in after.items()}
+        print(Outcome(latencies_s, moved).row(name), flush=True)
+
+
+def cold_chain(rounds: int) -> None:
+    """The first request after a keep-alive has ended: as a chain, and module by module."""
+    models = ["first", "second", "third"]
+    load_s = 0.5
+    with tempfile.TemporaryDirectory(prefix="paceline-residency-") as made:
+        work = Path(made)
+        for name in models:
+            write_ballast(work / "models", name, 20, load_s=load_s, execute_s=EXECUTE_S)
+        text = chain_file("line", models, keep_alive_s=0.5)
+        (work / "line.yaml").write_text(text, encoding="utf-8")
+        arguments = [
+            "--model-repository",
+            str(work / "models"),
+            "--chains",
+            str(work / "line.yaml"),
+        ]
+        with served(work, arguments) as (target, _), grpc.insecure_channel(target) as channel:
+            call: Any = channel.unary_unary(INFER, None, None)
+            together_s, apart_s = [], []
+            for _ in range(rounds):
+                until_cold(channel)
+                began_s = monotonic()
+                call(message("line", batched=False), timeout=GIVE_UP_S)
+                together_s.append(monotonic() - began_s)
+                until_cold(channel)
+                began_s = monotonic()
+                for name in models:
+                    call(message(name), timeout=GIVE_UP_S)
+                apart_s.append(monotonic() - began_s)
+    print(
+        f"\nThree cold modules that load for {load_s * 1e3:.0f} ms beyond their processes' start,"
+    )
+    print(f"one after the other; median of {rounds} (ms):\n")
+    print("| | first request |\n|---|---|")
+    print(f"| prewarmed: a request to the chain | {percentile(together_s, 0.5) * 1e3:.0f} |")
+    print(f"| on demand: a request to each in turn | {percentile(apart_s, 0.5) * 1e3:.0f} |")
+
+
+def until_cold(channel: grpc.Channel) -> None:
+    """Until nothing is in memory."""
+    control: Any = control_pb2_grpc.ControlStub(channel)
+    watch = control.WatchStatus(control_pb2.StatusRequest(), timeout=60.0)
+    for told in watch:
+        status = json.loads(told.json)
+        if not any(machine.get("held") for machine in status["machines"]):
+            watch.cancel()
+            return
+    raise SystemExit("the models were not unloaded")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="of traffic for each system")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5, help="cold starts of each kind")
+    parser.add_argument("--quick", action="store_true", help="10 s, two cold starts: a smoke test")
+    parser.add_argument(
+        "--systems",
+        nargs="*",
+        default=["cost", "lru", "load-all"],
+        choices=["cost", "lru", "load-all"],
+        help="cost is what Paceline does; none: only the cold chain",
+    )
+    given = parser.parse_args()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if given.systems:
+        compare(given.systems, 10.0 if given.quick else given.seconds, given.seed)
+    if given.rounds:
+        cold_chain(2 if given.quick else given.rounds)
+
+
+if __name__ == "__main__":
+    main()
