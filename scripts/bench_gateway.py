@@ -4,6 +4,7 @@
 Runs side by side, on this machine, in interleaved repeats:
 
   echo        a bare grpc.aio server on uvloop that answers raw bytes with themselves
+  own         the same on Paceline's own gRPC server
   triton      one identity model, called on Triton directly
   dynamic     the same with Triton's dynamic batching
   ensemble    three of those as a Triton ensemble
@@ -12,7 +13,7 @@ Runs side by side, on this machine, in interleaved repeats:
   protobuf-1  (--protobuf) paceline-1 without the raw-bytes path and shared memory
 
 For each tensor size, call type and number of requests in flight: median latency, requests/s, and
-CPU time per request of the front process alone (of the echo server; of all of Triton's processes
+CPU time per request of the front process alone (of the echo servers; of all of Triton's processes
 for the rows that have no front). Then the figures that matter: latency added per module, requests
 per second of one front core, CPU compared with the bare echo server.
 
@@ -200,11 +201,12 @@ async def peers(
         made[case] = Peer(target, path, size_bytes, pids)
 
     async with AsyncExitStack() as stack:
-        port = free_port()
-        echo = stack.enter_context(
-            process([sys.executable, HERE / "gateway_load.py", "echo", "--port", str(port)])
-        )
-        add("echo", f"127.0.0.1:{port}", "plain", True, lambda: (echo.pid,))
+        for case in ("echo", "own"):
+            port = free_port()
+            echo = stack.enter_context(
+                process([sys.executable, HERE / "gateway_load.py", case, "--port", str(port)])
+            )
+            add(case, f"127.0.0.1:{port}", "plain", True, lambda pid=echo.pid: (pid,))
         triton = await stack.enter_async_context(
             LocalTriton(
                 LocalTritonSettings(
@@ -328,7 +330,7 @@ def arguments() -> argparse.Namespace:
         "  scripts/bench_gateway.py --sizes 600KB --in-flight 1 32 --protobuf\n"
         "  scripts/bench_gateway.py --markdown figures.md     # everything; about 20 minutes\n",
     )
-    every = ("echo", "triton", "dynamic", "ensemble", *FRONTED)
+    every = ("echo", "own", "triton", "dynamic", "ensemble", *FRONTED)
     parser.add_argument(
         "--quick",
         action="store_true",

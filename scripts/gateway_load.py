@@ -2,7 +2,8 @@
 
 `load` reads one JSON object a line (see `Load`), keeps `in_flight` requests outstanding for
 `duration_s` and answers with one JSON line: latencies, rate, and the CPU time that the processes
-in `pids` used meanwhile. `echo` answers every message with itself: what grpc.aio costs at least.
+in `pids` used meanwhile. `echo` answers every message with itself: what grpc.aio costs at least;
+`own` does so on Paceline's server.
 Both work on serialized messages; the generator's own work is the same for whatever it measures.
 `paceline` and `protobuf` take the arguments of the `paceline` command: the product as it is, and
 without its fast paths (protobuf objects for every message, no shared memory).
@@ -29,6 +30,7 @@ import grpc.aio
 import psutil
 import uvloop
 
+from paceline.rpc.listener import GrpcServer
 from paceline.triton.client import TritonClient
 
 SERVICE = "inference.GRPCInferenceService"
@@ -181,18 +183,28 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+async def _echo_stream(requests: AsyncIterator[bytes], context: Any) -> None:
+    async for request in requests:
+        await context.write(request)
+
+
+async def _own(port: int) -> None:
+    server = GrpcServer(max_message_bytes=64 << 20)
+    server.add_unary(f"/{SERVICE}/ModelInfer", lambda call, data: call.answer([data]))
+    stream = grpc.stream_stream_rpc_method_handler(_echo_stream)
+    server.add_registered_method_handlers(SERVICE, {"ModelStreamInfer": stream})
+    await server.listen("127.0.0.1", port)
+    await server.wait_for_termination()
+
+
 async def _echo(port: int) -> None:
     async def unary(request: bytes, context: Any) -> bytes:
         return request
 
-    async def stream(requests: AsyncIterator[bytes], context: Any) -> None:
-        async for request in requests:
-            await context.write(request)
-
     server = grpc.aio.server(options=UNLIMITED)
     handlers = {
         "ModelInfer": grpc.unary_unary_rpc_method_handler(unary),
-        "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream),
+        "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(_echo_stream),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     server.add_insecure_port(f"127.0.0.1:{port}")
@@ -217,8 +229,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("role", choices=("load", "echo", "paceline", "protobuf"))
-    parser.add_argument("--port", type=int, default=0, help="where `echo` listens")
+    parser.add_argument("role", choices=("load", "echo", "own", "paceline", "protobuf"))
+    parser.add_argument("--port", type=int, default=0, help="where `echo` and `own` listen")
     options, rest = parser.parse_known_args()
     if options.role in ("paceline", "protobuf"):
         _front(rest, fast=options.role == "paceline")
@@ -226,6 +238,7 @@ def main() -> None:
     roles: dict[str, Callable[[], Awaitable[None]]] = {
         "load": _serve_load,
         "echo": lambda: _echo(options.port),
+        "own": lambda: _own(options.port),
     }
 
     async def run() -> None:

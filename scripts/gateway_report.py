@@ -72,6 +72,7 @@ FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Repeat], float], str], ...]
     ("added latency per module, chain of 1 (ms)", (ONE, "triton"), _added_ms(ONE, 1), ".2f"),
     ("added latency per module, chain of 3 (ms)", (THREE, "triton"), _added_ms(THREE, 3), ".2f"),
     ("chain of 3 less ensemble, per step (ms)", (THREE, "ensemble"), _beside_ensemble_ms, ".2f"),
+    ("CPU: own server / echo", ("own", "echo"), _ratio("cpu_us", "own", "echo"), ".2f"),
     ("CPU: chain of 1 / echo", (ONE, "echo"), _ratio("cpu_us", ONE, "echo"), ".2f"),
     ("CPU: chain of 3 / echo", (THREE, "echo"), _ratio("cpu_us", THREE, "echo"), ".2f"),
     ("requests/s per core, echo", ("echo",), _per_core("echo"), ".0f"),
@@ -111,7 +112,7 @@ def report(results: Results, set_up: str) -> str:
     lines += ["### Derived", "", *_derived_table(results)]
     entries = (
         "Each entry: median latency in ms / requests per second / CPU microseconds per request "
-        "(of the front or echo process; of all of Triton's processes for triton, dynamic and "
+        "(of the front or echo processes; of all of Triton's processes for triton, dynamic and "
         "ensemble)."
     )
     return "\n".join([f"{set_up} {entries}", "", *lines])

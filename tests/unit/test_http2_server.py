@@ -488,6 +488,17 @@ async def test_streams_above_the_limit_are_refused(service: Service) -> None:
     assert len(service.waiting) == LIMITS.streams
 
 
+async def test_one_connection_too_many_is_told_so_and_closed() -> None:
+    server = GrpcServer(max_message_bytes=100, max_connections=2)
+    first, second = Client(server), Client(server)
+    third = Client(server, greeting=b"")
+    assert goaway(third.greeted)[1] == ErrorCode.ENHANCE_YOUR_CALM
+    assert third.wire.closed and not (first.wire.closed or second.wire.closed)
+    for client in (third, first):
+        client.lose()
+    assert not Client(server).wire.closed
+
+
 async def test_clients_that_say_nothing_are_asked_and_then_dropped(service: Service) -> None:
     server = service.server
     quiet, alive = Client(server), Client(server)

@@ -5,32 +5,25 @@ order, before anything that came later; a peer that breaks the rules ends its co
 with the reason), or its stream where the standard says so, and nothing else.
 
 The socket reads into one buffer per event loop, so streams copy what they keep; a large payload
-goes where its stream wants it (`Stream.room`), without the buffer. What one pass of the event loop
-writes is sent together: a system call, and waking the peer, cost more than anything here.
+goes where its stream wants it (`Stream.room`), without the buffer. Sending is in `writer`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections import deque
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import cast
 
-from paceline.core.tensor import Buffer
 from paceline.http2 import frames
 from paceline.http2.frames import ErrorCode, ProtocolError, Setting
+from paceline.http2.writer import Stream, Writer
 
 BUFFER_BYTES = 1 << 18
 _DIRECT_BYTES = 1 << 15
 """A payload of which so much is missing is read straight to its place."""
 _RENEW_WINDOW_BYTES = 1 << 26
-_TURN_BYTES = 1 << 20
-"""A stream sends so much before it is the next one's turn."""
 _HIGH_WATER_BYTES = 1 << 20
-_JOIN_BYTES = 1 << 15
-_FLUSH_BYTES = 1 << 18
 _USER_TIMEOUT_MS = 20_000
 _EMPTY = memoryview(b"")
 
@@ -45,61 +38,19 @@ class ReadBuffer:
         self.view = memoryview(self.data)
 
 
-class Stream:
-    """A stream as its connection sees it. `tail` follows the last of `pending`: frames, or b""
-    for an END_STREAM flag on the last DATA; None as long as more may come."""
-
-    __slots__ = ("credit", "id", "pending", "pending_bytes", "remote_closed", "tail", "window")
-
-    def __init__(self, identity: int, window: int, credit: int) -> None:
-        self.id = identity
-        self.window = window
-        self.credit = credit
-        self.pending: deque[memoryview] = deque()
-        self.pending_bytes = 0
-        self.tail: bytes | None = None
-        self.remote_closed = False
-
-    def received(self, data: memoryview, ended: bool) -> None:
-        """Bytes of DATA, valid during this call only; `ended`: they are the last."""
-        raise NotImplementedError
-
-    def room(self, at_most: int) -> memoryview | None:
-        """Where up to `at_most` next bytes may be written to instead; `filled` follows."""
-        return None
-
-    def filled(self, count: int) -> None:
-        """`count` bytes have been written to `room`."""
-        raise NotImplementedError
-
-    def sent(self) -> None:
-        """Everything up to and including `tail`, or everything so far, has been written."""
-
-
-class Connection(asyncio.BufferedProtocol):
+class Connection(Writer, asyncio.BufferedProtocol):
     """See the module docstring. Sides override the `on_` methods."""
 
     def __init__(self, buffer: ReadBuffer, *, expects: bytes, settings: bytes) -> None:
+        super().__init__()
         self._buffer = buffer
         self._expects = expects
         self._settings = settings
-        self._transport: asyncio.Transport | None = None
-        self._loop = asyncio.get_running_loop()
-        self._out: list[Buffer] = []
-        self._out_bytes = 0
-        self._reading = False
-        self._streams: dict[int, Stream] = {}
-        self._blocked: deque[Stream] = deque()
-        self._window = frames.FIRST_WINDOW
-        self._stream_window = frames.FIRST_WINDOW
         self._stream_credit = frames.FIRST_WINDOW
-        self._frame_bytes = frames.LEAST_FRAME_BYTES
         self._takes_frame_bytes = frames.LEAST_FRAME_BYTES
         self._takes_header_bytes = 1 << 16
         self._consumed = 0
         self._greeted = False
-        self._paused = False
-        self._resuming = False
         # Reading: the begin of a frame, a payload of DATA that is not all there, a header block.
         self._rest = b""
         self._data_stream: Stream | None = None
@@ -107,8 +58,8 @@ class Connection(asyncio.BufferedProtocol):
         self._data_ends = False
         self._direct = False
         self._block: tuple[int, int, list[bytes]] | None = None
-        self.heard = self.moved = False
-        """Set when something has been read, and sent of what waits."""
+        self.heard = False
+        """Set when something has been read."""
         self.over = False
         """Whether nothing that is read matters any more."""
 
@@ -141,147 +92,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_chore(self) -> None:
         """A frame has come that carries nothing: PING, SETTINGS, an empty DATA and the like."""
-
-    # -- sending ----------------------------------------------------------------------------
-
-    def write(self, data: bytes) -> None:
-        """Frames that no window restricts."""
-        self._put((data,), len(data))
-
-    def _put(self, parts: Iterable[Buffer], size: int) -> None:
-        """Send with whatever else this pass of the event loop writes."""
-        if not (self._out or self._reading):
-            self._loop.call_soon(self.flush)
-        self._out += parts
-        self._out_bytes += size
-        if self._out_bytes >= _FLUSH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Give the transport what has been written."""
-        out, size = self._out, self._out_bytes
-        if not out:
-            return
-        self._out, self._out_bytes = [], 0
-        if self._transport is None:
-            return
-        if size < _JOIN_BYTES:
-            self._transport.write(b"".join(out))
-        else:
-            self._transport.writelines(out)
-
-    def reset(self, stream: int, code: ErrorCode) -> None:
-        """End a stream; what still comes for it is ignored."""
-        self._streams.pop(stream, None)
-        self.write(frames.reset(stream, code))
-
-    def send(
-        self, stream: Stream, head: bytes, parts: Sequence[Buffer], size: int, tail: bytes | None
-    ) -> bool:
-        """Write frames `head`, then `parts` (`size` bytes in all) as DATA, then `tail`.
-
-        What the windows do not allow waits. Returns whether all is written.
-        """
-        if self._transport is None:
-            return True
-        if (
-            size <= self._frame_bytes
-            and size <= stream.window
-            and size <= self._window
-            and not (stream.pending or self._paused)
-        ):
-            stream.window -= size
-            self._window -= size
-            ends = frames.END_STREAM if tail == b"" else 0
-            tail = tail or b""
-            self._put((head, frames.header(frames.DATA, ends, stream.id, size)), len(head) + 9)
-            self._put((*parts, tail), size + len(tail))
-            return True
-        if head:
-            self.write(head)
-        waiting = bool(stream.pending)
-        stream.pending.extend(memoryview(part) for part in parts if len(part))
-        stream.pending_bytes += size
-        stream.tail = tail
-        if waiting:
-            return False
-        if not self._pump(stream):
-            self._blocked.append(stream)
-            return False
-        return True
-
-    def finish(self, stream: Stream, tail: bytes) -> bool:
-        """Write `tail` after what waits; whether that is done."""
-        stream.tail = tail
-        if not stream.pending:
-            self.write(tail)
-        return not stream.pending
-
-    def _pump(self, stream: Stream) -> bool:
-        """Send a turn of what waits; whether that was all."""
-        pending = stream.pending
-        chunks: list[Buffer] = []
-        written = 0
-        while pending and not self._paused and written < _TURN_BYTES:
-            room = min(stream.window, self._window, self._frame_bytes)
-            if room <= 0:
-                break
-            taken = 0
-            at = len(chunks)
-            while pending and taken < room:
-                part = pending.popleft()
-                if len(part) > room - taken:
-                    pending.appendleft(part[room - taken :])
-                    part = part[: room - taken]
-                chunks.append(part)
-                taken += len(part)
-            flags = frames.END_STREAM if not pending and stream.tail == b"" else 0
-            chunks.insert(at, frames.header(frames.DATA, flags, stream.id, taken))
-            stream.window -= taken
-            self._window -= taken
-            stream.pending_bytes -= taken
-            written += taken
-        if not pending and stream.tail:
-            chunks.append(stream.tail)
-        if chunks:
-            self._put(chunks, sum(map(len, chunks)))
-            self.moved = True
-        if pending and written >= _TURN_BYTES and not self._paused:
-            self._resume_soon()
-        return not pending
-
-    def _resume_soon(self) -> None:
-        if not self._resuming:
-            self._resuming = True
-            self._loop.call_soon(self._resume)
-
-    def _resume(self) -> None:
-        self._resuming = False
-        for _ in range(len(self._blocked)):
-            if self._paused or self._window <= 0:
-                return
-            stream = self._blocked.popleft()
-            if not stream.pending:
-                continue
-            if self._pump(stream):
-                stream.sent()
-            else:
-                self._blocked.append(stream)
-
-    def _drop(self, stream: Stream) -> None:
-        """Send nothing more of a stream."""
-        stream.pending.clear()
-        stream.pending_bytes = 0
-
-    def pause_writing(self) -> None:
-        """The transport's buffer is full: the peer reads slowly."""
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        """It is empty enough again."""
-        self._paused = False
-        if self._blocked:
-            self._resume()
 
     # -- the connection ---------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from paceline.http2 import frames
-from paceline.http2.connection import Connection, ReadBuffer, Stream
+from paceline.http2.connection import Connection, ReadBuffer
 from paceline.http2.frames import ErrorCode, ProtocolError, Setting
 from paceline.http2.hpack import FORGET, Decoder, Header, HpackError, TooLarge
+from paceline.http2.writer import Stream
 
 _KEPT_BLOCKS = 256
 _LONGEST_KEPT_BYTES = 1024

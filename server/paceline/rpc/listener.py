@@ -68,9 +68,11 @@ class GrpcServer:
         *,
         max_message_bytes: int,
         max_held_bytes: int = MAX_HELD_BYTES,
+        max_connections: int = MAX_CONNECTIONS,
         limits: ServerLimits | None = None,
     ) -> None:
         self._intake = Intake(max_message_bytes, max_held_bytes)
+        self._max_connections = max_connections
         self._methods: dict[str, _Method] = {}
         self._generic: list[grpc.GenericRpcHandler[Any, Any]] = []
         self._serving: Serving[Head[_Method]] = Serving(
@@ -158,7 +160,7 @@ class GrpcServer:
 
     def new_connection(self) -> ServerConnection[Head[_Method]]:
         """The protocol of a connection that has come in."""
-        refused = self._stopping or len(self._connections) >= MAX_CONNECTIONS
+        refused = self._stopping or len(self._connections) >= self._max_connections
         connection = ServerConnection(self._buffer, self._serving, refused=refused)
         self._connections.add(connection)
         return connection

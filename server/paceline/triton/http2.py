@@ -20,9 +20,10 @@ import grpc
 
 from paceline.core.tensor import Buffer
 from paceline.http2 import frames, hpack
-from paceline.http2.connection import Connection, ReadBuffer, Stream
+from paceline.http2.connection import Connection, ReadBuffer
 from paceline.http2.frames import ErrorCode, ProtocolError, Setting
 from paceline.http2.messages import PREFIX, PREFIX_BYTES, Inbox, MessageTooLarge
+from paceline.http2.writer import Stream
 from paceline.triton.transport import NO_TIMEOUT_S, CallFailed, ChannelClosed
 
 _CONNECT_TIMEOUT_S = 20.0
