@@ -4,6 +4,7 @@
     .venv/bin/python scripts/bench_blocks.py --work DIR swap vit_b16 bert_base
     .venv/bin/python scripts/bench_blocks.py --work DIR cold resnet50 --link-mbps 0 1000 200
     .venv/bin/python scripts/bench_blocks.py --work DIR share vit_b16
+    .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --limit-mib 170
 
 Models are made by scripts/make_models.py and compiled into DIR on first use (some GB of disk). Each
 prints a table for docs/benchmarks/blocks.md. Everything in one row ran interleaved in one process
@@ -26,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ def main() -> None:
         ("swap", "latency within a budget against resident"),
         ("cold", "time to first output"),
         ("share", "a second model with the same backbone"),
+        ("cgroup", "the budget under a memory cgroup, which counts the page cache (version 1)"),
     ):
         command = commands.add_parser(name, help=what)
         command.add_argument("models", nargs="+")
@@ -67,6 +70,8 @@ def main() -> None:
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
             )
+        if name == "cgroup":
+            command.add_argument("--limit-mib", type=int, required=True, help="of the cgroup")
     child = commands.add_parser("child")  # one measurement in a process of its own
     child.add_argument("job", type=json.loads)
     arguments = parser.parse_args()
@@ -375,12 +380,98 @@ def share(directories: Sequence[str], onnx: str) -> dict[str, float]:
     return result
 
 
-CHILDREN: Mapping[str, Callable[..., dict[str, Any]]] = {"swap": swap, "cold": cold, "share": share}
+def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
+    print("| model | limit MiB | how | median ms | most memory MiB | limit hits |")
+    print("|---|---|---|---|---|---|")
+    for model in arguments.models:
+        budget_mib = bench.weights_bytes(model) / MIB / max(RATIOS)
+        directory = bench.compiled(model, int(budget_mib))
+        for how, extra in (
+            ("plain", {}),
+            ("blocks, paged by the kernel", {}),
+            (f"blocks, budget {budget_mib:.0f} MiB", {"memory_budget_mib": f"{budget_mib}"}),
+        ):
+            drop_page_cache(bench.work)
+            with cgroup(arguments.limit_mib) as group:
+                result = in_child(
+                    bench,
+                    group,
+                    do="limited",
+                    onnx=str(bench.onnx(model)) if how == "plain" else "",
+                    directory=str(directory),
+                    parameters=extra,
+                    repeats=arguments.repeats,
+                )
+                peak = int((group / "memory.max_usage_in_bytes").read_text()) / MIB
+                hits = int((group / "memory.failcnt").read_text())
+            took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
+            print(
+                f"| {model} | {arguments.limit_mib} | {how} | {took} | {peak:.0f} | {hits} |",
+                flush=True,
+            )
 
 
-def in_child(bench: Bench, **job: Any) -> dict[str, Any]:
+def limited(
+    onnx: str, directory: str, parameters: dict[str, str], repeats: int
+) -> dict[str, float]:
+    """Median of a run in a process whose memory is limited."""
+    if onnx:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = ort.InferenceSession(onnx, options, ["CPUExecutionProvider"])
+        feed = {
+            node.name: filled(node.name, node.type, [1, *node.shape[1:]])
+            for node in session.get_inputs()
+        }
+        run: Callable[[], Any] = partial(session.run, None, feed)
+        model = None
+    else:
+        model = open_model(Path(directory), **parameters)
+        names = [tensor.name for tensor in model.members[0].outputs]
+        run = partial(model.infer, "", feed_of(model, 1), names, 1)
+    times = []
+    for number in range(_WARM_UP_RUNS + repeats):
+        began_s = time.perf_counter()
+        run()
+        if number >= _WARM_UP_RUNS:
+            times.append(time.perf_counter() - began_s)
+    if model is not None:
+        model.close()
+    return {"median_s": statistics.median(times)}
+
+
+@contextmanager
+def cgroup(limit_mib: int) -> Iterator[Path]:
+    """A child of this process's memory cgroup, removed in the end."""
+    own = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    (place,) = (line.split(":")[2] for line in own if line.split(":")[1] == "memory")
+    group = Path(f"/sys/fs/cgroup/memory{place}", f"blocks-{os.getpid()}")
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit_mib * MIB))
+        yield group
+    finally:
+        (group / "memory.force_empty").write_text("0")
+        group.rmdir()
+
+
+CHILDREN: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "swap": swap,
+    "cold": cold,
+    "share": share,
+    "limited": limited,
+}
+
+
+def in_child(bench: Bench, group: Path | None = None, **job: Any) -> dict[str, Any]:
+    """What the job returns; {} if it was killed in its cgroup."""
     command = [sys.executable, __file__, "--work", str(bench.work), "child", json.dumps(job)]
+    if group is not None:
+        enter = 'echo $$ > "$0"/cgroup.procs && exec "$@"'
+        command = ["sh", "-c", enter, str(group), *command]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if group is not None and done.returncode in (-9, 137):
+        return {}
     if done.returncode:
         raise SystemExit(f"{job}: {done.stderr.strip()[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
