@@ -5,6 +5,7 @@
     .venv/bin/python scripts/bench_blocks.py --work DIR cold resnet50 --link-mbps 0 1000 200
     .venv/bin/python scripts/bench_blocks.py --work DIR share vit_b16
     .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --limit-mib 170
+    .venv/bin/python scripts/bench_blocks.py --work DIR fuse resnet50 squeezenet densenet121
 
 Models are made by scripts/make_models.py and compiled into DIR on first use (some GB of disk). Each
 prints a table for docs/benchmarks/blocks.md. Everything in one row ran interleaved in one process
@@ -15,6 +16,7 @@ page cache holds nothing of the model: it is dropped before, and with a budget a
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import queue
@@ -33,6 +35,8 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import psutil
+from google.protobuf import text_format
 
 from paceline.blocks.backend.blockmodel import BlockModel
 from paceline.blocks.backend.manifest import Block, ObjectStore
@@ -41,7 +45,12 @@ from paceline.blocks.backend.skeleton import DTYPES
 from paceline.blocks.backend.store import HttpStore
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
-from paceline.blocks.repository import compiled_model
+from paceline.blocks.repository import compiled_model, read_config
+from paceline.core.ports import ModelCall
+from paceline.core.tensor import BatchTensor
+from paceline.triton.client import TritonClient
+from paceline.triton.launcher import LocalTriton, LocalTritonSettings
+from paceline.triton.repository import TritonRepository
 
 SCRIPTS = Path(__file__).parent
 RATIOS = (2.32, 3.5, 5.81)
@@ -58,6 +67,7 @@ def main() -> None:
         ("swap", "latency within a budget against resident"),
         ("cold", "time to first output"),
         ("share", "a second model with the same backbone"),
+        ("fuse", "a group of models as one, on a real Triton"),
         ("cgroup", "the budget under a memory cgroup, which counts the page cache (version 1)"),
     ):
         command = commands.add_parser(name, help=what)
@@ -380,6 +390,92 @@ def share(directories: Sequence[str], onnx: str) -> dict[str, float]:
     return result
 
 
+def print_fuse(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Models of one group: as plain ONNX models, as blocks, and fused."""
+    models = arguments.models
+    repository = bench.work / "fuse" / "models"
+    options = Options(measure=False)
+    pool = bench.work / "fuse" / "blocks"
+    for model in models:
+        compile_model({"": bench.onnx(model)}, repository / model, pool, options)
+        write_plain(repository / f"plain_{model}", repository / model, bench.onnx(model))
+    compile_model(
+        {f"m_{model}": bench.onnx(model) for model in models}, repository / "group", pool, options
+    )
+    ways = {
+        "plain, one each": [f"plain_{model}" for model in models],
+        "blocks, one each": list(models),
+        "blocks, fused": ["group"],
+    }
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(arguments.repeats):
+        for way, names in ways.items():
+            drop_page_cache(bench.work)
+            results[way].append(asyncio.run(group_on_triton(bench.work, repository, names)))
+    print("| group | loaded and answered ms | PSS MiB | private MiB | one request each ms |")
+    print("|---|---|---|---|---|")
+    for way, measured in results.items():
+        middle = {key: statistics.median(one[key] for one in measured) for key in measured[0]}
+        print(
+            f"| {way} | {1e3 * middle['ready_s']:.0f} | {middle['pss_mib']:.0f} "
+            f"| {middle['private_mib']:.0f} | {1e3 * middle['all_s']:.0f} |"
+        )
+
+
+def write_plain(directory: Path, compiled: Path, onnx: Path) -> None:
+    """The same tensors for the backend `onnxruntime`, which reads the ONNX file itself."""
+    config = read_config(compiled / "config.pbtxt")
+    config.name, config.backend = directory.name, "onnxruntime"
+    config.parameters.clear()
+    (directory / "1").mkdir(parents=True, exist_ok=True)
+    for source in (onnx, onnx.with_suffix(".bin")):
+        link = directory / "1" / ("model.onnx" if source == onnx else source.name)
+        if source.exists() and not link.exists():
+            os.link(source, link)
+    text = text_format.MessageToString(config)
+    (directory / "config.pbtxt").write_text(text, encoding="utf-8")
+
+
+async def group_on_triton(work: Path, repository: Path, names: Sequence[str]) -> dict[str, float]:
+    """Loads them all at once, asks each once, then all again."""
+    settings = LocalTritonSettings(
+        state_directory=work / "triton", model_repositories=(repository,), stop_timeout_s=0.5
+    )
+    async with LocalTriton(settings) as triton:
+        client = await TritonClient.connect(triton.url, name="bench")
+        models = TritonRepository(client, (repository,))
+
+        async def ask(name: str) -> None:
+            declared = models.declaration(name)
+            inputs = []
+            for tensor in declared.inputs:
+                array = filled(tensor.name, tensor.datatype, [1, *tensor.shape])
+                data = array.astype(np.float32).tobytes()
+                inputs.append(BatchTensor(tensor.name, "FP32", array.shape, (data,)))
+            outputs = tuple(tensor.name for tensor in declared.outputs)
+            await client.execute(ModelCall(name, tuple(inputs), outputs), timeout_s=60)
+
+        async def serve(name: str) -> None:
+            await models.load(name, instances=1)
+            await ask(name)
+
+        began_s = time.perf_counter()
+        await asyncio.gather(*map(serve, names))
+        ready_s = time.perf_counter() - began_s
+        again_s = time.perf_counter()
+        await asyncio.gather(*map(ask, names))
+        all_s = time.perf_counter() - again_s
+        stubs = psutil.Process(triton.pid).children(recursive=True)
+        memory = [stub.memory_full_info() for stub in stubs]
+        await client.close()
+    return {
+        "ready_s": ready_s,
+        "all_s": all_s,
+        "pss_mib": sum(one.pss for one in memory) / MIB,
+        "private_mib": sum(one.uss for one in memory) / MIB,
+    }
+
+
 def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
     print("| model | limit MiB | how | median ms | most memory MiB | limit hits |")
     print("|---|---|---|---|---|---|")
@@ -526,7 +622,7 @@ def private_mib() -> float:
 
 
 def files_under(root: Path) -> Iterator[Path]:
-    for part in ("onnx", "blocks/objects", "raw/blocks/objects"):
+    for part in ("onnx", "blocks/objects", "raw/blocks/objects", "fuse/blocks/objects"):
         yield from (path for path in (root / part).glob("*") if path.is_file())
 
 
