@@ -43,6 +43,7 @@ from paceline.rpc.status import Status
 
 LIMITS = ServerLimits(streams=4, stream_window_bytes=100_000, frame_bytes=50_000, resets=10)
 MAX_MESSAGE_BYTES = 1_000_000
+HEADERS_OF_ANSWER = {":status": "200", "content-type": "application/grpc"}
 
 
 class Service:
@@ -229,6 +230,17 @@ async def test_refusals_are_trailers_only_with_encoded_message_and_metadata(
         ("why", "because"),
         ("data-bin", "AP8"),
     ]
+
+
+async def test_bugs_of_handlers_and_metadata_that_cannot_be_sent_end_only_their_call(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Client(service.server)
+    client.send(call(1, b"no number", "/t/Big") + call(3, b"", "/t/Wait"))
+    assert client.answers()[1][1]["grpc-status"] == "13"
+    service.waiting[0].answer([b"x"], (("näme", "1"),))
+    assert client.answers()[3] == (message(b"x"), {**HEADERS_OF_ANSWER, "grpc-status": "0"})
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
 
 
 @pytest.mark.parametrize(

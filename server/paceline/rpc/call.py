@@ -8,6 +8,7 @@ all calls together (`Intake`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ from paceline.http2 import frames, hpack
 from paceline.http2.messages import PREFIX, PREFIX_BYTES, Inbox, MessageTooLarge
 from paceline.http2.server import ServerConnection, ServerStream
 from paceline.rpc.head import ENCODINGS, Head, Metadata, encode_message, encode_metadata
-from paceline.rpc.status import Status
+from paceline.rpc.status import Status, status_of
+
+log = logging.getLogger(__name__)
 
 Begin = Callable[["UnaryCall", Buffer], None]
 """Serves a request's bytes: calls `answer` or `refuse`, now or later."""
@@ -91,7 +94,7 @@ class Call(ServerStream):
         if status.details:
             block += hpack.encode([("grpc-message", encode_message(status.details))])
         if status.metadata:
-            block += encode_metadata(status.metadata)
+            block += sendable(status.metadata)
         if status.code is grpc.StatusCode.UNIMPLEMENTED:
             block += _ACCEPTS
         if not self._told_headers:
@@ -260,7 +263,7 @@ class UnaryCall(Call):
         if self.over:
             return
         size = PREFIX_BYTES + sum(map(len, parts))
-        block = OK_BLOCK + encode_metadata(metadata) if metadata else OK_BLOCK
+        block = OK_BLOCK + sendable(metadata) if metadata else OK_BLOCK
         tail = frames.headers(self.id, block, frames.END_STREAM)
         head = self._connection.headers(self.id, RESPONSE_BLOCK)
         self._over()
@@ -273,7 +276,7 @@ class UnaryCall(Call):
         if ended and self._inbox is None and not self.over and len(data) >= PREFIX_BYTES:
             flag, size = PREFIX.unpack_from(data)
             if not flag and size == len(data) - PREFIX_BYTES <= self._intake.max_message_bytes:
-                self._begin(self, bytes(data[PREFIX_BYTES:]))
+                self._serve(bytes(data[PREFIX_BYTES:]))
                 return
         if len(data) or ended:
             super().received(data, ended)
@@ -282,9 +285,25 @@ class UnaryCall(Call):
         """See `Call.ready`."""
         data = self._take_only(inbox)
         if data is not None:
+            self._serve(data)
+
+    def _serve(self, data: Buffer) -> None:
+        try:
             self._begin(self, data)
+        except Exception as error:
+            # Not the connection's fault, nor that of its other calls.
+            self.refuse(status_of(error))
 
     def abandoned(self) -> None:
         """See `Call.abandoned`."""
         if self.on_cancel is not None:
             self.on_cancel()
+
+
+def sendable(metadata: Metadata) -> bytes:
+    """A header block; what cannot be metadata is left out, and told, as the call has to end."""
+    try:
+        return encode_metadata(metadata)
+    except ValueError as error:
+        log.error("metadata is not sent: %s", error)
+        return b""

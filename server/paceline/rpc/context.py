@@ -18,8 +18,8 @@ from paceline.core.tensor import Buffer
 from paceline.http2 import frames, hpack
 from paceline.http2.messages import PREFIX, PREFIX_BYTES, Inbox
 from paceline.http2.server import ServerConnection
-from paceline.rpc.call import OK_BLOCK, RESPONSE_BLOCK, WRITE_AHEAD_BYTES, Call, Intake
-from paceline.rpc.head import Head, Metadata, encode_metadata
+from paceline.rpc.call import OK_BLOCK, RESPONSE_BLOCK, WRITE_AHEAD_BYTES, Call, Intake, sendable
+from paceline.rpc.head import Head, Metadata, encode_message
 from paceline.rpc.status import Status
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class TaskCall(Call):
 
     def _initial(self, metadata: Metadata) -> bytes:
         self._told_headers = True
-        return self._connection.headers(self.id, RESPONSE_BLOCK + encode_metadata(metadata))
+        return self._connection.headers(self.id, RESPONSE_BLOCK + sendable(metadata))
 
     def sent(self) -> None:
         """See `Stream.sent`."""
@@ -184,9 +184,9 @@ class TaskCall(Call):
     def _succeed(self, status: Status) -> None:
         block = OK_BLOCK
         if status.details:
-            block += hpack.encode([("grpc-message", status.details)])
+            block += hpack.encode([("grpc-message", encode_message(status.details))])
         if status.metadata:
-            block += encode_metadata(status.metadata)
+            block += sendable(status.metadata)
         head = b"" if self._told_headers else self._initial(())
         tail = head + frames.headers(self.id, block, frames.END_STREAM)
         self._finish(tail)
