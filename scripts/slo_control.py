@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.slo_report import percentile
-from scripts.slo_workloads import ROW, write_timed
+from scripts.slo_workloads import ROW
+from scripts.timed_model import write_timed
 
 from paceline.core.ports import ModelCall
-from paceline.core.profile import Durations
 from paceline.core.tensor import BatchTensor
 from paceline.triton.client import TritonClient
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
@@ -39,7 +39,9 @@ async def carried(work: Path, counts: Sequence[int], seconds_s: float) -> list[s
             for count in counts:
                 name = f"timed{count}"
                 group = f"instance_group [{{count: {count} kind: KIND_CPU}}]\n"
-                write_timed(models, name, Durations(((BATCH, DURATION_S),)), BATCH, group)
+                write_timed(
+                    models, {BATCH: DURATION_S * 1e3}, name, max_batch_size=BATCH, extra=group
+                )
                 await client.load(name, timeout_s=LOAD_TIMEOUT_S)
                 over = sorted(await _excesses(client, name, count, seconds_s))
                 await client.unload(name)

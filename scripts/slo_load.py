@@ -36,11 +36,12 @@ class Load:
 
 async def replay(load: Load) -> dict[str, Any]:
     """Latency in seconds of every request in order (null: failed or given up), by how much the
-    sending was late, and what failed by status.
+    sending was late, what failed by status, and how long refusals took from their sending.
     """
     messages = [bytes.fromhex(message) for message in load.messages]
     latencies: list[float | None] = [None] * len(load.arrivals_s)
     late_s: list[float] = []
+    refused_s: list[float] = []
     failures: Counter[str] = Counter()
     # Compared on `monotonic`, not on the loop's clock, which has milliseconds only.
     async with grpc.aio.insecure_channel(load.target) as channel:
@@ -48,11 +49,14 @@ async def replay(load: Load) -> dict[str, Any]:
         call: Any = channel.unary_unary(INFER, None, None)
 
         async def send(index: int, due_s: float) -> None:
-            late_s.append(monotonic() - due_s)
+            sent_s = monotonic()
+            late_s.append(sent_s - due_s)
             try:
                 await call(messages[load.kinds[index]], timeout=load.give_up_s)
             except grpc.aio.AioRpcError as error:
                 failures[error.code().name] += 1
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                    refused_s.append(monotonic() - sent_s)
             else:
                 latencies[index] = monotonic() - due_s
 
@@ -62,7 +66,12 @@ async def replay(load: Load) -> dict[str, Any]:
                 if (wait_s := due_s - monotonic()) > 0:
                     await asyncio.sleep(wait_s)
                 group.create_task(send(index, due_s))
-    return {"latencies_s": latencies, "late_s": late_s, "failures": dict(failures)}
+    return {
+        "latencies_s": latencies,
+        "late_s": late_s,
+        "refused_s": refused_s,
+        "failures": dict(failures),
+    }
 
 
 async def _serve() -> None:

@@ -1,8 +1,8 @@
 """Measurements of `bench_slo.py` and the tables made of them.
 
 A system's figure is the median over repeats. A Triton ensemble's is that of whichever of its
-settings has the best median in the cell, of those that split the machines over the steps and of
-those that share them. Chosen on the measured runs themselves, that favours Triton.
+settings does best, of those that split the machines over the steps and of those that share them.
+Chosen on the measured runs themselves, that favours Triton.
 """
 
 from __future__ import annotations
@@ -24,25 +24,46 @@ TRITON = ("split", "shared")
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """What is varied."""
+class Scenario:
+    """What is served: `tightness` is the objective as a multiple of full batches' path."""
 
     workload: str
     arrivals: str
+    tightness: float
+
+    @property
+    def title(self) -> str:
+        return f"{self.workload}, {self.arrivals}, {self.tightness:g}x"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What is varied. `bound`: machines that the rate keeps busy in full batches."""
+
+    scenario: Scenario
     machines: int
+    bound: float
+    rate_rps: float
+
+    @property
+    def load(self) -> float:
+        return self.bound / self.machines
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
     """One replay of one system. Latencies are those of its answers; 0 without any.
 
-    `rejected`: share answered with an error; `late_p99_ms`: how late the generator was.
+    `rejected`: share answered with an error; `refused_*`: time to such an answer from its sending;
+    `late_p99_ms`: how late the generator was.
     """
 
     attainment: float
     p50_ms: float
     p99_ms: float
     rejected: float
+    refused_p50_ms: float
+    refused_p99_ms: float
     late_p99_ms: float
 
     @classmethod
@@ -50,12 +71,15 @@ class Figures:
         """From what the load generator returned."""
         every: Sequence[float | None] = answer["latencies_s"]
         answered = sorted(latency_s for latency_s in every if latency_s is not None)
+        refused = sorted(answer["refused_s"])
         total = max(1, len(every))
         return cls(
             attainment=sum(latency_s <= slo_s for latency_s in answered) / total,
             p50_ms=percentile(answered, 0.5) * 1e3,
             p99_ms=percentile(answered, 0.99) * 1e3,
             rejected=1.0 - len(answered) / total,
+            refused_p50_ms=percentile(refused, 0.5) * 1e3,
+            refused_p99_ms=percentile(refused, 0.99) * 1e3,
             late_p99_ms=percentile(sorted(answer["late_s"]), 0.99) * 1e3,
         )
 
@@ -80,34 +104,46 @@ class Results:
 
     def lane_of(self, cell: Cell, system: str) -> str | None:
         """The lane that stands for a system."""
-        lanes = self.runs.get(cell, {})
-        if system not in TRITON:
-            return system if system in lanes else None
-        shared = system == "shared"
-        settings = [
-            lane for lane in lanes if lane not in SYSTEMS and lane.startswith("shared") is shared
-        ]
-        return max(settings, key=lambda lane: self.attainment(cell, lane), default=None)
+        lanes = [lane for lane in self.runs.get(cell, {}) if _system(lane) == system]
+        return max(lanes, key=lambda lane: self.attainment(cell, lane), default=None)
 
     def attains(self, cell: Cell, system: str) -> bool:
         lane = self.lane_of(cell, system)
         return lane is not None and self.attainment(cell, lane) >= self.target
 
-    def machines_for(self, workload: str, arrivals: str, system: str) -> int | None:
+    def cells(self, scenario: Scenario) -> list[Cell]:
+        """In order of machines, then of rates."""
+        found = [cell for cell in self.runs if cell.scenario == scenario]
+        return sorted(found, key=lambda cell: (cell.machines, cell.rate_rps))
+
+    def scenarios(self) -> list[Scenario]:
+        """In the order of measuring."""
+        return list(dict.fromkeys(cell.scenario for cell in self.runs))
+
+    def measured(self, scenario: Scenario, system: str) -> bool:
+        return any(self.lane_of(cell, system) for cell in self.cells(scenario))
+
+    def least_machines(self, scenario: Scenario, system: str) -> int | None:
         """The least number with which it attained the target; None if none measured did."""
-        counts = [
-            cell.machines for cell in self.cells(workload, arrivals) if self.attains(cell, system)
-        ]
+        counts = [cell.machines for cell in self.cells(scenario) if self.attains(cell, system)]
         return min(counts, default=None)
 
-    def cells(self, workload: str, arrivals: str) -> list[Cell]:
-        """In order of machines."""
-        found = [c for c in self.runs if (c.workload, c.arrivals) == (workload, arrivals)]
-        return sorted(found, key=lambda cell: cell.machines)
-
-    def scenarios(self) -> list[tuple[str, str]]:
-        """(workload, arrivals) in the order of measuring."""
-        return list(dict.fromkeys((cell.workload, cell.arrivals) for cell in self.runs))
+    def most(self, scenario: Scenario, system: str) -> Cell | None:
+        """The largest rate at which it attained the target, below every rate at which it did not;
+        of its lanes the best."""
+        cells = self.cells(scenario)
+        found: Cell | None = None
+        for lane in {lane for cell in cells for lane in self.runs[cell] if _system(lane) == system}:
+            best: Cell | None = None
+            for cell in cells:
+                if lane not in self.runs[cell]:
+                    continue
+                if self.attainment(cell, lane) < self.target:
+                    break
+                best = cell
+            if best is not None and (found is None or best.rate_rps > found.rate_rps):
+                found = best
+        return found
 
     def flat(self) -> list[dict[str, Any]]:
         """Every replay, for --json."""
@@ -119,41 +155,66 @@ class Results:
         ]
 
 
-def report(results: Results, set_up: str, controls: Sequence[str]) -> str:
-    """Everything as markdown."""
-    parts = [
-        set_up,
-        "",
-        f"## Machines needed for {results.target:.0%} attainment",
-        "",
-        *_needed(results),
-        "",
-        "## Attainment at equal machines",
-        "",
-        "Median over the repeats, least and most in brackets; then the p99 latency of answers. "
-        "Triton: the best setting of each kind in that cell.",
-    ]
-    for workload, arrivals in results.scenarios():
-        parts += ["", f"**{workload}, {arrivals}**", "", *_equal(results, workload, arrivals)]
-    parts += ["", "## Every setting of Triton that was measured", "", *_settings(results)]
-    parts += ["", "## Control", "", *(f"* {line}" for line in controls), ""]
-    return "\n".join(parts)
+def _system(lane: str) -> str:
+    if lane in SYSTEMS:
+        return lane
+    return "shared" if lane.startswith("shared") else "split"
 
 
-def _needed(results: Results) -> Iterator[str]:
-    yield f"| workload | arrivals | {' | '.join(SYSTEMS.values())} | verdict |"
-    yield "|---|---" + "|---" * (len(SYSTEMS) + 1) + "|"
-    for workload, arrivals in results.scenarios():
-        most = results.cells(workload, arrivals)[-1].machines
-        counts = {s: results.machines_for(workload, arrivals, s) for s in SYSTEMS}
-        cells = []
+def goodput_table(results: Results) -> Iterator[str]:
+    """The largest rate that a fixed number of machines carries, by system."""
+    yield f"| scenario | machines | bound | {' | '.join(SYSTEMS.values())} | verdict |"
+    yield "|---|---|---|" + "---|" * (len(SYSTEMS) + 1)
+    for scenario in results.scenarios():
+        cells = results.cells(scenario)
+        machines = cells[0].machines
+        bound_rps = cells[0].rate_rps / cells[0].bound
+        most = {s: results.most(scenario, s) for s in SYSTEMS}
+        texts = []
+        for system, cell in most.items():
+            if cell is not None:
+                each_rps = cell.rate_rps / machines
+                texts.append(f"{each_rps:.1f} ({each_rps / bound_rps:.1%})")
+            elif results.measured(scenario, system):
+                texts.append(f"below {cells[0].rate_rps / machines:.1f}")
+            else:
+                texts.append("cannot")
+        rates = {s: cell.rate_rps if cell else 0.0 for s, cell in most.items()}
+        yield (
+            f"| {scenario.title} | {machines} | {bound_rps:.1f} | {' | '.join(texts)} | "
+            f"{_verdict(rates)} |"
+        )
+
+
+def _verdict(rates: dict[str, float]) -> str:
+    others = {system: rate for system, rate in rates.items() if system != "pooled" and rate > 0}
+    if not others:
+        return "no other attains it"
+    best = max(others, key=lambda system: others[system])
+    gain = rates["pooled"] / others[best] - 1.0
+    return f"{gain:+.0%} over {best}" if abs(gain) > 1e-9 else f"as {best}"
+
+
+def machines_table(results: Results) -> Iterator[str]:
+    """The least machines for one rate, by system."""
+    yield f"| scenario | requests/s | bound | {' | '.join(SYSTEMS.values())} | verdict |"
+    yield "|---|---|---|" + "---|" * (len(SYSTEMS) + 1)
+    for scenario in results.scenarios():
+        cells = results.cells(scenario)
+        counts = {s: results.least_machines(scenario, s) for s in SYSTEMS}
+        texts = []
         for system, count in counts.items():
-            measured = any(results.lane_of(c, system) for c in results.cells(workload, arrivals))
-            cells.append(str(count) if count else f"more than {most}" if measured else "cannot")
-        yield f"| {workload} | {arrivals} | {' | '.join(cells)} | {_verdict(counts)} |"
+            if count is None and results.measured(scenario, system):
+                texts.append(f"more than {cells[-1].machines}")
+            else:
+                texts.append(str(count) if count is not None else "cannot")
+        yield (
+            f"| {scenario.title} | {cells[0].rate_rps:.0f} | {cells[0].bound:.2f} | "
+            f"{' | '.join(texts)} | {_fewest(counts)} |"
+        )
 
 
-def _verdict(counts: dict[str, int | None]) -> str:
+def _fewest(counts: dict[str, int | None]) -> str:
     own = counts["pooled"]
     if own is None:
         return "Paceline missed the target"
@@ -165,17 +226,20 @@ def _verdict(counts: dict[str, int | None]) -> str:
     return f"fewest, with {' and '.join(equal)}" if equal else "fewest"
 
 
-def _equal(results: Results, workload: str, arrivals: str) -> Iterator[str]:
-    yield f"| machines | {' | '.join(SYSTEMS.values())} |"
-    yield "|---" * (len(SYSTEMS) + 1) + "|"
-    for cell in results.cells(workload, arrivals):
-        texts = [_text(results, cell, results.lane_of(cell, system)) for system in SYSTEMS]
-        yield f"| {cell.machines} | {' | '.join(texts)} |"
+def attainment_tables(results: Results) -> Iterator[str]:
+    """Every cell: median over the repeats, least and most in brackets, p99 of the answers."""
+    for scenario in results.scenarios():
+        yield from ("", f"**{scenario.title}**", "")
+        yield f"| machines | load | {' | '.join(SYSTEMS.values())} |"
+        yield "|---|---|" + "---|" * len(SYSTEMS)
+        for cell in results.cells(scenario):
+            texts = [_text(results, cell, results.lane_of(cell, system)) for system in SYSTEMS]
+            yield f"| {cell.machines} | {cell.load:.1%} | {' | '.join(texts)} |"
 
 
 def _text(results: Results, cell: Cell, lane: str | None) -> str:
     if lane is None:
-        return "-"
+        return ""
     runs = results.runs[cell][lane]
     values = [run.attainment * 100 for run in runs]
     bounds = f" [{min(values):.1f}-{max(values):.1f}]" if len(values) > 1 else ""
@@ -183,17 +247,42 @@ def _text(results: Results, cell: Cell, lane: str | None) -> str:
     return f"{median(values):.1f} %{bounds}, {p99_ms:.0f} ms"
 
 
-def _settings(results: Results) -> Iterator[str]:
-    yield "| workload | arrivals | machines | setting: median attainment (replays) |"
-    yield "|---|---|---|---|"
-    for cell, lanes in results.runs.items():
-        tried = sorted(
-            (lane for lane in lanes if lane not in SYSTEMS),
-            key=lambda lane: -results.attainment(cell, lane),
+def settings_table(results: Results) -> Iterator[str]:
+    """Which of Triton's settings were measured beyond the screening."""
+    yield "| scenario | settings |"
+    yield "|---|---|"
+    for scenario in results.scenarios():
+        lanes = dict.fromkeys(lane for c in results.cells(scenario) for lane in results.runs[c])
+        names = [lane for lane in lanes if lane not in SYSTEMS]
+        if names:
+            yield f"| {scenario.title} | {'; '.join(names)} |"
+
+
+def overload_table(results: Results, planned: float) -> Iterator[str]:
+    """Goodput by offered rate, as a multiple of the planned one; `planned` is a load."""
+    for scenario in results.scenarios():
+        cells = results.cells(scenario)
+        lanes = list(results.runs[cells[0]])
+        yield from ("", f"**{scenario.title}, {cells[0].machines} machines**", "")
+        yield "| offered / planned | requests/s |" + "".join(
+            f" {SYSTEMS.get(lane, lane)}: goodput, rejected, time to rejection |" for lane in lanes
         )
-        texts = [
-            f"{lane}: {results.attainment(cell, lane) * 100:.1f} % ({len(lanes[lane])})"
-            for lane in tried
-        ]
-        if texts:
-            yield f"| {cell.workload} | {cell.arrivals} | {cell.machines} | {'; '.join(texts)} |"
+        yield "|---|---|" + "---|" * len(lanes)
+        peaks = {lane: max(_goodput_rps(results, c, lane) for c in cells) for lane in lanes}
+        for cell in cells:
+            texts = []
+            for lane in lanes:
+                runs = results.runs[cell][lane]
+                goodput_rps = _goodput_rps(results, cell, lane)
+                text = f"{goodput_rps:.1f} ({goodput_rps / peaks[lane]:.1%} of its peak)"
+                rejected = median(run.rejected for run in runs)
+                if rejected > 0:
+                    p50_ms = median(run.refused_p50_ms for run in runs)
+                    p99_ms = median(run.refused_p99_ms for run in runs)
+                    text += f", {rejected:.1%}, p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms"
+                texts.append(text)
+            yield f"| {cell.load / planned:.2g} | {cell.rate_rps:.0f} | {' | '.join(texts)} |"
+
+
+def _goodput_rps(results: Results, cell: Cell, lane: str) -> float:
+    return results.attainment(cell, lane) * cell.rate_rps

@@ -29,7 +29,7 @@ from scripts.slo_workloads import (
     chain_yaml,
     ensemble_config,
     write_chain_models,
-    write_timed,
+    write_step,
 )
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -184,7 +184,7 @@ class Ensembles:
                 if setting.shared
                 else ""
             )
-            fill_s = largest / (work.rate_rps * step.fan_out)
+            fill_s = largest / (self._served.rate_rps * step.fan_out)
             delay_s = min(fill_s, setting.wait * slack_s / len(work.steps))
             batching = f"preferred_batch_size: [{largest}] " if setting.wait else ""
             batching += f"max_queue_delay_microseconds: {int(delay_s * 1e6)} "
@@ -193,10 +193,11 @@ class Ensembles:
                     "default_queue_policy {timeout_action: REJECT "
                     f"default_timeout_microseconds: {int(slack_s * 1e6)}}}"
                 )
-            write_timed(
+            write_step(
                 self._root,
                 f"{name}_{step.name}",
-                self._served.durations(step),
+                self._served,
+                step,
                 largest,
                 f"instance_group [{{count: {count} kind: KIND_CPU{limiter}}}]\n"
                 f"dynamic_batching {{{batching}}}\n",
@@ -207,12 +208,7 @@ class Ensembles:
 
     def _slack_s(self, largest: int) -> float:
         """What the objective leaves beyond full batches along the slowest path."""
-        work = self._served.workload
-        ends_s: dict[str, float] = {"": 0.0}
-        for step in work.steps:
-            duration_s = self._served.durations(step).at(largest)
-            ends_s[step.name] = ends_s[step.parent] + duration_s
-        return max(0.02, work.slo_ms / 1e3 - max(ends_s.values()))
+        return max(0.02, self._served.slo_ms / 1e3 - self._served.path_s(largest))
 
 
 async def start_ensembles(
@@ -252,9 +248,9 @@ class Front:
 
 def round_robin(served: Served, machines: int, rate_rps: float) -> Front:
     """Round-robin with its plan provisioned to use all machines: at the largest rate it carries,
-    as its own bounds have it, but no less than the real one.
+    as its own bounds have it, but no less than `rate_rps`.
     """
-    low, high = rate_rps, 3.0 * rate_rps
+    low, high = rate_rps, max(rate_rps, machines / served.row_s)
     for _ in range(14):
         middle = (low + high) / 2.0
         cost = _round_robin_machines(served, middle)
@@ -278,7 +274,7 @@ def _round_robin_machines(served: Served, rate_rps: float) -> float | None:
         )
         for step in work.steps
     )
-    chain = PlannedChain(work.name, (work.slo_ms - SLO_MARGIN_MS) / 1e3, rate_rps, modules)
+    chain = PlannedChain(work.name, (served.slo_ms - SLO_MARGIN_MS) / 1e3, rate_rps, modules)
     try:
         return solve([chain], Options(dispatch="round-robin", max_tuples=2)).cost_per_hour
     except PlanError:
@@ -293,12 +289,11 @@ async def start_front(
     models = work / "models"
     if not models.exists():
         write_chain_models(models, served)
-    home = work / f"{front.dispatch}-{machines}"
-    home.mkdir(exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix=f"{front.dispatch}-", dir=work))
     text = chain_yaml(
         workload,
         rate_rps=front.rate_rps,
-        slo_ms=workload.slo_ms - SLO_MARGIN_MS,
+        slo_ms=served.slo_ms - SLO_MARGIN_MS,
         dispatch=front.dispatch,
     )
     (home / "chain.yaml").write_text(text, encoding="utf-8")

@@ -1,8 +1,9 @@
 """What `bench_slo.py` serves: workloads on profiles, as timed models, chains and ensembles.
 
-An accelerator is emulated by a Python-backend model that sleeps d(b), by a measured profile: one
-instance is one machine. It sleeps once a batch, whatever requests the batch came in, and only
-what is left of d(b), so that its own work is part of the duration.
+An accelerator is emulated by a timed model (`timed_model.py`) that follows a measured profile: one
+instance is one machine. Rates and objectives follow from the profiles by one rule for all
+workloads: a rate is a *load*, the share of the machines that full batches of it keep busy; an
+objective is a multiple of what full batches take along the slowest path.
 """
 
 from __future__ import annotations
@@ -10,41 +11,14 @@ from __future__ import annotations
 import csv
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from scripts.timed_model import write_timed
 
 from paceline.config import read_profiles
 from paceline.core.errors import ConfigError
 from paceline.core.profile import Durations, Profiles
-
-_TIMED = """
-import json
-import time
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    def initialize(self, args):
-        parameters = json.loads(args["model_config"])["parameters"]
-        table = json.loads(parameters["durations_ms"]["string_value"])
-        self.table = sorted((int(size), float(ms)) for size, ms in table.items())
-
-    def duration_s(self, rows):
-        below = [point for point in self.table if point[0] <= rows] or self.table[:1]
-        above = [point for point in self.table if point[0] >= rows] or self.table[-1:]
-        (b0, d0), (b1, d1) = below[-1], above[0]
-        return (d0 if b0 == b1 else d0 + (d1 - d0) * (rows - b0) / (b1 - b0)) / 1e3
-
-    def execute(self, requests):
-        started_s = time.monotonic()
-        inputs = [pb_utils.get_input_tensor_by_name(r, "x").as_numpy() for r in requests]
-        until_s = started_s + self.duration_s(sum(x.shape[0] for x in inputs))
-        responses = [pb_utils.InferenceResponse([pb_utils.Tensor("y", x)]) for x in inputs]
-        left_s = until_s - time.monotonic()
-        if left_s > 0:
-            time.sleep(left_s)
-        return responses
-"""
 
 ROW = 4
 """Every tensor is FP32 [4]: what is measured is when, not what."""
@@ -62,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A chain with its objective and mean rate, on one kind of machine.
+    """A chain on one kind of machine.
 
     `largest` bounds the batches: beyond it the profiles gain nothing, or cost too much latency.
     """
@@ -70,8 +44,6 @@ class Workload:
     name: str
     title: str
     hardware: str
-    slo_ms: float
-    rate_rps: float
     largest: int
     steps: tuple[Step, ...]
 
@@ -86,15 +58,11 @@ class Workload:
         return tuple(step for step in self.steps if step.name not in parents)
 
 
-# The objective is 2.5 times what full batches take along the slowest path, and the rate keeps four
-# machines 93 % busy in full batches: where machines are scarce, but four could do.
 WORKLOADS = (
     Workload(
         "chain2",
         "speech recognition, question answering",
         "t4",
-        700.0,
-        103.0,
         8,
         (
             Step("asr", "jasper-audio16-7s-triton-pytorch-jit-fp16"),
@@ -105,8 +73,6 @@ WORKLOADS = (
         "chain3",
         "speech recognition, question answering, speech synthesis",
         "t4",
-        900.0,
-        83.0,
         8,
         (
             Step("asr", "jasper-audio16-7s-triton-pytorch-jit-fp16"),
@@ -118,8 +84,6 @@ WORKLOADS = (
         "fork",
         "video: detection, then classification and speech recognition side by side",
         "v100",
-        920.0,
-        74.0,
         8,
         (
             Step("detect", "ssd320-resnet50-tensorflow-fp32"),
@@ -131,8 +95,6 @@ WORKLOADS = (
         "fanout",
         "detection, then a classifier for each of 0 to 8 crops, 2 on average",
         "t4",
-        720.0,
-        77.0,
         8,
         (
             Step("detect", "ssd320-resnet50-tensorflow-fp16"),
@@ -144,10 +106,31 @@ WORKLOADS = (
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A workload with its profiles."""
+    """A workload with its profiles, the objective it is held to and its mean rate."""
 
     workload: Workload
     profiles: Profiles
+    slo_ms: float = 0.0
+    rate_rps: float = 0.0
+
+    def held_to(self, tightness: float) -> Served:
+        """With an objective of so many times what full batches take along the slowest path."""
+        slo_ms = round(tightness * self.path_s(self.workload.largest) * 1e3)
+        return replace(self, slo_ms=float(slo_ms))
+
+    def loaded(self, machines: float) -> Served:
+        """At the rate that keeps so many machines busy with full batches."""
+        return replace(self, rate_rps=machines / self.row_s)
+
+    @property
+    def row_s(self) -> float:
+        """Machine time a request costs in full batches: no scheduler can do with less."""
+        return sum(step.fan_out / self.throughput_rps(step) for step in self.workload.steps)
+
+    @property
+    def bound(self) -> float:
+        """Machines that the rate keeps busy in full batches; no system can do with fewer."""
+        return self.rate_rps * self.row_s
 
     def durations(self, step: Step) -> Durations:
         """Up to the largest batch."""
@@ -167,13 +150,15 @@ class Served:
         return max(size / duration_s for size, duration_s in self.durations(step).points)
 
     def load(self, step: Step) -> float:
-        """Machines that the step keeps busy at the workload's rate; the least it can do with."""
-        return self.workload.rate_rps * step.fan_out / self.throughput_rps(step)
+        """Machines that the step keeps busy; the least it can do with."""
+        return self.rate_rps * step.fan_out / self.throughput_rps(step)
 
-    @property
-    def least_machines(self) -> int:
-        """No system can do with fewer, however it batches."""
-        return ceil(sum(self.load(step) for step in self.workload.steps))
+    def path_s(self, size: int) -> float:
+        """What batches of that size take along the slowest path."""
+        ends_s: dict[str, float] = {"": 0.0}
+        for step in self.workload.steps:
+            ends_s[step.name] = ends_s[step.parent] + self.durations(step).at(size)
+        return max(ends_s.values())
 
 
 def read(workload: Workload, path: Path) -> Served:
@@ -235,31 +220,28 @@ MOST_ITEMS = 8
 # -- what is written for the servers ---------------------------------------------------------------
 
 
-def write_timed(
-    root: Path, name: str, durations: Durations, largest: int, extra: str, *, after: bool = False
+def write_step(
+    root: Path, name: str, served: Served, step: Step, largest: int, extra: str = ""
 ) -> None:
-    """A timed model; `after` gives it a second input that only orders it behind another step."""
-    table = ", ".join(
-        f'\\"{size}\\": {duration_s * 1e3:g}' for size, duration_s in durations.points
-    )
-    more = f'input [{{name: "after" data_type: TYPE_FP32 dims: [{ROW}]}}]\n' if after else ""
-    (root / name / "1").mkdir(parents=True)
-    (root / name / "1" / "model.py").write_text(_TIMED.lstrip(), encoding="utf-8")
-    (root / name / "config.pbtxt").write_text(
-        f'name: "{name}"\nbackend: "python"\nmax_batch_size: {largest}\n'
-        f'input [{{name: "x" data_type: TYPE_FP32 dims: [{ROW}]}}]\n{more}'
-        f'output [{{name: "y" data_type: TYPE_FP32 dims: [{ROW}]}}]\n'
-        f'parameters [{{key: "durations_ms" value: {{string_value: "{{{table}}}"}}}}]\n{extra}',
-        encoding="utf-8",
+    """The timed model of a step, for batches of at most `largest`; a fan-out waits for its parent
+    by a second input."""
+    durations_ms = {size: took_s * 1e3 for size, took_s in served.durations(step).points}
+    after = step.fan_out != 1.0
+    write_timed(
+        root,
+        durations_ms,
+        name,
+        max_batch_size=largest,
+        dims=f"[{ROW}]",
+        after=after,
+        extra=extra,
     )
 
 
 def write_chain_models(root: Path, served: Served) -> None:
     """The repository of `paceline serve`."""
     for step in served.workload.steps:
-        largest = served.workload.largest
-        after = step.fan_out != 1.0
-        write_timed(root, step.name, served.durations(step), largest, "", after=after)
+        write_step(root, step.name, served, step, served.workload.largest)
 
 
 def chain_yaml(workload: Workload, *, rate_rps: float, slo_ms: float, dispatch: str) -> str:

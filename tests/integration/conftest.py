@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc as triton
 from scripts.prepare_models import REPOSITORY, prepare_models
+from scripts.timed_model import write_timed
 from tests.integration.models import (
     write_add,
     write_broken,
     write_failing,
     write_identity,
-    write_timed,
     write_transpose,
 )
 from tests.integration.paceline_process import Paceline

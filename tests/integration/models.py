@@ -1,13 +1,14 @@
 """Tiny Python-backend models, written into a directory that a test then serves with a real Triton.
 
-`timed` emulates an accelerator: it holds its instance for d(b), from a table, and computes nothing.
+`timed` is the model by which the benchmarks emulate an accelerator: `scripts.timed_model`.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
+
+from scripts.timed_model import write_timed
 
 DATATYPES = (
     *("BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64"),
@@ -32,32 +33,6 @@ class TritonPythonModel:
             a = pb_utils.get_input_tensor_by_name(request, "a").as_numpy()
             b = pb_utils.get_input_tensor_by_name(request, "b").as_numpy()
             responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("sum", a + b)]))
-        return responses
-"""
-
-_TIMED = """
-import json
-import time
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    def initialize(self, args):
-        parameters = json.loads(args["model_config"])["parameters"]
-        table = json.loads(parameters["durations_ms"]["string_value"])
-        self.table = sorted((int(size), float(ms)) for size, ms in table.items())
-
-    def duration_s(self, rows):
-        below = [point for point in self.table if point[0] <= rows] or self.table[:1]
-        above = [point for point in self.table if point[0] >= rows] or self.table[-1:]
-        (b0, d0), (b1, d1) = below[-1], above[0]
-        return (d0 if b0 == b1 else d0 + (d1 - d0) * (rows - b0) / (b1 - b0)) / 1e3
-
-    def execute(self, requests):
-        responses = []
-        for request in requests:
-            x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
-            time.sleep(self.duration_s(x.shape[0]))
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("y", x)]))
         return responses
 """
 
@@ -145,26 +120,6 @@ def write_add(
     output [{{name: "sum" data_type: TYPE_INT32 dims: [16]}}]
     """
     return write_model(repository, name, textwrap.dedent(config) + extra, _ADD)
-
-
-def write_timed(
-    repository: Path,
-    durations_ms: Mapping[int, float],
-    name: str = "timed",
-    *,
-    max_batch_size: int = 8,
-    datatype: str = "FP32",
-    dims: str = "[4]",
-) -> Path:
-    """y = x after d(rows): `durations_ms` by batch size, linear in between, flat outside."""
-    table = ", ".join(f'\\"{size}\\": {ms}' for size, ms in sorted(durations_ms.items()))
-    config = f"""
-    max_batch_size: {max_batch_size}
-    input [{{name: "x" data_type: TYPE_{datatype} dims: {dims}}}]
-    output [{{name: "y" data_type: TYPE_{datatype} dims: {dims}}}]
-    parameters [{{key: "durations_ms" value: {{string_value: "{{{table}}}"}}}}]
-    """
-    return write_model(repository, name, config, _TIMED)
 
 
 def write_failing(repository: Path, name: str = "failing") -> Path:

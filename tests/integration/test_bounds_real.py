@@ -15,7 +15,7 @@ from math import inf
 
 import pytest
 import pytest_asyncio
-from tests.integration.models import write_timed
+from scripts.timed_model import write_timed
 
 from paceline.core.bind import bind
 from paceline.core.chain import Chain, Dispatch, Module, Source

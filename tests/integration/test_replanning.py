@@ -8,8 +8,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from scripts.timed_model import write_timed
 from tests.integration.conftest import Start
-from tests.integration.models import write_timed
 from tests.integration.test_serve_lifecycle import wait_status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 

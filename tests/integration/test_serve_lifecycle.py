@@ -16,8 +16,9 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from scripts.timed_model import write_timed
 from tests.integration.conftest import Start
-from tests.integration.models import write_timed, write_transpose
+from tests.integration.models import write_transpose
 from tests.integration.paceline_process import Paceline
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 

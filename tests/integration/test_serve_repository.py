@@ -9,8 +9,9 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from scripts.timed_model import write_timed
 from tests.integration.conftest import Start
-from tests.integration.models import write_add, write_timed
+from tests.integration.models import write_add
 from tests.integration.paceline_process import Paceline
 from tests.integration.test_serve_inference import TIMEOUT_S, failure, pair, tensor
 from tritonclient.utils import InferenceServerException

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 import uvloop
-from tests.integration.models import write_add, write_timed
+from scripts.timed_model import write_timed
+from tests.integration.models import write_add
 
 from paceline.core.errors import BackendError, ResidencyError
 from paceline.core.ports import ModelCall

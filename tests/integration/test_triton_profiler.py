@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.integration.models import write_add, write_timed
+from scripts.timed_model import write_timed
+from tests.integration.models import write_add
 
 from paceline.core.errors import ConfigError, ResidencyError
 from paceline.triton.client import TritonClient

@@ -1,0 +1,336 @@
+"""How `bench_slo.py` measures: systems are brought up side by side, replays sent, tables filled.
+
+Three measurements. *goodput*: the largest rate at which a fixed number of machines attains the
+target, by bisection over a grid, for every system on its own. *machines*: the least machines that
+attain it at one rate. *overload*: goodput at multiples of the planned rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from scripts import slo_workloads
+from scripts.slo_report import SYSTEMS, TRITON, Cell, Figures, Results, Scenario
+from scripts.slo_systems import (
+    SETTINGS,
+    Front,
+    Lane,
+    Setting,
+    possible,
+    round_robin,
+    start_ensembles,
+    start_front,
+)
+from scripts.slo_workloads import Served
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What is replayed: a window of the trace file ("": Poisson at a constant rate).
+
+    `load` is the mean load at which machines are counted, `tuned` the one at which Triton is tuned:
+    where most systems still come near the target.
+    """
+
+    window: str
+    load: float
+    tuned: float
+
+
+ARRIVALS = {
+    "poisson": Arrivals("", 0.95, 0.85),
+    "steady": Arrivals("ipa_steady_high", 0.95, 0.85),
+    "bursty": Arrivals("ipa_bursty", 0.65, 0.5),
+}
+
+PLANNED_LOAD = 0.9
+"""Of a fixed number of machines: what Paceline is told to expect when they are loaded variously."""
+
+GRID = tuple(step / 40 for step in range(16, 42))
+"""Loads that goodput is looked for at: 40 % to 102.5 %."""
+
+WARM_LOAD = 0.3
+"""Every system first serves at this load: the first executions of a process are slow."""
+
+OFFERED = (0.5, 1.0, 1.5, 2.0, 5.0)
+"""Multiples of the planned rate."""
+
+WARM_UP_S = 3.0
+HEAD_START_S = 0.5
+GIVE_UP_S = 5.0
+TARGET = 0.99
+CLEAR = (0.97, 0.997)
+"""A replay outside of this is not repeated when it is only asked whether the target is attained."""
+
+KEPT_SETTINGS = 2
+"""Of Triton's: the best that splits machines and the best that shares them."""
+
+
+@dataclass(slots=True)
+class Bench:
+    """Everything that lasts for the whole run."""
+
+    options: argparse.Namespace
+    generators: list[subprocess.Popen[str]]
+    goodput: Results = field(default_factory=lambda: Results(TARGET))
+    machines: Results = field(default_factory=lambda: Results(TARGET))
+    overload: Results = field(default_factory=lambda: Results(TARGET))
+    errors: list[tuple[int, float]] = field(default_factory=list)
+    note: Console = field(default_factory=lambda: Console(stderr=True, soft_wrap=True))
+
+    async def replay(
+        self, cells: Sequence[Cell], served: Served, lanes: Sequence[Lane], seed: int
+    ) -> list[Figures]:
+        """Requests to some systems at once, to each at the rate of its cell; equal cells get equal
+        arrivals."""
+        start_s = time.monotonic() + HEAD_START_S
+        answers = await asyncio.gather(
+            *(
+                asyncio.to_thread(_ask, generator, lane, *self._load(cell, served, seed), start_s)
+                for generator, lane, cell in zip(self.generators, lanes, cells, strict=False)
+            )
+        )
+        found = [Figures.of(answer, served.slo_ms / 1e3) for answer in answers]
+        for cell, lane, figures in zip(cells, lanes, found, strict=True):
+            self.note.print(
+                f"  {cell.scenario.title}: {cell.machines} machines, {cell.rate_rps:.0f}/s "
+                f"({cell.load:.1%}), {lane.name}: {figures.attainment:.1%}, rejected "
+                f"{figures.rejected:.1%}, p50 {figures.p50_ms:.0f} ms, p99 {figures.p99_ms:.0f} ms"
+                + (f", sent {figures.late_p99_ms:.0f} ms late" * (figures.late_p99_ms > 20)),
+                highlight=False,
+            )
+        return found
+
+    async def warm_up(self, served: Served, lanes: Sequence[Lane]) -> None:
+        """A replay that does not count."""
+        arrivals_s = slo_workloads.poisson(served.rate_rps, WARM_UP_S, self.options.seed)
+        kinds = [0] * len(arrivals_s)
+        if served.workload.fans_out:
+            kinds = slo_workloads.item_counts(served.workload, len(arrivals_s), self.options.seed)
+        for start in range(0, len(lanes), self.options.side_by_side):
+            start_s = time.monotonic() + HEAD_START_S
+            group = lanes[start : start + self.options.side_by_side]
+            await asyncio.gather(
+                *(
+                    asyncio.to_thread(_ask, generator, lane, kinds, arrivals_s, start_s)
+                    for generator, lane in zip(self.generators, group, strict=False)
+                )
+            )
+
+    def _load(self, cell: Cell, served: Served, seed: int) -> tuple[list[int], list[float]]:
+        """Kinds of messages and instants."""
+        options, window = self.options, ARRIVALS[cell.scenario.arrivals].window
+        shape = slo_workloads.trace_window(options.traces, window) if window else [1.0]
+        arrivals_s = slo_workloads.varying(shape, cell.rate_rps, options.seconds, seed)
+        if not served.workload.fans_out:
+            return [0] * len(arrivals_s), arrivals_s
+        return slo_workloads.item_counts(served.workload, len(arrivals_s), seed), arrivals_s
+
+    def seed(self, repeat: int) -> int:
+        seed: int = self.options.seed + 1000 * repeat
+        return seed
+
+
+def _ask(
+    generator: subprocess.Popen[str],
+    lane: Lane,
+    kinds: list[int],
+    arrivals_s: list[float],
+    start_s: float,
+) -> dict[str, Any]:
+    assert generator.stdin is not None and generator.stdout is not None
+    load = {
+        "target": lane.target,
+        "messages": lane.messages,
+        "kinds": kinds,
+        "arrivals_s": arrivals_s,
+        "start_s": start_s,
+        "give_up_s": GIVE_UP_S,
+    }
+    generator.stdin.write(json.dumps(load) + "\n")
+    generator.stdin.flush()
+    line = generator.stdout.readline()
+    answer: dict[str, Any] = json.loads(line) if line else {"error": "the generator ended"}
+    if "error" in answer:
+        raise SystemExit(f"bench_slo: {lane.name} at {lane.target}: {answer['error']}")
+    return answer
+
+
+def cell_of(scenario: Scenario, served: Served, machines: int) -> Cell:
+    return Cell(scenario, machines, round(served.bound, 6), round(served.rate_rps, 6))
+
+
+@asynccontextmanager
+async def running(
+    bench: Bench,
+    work: Path,
+    served: Served,
+    machines: int,
+    fronts: Sequence[Front],
+    settings: Sequence[Setting],
+) -> AsyncIterator[list[Lane]]:
+    """Bring up systems on that many machines, and take them down."""
+    settings = [setting for setting in settings if possible(served, setting, machines)]
+    async with AsyncExitStack() as stack:
+        processes = stack.enter_context(ExitStack())
+        lanes = []
+        for front in fronts:
+            lanes.append(await start_front(work, served, front, machines, processes))
+        more, ensembles = await start_ensembles(work, served, machines, settings, stack)
+        lanes += more
+        await bench.warm_up(served.loaded(WARM_LOAD * machines), lanes)
+        yield lanes
+        for each in ensembles:
+            bench.errors += await each.execution_errors()
+
+
+async def screen(
+    bench: Bench, work: Path, scenario: Scenario, served: Served, machines: int
+) -> list[Setting]:
+    """Triton's best settings, of all measured once: one that splits machines, one that shares."""
+    if served.workload.fans_out:
+        return []
+    served = served.loaded(ARRIVALS[scenario.arrivals].tuned * machines)
+    cell = cell_of(scenario, served, machines)
+    bench.note.print(f"{scenario.title}: tuning Triton on {machines} machines")
+    tried = [setting for setting in SETTINGS if possible(served, setting, machines)]
+    scores: dict[str, Figures] = {}
+    size = bench.options.side_by_side
+    for start in range(0, len(tried), size):
+        group = tried[start : start + size]
+        async with AsyncExitStack() as stack:
+            lanes, _ = await start_ensembles(work, served, machines, group, stack)
+            found = await bench.replay([cell] * len(lanes), served, lanes, bench.seed(0) - 1)
+        scores |= {lane.name: figures for lane, figures in zip(lanes, found, strict=True)}
+    tried.sort(key=lambda s: (-round(scores[s.name].attainment, 3), scores[s.name].p99_ms))
+    return [next(s for s in tried if s.shared is shared) for shared in (False, True)]
+
+
+# -- goodput -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Search:
+    """Bisection over `GRID` for one lane: it attains at `low` (-1: nowhere yet), not at `high`."""
+
+    lane: Lane
+    low: int = -1
+    high: int = len(GRID)
+
+    @property
+    def over(self) -> bool:
+        return self.high - self.low <= 1
+
+    @property
+    def probe(self) -> int:
+        return (self.low + self.high) // 2
+
+
+async def measure_goodput(bench: Bench, work: Path, scenario: Scenario, base: Served) -> None:
+    """The largest load that each system attains the target at, on `--machines` machines."""
+    machines = bench.options.machines
+    settings = await screen(bench, work, scenario, base, machines)
+    planned = base.loaded(PLANNED_LOAD * machines)
+    fronts = (Front("pooled", planned.rate_rps), round_robin(planned, machines, 1.0))
+    async with running(bench, work, planned, machines, fronts, settings) as lanes:
+        searches = [_Search(lane) for lane in lanes]
+        while left := [search for search in searches if not search.over]:
+            for start in range(0, len(left), bench.options.side_by_side):
+                await _probe(
+                    bench, scenario, base, left[start : start + bench.options.side_by_side]
+                )
+
+
+async def _probe(
+    bench: Bench, scenario: Scenario, base: Served, searches: Sequence[_Search]
+) -> None:
+    """Replay to some lanes at the loads that their searches are at, until it is clear."""
+    results, machines = bench.goodput, bench.options.machines
+    cells = [
+        cell_of(scenario, base.loaded(GRID[search.probe] * machines), machines)
+        for search in searches
+    ]
+    open_ = list(range(len(searches)))
+    for repeat in range(bench.options.repeats):
+        lanes = [searches[index].lane for index in open_]
+        found = await bench.replay([cells[i] for i in open_], base, lanes, bench.seed(repeat))
+        for index, figures in zip(open_, found, strict=True):
+            results.add(cells[index], searches[index].lane.name, figures)
+        if repeat == 0:
+            still = zip(open_, found, strict=True)
+            open_ = [index for index, f in still if CLEAR[0] < f.attainment < CLEAR[1]]
+        if not open_:
+            break
+    for search, cell in zip(searches, cells, strict=True):
+        if results.attainment(cell, search.lane.name) >= TARGET:
+            search.low = search.probe
+        else:
+            search.high = search.probe
+
+
+# -- machines ------------------------------------------------------------------------------------
+
+
+async def measure_machines(bench: Bench, work: Path, scenario: Scenario, base: Served) -> None:
+    """Attainment at one rate, which keeps nearly `--machines` machines busy, by machines."""
+    options, results = bench.options, bench.machines
+    served = base.loaded(ARRIVALS[scenario.arrivals].load * options.machines)
+    least = ceil(served.bound)
+    settings = await screen(bench, work, scenario, served, options.machines)
+    for machines in range(least, least + options.span + 1):
+        cell = cell_of(scenario, served, machines)
+        fronts = (
+            Front("pooled", served.rate_rps),
+            round_robin(served, machines, served.rate_rps),
+        )
+        async with running(bench, work, served, machines, fronts, settings) as lanes:
+            for repeat in range(options.repeats):
+                turn = repeat % len(lanes)
+                order = [*lanes[turn:], *lanes[:turn]]
+                for start in range(0, len(order), options.side_by_side):
+                    group = order[start : start + options.side_by_side]
+                    found = await bench.replay(
+                        [cell] * len(group), served, group, bench.seed(repeat)
+                    )
+                    for lane, figures in zip(group, found, strict=True):
+                        results.add(cell, lane.name, figures)
+        systems = [system for system in SYSTEMS if system not in TRITON or settings]
+        if all(results.least_machines(scenario, system) for system in systems):
+            break
+
+
+# -- overload ------------------------------------------------------------------------------------
+
+
+async def measure_overload(bench: Bench, work: Path, scenario: Scenario, base: Served) -> None:
+    """Goodput of Paceline, and of an ensemble that rejects late requests, at multiples of the
+    planned rate; one system at a time."""
+    machines = bench.options.machines
+    planned = base.loaded(PLANNED_LOAD * machines)
+    settings = [s for s in SETTINGS if s.reject and not base.workload.fans_out]
+    fronts = (Front("pooled", planned.rate_rps),)
+    async with running(bench, work, planned, machines, fronts, settings) as lanes:
+        for offered in OFFERED:
+            cell = cell_of(scenario, base.loaded(PLANNED_LOAD * machines * offered), machines)
+            for lane in lanes:
+                for repeat in range(bench.options.repeats):
+                    found = await bench.replay([cell], base, [lane], bench.seed(repeat))
+                    bench.overload.add(cell, lane.name, found[0])
+
+
+MEASURES = {
+    "goodput": measure_goodput,
+    "machines": measure_machines,
+    "overload": measure_overload,
+}
