@@ -1,0 +1,33 @@
+"""What a model of `paceline_blocks` shares with others, for the memory ledger: blocks by content.
+
+A model within a budget of its own (`memory_budget_mib`, `shared_budget_mib`) swaps its blocks in
+and out: it holds none for good. Models of other backends have no blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from paceline.blocks.backend.manifest import ObjectStore, PoolError
+from paceline.core.errors import ConfigError
+from paceline.triton.config import read_config
+
+_BUDGETS = ("memory_budget_mib", "shared_budget_mib")
+
+
+def blocks_of(directory: Path) -> Mapping[str, int]:
+    """Bytes by content hash of a model's blocks; none where there is no readable manifest."""
+    try:
+        config = read_config(directory)
+    except ConfigError:
+        return {}
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    pool, manifest = parameters.get("pool", ""), parameters.get("manifest", "")
+    swapped = any(key in parameters for key in _BUDGETS)
+    if config.backend != "paceline_blocks" or swapped or "://" in pool:
+        return {}
+    try:
+        return dict(ObjectStore(directory.resolve() / pool).manifest(manifest).objects)
+    except (PoolError, OSError):
+        return {}
