@@ -253,7 +253,8 @@ def cold(method: str, onnx: str, directory: str, url: str, fresh: str) -> dict[s
         session.run(None, feed)
     elif method.startswith("in-order"):
         pool = "raw/blocks" if method == "in-order" else "blocks"
-        kept = in_order(Path(directory), f"{url}/{pool}" if url else "")
+        url = f"{url}/{pool}" if url else ""
+        kept = in_order(Path(directory), url, optimise=method == "in-order")
     else:
         extra = {"pool": f"{url}/blocks", "cache": fresh} if url else {}
         model = open_model(Path(directory), **extra)
@@ -268,7 +269,7 @@ def cold(method: str, onnx: str, directory: str, url: str, fresh: str) -> dict[s
     return result
 
 
-def in_order(directory: Path, url: str) -> list[Any]:
+def in_order(directory: Path, url: str, *, optimise: bool) -> list[Any]:
     """PISeL's pipeline: fetch, construct and compute, each in layer order on a thread of its own.
 
     Blocks are constructed as ONNX Runtime does by default: optimised, weights copied and packed.
@@ -307,7 +308,13 @@ def in_order(directory: Path, url: str) -> list[Any]:
                 text = objects[weight.object][weight.offset : weight.offset + weight.bytes]
                 array = np.frombuffer(text, DTYPES[weight.dtype]).reshape(weight.shape)
                 values.append(ort.OrtValue.ortvalue_from_numpy(array))
-                options.add_initializer(weight.name, values[-1])
+            names = [weight.name for weight in block.weights]
+            if optimise:  # the optimiser cannot see through `add_initializer`; this copies
+                options.add_external_initializers(names, values)
+                values.clear()
+            for name, value in zip(names, values, strict=False):
+                options.add_initializer(name, value)
+                kept.append((objects, value))
             path = str(store.path(block.graph)) if remote is None else graph
             if remote is not None:
                 options.add_session_config_entry(
@@ -315,7 +322,6 @@ def in_order(directory: Path, url: str) -> list[Any]:
                     str(store.root / "objects"),
                 )
             built.put((block, ort.InferenceSession(path, options, ["CPUExecutionProvider"])))
-            kept.append((values, objects))
 
     kept: list[Any] = []
     threads = [threading.Thread(target=work) for work in (fetch, construct)]
