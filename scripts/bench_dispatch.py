@@ -9,8 +9,11 @@ were given, so what is left is the decision: admission, queues, batches, gatheri
 
 Three chains: `1`, one model; `3`, three of them in a row; `fan-out 8`, one after which eight items
 go through another. Two slots, batches of up to 32 rows, tensors of 64 bytes. Per request it prints
-the processor's time, the best of the repeats (other processes only ever add), and the calls, of
-Python functions and of functions written in C.
+the processor's time, the best of the repeats (other processes only ever add), and the dispatcher's
+calls, of Python functions and of functions written in C.
+
+Then what the simulator takes for a row of a module: chains of one and of three at 198 requests/s,
+Poisson, in which the same dispatcher runs in virtual time.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import gc
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from time import process_time, time
 from typing import Any
 
@@ -31,9 +35,9 @@ from paceline.core.bind import bind
 from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import RequestError
 from paceline.core.model import ModelSpec
-from paceline.core.plan import Allocation, ChainPlan, ModulePlan
+from paceline.core.plan import Allocation, ChainPlan, ModulePlan, Plan
 from paceline.core.ports import ModelCall
-from paceline.core.profile import Durations
+from paceline.core.profile import Durations, ProfileRow, Profiles
 from paceline.core.request import InferAnswer, InferRequest, Timeline
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import (
@@ -54,6 +58,7 @@ from paceline.metrics import Metrics
 from paceline.report import console
 from paceline.runtime.engine import Engine
 from paceline.runtime.statistics import Statistics
+from paceline.sim.verify import simulate
 
 BYTES = 64
 BATCH = 32
@@ -62,6 +67,7 @@ SLO_S = 120.0
 ITEMS = 8
 PASS_S = 1e-4
 """How long a pass of the event loop takes in the dispatcher's time."""
+M3 = ((1, 0.08), (2, 0.1), (8, 0.25), (32, 0.8))
 DURATIONS = Durations(((1, 0.0005), (8, 0.0008), (32, 0.002)))
 
 
@@ -263,6 +269,24 @@ class EngineLoop:
             self._done.set_result(None)
 
 
+def simulated_us(length: int, requests: int) -> float:
+    """Processor time per row of a module: `length` times Harpagon's M3, six machines each."""
+    rate_rps, slo_s = 198.0, 1.5 * length
+    modules = line(length).bound.chain.modules
+    chain = chain_of(modules, modules[-1].name)
+    chain = replace(chain, slo_s=slo_s)
+    rows = [ProfileRow(m.model, "gpu", size, took_s) for m in modules for size, took_s in M3]
+    allocation = Allocation("gpu", 32, 0.8, 6.0, 1.0)
+    planned = tuple(
+        ModulePlan(m.name, m.model, rate_rps, 0.0, 1.5, 1.5, (allocation,)) for m in modules
+    )
+    plans = (ChainPlan(chain.name, slo_s, rate_rps, slo_s, planned),)
+    plan = Plan("pooled", "fractional", plans)
+    started_s = process_time()
+    simulate([chain], plan, Profiles(tuple(rows)), arrivals="poisson", requests=requests, seed=1)
+    return (process_time() - started_s) / (requests * length) * 1e6
+
+
 def calls_of(run: Callable[[int], None], requests: int) -> tuple[float, float]:
     """Calls per request, of Python functions and of those written in C."""
     python = c = 0
@@ -329,6 +353,9 @@ def main() -> None:
             )
             engine.close()
     console().print(table)
+    for length in (1, 3):
+        us = min(simulated_us(length, 2 * options.requests) for _ in range(3))
+        console().print(f"simulated, chain of {length}: {us:.0f} us per row of a module")
 
 
 def profile(options: argparse.Namespace) -> None:
