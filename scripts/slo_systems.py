@@ -11,11 +11,10 @@ every execution takes one of N resources.
 from __future__ import annotations
 
 import itertools
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -284,7 +283,7 @@ def _round_robin_machines(served: Served, rate_rps: float) -> float | None:
 async def start_front(
     work: Path, served: Served, front: Front, machines: int, stack: ExitStack
 ) -> Lane:
-    """`paceline serve`, ready. Models are profiled by the first start; later ones share that."""
+    """`paceline serve`, ready; it has profiled its models."""
     workload = served.workload
     models = work / "models"
     if not models.exists():
@@ -297,9 +296,6 @@ async def start_front(
         dispatch=front.dispatch,
     )
     (home / "chain.yaml").write_text(text, encoding="utf-8")
-    profiles = work / "profiles"
-    if profiles.exists():
-        shutil.copytree(profiles, home / "state" / "profiles", dirs_exist_ok=True)
     port, log_path = free_port(), home / "log"
     log = stack.enter_context(log_path.open("w"))
     server: Popen[str] = stack.enter_context(
@@ -316,9 +312,6 @@ async def start_front(
     )
     target = f"127.0.0.1:{port}"
     await until_ready(target, workload.name, server, log_path.read_text)
-    if not profiles.exists():
-        with suppress(OSError):
-            shutil.copytree(home / "state" / "profiles", profiles)
     kinds = range(MOST_ITEMS + 1) if workload.fans_out else (None,)
     messages = tuple(_message(workload.name, batched=False, items=count) for count in kinds)
     return Lane(front.dispatch, target, messages)
