@@ -1,9 +1,7 @@
 """The dispatcher proper: a collector per module, batches handed to machines, deadlines kept.
 
-Whenever something happens, every machine that is free is offered the most urgent batch that its
-collectors would launch: closed batches first, by priority and launch-by time (earliest deadline
-first). So that low priority is not starved for ever, one launch in `AGED_EVERY` goes to a request
-that has waited `AGED_AFTER_S`, if there is one behind more urgent ones.
+Whenever something happens, every machine that is free is offered the most urgent batch that the
+collectors would launch (`waiting`).
 
 Invariants: a request that was submitted ends exactly once, in Answer or Fail, unless cancelled;
 a machine runs at most `slots` batches, and of a model at most its instances; nothing is launched
@@ -16,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import count
-from math import inf, nextafter
+from math import inf
 
 from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
 from paceline.core.ports import ModelCall
-from paceline.core.request import Timeline
 from paceline.core.tensor import Tensor
 from paceline.dispatch.admission import Admission, ReadyIn
 from paceline.dispatch.batch import Batch
@@ -53,12 +50,10 @@ from paceline.dispatch.events import (
 from paceline.dispatch.learned import LearnedDuration
 from paceline.dispatch.machines import HangLimits, Machine, MachinePool
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
-from paceline.dispatch.route import ChainRoute, ModuleRoute
+from paceline.dispatch.refusals import never_entered, too_late
+from paceline.dispatch.route import ChainRoute
 from paceline.dispatch.stage import Served, Stage, served
-
-AGED_AFTER_S = 5.0
-AGED_EVERY = 16
-"""Low priority gets at most one launch in so many while more urgent requests wait."""
+from paceline.dispatch.waiting import Waiting
 
 MOST_TRIES = 3
 """Machines that rows are tried on before their request fails."""
@@ -85,16 +80,14 @@ class Dispatcher:
         self._served: dict[str, Served] = {}
         self._stages: dict[int, Stage] = {}
         """By the identity of the module's route; of replaced routes until they are empty."""
-        self._active: dict[Stage, None] = {}
-        """Stages that may have rows waiting (an ordered set)."""
         self._pool = MachinePool(hang)
+        self._waiting = Waiting(self._pool)
         self._admission = Admission()
         self._runs: dict[int, ChainRun] = {}
         self._per_chain: dict[str, int] = {}
         self._batches: dict[int, Batch] = {}
         self._ids = count(1)
         self._wake_s = inf
-        self._launches = 0
         self._leasing = False
 
     def lease(self, ready_in_s: ReadyIn) -> None:
@@ -135,10 +128,8 @@ class Dispatcher:
                 self._pool.up(event.machine, event.hardware, event.slots, event.instances)
             case MachineDown():
                 self._pool.down(event.machine)
-        if settled and self._active:
-            self._expire(now_s, actions)
-            self._launch(now_s, actions)
-            self._schedule_wake(now_s, actions)
+        if settled and self._waiting:
+            self._settle(now_s, actions)
         return actions
 
     def running(self, machine: str, model: str) -> int:
@@ -168,7 +159,7 @@ class Dispatcher:
     def loads(self) -> dict[tuple[str, str], ModuleLoad]:
         """What waits and what runs now, by (chain, module), modules with nothing left out."""
         found: dict[tuple[str, str], ModuleLoad] = {}
-        for stage in self._waiting():
+        for stage in self._waiting.stages():
             load = found.setdefault((stage.route.chain, stage.route.name), ModuleLoad())
             for queue in stage.collector.queues():
                 load.queued += queue.rows
@@ -195,7 +186,7 @@ class Dispatcher:
         try:
             run = self._admit(event, now_s)
         except RequestError as error:
-            actions.append(Fail(event.request, error, _refused(event, error, now_s)))
+            actions.append(Fail(event.request, error, never_entered(event, error, now_s)))
             if self._leasing and error.kind is ErrorKind.OVERLOADED:
                 cold = self._admission.cold(self._served[event.chain], now_s)
                 actions += [TooCold(event.chain, tuple(cold))] if cold else []
@@ -219,7 +210,7 @@ class Dispatcher:
         if self._per_chain.get(event.chain, 0) >= route.max_requests:
             raise Rejected(ErrorKind.QUEUE_FULL, "Exceeds maximum queue size")
         if now_s + route.longest.floor_s > event.deadline_s:
-            raise _too_late(route.longest, now_s, event.deadline_s)
+            raise too_late(route.longest, now_s, event.deadline_s)
         priority = route.bound.chain.priority if event.priority is None else event.priority
         budget_s = event.deadline_s - now_s
         ticket = self._admission.admit(served, priority, budget_s, self._pool, now_s)
@@ -251,7 +242,7 @@ class Dispatcher:
         stage = run.served.stages[step.place]
         route, deadline_s = stage.route, submit.deadline_s
         if now_s + route.floor_s > deadline_s:
-            raise _too_late(route, now_s, deadline_s)
+            raise too_late(route, now_s, deadline_s)
         seq = next(self._ids)
         key: Hashable = seq
         if step.bound.spec.batches:
@@ -267,16 +258,9 @@ class Dispatcher:
 
     def _queue(self, entry: Entry, now_s: float) -> None:
         stage = entry.stage
-        self._active[stage] = None
+        self._waiting.add(stage)
         for part in stage.collector.add(entry, now_s):
             part.run.entries.append(part)
-
-    def _waiting(self) -> list[Stage]:
-        """Stages with rows."""
-        waiting = [stage for stage in self._active if stage.collector.rows]
-        if len(waiting) < len(self._active):
-            self._active = dict.fromkeys(waiting)
-        return waiting
 
     def _install(self, route: ChainRoute) -> None:
         """New requests take this route; stages of replaced routes go when they are empty."""
@@ -307,64 +291,20 @@ class Dispatcher:
             entry.stage.collector.discard(entry)
         run.entries.clear()
 
-    # -- time -------------------------------------------------------------------------------
+    # -- launching --------------------------------------------------------------------------
 
-    def _expire(self, now_s: float, actions: list[Action]) -> None:
-        for stage in self._waiting():
-            gone = [entry for queue in stage.collector.queues() for entry in queue.expired(now_s)]
-            gone += stage.collector.doomed(self._pool, now_s)
-            for entry in gone:
-                error = _too_late(stage.route, now_s, entry.run.submit.deadline_s)
-                self._fail(entry.run, error, now_s, actions)
-
-    def _schedule_wake(self, now_s: float, actions: list[Action]) -> None:
-        at_s = inf
-        for stage in self._waiting():
-            # Just behind the last instant at which a launch would still be in time.
-            for queue in stage.collector.queues():
-                if (expiry_s := queue.next_expiry_s()) is not None:
-                    at_s = min(at_s, nextafter(expiry_s, inf))
-            if (offer_s := stage.collector.next_offer_s(self._pool, now_s)) is not None:
-                at_s = min(at_s, offer_s)
+    def _settle(self, now_s: float, actions: list[Action]) -> None:
+        """Give up what is late, launch what can go, and say when to look again."""
+        waiting = self._waiting
+        for entry in waiting.late(now_s):
+            error = too_late(entry.stage.route, now_s, entry.run.submit.deadline_s)
+            self._fail(entry.run, error, now_s, actions)
+        while (choice := waiting.choose(now_s)) is not None:
+            actions.append(self._execute(*choice, now_s))
+        at_s = waiting.look_s(now_s)
         if at_s < self._wake_s:
             self._wake_s = at_s
             actions.append(Wake(at_s))
-
-    # -- launching --------------------------------------------------------------------------
-
-    def _launch(self, now_s: float, actions: list[Action]) -> None:
-        while (choice := self._choose(now_s)) is not None:
-            actions.append(self._execute(*choice, now_s))
-
-    def _choose(self, now_s: float) -> tuple[Stage, Offer] | None:
-        """The next batch to launch: closed batches first, then the most urgent."""
-        best: tuple[Stage, Offer] | None = None
-        for stage in self._waiting():
-            offer = stage.collector.offer(self._pool, now_s)
-            if offer is not None and (best is None or offer.rank < best[1].rank):
-                best = (stage, offer)
-        if best is None:
-            return None
-        self._launches += 1
-        if self._launches % AGED_EVERY == 0:
-            return self._aged(best, now_s) or best
-        return best
-
-    def _aged(self, best: tuple[Stage, Offer], now_s: float) -> tuple[Stage, Offer] | None:
-        """A batch for the request that has waited longest behind more urgent ones."""
-        aged: Entry | None = None
-        found: tuple[Stage, Offer] | None = None
-        for stage in self._waiting():
-            offer = stage.collector.offer(self._pool, now_s)
-            oldest = offer.queue.oldest() if offer is not None else None
-            if offer is None or oldest is None or now_s - oldest.queued_s < AGED_AFTER_S:
-                continue
-            behind = oldest.priority > best[1].head.priority
-            if offer.machine.identity in oldest.failed_on:
-                continue
-            if behind and (aged is None or oldest.queued_s < aged.queued_s):
-                aged, found = oldest, (stage, offer.led_by(oldest))
-        return found
 
     def _execute(self, stage: Stage, offer: Offer, now_s: float) -> Execute:
         route, spec, machine = stage.route, stage.route.bound.spec, offer.machine
@@ -488,30 +428,3 @@ class Dispatcher:
             return False
         # A machine that went down may come back as another incarnation before the deadline.
         return not batch.machine.up or self._pool.others(batch.stage.route.model, failed_on)
-
-
-def _too_late(route: ModuleRoute, now_s: float, deadline_s: float) -> Rejected:
-    shortfall_s = max(0.0, now_s + route.floor_s - deadline_s)
-    if now_s >= deadline_s:
-        message = "Request timeout expired"
-    else:
-        message = (
-            f"Request timeout expired: module '{route.bound.name}' and what follows need "
-            f"{route.floor_s * 1e3:.1f} ms, {shortfall_s * 1e3:.1f} ms more than are left"
-        )
-    return Rejected(ErrorKind.DEADLINE, message, shortfall_s=shortfall_s)
-
-
-def _refused(event: Submit, error: RequestError, now_s: float) -> Timeline:
-    """The timeline of a request that never entered its chain."""
-    return Timeline(
-        request=event.request,
-        request_id=event.request_id,
-        chain=event.chain,
-        arrived_s=now_s,
-        ended_s=now_s,
-        deadline_s=event.deadline_s,
-        spans=(),
-        error=error.message,
-        rejected=True,
-    )

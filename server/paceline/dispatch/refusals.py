@@ -1,0 +1,36 @@
+"""What a request is told that cannot be served, and what is remembered of it."""
+
+from __future__ import annotations
+
+from paceline.core.errors import ErrorKind, Rejected, RequestError
+from paceline.core.request import Timeline
+from paceline.dispatch.events import Submit
+from paceline.dispatch.route import ModuleRoute
+
+
+def too_late(route: ModuleRoute, now_s: float, deadline_s: float) -> Rejected:
+    """A module and what follows cannot finish by the deadline."""
+    shortfall_s = max(0.0, now_s + route.floor_s - deadline_s)
+    if now_s >= deadline_s:
+        message = "Request timeout expired"
+    else:
+        message = (
+            f"Request timeout expired: module '{route.bound.name}' and what follows need "
+            f"{route.floor_s * 1e3:.1f} ms, {shortfall_s * 1e3:.1f} ms more than are left"
+        )
+    return Rejected(ErrorKind.DEADLINE, message, shortfall_s=shortfall_s)
+
+
+def never_entered(event: Submit, error: RequestError, now_s: float) -> Timeline:
+    """The timeline of a request that was refused at the door."""
+    return Timeline(
+        request=event.request,
+        request_id=event.request_id,
+        chain=event.chain,
+        arrived_s=now_s,
+        ended_s=now_s,
+        deadline_s=event.deadline_s,
+        spans=(),
+        error=error.message,
+        rejected=True,
+    )

@@ -1,0 +1,98 @@
+"""Rows that wait, over all modules: which batch goes next, what is late, when to look again.
+
+Of the batches that collectors would launch the most urgent goes: closed batches first, by priority
+and launch-by time (earliest deadline first). So that low priority is not starved for ever, one
+launch in `AGED_EVERY` goes to a request that has waited `AGED_AFTER_S`, if there is one behind more
+urgent ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf, nextafter
+
+from paceline.dispatch.collector import Offer
+from paceline.dispatch.machines import MachinePool
+from paceline.dispatch.queue import Entry
+from paceline.dispatch.stage import Stage
+
+AGED_AFTER_S = 5.0
+AGED_EVERY = 16
+"""Low priority gets at most one launch in so many while more urgent requests wait."""
+
+Choice = tuple[Stage, Offer]
+
+
+class Waiting:
+    """See the module docstring."""
+
+    def __init__(self, pool: MachinePool) -> None:
+        self._pool = pool
+        self._active: dict[Stage, None] = {}
+        """Stages that may have rows waiting (an ordered set)."""
+        self._launches = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._active)
+
+    def add(self, stage: Stage) -> None:
+        """It got rows."""
+        self._active[stage] = None
+
+    def stages(self) -> list[Stage]:
+        """Stages with rows."""
+        waiting = [stage for stage in self._active if stage.collector.rows]
+        if len(waiting) < len(self._active):
+            self._active = dict.fromkeys(waiting)
+        return waiting
+
+    def late(self, now_s: float) -> Iterator[Entry]:
+        """Takes out what cannot be in time any more."""
+        for stage in self.stages():
+            gone = [entry for queue in stage.collector.queues() for entry in queue.expired(now_s)]
+            gone += stage.collector.doomed(self._pool, now_s)
+            yield from gone
+
+    def look_s(self, now_s: float) -> float:
+        """When time alone changes something: a batch may go, or is late."""
+        at_s = inf
+        for stage in self.stages():
+            # Just behind the last instant at which a launch would still be in time.
+            for queue in stage.collector.queues():
+                if (expiry_s := queue.next_expiry_s()) is not None:
+                    at_s = min(at_s, nextafter(expiry_s, inf))
+            if (offer_s := stage.collector.next_offer_s(self._pool, now_s)) is not None:
+                at_s = min(at_s, offer_s)
+        return at_s
+
+    def choose(self, now_s: float) -> Choice | None:
+        """The next batch to launch."""
+        best: Choice | None = None
+        for stage in self._active:
+            if not stage.collector.rows:
+                continue
+            offer = stage.collector.offer(self._pool, now_s)
+            if offer is not None and (best is None or offer.rank < best[1].rank):
+                best = (stage, offer)
+        if best is None:
+            return None
+        self._launches += 1
+        if self._launches % AGED_EVERY == 0:
+            return self._aged(best, now_s) or best
+        return best
+
+    def _aged(self, best: Choice, now_s: float) -> Choice | None:
+        """A batch for the request that has waited longest behind more urgent ones."""
+        aged: Entry | None = None
+        found: Choice | None = None
+        for stage in self.stages():
+            offer = stage.collector.offer(self._pool, now_s)
+            oldest = offer.queue.oldest() if offer is not None else None
+            if offer is None or oldest is None or now_s - oldest.queued_s < AGED_AFTER_S:
+                continue
+            behind = oldest.priority > best[1].head.priority
+            if offer.machine.identity in oldest.failed_on:
+                continue
+            if behind and (aged is None or oldest.queued_s < aged.queued_s):
+                aged, found = oldest, (stage, offer.led_by(oldest))
+        return found
