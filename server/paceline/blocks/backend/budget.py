@@ -7,6 +7,7 @@ budget a part is for the rows of tables that are paged in on demand, the rest is
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -120,8 +121,13 @@ class Budget:
         bell: Bell = self._ledger.bell
         while not self._closed:
             bell.wait(_REDIVIDE_S if self._shared else None)
-            if not self._closed:
+            if self._closed:
+                return
+            try:
                 self._attend()
+            except (PoolError, OSError) as error:
+                # The limits in force stay; the next look may succeed.
+                print(f"paceline_blocks: {error}", file=sys.stderr, flush=True)
 
     def _attend(self) -> None:
         rows = self._rows

@@ -80,7 +80,12 @@ def ring(address: str) -> None:
 
 
 def default_directory() -> Path:
-    return Path(os.environ.get(_ENVIRONMENT) or f"/dev/shm/paceline-blocks-{os.getuid()}")
+    """One for each user and process namespace: in another one our pids mean nothing."""
+    chosen = os.environ.get(_ENVIRONMENT)
+    if chosen:
+        return Path(chosen)
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    return Path(f"/dev/shm/paceline-blocks-{os.getuid()}-{namespace}")
 
 
 class Ledger:

@@ -222,12 +222,12 @@ class Loader:
                 self._objects[name].drop(page_cache=not self._keep_page_cache)
         if not step.fetch:
             return
-        if self._turn_since_s is None:
-            self._turns.begin(self._waited_for)
-            self._turn_since_s = time.perf_counter()
-        began_s = time.perf_counter()
         moved = 0
+        began_s = time.perf_counter()
         try:
+            if self._turn_since_s is None:
+                self._turns.begin(self._waited_for)
+                self._turn_since_s = began_s = time.perf_counter()
             for span in step.fetch:
                 rest = self._source.fetch(span)
                 moved += span.size_bytes
@@ -245,13 +245,15 @@ class Loader:
                 self._moved_bytes += moved
                 self._moving_s += now_s - began_s
             self._turn_bytes += moved
-            if now_s - self._turn_since_s >= TURN_S:
+            if self._turn_since_s is not None and now_s - self._turn_since_s >= TURN_S:
                 self._end_turn()
 
     def _end_turn(self) -> None:
         if self._turn_since_s is not None:
-            self._turns.end(self._turn_bytes)
-            self._turn_since_s, self._turn_bytes = None, 0
+            self._turn_since_s = None
+            with contextlib.suppress(PoolError, OSError):  # its lease ends without us
+                self._turns.end(self._turn_bytes)
+            self._turn_bytes = 0
 
     def _waited_for(self) -> bool:
         with self._changed:
