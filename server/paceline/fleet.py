@@ -13,8 +13,10 @@ from math import inf
 from pathlib import Path
 from time import perf_counter
 
+from paceline.block_sizes import blocks_of
 from paceline.core.errors import PacelineError, ResidencyError
 from paceline.core.quantities import percentile
+from paceline.database import Measurements
 from paceline.discovery import LOOK_EVERY_S, Discovery, TritonTarget
 from paceline.runtime.controller import Controller
 from paceline.runtime.machines import Machine
@@ -44,7 +46,7 @@ class RemoteTritons:
         clients: TritonFleet,
         *,
         model_repositories: tuple[Path, ...],
-        profiles: Path,
+        state_directory: Path,
         slots: int,
         budget_bytes: Callable[[str], float],
         on_note: Callable[[str], None],
@@ -54,7 +56,7 @@ class RemoteTritons:
         self._controller = controller
         self._clients = clients
         self._model_repositories = model_repositories
-        self._profiles = profiles
+        self._state_directory = state_directory
         self._slots = slots
         self._budget_bytes = budget_bytes
         self._on_note = on_note
@@ -95,7 +97,7 @@ class RemoteTritons:
             client,
             Site(name, target.hardware, self._slots),
             self._model_repositories,
-            self._profiles,
+            self._state_directory,
             local=local,
             budget_bytes=self._budget_bytes(target.hardware),
         )
@@ -176,7 +178,7 @@ async def connected_machine(
     client: TritonClient,
     site: Site,
     model_repositories: tuple[Path, ...],
-    profiles: Path,
+    state_directory: Path,
     *,
     local: bool,
     budget_bytes: float = inf,
@@ -184,12 +186,13 @@ async def connected_machine(
 ) -> Machine:
     """A Triton that answers, as the controller uses it; `process` where we run it ourselves."""
     repository = TritonRepository(client, model_repositories)
-    profiler = TritonProfiler(repository, cache_directory=profiles, local=local)
+    profiler = TritonProfiler(repository, cache_directory=state_directory, local=local)
     overhead_s = await _overhead_s(client)
+    sizes = Measurements(state_directory)
     if process is None:
-        memory = GuessedMemory(repository)
+        memory = GuessedMemory(repository, sizes, blocks_of)
         return Machine(site, repository, profiler, overhead_s, budget_bytes, memory)
-    memory = ProcessMemory(repository, lambda: process.pid)
+    memory = ProcessMemory(repository, sizes, lambda: process.pid, blocks_of)
     restart = process.restart
     return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart)
 

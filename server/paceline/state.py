@@ -1,6 +1,5 @@
 """What survives a restart: chains applied over the Control API, and the traffic planned for.
 
-One SQLite database in the state directory (WAL, `PRAGMA user_version` is the schema's version).
 Invariant: a change is on disk before it is served, in one transaction; whatever is killed, the
 next start sees all of it or nothing.
 
@@ -19,27 +18,10 @@ from pathlib import Path
 from paceline.config import chain_document, parse_chain
 from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError, ResidencyError
+from paceline.database import FILE, connect
 from paceline.planner.replan import Traffic
 
 logger = logging.getLogger(__name__)
-
-FILE = "paceline.sqlite3"
-VERSION = 1
-_BUSY_S = 5.0
-
-_SCHEMA = """
-CREATE TABLE chains (
-    name TEXT PRIMARY KEY,
-    document TEXT,          -- as applied; NULL: deleted
-    declared TEXT NOT NULL  -- what its file said then; '': it had none
-) STRICT;
-CREATE TABLE traffic (
-    name TEXT PRIMARY KEY,
-    document TEXT NOT NULL, -- the chain that it was measured of
-    rate_rps REAL NOT NULL,
-    fan_outs TEXT NOT NULL  -- JSON, by module
-) STRICT;
-"""
 
 
 class State:
@@ -54,7 +36,7 @@ class State:
         self._path = directory / FILE
         self._declared: dict[str, str] = {}
         try:
-            self._database = self._open()
+            self._database = connect(directory)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise ConfigError(f"{self._path}: {error}", key="--state-dir") from None
@@ -63,7 +45,7 @@ class State:
             self._path.replace(aside)
             for suffix in ("-wal", "-shm"):
                 self._path.with_name(FILE + suffix).unlink(missing_ok=True)
-            self._database = self._open()
+            self._database = connect(directory)
 
     def close(self) -> None:
         self._database.close()
@@ -154,22 +136,3 @@ class State:
                 for module, fan_out in json.loads(by_module).items():
                     fan_outs[name, module] = fan_out
         return Traffic(rates_rps, fan_outs)
-
-    def _open(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._path, timeout=_BUSY_S)
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version > VERSION:
-                raise ConfigError(
-                    f"{self._path} was written by a newer Paceline (schema {version}, "
-                    f"this one knows {VERSION}); use that one, or another directory",
-                    key="--state-dir",
-                )
-            if version == 0:
-                database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-        except BaseException:
-            database.close()
-            raise
-        return database

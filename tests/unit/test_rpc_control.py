@@ -283,6 +283,7 @@ async def test_reflection_lists_and_describes_every_service(stand: Stand) -> Non
         "grpc.reflection.v1alpha.ServerReflection",
         "inference.GRPCInferenceService",
         "paceline.v1.Control",
+        "paceline.v1.Edge",
     }
     assert all(answer.file_descriptor_response.file_descriptor_proto for answer in described)
 

@@ -12,8 +12,9 @@ from tests.fakes import OCR
 from paceline.config import chain_document, parse_chain
 from paceline.core.chain import Chain, Source
 from paceline.core.errors import ConfigError, ResidencyError
+from paceline.database import FILE, Measurements
 from paceline.planner.replan import Traffic
-from paceline.state import FILE, State
+from paceline.state import State
 
 FASTER = replace(OCR, slo_s=0.4)
 OTHER = replace(OCR, name="other", rate_rps=None)
@@ -112,6 +113,20 @@ def test_a_change_that_cannot_be_kept_is_refused(state: State, tmp_path: Path) -
     holder.close()
     state.close()
     assert restarted(tmp_path, OCR) == (OCR,)
+
+
+def test_an_older_database_is_brought_up_to_date_and_keeps_what_it_has(
+    state: State, tmp_path: Path
+) -> None:
+    state.changed((OTHER,), ())
+    state._database.executescript("DROP TABLE profiles; DROP TABLE sizes; PRAGMA user_version = 1")
+    state.close()
+    assert restarted(tmp_path, OCR) == (OCR, OTHER)
+    measured = Measurements(tmp_path)
+    measured.keep_size("det", "content", 12345)
+    assert measured.size_bytes("det", "content") == 12345
+    assert measured.size_bytes("det", "edited") is None
+    assert measured.size_bytes("rec", "content") is None
 
 
 def test_a_newer_schema_is_left_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from paceline.core.model import ModelSpec
 from paceline.core.profile import ProfileRow
 from paceline.core.quantities import percentile
 from paceline.core.tensor import DATATYPES, Tensor, TensorSpec, byte_size_error, encode_bytes
+from paceline.database import Measurements
 from paceline.triton.config import ModelConfig, read_config, spec_of
 from paceline.triton.profile_cache import ProfileCache, content_hash, machine_identity
 from paceline.triton.profiler import Effort, _enough, batch_sizes, monotone
@@ -120,7 +121,7 @@ def test_an_unusable_sample_says_what_is_wrong_with_it(
 
 
 def test_a_cached_profile_reads_back_equal_and_only_for_its_key(tmp_path: Path) -> None:
-    cache = ProfileCache(tmp_path / "cache")
+    cache = ProfileCache(tmp_path)
     rows = (
         ProfileRow("a/b", "cpu", 1, 0.001234567, p99_s=0.001234568),
         ProfileRow("a/b", "cpu", 2, 0.1),
@@ -129,7 +130,9 @@ def test_a_cached_profile_reads_back_equal_and_only_for_its_key(tmp_path: Path) 
     cache.write("a/b", "key", rows)
     assert cache.read("a/b", "cpu", "key") == rows
     assert cache.read("a/b", "cpu", "other") is None
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
+    edited = (ProfileRow("a/b", "cpu", 1, 0.5),)
+    cache.write("a/b", "key", edited)
+    assert ProfileCache(tmp_path).read("a/b", "cpu", "key") == edited
 
 
 @pytest.mark.parametrize(
@@ -138,31 +141,29 @@ def test_a_cached_profile_reads_back_equal_and_only_for_its_key(tmp_path: Path) 
         "",
         "[]",
         "{}",
-        '{"format": 1, "key": "key", "rows": []}',
-        '{"format": 1, "key": "key", "rows": [{"batch_size": 1, "duration_ms": -1}]}',
-        '{"format": 1, "key": "key", "rows": [{"batch_size": 1, "duration_ms": NaN}]}',
-        '{"format": 2, "key": "key", "rows": [{"batch_size": 1, "duration_ms": 2, "p99_ms": 1}]}',
-        '{"format": 2, "key": "key", "rows": [[1, 2, 3]]}',
+        '{"format": 2, "rows": []}',
+        '{"format": 2, "rows": [{"batch_size": 1, "duration_ms": -1}]}',
+        '{"format": 2, "rows": [{"batch_size": 1, "duration_ms": NaN}]}',
+        '{"format": 2, "rows": [{"batch_size": 1, "duration_ms": 2, "p99_ms": 1}]}',
+        '{"format": 2, "rows": [[1, 2, 3]]}',
     ],
 )
 def test_a_corrupt_cache_is_a_warning_and_no_profile(
     tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ProfileCache(tmp_path)
-    cache.path("m", "key").write_text(text)
+    Measurements(tmp_path).keep_profile("m", "key", text)
     with caplog.at_level(logging.WARNING):
         assert cache.read("m", "cpu", "key") is None
     assert "is unusable" in caplog.text
 
 
-def test_a_profile_cached_before_there_was_a_p99_is_used_and_a_later_format_is_not(
-    tmp_path: Path,
-) -> None:
+def test_a_profile_without_a_p99_is_used_and_one_of_a_later_format_is_not(tmp_path: Path) -> None:
     cache = ProfileCache(tmp_path)
-    text = '{"format": %d, "key": "key", "rows": [{"batch_size": 1, "duration_ms": 2}]}'
-    cache.path("m", "key").write_text(text % 1)
+    text = '{"format": %d, "rows": [{"batch_size": 1, "duration_ms": 2}]}'
+    Measurements(tmp_path).keep_profile("m", "key", text % 2)
     assert cache.read("m", "cpu", "key") == (ProfileRow("m", "cpu", 1, 0.002),)
-    cache.path("m", "key").write_text(text % 3)
+    Measurements(tmp_path).keep_profile("m", "key", text % 3)
     assert cache.read("m", "cpu", "key") is None
 
 

@@ -80,12 +80,22 @@ class ModelRepository(Protocol):
 class ModelMemory(Protocol):
     """What models take on one machine."""
 
+    def blocks(self, model: str) -> Mapping[str, int]:
+        """Bytes by content of the parameter blocks that it shares with models that have them."""
+        ...
+
     def guessed_bytes(self, model: str) -> int:
-        """What each instance will take, before anything was measured."""
+        """What each instance will take: as remembered of the same files, else by their size."""
+        ...
+
+    def remember(self, model: str, own_bytes: int) -> None:
+        """An instance was measured to take that much."""
         ...
 
     async def measured_bytes(self, model: str) -> int | None:
-        """What the instances of a loaded model take in all; None where that cannot be told."""
+        """What the instances of a loaded model take in all, blocks left out; None where that
+        cannot be told.
+        """
         ...
 
     async def gone(self, model: str) -> bool:

@@ -15,10 +15,10 @@ from typing import Any
 from tritonclient.grpc import service_pb2
 
 from paceline.core.errors import ErrorKind, Rejected, RequestError
-from paceline.edge.pacing import Upload
-from paceline.edge.round import EdgeModel, Round, Schedule, User
+from paceline.edge.pacing import Upload as Granted
+from paceline.edge.round import EdgeModel, Round, User
+from paceline.edge.round import Schedule as Decided
 from paceline.edge.schedule import schedule
-from paceline.rpc.context import CallContext
 from paceline.rpc.status import answered
 from paceline.v1 import edge_pb2, edge_pb2_grpc
 
@@ -27,6 +27,9 @@ MAX_GRANTS = 4096
 FIRST_PART_S = 10.0
 _REQUEST_OVERHEAD_BYTES = 16 << 10
 """What a request may have besides the payload: names, shapes, parameters."""
+
+Context = Any
+"""A CallContext; generated code only knows grpc's own."""
 
 InferMessage = Callable[[Any, float | None], Awaitable[Any]]
 """A ModelInferRequest and the time it has left, as a ModelInferResponse."""
@@ -38,10 +41,10 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):
     def __init__(self, infer: InferMessage, *, max_message_bytes: int) -> None:
         self._infer = infer
         self._max_message_bytes = max_message_bytes
-        self._grants: dict[str, Upload] = {}
+        self._grants: dict[str, Granted] = {}
 
     async def Schedule(
-        self, request: edge_pb2.ScheduleRequest, context: CallContext
+        self, request: edge_pb2.ScheduleRequest, context: Context
     ) -> edge_pb2.ScheduleResponse:
         async def decide() -> edge_pb2.ScheduleResponse:
             round_ = _round(request)
@@ -53,14 +56,14 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):
         return await answered(context, decide())
 
     async def Upload(
-        self, requests: AsyncIterator[edge_pb2.UploadRequest], context: CallContext
+        self, requests: AsyncIterator[edge_pb2.UploadRequest], context: Context
     ) -> edge_pb2.UploadResponse:
         return await answered(context, self._upload(requests, context))
 
     async def _upload(
-        self, requests: AsyncIterator[edge_pb2.UploadRequest], context: CallContext
+        self, requests: AsyncIterator[edge_pb2.UploadRequest], context: Context
     ) -> edge_pb2.UploadResponse:
-        upload: Upload | None = None
+        upload: Granted | None = None
         payload = bytearray()
         loop = asyncio.get_running_loop()
         try:
@@ -98,7 +101,7 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):
         answer = await self._infer(message, left_s)
         return edge_pb2.UploadResponse(response=answer.SerializeToString())
 
-    def _taken(self, grant: str) -> Upload:
+    def _taken(self, grant: str) -> Granted:
         found = self._grants.pop(grant, None)
         if found is None or found.starts_s < asyncio.get_running_loop().time():
             raise RequestError(
@@ -106,7 +109,7 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):
             )
         return found
 
-    def _granted(self, round_: Round, found: Schedule, began_s: float) -> dict[str, str]:
+    def _granted(self, round_: Round, found: Decided, began_s: float) -> dict[str, str]:
         """A new grant for each user who is served, by user."""
         now_s = asyncio.get_running_loop().time()
         for expired in [key for key, g in self._grants.items() if g.starts_s < now_s]:
@@ -125,7 +128,7 @@ class EdgeService(edge_pb2_grpc.EdgeServicer):
             user = users[grant.user]
             payload_bytes = ceil(user.payload_bits / 8) + _REQUEST_OVERHEAD_BYTES
             ids[user.name] = secrets.token_urlsafe(16)
-            self._grants[ids[user.name]] = Upload(
+            self._grants[ids[user.name]] = Granted(
                 user.model,
                 grant.bits_per_s / 8,
                 min(payload_bytes, self._max_message_bytes),
@@ -150,7 +153,7 @@ def _round(request: edge_pb2.ScheduleRequest) -> Round:
     )
 
 
-def _message(found: Schedule, ids: dict[str, str]) -> edge_pb2.ScheduleResponse:
+def _message(found: Decided, ids: dict[str, str]) -> edge_pb2.ScheduleResponse:
     return edge_pb2.ScheduleResponse(
         batches=[
             edge_pb2.EdgeBatch(

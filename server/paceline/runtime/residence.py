@@ -243,11 +243,12 @@ class Residence:
         if known is not None:
             self._tell(ev.Declare(model, known.footprint, known.instances))
             return
-        guessed = max(
-            (m.memory.guessed_bytes(model) for m in self._machines.all() if m.memory is not None),
-            default=0,
-        )
-        self._tell(ev.Declare(model, Footprint(guessed)))
+        own_bytes, blocks = 0, dict[str, int]()
+        for machine in self._machines.all():
+            if machine.memory is not None:
+                own_bytes = max(own_bytes, machine.memory.guessed_bytes(model))
+                blocks.update(machine.memory.blocks(model))
+        self._tell(ev.Declare(model, Footprint(own_bytes, blocks)))
 
     def _up(self, name: str, resident: Mapping[str, int]) -> None:
         machine = self._machines.named()[name]
@@ -340,6 +341,8 @@ class Residence:
             logger.info("loaded %s on %s", model, name)
             if self.state.is_under_way(name, model, action.operation):
                 self._machines.placed[name][model] = action.instances
+                if own_bytes is not None and machine.memory is not None:
+                    machine.memory.remember(model, own_bytes)
                 self._tell(ev.LoadDone(action.operation, name, model, own_bytes))
                 if self._machines.is_up(name):
                     self._machines.announce(name)
@@ -400,6 +403,8 @@ class Residence:
             return
         believed = self.state.models[model].footprint.own_bytes
         if abs(own_bytes - believed) > SIZE_TOLERANCE * believed:
+            if machine.memory is not None:
+                machine.memory.remember(model, own_bytes)
             self._tell(ev.SizeMeasured(model, own_bytes))
 
     async def _measure_again(self) -> None:

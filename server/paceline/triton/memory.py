@@ -2,21 +2,26 @@
 
 Every instance of a python-based model is a process of its own, a child of tritonserver, that
 carries `<model>_<group>_<number>` in its command line. Its proportional set size (PSS) counts
-pages that several processes map once in all, so that sums are what the machine really uses.
-
-
+pages that several processes map once in all, so that sums are what the machine really uses. Where a
+model has parameter blocks, those are mapped files, which the ledger counts by their content: of its
+processes only what is not a file's is then its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
 
-from paceline.triton.repository import TritonRepository
+from paceline.database import Measurements
+from paceline.triton.repository import TritonRepository, content_mark
+
+logger = logging.getLogger(__name__)
 
 PROCESS_BYTES = 48 << 20
 """A model's process with its interpreter and libraries, before it was measured."""
@@ -25,22 +30,58 @@ GONE_S = 5.0
 GONE_POLL_S = 0.05
 """How long processes of an unloaded model may take to end, and how often they are looked for."""
 
+_PSS = re.compile(r"^(Pss|Pss_File):\s+(\d+) kB", re.MULTILINE)
 _INSTANCE = re.compile(r"(.+)_\d+_\d+")
+
+
+BlocksOf = Callable[[Path], Mapping[str, int]]
+
+
+def _no_blocks(directory: Path) -> Mapping[str, int]:
+    return {}
 
 
 class GuessedMemory:
     """A Triton that runs elsewhere: its files are all that is known of its models."""
 
-    def __init__(self, repository: TritonRepository) -> None:
+    def __init__(
+        self, repository: TritonRepository, sizes: Measurements, blocks: BlocksOf = _no_blocks
+    ) -> None:
+        """`blocks`: bytes by content of the parameter blocks of the model in a directory."""
         self._repository = repository
+        self._sizes = sizes
+        self._blocks = blocks
+
+    def blocks(self, model: str) -> Mapping[str, int]:
+        """See `ModelMemory.blocks`."""
+        directory = self._repository.directory(model)
+        return self._blocks(directory) if directory is not None else {}
 
     def guessed_bytes(self, model: str) -> int:
         """See `ModelMemory.guessed_bytes`: its files and a process to hold them."""
         directory = self._repository.directory(model)
         if directory is None:
             return PROCESS_BYTES
+        try:
+            known = self._sizes.size_bytes(model, content_mark(directory))
+        except sqlite3.Error as error:
+            logger.warning("the size of %s is not remembered: %s", model, error)
+            known = None
+        if known is not None:
+            return known
+        if self._blocks(directory):
+            return PROCESS_BYTES
         sizes = (path.stat().st_size for path in directory.rglob("*") if path.is_file())
         return PROCESS_BYTES + sum(sizes)
+
+    def remember(self, model: str, own_bytes: int) -> None:
+        """See `ModelMemory.remember`. A disk that is full costs only that."""
+        directory = self._repository.directory(model)
+        if directory is not None:
+            try:
+                self._sizes.keep_size(model, content_mark(directory), own_bytes)
+            except sqlite3.Error as error:
+                logger.warning("the size of %s is not kept: %s", model, error)
 
     async def measured_bytes(self, model: str) -> int | None:
         """See `ModelMemory.measured_bytes`."""
@@ -54,8 +95,14 @@ class GuessedMemory:
 class ProcessMemory(GuessedMemory):
     """A Triton whose processes can be looked at; `pid` is its process id while it runs."""
 
-    def __init__(self, repository: TritonRepository, pid: Callable[[], int | None]) -> None:
-        super().__init__(repository)
+    def __init__(
+        self,
+        repository: TritonRepository,
+        sizes: Measurements,
+        pid: Callable[[], int | None],
+        blocks: BlocksOf = _no_blocks,
+    ) -> None:
+        super().__init__(repository, sizes, blocks)
         self._pid = pid
 
     async def measured_bytes(self, model: str) -> int | None:
@@ -63,7 +110,8 @@ class ProcessMemory(GuessedMemory):
         pid = self._pid()
         if pid is None:
             return None
-        return await asyncio.to_thread(model_bytes, pid, model)
+        shares = bool(self.blocks(model))
+        return await asyncio.to_thread(model_bytes, pid, model, files=not shares)
 
     async def gone(self, model: str) -> bool:
         """See `ModelMemory.gone`."""
@@ -93,16 +141,18 @@ def model_processes(triton_pid: int, model: str) -> list[psutil.Process]:
     return found
 
 
-def model_bytes(triton_pid: int, model: str) -> int | None:
-    """PSS of all instances of a model; None when it has no process of its own."""
-    sizes = [_pss_bytes(process.pid) for process in model_processes(triton_pid, model)]
+def model_bytes(triton_pid: int, model: str, *, files: bool = True) -> int | None:
+    """PSS of all instances of a model, with or without that of mapped files; None when it has no
+    process of its own.
+    """
+    sizes = [_pss_bytes(process.pid, files) for process in model_processes(triton_pid, model)]
     return sum(sizes) or None
 
 
-def _pss_bytes(pid: int) -> int:
+def _pss_bytes(pid: int, files: bool) -> int:
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     except OSError:
         return 0
-    match = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
-    return int(match[1]) << 10 if match is not None else 0
+    found = {name: int(kib) << 10 for name, kib in _PSS.findall(text)}
+    return found.get("Pss", 0) - (0 if files else found.get("Pss_File", 0))

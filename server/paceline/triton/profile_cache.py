@@ -1,7 +1,7 @@
-"""Measured profiles on disk, one JSON file per model, hardware and content.
+"""Measured profiles kept in the database, by model, hardware and content.
 
-Invariant: a file is replaced at once or not at all, and anything that does not read back as it
-was written is measured again: a cache may be lost, never believed wrongly.
+Invariant: anything that does not read back as it was written is measured again: a cache may be
+lost, never believed wrongly.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import math
 import os
 import platform
 import re
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
 from paceline.core.profile import ProfileRow
+from paceline.database import Measurements
 from paceline.triton.config import ModelConfig, versions_of, with_instances
 from paceline.triton.installation import BACKENDS
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-READABLE = (1, FORMAT)
-"""Format 1 has no p99: such a profile is as good as before, only without."""
 DURATION_DIGITS = 9
 """Durations are whole nanoseconds, so that a cached one equals the measured one."""
 _CHUNK_BYTES = 1 << 20
@@ -34,20 +34,16 @@ class ProfileCache:
     """Profiles by model name and key (what the key holds is the caller's)."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def path(self, model: str, key: str) -> Path:
-        """Where the profile of a model lies."""
-        digest = hashlib.sha256(key.encode()).hexdigest()
-        readable = re.sub(r"[^A-Za-z0-9_.-]", "_", model)[:80]
-        return self._directory / f"{readable}-{digest[:20]}.json"
+        self._measurements = Measurements(directory)
 
     def read(self, model: str, hardware: str, key: str) -> tuple[ProfileRow, ...] | None:
-        """The cached rows, or None; says so when a file is there that cannot be used."""
-        path = self.path(model, key)
+        """The cached rows, or None; says so when something is there that cannot be used."""
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if document["format"] not in READABLE or document["key"] != key:
+            text = self._measurements.profile(model, key)
+            if text is None:
+                return None
+            document = json.loads(text)
+            if document["format"] != FORMAT:
                 return None
             rows = tuple(
                 ProfileRow(
@@ -61,20 +57,15 @@ class ProfileCache:
             )
             if not rows or not all(map(_usable, rows)):
                 raise ValueError("no usable rows")
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("profile cache %s is unusable (%s); measuring again", path, error)
+        except (sqlite3.Error, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("the profile of %r is unusable (%s); measuring again", model, error)
             return None
         return rows
 
     def write(self, model: str, key: str, rows: Sequence[ProfileRow]) -> None:
         """Keep `rows`; a full or read-only disk costs only the cache."""
-        path = self.path(model, key)
         document = {
             "format": FORMAT,
-            "model": model,
-            "key": key,
             "rows": [
                 {
                     "batch_size": row.batch_size,
@@ -84,12 +75,9 @@ class ProfileCache:
                 for row in rows
             ],
         }
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            fresh.replace(path)
-        except OSError as error:
+            self._measurements.keep_profile(model, key, json.dumps(document))
+        except sqlite3.Error as error:
             logger.warning("the profile of %r could not be cached: %s", model, error)
 
 
