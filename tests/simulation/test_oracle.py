@@ -12,8 +12,8 @@ from tests.simulation.swarm import draw
 from paceline.dispatch import Action, Answer, Dispatcher, Event, Execute, Fail, Wake
 from paceline.residency import events as ev
 from paceline.residency.residency import Residency
-from paceline.residency.room import Room
 from paceline.residency.state import Limits, Machine
+from paceline.residency.upkeep import Upkeep
 
 Tamper = Callable[[list[Action]], list[Action]]
 
@@ -104,7 +104,7 @@ def test_a_planted_bug_is_caught_and_shown_by_few_stimuli(tamper: Tamper, checks
     pytest.fail("no seed noticed")
 
 
-class Unpinned(Room):
+class Unpinned(Upkeep):
     """Thinks that nothing is in use."""
 
     def _pinned(self, machine: Machine, model: str) -> bool:

@@ -6,7 +6,8 @@ is not unloaded from its last machine while a granted lease uses it; every lease
 wants its model is granted, refused or ended; a load or unload is reported back exactly once, and
 reports of those that were forgotten (their machine went) change nothing.
 
-`room.Room` decides what is loaded and what goes for it; this module keeps the books.
+`room.Room` decides what is loaded and what goes for it, `upkeep.Upkeep` what happens without being
+asked for; this module keeps the books.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ from paceline.residency.events import (
 from paceline.residency.evict import Rate
 from paceline.residency.leases import AGED_S, Lease, Leases
 from paceline.residency.ledger import Footprint, Held, Ledger, Phase
-from paceline.residency.room import Room
 from paceline.residency.state import Change, Counts, Gone, Limits, Machine, Model, Worth
+from paceline.residency.upkeep import Upkeep
 
 RECENT = 64
 """Unloads that are remembered, to be shown."""
@@ -70,7 +71,7 @@ class Residency:
         self._attention = False
         self._idle_s = inf
         self._wake_s = inf
-        self._room = Room(self)
+        self._room = Upkeep(self)
 
     def handle(self, event: Event, *, now_s: float) -> list[Action]:
         """Take one event in and return what to do about it, in order."""

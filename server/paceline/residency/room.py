@@ -25,12 +25,7 @@ from paceline.residency.state import Machine, Model
 if TYPE_CHECKING:
     from paceline.residency.residency import Residency
 
-FILL_GAIN = 2.0
-"""A model takes another's place ahead of any request only if its loss per byte is so many times
-as large: what is moved for nothing costs a load."""
-
 LEAST_RANK: Rank = (inf, inf)
-MOST_RANK: Rank = (-inf, -inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,73 +45,11 @@ class _Place:
 
 
 class Room:
-    """See the module docstring. `hung` loads are to be unloaded."""
+    """See the module docstring."""
 
     def __init__(self, residency: Residency) -> None:
         self._r = residency
-        self.hung: list[tuple[str, str]] = []
         self._reserved: dict[str, float] = {}
-
-    # -- what goes by itself ----------------------------------------------------------------
-
-    def unload_hung(self, now_s: float, actions: list[Action]) -> None:
-        for name, model in self.hung:
-            machine = self._r.machines.get(name)
-            held = machine.ledger.get(model) if machine is not None else None
-            if machine is not None and held is not None and held.phase in _LOADED:
-                self._r.unload(machine, model, "it did not load in time", now_s, actions)
-        self.hung.clear()
-
-    def unload_idle(self, now_s: float, actions: list[Action]) -> float:
-        """Unload what nobody has used for its chains' keep-alive; when to look again."""
-        next_s = inf
-        for model in self._r.models.values():
-            keep_s = model.keep_alive_s
-            if keep_s is None or model.withdrawn or self._r.leases.any(model.name):
-                continue
-            held = [m for m in self._r.machines.values() if m.ledger.get(model.name) is not None]
-            there = [m for m in held if self._may_go(m, model.name)]
-            due_s = model.used_s + keep_s
-            if due_s > now_s or len(there) < len(held):
-                next_s = min(next_s, max(due_s, now_s + 1.0)) if held else next_s
-                continue
-            model.asleep = True
-            for machine in there:
-                why = f"not used for {keep_s:g} s"
-                self._r.unload(machine, model.name, why, now_s, actions)
-        return next_s
-
-    def unload_withdrawn(self, now_s: float, actions: list[Action]) -> None:
-        for model in self._r.models.values():
-            if not model.withdrawn:
-                continue
-            for lease in self._r.leases.of(model.name):
-                if lease.current and not lease.granted:
-                    self._r.refuse(lease, f"model {model.name!r} was unloaded", actions)
-            if not self._r.leases.pins(model.name):
-                for machine in self._r.machines.values():
-                    if self._may_go(machine, model.name):
-                        self._r.unload(machine, model.name, "its unload was asked", now_s, actions)
-
-    def relieve(self, now_s: float, actions: list[Action]) -> None:
-        """Where more is held than there is room: something was larger than believed."""
-        for machine in self._r.machines.values():
-            over = machine.ledger.over_bytes - machine.ledger.bytes_in(Phase.UNLOADING)
-            if over <= 0:
-                continue
-            free = self._candidates(machine, MOST_RANK, now_s, closable=False)
-            freed = machine.ledger.freed_bytes
-            victims = choose(free, over, freed, self._r.limits.eviction)
-            if victims is None:
-                victims = [candidate.model for candidate in free]
-                rest = over - freed(victims)
-                others = self._candidates(machine, MOST_RANK, now_s, closable=True)
-                others = [c for c in others if c.model not in victims]
-                for model in choose(others, rest, freed, self._r.limits.eviction) or ():
-                    _held(machine, model).closing = True
-            self._evict(
-                machine, victims, "models are larger than they were believed", now_s, actions
-            )
 
     # -- what is wanted ---------------------------------------------------------------------
 
@@ -213,7 +146,7 @@ class Room:
         """Load it, or make room for it; refuse those that want it now if it cannot come."""
         model, (rank, since_s) = self._r.models[one.model], wanted
         machines = [m for m in self._r.machines.values() if one.machine in ("", m.name)]
-        if any(_coming(m, one.model) for m in machines):
+        if any(coming(m, one.model) for m in machines):
             return
         eligible = [m for m in machines if self._eligible(m, model, now_s)]
         if not eligible:
@@ -236,7 +169,7 @@ class Room:
             self._evict(machine, place.victims, f"to make room for {model.name}", now_s, actions)
         elif place.kind == 3:
             for victim in place.victims:
-                held = _held(machine, victim)
+                held = held_there(machine, victim)
                 if self._may_go(machine, victim) and not self._pinned(machine, victim):
                     why = f"to make room for {model.name}"
                     self._evict(machine, [victim], why, now_s, actions)
@@ -330,118 +263,9 @@ class Room:
             )
         return found
 
-    # -- ahead of any request ---------------------------------------------------------------
-
-    def fill(self, now_s: float, actions: list[Action]) -> None:
-        """Load what is worth having, while nobody waits and what runs can bear it."""
-        for _, machine in sorted(self._r.machines.items()):
-            while machine.fill and not machine.recycling and not machine.ledger.over_bytes:
-                model = self._r.models[machine.fill[0]]
-                if model.asleep or not self._eligible(machine, model, now_s):
-                    machine.fill.pop(0)
-                    continue
-                if not self._may_load(machine, None, now_s):
-                    break
-                if not self._fill_with(machine, model, now_s, actions):
-                    break
-            self._grow(machine, actions)
-
-    def _fill_with(
-        self, machine: Machine, model: Model, now_s: float, actions: list[Action]
-    ) -> bool:
-        """Load it if there is room or another is worth much less; False: wait for an unload."""
-        ledger = machine.ledger
-        free = ledger.free_bytes - self._reserved.get(machine.name, 0.0)
-        missing = ledger.missing_bytes(model.footprint)
-        if missing <= free:
-            machine.fill.pop(0)
-            self._r.load(machine, model, self._instances(machine, model), now_s, actions)
-            return True
-        short = missing - free - ledger.bytes_in(Phase.UNLOADING)
-        if short <= 0:
-            return False
-        worth = model.loss(now_s) / max(1, missing)
-        candidates = [
-            c
-            for c in self._candidates(machine, LEAST_RANK, now_s, closable=False)
-            if not c.soon and FILL_GAIN * c.loss / max(1, c.size_bytes) < worth
-        ]
-        victims = choose(candidates, short, ledger.freed_bytes, self._r.limits.eviction)
-        if victims is None or sum(c.loss for c in candidates if c.model in victims) >= model.loss(
-            now_s
-        ):
-            machine.fill.pop(0)
-            return True
-        why = f"{model.name} is worth more than it"
-        self._evict(machine, victims, why, now_s, actions)
-        return False
-
-    def _grow(self, machine: Machine, actions: list[Action]) -> None:
-        """Bring resident models to the instances that are wanted, as far as there is room."""
-        if machine.recycling or machine.ledger.over_bytes or self._r.waiting or machine.fill:
-            return
-        for held in machine.ledger.held():
-            model = self._r.models[held.model]
-            wanted = model.instances.get(machine.name, 1)
-            if not held.open or held.operation or wanted == held.instances:
-                continue
-            room = machine.ledger.free_bytes
-            own = held.footprint.own_bytes
-            while wanted > held.instances and (wanted - held.instances) * own > room:
-                wanted -= 1
-            if wanted != held.instances:
-                self._r.resize(machine, held, wanted, actions)
-
-    # -- leaks ------------------------------------------------------------------------------
-
-    def recycle(self, now_s: float, actions: list[Action]) -> None:
-        """Restart machines that leak, once their models are elsewhere and nobody uses them."""
-        for _, machine in sorted(self._r.machines.items()):
-            leaked = machine.ledger.bytes_in(Phase.LEAKED)
-            if leaked > self._r.limits.leak_share * machine.ledger.budget_bytes:
-                self._want_recycled(machine)
-            if not machine.recycling or machine.asked:
-                continue
-            moving = [
-                h.model for h in machine.ledger.held() if self._move(machine, h, now_s, actions)
-            ]
-            if moving or any(
-                self._r.leases.pins(h.model) and self._is_last(machine, h.model)
-                for h in machine.ledger.held()
-                if h.phase is Phase.RESIDENT
-            ):
-                continue
-            self._r.restart(machine, actions)
-
     def _want_recycled(self, machine: Machine) -> None:
         if machine.recyclable and not machine.recycling:
             machine.recycling = "memory of a model was never given back"
-
-    def _move(self, source: Machine, held: Held, now_s: float, actions: list[Action]) -> bool:
-        """Have a model of a machine that is to be restarted loaded elsewhere; True while it is on
-        its way. Where nobody has room it is not moved: its requests wait for the restart.
-        """
-        if held.phase is not Phase.RESIDENT or not self._is_last(source, held.model):
-            return False
-        model = self._r.models[held.model]
-        others = [m for m in self._r.machines.values() if m is not source]
-        if any(_coming(m, held.model) for m in others):
-            return True
-        if model.loss(now_s) <= 0.0 and not self._r.leases.any(held.model):
-            return False
-        for machine in others:
-            if not self._eligible(machine, model, now_s):
-                continue
-            place = self._place(machine, model, LEAST_RANK, False, now_s)
-            if place is None:
-                continue
-            if place.kind == 0:
-                self._r.load(machine, model, self._instances(machine, model), now_s, actions)
-            elif place.kind == 2:
-                why = f"{held.model} has to leave {source.name}"
-                self._evict(machine, place.victims, why, now_s, actions)
-            return True
-        return False
 
     # -- small questions --------------------------------------------------------------------
 
@@ -495,15 +319,12 @@ class Room:
             self._r.unload(machine, model, why, now_s, actions)
 
 
-_LOADED = (Phase.LOADING, Phase.RESIDENT)
-
-
-def _coming(machine: Machine, model: str) -> bool:
+def coming(machine: Machine, model: str) -> bool:
     held = machine.ledger.get(model)
     return held is not None and held.phase is Phase.LOADING
 
 
-def _held(machine: Machine, model: str) -> Held:
+def held_there(machine: Machine, model: str) -> Held:
     held = machine.ledger.get(model)
     assert held is not None, (machine.name, model)
     return held
