@@ -191,6 +191,7 @@ def apart(at: int) -> dict[str, Any]:
 
 TARGET = 0.99
 VERIFIED_REQUESTS = 4000
+RATE_BANDS = ((3.0, 30.0), (30.0, 200.0), (200.0, 1600.0))
 KINDS: Mapping[str, Options] = {
     **{policy: Options(policy=policy) for policy in POLICIES},
     "optimal, whole machines": replace(OPTIMAL, billing="machine"),
@@ -219,7 +220,7 @@ def attained(at: int) -> dict[str, Any]:
     name = f"workload {at}"
     demand = replace(source.chain(name, hardware=HARDWARE[at % 3]), name=name.replace(" ", "-"))
     chain = served(demand)
-    result: dict[str, Any] = {"at": at}
+    result: dict[str, Any] = {"at": at, "rate_rps": demand.rate_rps}
     how = Verification(requests=VERIFIED_REQUESTS, seed=at)
 
     def share(plan: Plan) -> float:
@@ -281,16 +282,28 @@ def report_attained(results: Sequence[Mapping[str, Any]]) -> None:
             f"{percentile(extra, 0.9):.1%} | {len(planned) - len(shown)} | {mean(ratios):.3f} | "
             f"{max(ratios):.2f} | {sum(found['at_least'] < TARGET for found in shown)} | {again} |"
         )
-    both = [
-        found["headroom"][0]
+    print("\n| cost of headroom, median | " + " | ".join(KINDS) + " |")
+    print("|---" * (1 + len(KINDS)) + "|")
+    for low, high in RATE_BANDS:
+        own = [r for r in results if low <= r["rate_rps"] < high]
+        cells = []
+        for kind in KINDS:
+            extra = [r[kind]["verified"] / r[kind]["cost"] - 1 for r in own if _shown(r[kind])]
+            cells.append(f"{median(extra):.0%}" if extra else "-")
+        print(f"| {low:g} to {high:g} requests/s ({len(own)}) | {' | '.join(cells)} |")
+    whole = [
+        r["optimal, whole machines"]["verified"] / r["optimal"]["verified"]
         for r in results
-        if (found := r["optimal"]) is not None and found.get("headroom")
+        if _shown(r["optimal, whole machines"]) and _shown(r["optimal"])
     ]
-    if both:
-        print(
-            f"\n`optimal` is planned for {median(rate for rate, _ in both):.2f} times the rate in "
-            f"{median(slo for _, slo in both):.2f} times the objective (medians)"
-        )
+    print(
+        f"\nverified whole machines cost less than verified fractions on "
+        f"{sum(ratio < 1 for ratio in whole)} of {len(whole)}"
+    )
+
+
+def _shown(found: Mapping[str, Any] | None) -> bool:
+    return found is not None and "verified" in found
 
 
 def percentile(values: Sequence[float], share: float) -> float:

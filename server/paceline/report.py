@@ -39,9 +39,9 @@ def _attainment_lines(plan: Plan, found: Attainment) -> list[str]:
     extra = plan.cost_per_hour - found.without_per_hour
     kinds = " and ".join(sorted({c.arrivals for c in found.chains}))
     holds = " and ".join(f"{target:.6g}" for target in sorted({c.target for c in found.chains}))
-    if extra > 0:
+    if any((c.rate_factor, c.slo_factor) != (1.0, 1.0) for c in found.chains):
         share = extra / found.without_per_hour
-        lines = [f"+{extra:.3g}/h ({share:.1%}) so that {holds} hold under {kinds} arrivals"]
+        lines = [f"{extra:+.3g}/h ({share:.1%}) so that {holds} hold under {kinds} arrivals"]
     else:
         lines = [f"{holds} hold under {kinds} arrivals without headroom"]
     for c in found.chains:
