@@ -112,7 +112,7 @@ def test_a_profile_measured_on_a_triton_is_what_plan_reads(
     assert (of_chain["chain"], of_chain["rate_rps"], of_chain["slo_ms"]) == ("pair", 10, 60_000)
     assert [module["module"] for module in of_chain["modules"]] == ["first", "second"]
     assert 0 < plan["lower_bound_per_hour"] <= plan["cost_per_hour"] * 1.000001
-    text = run_cli("plan", *files)
+    text = run_cli("plan", *files, "--no-verify")
     assert text.returncode == 0
     assert (
         "first" in text.stdout and "box" in text.stdout and "no plan can cost less" in text.stdout
