@@ -77,7 +77,9 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="[HARDWARE@]HOST:PORT",
-            help="A running Triton (explicit model control), instead of a local one; repeatable.",
+            help="A running Triton (explicit model control), instead of a local one; repeatable. "
+            "[HARDWARE@]dns:NAME:PORT: every address of a name; file:PATH: a machine a line; "
+            "both are followed while serving.",
         ),
     ] = None,
     hardware: Annotated[
