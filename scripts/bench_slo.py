@@ -16,7 +16,7 @@ batches take along the slowest path; a load is the share of the machines that fu
 busy. What is measured (--measure):
 
   goodput      the largest rate at which --machines machines attain the target (99 % of all
-               requests answered within the objective), to 2.5 % of their bound
+               requests answered within the objective), to --resolution of their bound
   machines     the least machines that attain it at the rate that keeps --machines of them 95 %
                busy (bursty: 65 % on average)
   overload     answers within the objective per second at 0.5 to 5 times the planned rate, and how
@@ -60,7 +60,14 @@ from scripts import slo_report, slo_workloads  # noqa: E402
 from scripts.bench_gateway import process  # noqa: E402
 from scripts.slo_control import carried  # noqa: E402
 from scripts.slo_report import Scenario  # noqa: E402
-from scripts.slo_run import ARRIVALS, MEASURES, PLANNED_LOAD, TARGET, Bench  # noqa: E402
+from scripts.slo_run import (  # noqa: E402
+    ARRIVALS,
+    MEASURES,
+    PLANNED_LOAD,
+    TARGET,
+    Bench,
+    simulate_goodput,
+)
 from scripts.slo_workloads import WORKLOADS, Served  # noqa: E402
 
 EXAMPLES = HERE.parent / "examples"
@@ -75,6 +82,10 @@ async def bench_all(bench: Bench) -> None:
                 base = read.held_to(tightness)
                 for arrivals in options.arrivals:
                     scenario = Scenario(workload.name, arrivals, tightness)
+                    if options.virtual:
+                        simulate_goodput(bench, scenario, base)
+                        write(bench)
+                        continue
                     for name in options.measure:
                         await MEASURES[name](bench, Path(work), scenario, base)
                         write(bench)
@@ -165,6 +176,7 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  scripts/bench_slo.py --quick                          # chain2, about 3 minutes\n"
+        "  scripts/bench_slo.py --virtual --seconds 30           # about 10 minutes of one core\n"
         "  scripts/bench_slo.py --measure overload --machines 4 --workloads chain2 --repeats 1\n"
         "  scripts/bench_slo.py --markdown figures.md            # goodput; about 40 minutes\n",
     )
@@ -172,6 +184,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="chain2, Poisson, 2x, short replays")
     parser.add_argument(
         "--measure", nargs="+", choices=MEASURES, default=["goodput"], help="(default: goodput)"
+    )
+    parser.add_argument(
+        "--virtual",
+        action="store_true",
+        help="goodput in virtual time: the real dispatcher on simulated machines, an ideal model "
+        "of Triton's batching; the same figures on any machine",
     )
     parser.add_argument(
         "--profiles",
@@ -202,6 +220,11 @@ def arguments() -> argparse.Namespace:
         help="objectives, as multiples of full batches' path (default: 1.5 2.5; quick: 2)",
     )
     parser.add_argument("--machines", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument(
+        "--resolution",
+        type=float,
+        help="goodput: step of the load (default: 0.025; virtual: 0.01)",
+    )
     parser.add_argument("--seconds", type=float, help="of a replay (default: 10; quick: 6)")
     parser.add_argument("--repeats", type=int, help="at most (default: 3; quick: 1)")
     parser.add_argument(
@@ -231,7 +254,8 @@ def arguments() -> argparse.Namespace:
     options.tightness = options.tightness or ([2.0] if quick else [1.5, 2.5])
     options.seconds = options.seconds or (6.0 if quick else 10.0)
     options.repeats = options.repeats or (1 if quick else 3)
-    for name in ("machines", "seconds", "repeats", "side_by_side"):
+    options.resolution = options.resolution or (0.01 if options.virtual else 0.025)
+    for name in ("machines", "seconds", "repeats", "side_by_side", "resolution"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if min(options.tightness) <= 1.0:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from scripts import slo_workloads
+from scripts import slo_virtual, slo_workloads
 from scripts.slo_report import SYSTEMS, TRITON, Cell, Figures, Results, Scenario
 from scripts.slo_systems import (
     SETTINGS,
@@ -57,8 +57,8 @@ ARRIVALS = {
 PLANNED_LOAD = 0.9
 """Of a fixed number of machines: what Paceline is told to expect when they are loaded variously."""
 
-GRID = tuple(step / 40 for step in range(16, 42))
-"""Loads that goodput is looked for at: 40 % to 102.5 %."""
+LOADS = (0.4, 1.02)
+"""Goodput is looked for between them, in steps of --resolution."""
 
 WARM_LOAD = 0.3
 """Every system first serves at this load: the first executions of a process are slow."""
@@ -97,7 +97,7 @@ class Bench:
         start_s = time.monotonic() + HEAD_START_S
         answers = await asyncio.gather(
             *(
-                asyncio.to_thread(_ask, generator, lane, *self._load(cell, served, seed), start_s)
+                asyncio.to_thread(_ask, generator, lane, *self.load(cell, served, seed), start_s)
                 for generator, lane, cell in zip(self.generators, lanes, cells, strict=False)
             )
         )
@@ -128,7 +128,7 @@ class Bench:
                 )
             )
 
-    def _load(self, cell: Cell, served: Served, seed: int) -> tuple[list[int], list[float]]:
+    def load(self, cell: Cell, served: Served, seed: int) -> tuple[list[int], list[float]]:
         """Kinds of messages and instants."""
         options, window = self.options, ARRIVALS[cell.scenario.arrivals].window
         shape = slo_workloads.trace_window(options.traces, window) if window else [1.0]
@@ -222,11 +222,16 @@ async def screen(
 
 @dataclass(slots=True)
 class _Search:
-    """Bisection over `GRID` for one lane: it attains at `low` (-1: nowhere yet), not at `high`."""
+    """Bisection over loads for one lane: it attains at `low` (-1: nowhere yet), not at `high`."""
 
     lane: Lane
+    step: float
+    high: int
     low: int = -1
-    high: int = len(GRID)
+
+    @classmethod
+    def of(cls, lane: Lane, step: float) -> _Search:
+        return cls(lane, step, round((LOADS[1] - LOADS[0]) / step) + 1)
 
     @property
     def over(self) -> bool:
@@ -236,6 +241,10 @@ class _Search:
     def probe(self) -> int:
         return (self.low + self.high) // 2
 
+    @property
+    def load(self) -> float:
+        return LOADS[0] + self.probe * self.step
+
 
 async def measure_goodput(bench: Bench, work: Path, scenario: Scenario, base: Served) -> None:
     """The largest load that each system attains the target at, on `--machines` machines."""
@@ -244,7 +253,7 @@ async def measure_goodput(bench: Bench, work: Path, scenario: Scenario, base: Se
     planned = base.loaded(PLANNED_LOAD * machines)
     fronts = (Front("pooled", planned.rate_rps), round_robin(planned, machines, 1.0))
     async with running(bench, work, planned, machines, fronts, settings) as lanes:
-        searches = [_Search(lane) for lane in lanes]
+        searches = [_Search.of(lane, bench.options.resolution) for lane in lanes]
         while left := [search for search in searches if not search.over]:
             for start in range(0, len(left), bench.options.side_by_side):
                 await _probe(
@@ -258,8 +267,7 @@ async def _probe(
     """Replay to some lanes at the loads that their searches are at, until it is clear."""
     results, machines = bench.goodput, bench.options.machines
     cells = [
-        cell_of(scenario, base.loaded(GRID[search.probe] * machines), machines)
-        for search in searches
+        cell_of(scenario, base.loaded(search.load * machines), machines) for search in searches
     ]
     open_ = list(range(len(searches)))
     for repeat in range(bench.options.repeats):
@@ -277,6 +285,37 @@ async def _probe(
             search.low = search.probe
         else:
             search.high = search.probe
+
+
+def simulate_goodput(bench: Bench, scenario: Scenario, base: Served) -> None:
+    """As `measure_goodput`, in virtual time; every setting of Triton is searched."""
+    machines = bench.options.machines
+    planned = base.loaded(PLANNED_LOAD * machines)
+    fronts = [Front("pooled", planned.rate_rps), round_robin(planned, machines, 1.0)]
+    settings = () if base.workload.fans_out else SETTINGS
+    systems: list[Front | Setting] = [*fronts]
+    systems += [setting for setting in settings if possible(planned, setting, machines)]
+    for how in systems:
+        name = how.dispatch if isinstance(how, Front) else how.name
+        search = _Search.of(Lane(name, "", ()), bench.options.resolution)
+        while not search.over:
+            served = base.loaded(search.load * machines)
+            cell = cell_of(scenario, served, machines)
+            for repeat in range(bench.options.repeats):
+                seed = bench.seed(repeat)
+                items, arrivals_s = bench.load(cell, served, seed)
+                if isinstance(how, Front):
+                    found = slo_virtual.front(served, machines, how, arrivals_s, items, seed)
+                else:
+                    found = slo_virtual.Ensemble(served, machines, how, seed).serve(arrivals_s)
+                bench.goodput.add(cell, name, found)
+            if bench.goodput.attainment(cell, name) >= TARGET:
+                search.low = search.probe
+            else:
+                search.high = search.probe
+        bench.note.print(
+            f"{scenario.title}, {name}: below {LOADS[0] + search.high * search.step:.1%}"
+        )
 
 
 # -- machines ------------------------------------------------------------------------------------
