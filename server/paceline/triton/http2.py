@@ -27,7 +27,9 @@ from paceline.http2.writer import Stream
 from paceline.triton.transport import NO_TIMEOUT_S, CallFailed, ChannelClosed
 
 _CONNECT_TIMEOUT_S = 20.0
-_LONGEST_MESSAGE_BYTES = frames.MAX_WINDOW
+_KEPT_BLOCKS = 64
+_LONGEST_KEPT_BYTES = 256
+_TIMEOUT = b"\x00\x0cgrpc-timeout"
 _CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 _SETTINGS = frames.PREFACE + frames.settings(
     {
@@ -111,7 +113,7 @@ class _Call(Stream):
     def __init__(self, connection: _Connection, stream: int, window: int) -> None:
         super().__init__(stream, window, frames.MAX_WINDOW)
         self._connection = connection
-        self.answer: asyncio.Future[Buffer] = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[Buffer] = connection.new_answer()
         self.inbox = Inbox(frames.MAX_WINDOW)
         self.headers: dict[str, str] = {}
         self.timer: asyncio.TimerHandle | None = None
@@ -148,8 +150,13 @@ class _Connection(Connection):
         self._next_stream = 1
         self._peer_streams = frames.MAX_WINDOW
         self._header_blocks: dict[str, bytes] = {}
+        self._known: dict[bytes, list[hpack.Header]] = {}
         self.usable = True
         self.lost = asyncio.Event()
+
+    def new_answer(self) -> asyncio.Future[Buffer]:
+        """What a call waits for."""
+        return self._loop.create_future()
 
     async def call(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> Buffer:
         """See `Http2Transport.unary`."""
@@ -239,7 +246,7 @@ class _Connection(Connection):
         # At most 8 digits.
         fine = timeout_s < 99
         timeout = f"{int(timeout_s * 1e6)}u" if fine else f"{min(int(timeout_s), 99_999_999)}S"
-        return known + hpack.encode([("grpc-timeout", timeout)])
+        return known + _TIMEOUT + bytes((len(timeout),)) + timeout.encode()
 
     def _expired(self, call: _Call, timeout_s: float) -> None:
         text = f"no answer within {timeout_s:g} s"
@@ -263,10 +270,9 @@ class _Connection(Connection):
 
     def on_block(self, stream: int, ends: bool, block: bytes) -> None:
         """Headers or trailers of an answer."""
-        try:
-            headers = self._decoder.decode(block)
-        except hpack.HpackError as error:
-            raise ProtocolError(ErrorCode.COMPRESSION_ERROR, str(error)) from None
+        headers = self._known.get(block)
+        if headers is None:
+            headers = self._decoded(block)
         call = self._calls.get(stream)
         if call is None:
             return
@@ -274,6 +280,18 @@ class _Connection(Connection):
         if ends:
             call.remote_closed = True
             self.ended(call)
+
+    def _decoded(self, block: bytes) -> list[hpack.Header]:
+        """A block's headers, remembered: with a table of size 0 equal ones mean the same."""
+        try:
+            headers = self._decoder.decode(block)
+        except hpack.HpackError as error:
+            raise ProtocolError(ErrorCode.COMPRESSION_ERROR, str(error)) from None
+        if len(block) <= _LONGEST_KEPT_BYTES:
+            if len(self._known) >= _KEPT_BLOCKS:
+                self._known.clear()
+            self._known[block] = headers
+        return headers
 
     def on_reset(self, stream: int, code: int, *, by_peer: bool) -> None:
         """The server gives a call up, or has broken the rules on it."""
