@@ -7,7 +7,18 @@ from collections import deque
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.http2_peer import DATA, HEADERS, PING, Client, call, frame, message, only, request_block
+from tests.http2_peer import (
+    DATA,
+    GOAWAY,
+    HEADERS,
+    PING,
+    Client,
+    call,
+    frame,
+    message,
+    only,
+    request_block,
+)
 from tests.http2_peer import settings as settings_frame
 
 from paceline.http2 import frames, hpack
@@ -118,6 +129,45 @@ def test_a_connection_is_read_alike_wherever_it_is_cut() -> None:
             expected = expected or found
             assert found == expected
             client.lose()
+
+    asyncio.run(run())
+
+
+BLOCKS = [request_block(), request_block("/t/Nix"), b"\x44\x07/t/Echo", b"\xbe", b"", b"\x3f\x00"]
+PAYLOADS = st.one_of(
+    st.binary(max_size=40), st.sampled_from([*BLOCKS, message(b"abc"), bytes(4), bytes(8)])
+)
+FRAMES = st.builds(
+    frame,
+    st.integers(0, 10),
+    st.sampled_from([0, 1, 4, 5, 8, 9, 0xC, 0x24, 0x2D, 0xFF]),
+    st.sampled_from([0, 1, 3, 5, 2, 7]),
+    PAYLOADS,
+)
+
+
+@given(st.lists(FRAMES, max_size=25), st.integers(1, 60))
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_client_sends_it_is_served_on_or_told_why_not(
+    sent: list[bytes], step: int
+) -> None:
+    async def run() -> None:
+        server = GrpcServer(max_message_bytes=30)
+        server.add_unary("/t/Echo", lambda call, data: call.answer([data]))
+        client = Client(server)
+        client.take()
+        client.send(b"".join(sent), step)
+        ping = frame(PING, 0, 0, b"are you?")
+        client.send(ping)
+        found = client.take()
+        if client.wire.closed:
+            assert found[-1].kind == GOAWAY
+        else:
+            # It may stand in the middle of a frame or a header block; nothing was closed.
+            assert all(one.kind != GOAWAY for one in found)
+        client.lose()
+        assert server.held_bytes == 0
+        await server.stop(None)
 
     asyncio.run(run())
 
