@@ -281,10 +281,10 @@ def test_a_full_disk_is_a_load_error_and_leaves_nothing(
     opened: Open, pool: RemotePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full:
-        free = OBJECT_BYTES - 1
+        free = LAYERS * OBJECT_BYTES - 1
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: Full)
-    with pytest.raises(PoolError, match="No space left on device for an object of 262144 bytes"):
+    with pytest.raises(PoolError, match="6 MiB are to be fetched and 5 MiB are free: make room"):
         opened("mlp", pool=pool.url, cache=str(tmp_path / "cache"))
     assert not list((tmp_path / "cache" / "tmp" / "fetch").iterdir())
 

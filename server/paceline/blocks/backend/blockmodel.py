@@ -61,9 +61,7 @@ class BlockModel:
                 settings=settings,
                 ledger=ledger,
             )
-        self._objects: dict[str, MappedObject] = {
-            name: source.open(name, size) for name, size in sizes.items()
-        }
+        self._objects: Mapping[str, MappedObject] = source.open(sizes)
         for name in self._tables:
             self._objects[name].expect_rows()
         self._durations = Durations(blocks)

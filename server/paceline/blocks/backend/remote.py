@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class RemoteSource:
         except OSError as error:
             raise PoolError(f"cache {cache}: {error.strerror}") from None
         self._store = ObjectStore(cache)
-        self._objects: dict[str, MappedObject] = {}
+        self._objects: _Opened = _Opened({}, self._open)
         self._parts: dict[str, _Part] = {}
         self._right: set[str] = set()
         self._settler = _Settler(self._store)
@@ -72,7 +72,21 @@ class RemoteSource:
             self._write(path, text)
         return self._store.manifest(digest)
 
-    def open(self, digest: str, size_bytes: int) -> MappedObject:
+    def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
+        """Each is opened when it is first used: making a hundred files takes a while."""
+        missing = sum(
+            size for digest, size in sizes.items() if not self._store.path(digest).is_file()
+        )
+        free = shutil.disk_usage(self._cache).free
+        if free < missing:
+            raise PoolError(
+                f"cache {self._cache}: {missing >> 20} MiB are to be fetched and {free >> 20} MiB "
+                "are free: make room, or name another one in the parameter cache"
+            )
+        self._objects = _Opened(sizes, self._open)
+        return self._objects
+
+    def _open(self, digest: str, size_bytes: int) -> MappedObject:
         path = self._store.path(digest)
         if not path.is_file():
             part = _Part(self._cache / "tmp" / "fetch" / digest, size_bytes)
@@ -81,9 +95,7 @@ class RemoteSource:
             else:
                 self._parts[digest] = part
                 path = part.path
-        opened = MappedObject(path, size_bytes)
-        self._objects[digest] = opened
-        return opened
+        return MappedObject(path, size_bytes)
 
     def graph(self, digest: str, size_bytes: int) -> Path:
         path = self._store.path(digest)
@@ -118,6 +130,7 @@ class RemoteSource:
     def check(self, digest: str) -> None:
         if digest in self._right:
             return
+        size_bytes = self._objects[digest].size_bytes
         part = self._parts.get(digest)
         if part is not None:
             if not self._came_from_elsewhere(digest, part):
@@ -127,7 +140,7 @@ class RemoteSource:
                 self._complete(digest, part)
             return
         try:
-            self._store.verified(digest, self._objects[digest].size_bytes)
+            self._store.verified(digest, size_bytes)
         except PoolError as error:
             self._store.path(digest).unlink(missing_ok=True)
             raise PoolError(f"{error}; removed from the cache: load the model again") from None
@@ -139,8 +152,7 @@ class RemoteSource:
             store.close()
         for part in self._parts.values():
             part.close()
-        for opened in self._objects.values():
-            opened.close()
+        self._objects.close()
         # Whatever was fetched in part is of use to somebody only while somebody fetches.
         with contextlib.suppress(OSError):
             fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,6 +202,34 @@ class RemoteSource:
         except OSError as error:
             fresh.unlink(missing_ok=True)
             raise PoolError(f"cache {path}: {error.strerror}") from None
+
+
+class _Opened(Mapping[str, MappedObject]):
+    """Objects that are opened when somebody asks for them, whoever that is."""
+
+    def __init__(
+        self, sizes: Mapping[str, int], opener: Callable[[str, int], MappedObject]
+    ) -> None:
+        self._sizes = sizes
+        self._open = opener
+        self._opened: dict[str, MappedObject] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, digest: str) -> MappedObject:
+        with self._lock:
+            if digest not in self._opened:
+                self._opened[digest] = self._open(digest, self._sizes[digest])
+            return self._opened[digest]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def close(self) -> None:
+        for opened in self._opened.values():
+            opened.close()
 
 
 class _Settler:
@@ -252,7 +292,6 @@ class _Part:
         except OSError as error:
             raise PoolError(f"cache {path}: {error.strerror}") from None
         try:
-            self._check_space()
             # Allocated, not just long: writing into a hole of a full disk would kill the process.
             os.posix_fallocate(self._handle, 0, size_bytes)
             os.ftruncate(self._handle, size_bytes)
@@ -317,10 +356,3 @@ class _Part:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-
-    def _check_space(self) -> None:
-        """Refuses before it fills the disk up to the last byte."""
-        if os.fstat(self._handle).st_blocks * 512 >= self.size_bytes:
-            return
-        if shutil.disk_usage(self.path.parent).free < self.size_bytes:
-            raise OSError(28, "No space left on device")

@@ -23,8 +23,8 @@ class Source(Protocol):
     def manifest(self, digest: str) -> Manifest:
         """Raises PoolError if it cannot be had or is unsound."""
 
-    def open(self, digest: str, size_bytes: int) -> MappedObject:
-        """The object mapped, its bytes maybe not there yet. Raises PoolError."""
+    def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
+        """The objects mapped, their bytes maybe not there yet. Raises PoolError."""
 
     def graph(self, digest: str, size_bytes: int) -> Path:
         """A graph's file, complete and checked. Raises PoolError."""
@@ -55,10 +55,10 @@ class LocalSource:
     def manifest(self, digest: str) -> Manifest:
         return self._store.manifest(digest)
 
-    def open(self, digest: str, size_bytes: int) -> MappedObject:
-        opened = MappedObject(self._store.path(digest), size_bytes)
-        self._objects[digest] = opened
-        return opened
+    def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
+        for digest, size_bytes in sizes.items():
+            self._objects[digest] = MappedObject(self._store.path(digest), size_bytes)
+        return self._objects
 
     def graph(self, digest: str, size_bytes: int) -> Path:
         return self._store.verified(digest, size_bytes)
