@@ -57,7 +57,7 @@ ARRIVALS = {
 PLANNED_LOAD = 0.9
 """Of a fixed number of machines: what Paceline is told to expect when they are loaded variously."""
 
-LOADS = (0.4, 1.02)
+LOADS = (0.2, 1.02)
 """Goodput is looked for between them, in steps of --resolution."""
 
 WARM_LOAD = 0.3
