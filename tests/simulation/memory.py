@@ -138,15 +138,11 @@ class MemoryOracle:
             case ev.Passed() | ev.Leave():
                 self._settle()
             case ev.MachineUp():
+                self._lost(event.machine)
                 self._held[event.machine] = {}
                 self._going[event.machine], self._coming[event.machine] = set(), {}
             case ev.MachineDown():
-                # Whoever was granted what only this one held may be granted again, elsewhere.
-                lost = self._held.pop(event.machine, {})
-                for (request, model), state in self._wants.items():
-                    elsewhere = any(self._serves(name, model) for name in self._held)
-                    if state == "granted" and model in lost and not elsewhere:
-                        self._wants[request, model] = "now"
+                self._lost(event.machine)
             case ev.LoadDone():
                 if event.model in self._coming.get(event.machine, {}):
                     shrunk = self._coming[event.machine].pop(event.model)
@@ -162,6 +158,14 @@ class MemoryOracle:
                 if event.machine in self._held:
                     self._held[event.machine].pop(event.model, None)
                     self._going[event.machine].discard(event.model)
+
+    def _lost(self, machine: str) -> None:
+        """Whoever was granted what only this machine held may be granted again, elsewhere."""
+        lost = self._held.pop(machine, {})
+        for (request, model), state in self._wants.items():
+            elsewhere = any(self._serves(name, model) for name in self._held)
+            if state == "granted" and model in lost and not elsewhere:
+                self._wants[request, model] = "now"
 
     def _settle(self) -> None:
         """Leases that are over, by residency's own table."""

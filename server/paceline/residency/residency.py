@@ -368,7 +368,7 @@ class Residency:
         self._stuck = not all(self._is_loading(model) for model in self._wanted)
         self._attention = any(
             m.fill or m.recycling or m.ledger.over_bytes for m in self.machines.values()
-        ) or any(m.withdrawn for m in self.models.values())
+        ) or any(m.withdrawn and self.holders(name) for name, m in self.models.items())
 
     def _schedule_wake(self, now_s: float, actions: list[Action]) -> None:
         """For what time alone changes: idle models, leases that age, loads held back, retries."""

@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from itertools import count
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from paceline.core.errors import (
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 MEASURE_EVERY_S = 5.0
 """How often sizes are measured again: models grow while they execute."""
 
+PACE_EVERY_S = 0.01
+"""How often it is looked at what running requests can bear, while a load is waited for."""
+
 SIZE_TOLERANCE = 0.02
 """A size that differs by less is no correction."""
 
@@ -51,7 +55,7 @@ class Residence:
         self.state = Residency(limits)
         self.engaged = False
         self.interference = Interference()
-        self._needs: dict[tuple[str, int], tuple[ev.Need, ...]] = {}
+        self._needs: dict[tuple[str, tuple[int, ...]], tuple[ev.Need, ...]] = {}
         self._routes: dict[str, ChainRoute] = {}
         self._ids = count(-1, -1)
         self._granted: dict[int, asyncio.Future[None]] = {}
@@ -61,6 +65,7 @@ class Residence:
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake: asyncio.TimerHandle | None = None
         self._paced: dict[str, tuple[float, float]] = {}
+        self._paced_s = -inf
 
     def engage(self) -> None:
         """From now on models come and go; what is loaded now stays for the time being."""
@@ -223,7 +228,7 @@ class Residence:
     def _needs_of(self, action: Entered) -> tuple[ev.Need, ...]:
         """Cached by chain and modules: a chain has few sets of outputs that are asked for."""
         first = action.modules[0]
-        key = (first.chain, hash(tuple(id(module) for module in action.modules)))
+        key = (first.chain, tuple([id(module) for module in action.modules]))
         found = self._needs.get(key)
         if found is None:
             found = self._needs[key] = needs(action.modules)
@@ -275,6 +280,9 @@ class Residence:
 
     def _pace(self, now_s: float) -> None:
         """What runs now, and what loads do to it, before anything is loaded."""
+        if now_s - self._paced_s < PACE_EVERY_S:
+            return
+        self._paced_s = now_s
         bearable = self._engine.dispatcher.bearable(now_s)
         for name in self.state.machines:
             pace = (self.interference.factor(name), bearable)

@@ -1,0 +1,268 @@
+"""Residency performed: the engine's requests, and repositories that load when the test says so."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+from paceline.core.bind import BoundChain, bind, single_model_chain
+from paceline.core.chain import Chain, Module, Source
+from paceline.core.errors import ErrorKind, Rejected, RequestError, ResidencyError
+from paceline.core.model import ModelSpec
+from paceline.core.ports import ModelCall, ModelState
+from paceline.core.profile import ProfileRow
+from paceline.core.request import InferAnswer, InferRequest
+from paceline.core.tensor import Tensor, TensorSpec
+from paceline.dispatch import route_chain
+from paceline.runtime.engine import Engine
+from paceline.runtime.interference import LEAST_BATCHES, Interference
+from paceline.runtime.machines import Machine, Machines
+from paceline.runtime.placement import Share, Site
+
+SPECS = {
+    name: ModelSpec(name, 4, (TensorSpec("x", "INT8", (1,)),), (TensorSpec("x", "INT8", (1,)),))
+    for name in ("a", "b", "c")
+}
+CHAIN = Chain(
+    "chain",
+    slo_s=60.0,
+    inputs=(TensorSpec("x", "INT8", (1,)),),
+    modules=(
+        Module("first", "a", {"x": Source(None, "x")}),
+        Module("second", "b", {"x": Source("first", "x")}),
+    ),
+    outputs={"x": Source("second", "x")},
+)
+
+
+class Echo:
+    """An executor that answers what came in, when `gate` is open."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.running = asyncio.Event()
+
+    async def execute(
+        self, machine: str, call: ModelCall, *, timeout_s: float
+    ) -> tuple[Tensor, ...]:
+        self.running.set()
+        await self.gate.wait()
+        given = call.inputs[0]
+        return (Tensor("x", given.datatype, given.shape, b"".join(given.parts)),)
+
+
+@dataclass
+class Repository:
+    """A Triton of models of ten bytes each; `told` is everything it was asked, in order."""
+
+    told: list[str] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
+    most: int = 0
+    refused: set[str] = field(default_factory=set)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def index(self) -> tuple[ModelState, ...]:
+        return tuple(ModelState(name, "1", "READY") for name in sorted(self.held))
+
+    async def spec(self, model: str) -> ModelSpec:
+        return SPECS[model]
+
+    async def load(self, model: str, *, instances: int) -> None:
+        self.told.append(f"load {model}")
+        self.held.add(model)
+        self.changed.set()
+        self.most = max(self.most, len(self.held))
+        await self.gate.wait()
+        if model in self.refused:
+            self.held.discard(model)
+            raise ResidencyError(f"{model} is not for loading")
+
+    async def unload(self, model: str) -> None:
+        self.told.append(f"unload {model}")
+        await asyncio.sleep(0)
+        self.held.discard(model)
+        self.changed.set()
+
+    async def repair(self, model: str, *, instances: int) -> None:
+        raise AssertionError("nothing breaks here")
+
+    async def measure(
+        self, model: ModelSpec, hardware: str, *, on_progress: object = None
+    ) -> tuple[ProfileRow, ...]:
+        return ()
+
+    def blocks(self, model: str) -> Mapping[str, int]:
+        return {}
+
+    def guessed_bytes(self, model: str) -> int:
+        return 10
+
+    def remember(self, model: str, own_bytes: int) -> None:
+        pass
+
+    async def measured_bytes(self, model: str) -> int | None:
+        return 10
+
+    async def gone(self, model: str) -> bool:
+        return model not in self.held
+
+
+@dataclass
+class Served:
+    engine: Engine
+    machines: Machines
+    repository: Repository
+    echo: Echo
+
+    async def ask(self, name: str, *, budget_s: float | None = None) -> InferAnswer:
+        shape = (1,) if name == "chain" else (1, 1)
+        request = InferRequest(name, (Tensor("x", "INT8", shape, b"\7"),), budget_s=budget_s)
+        async with asyncio.timeout(5):
+            answer = await self.engine.infer(request)
+        assert bytes(answer.outputs[0].data) == b"\7"
+        return answer
+
+    async def until(self, *held: str) -> None:
+        """Until exactly these are in memory."""
+        async with asyncio.timeout(5):
+            while self.repository.held != set(held):
+                self.repository.changed.clear()
+                await self.repository.changed.wait()
+
+
+def bound() -> list[BoundChain]:
+    return [*(single_model_chain(spec) for spec in SPECS.values()), bind(CHAIN, SPECS)]
+
+
+@pytest.fixture
+async def one_fits() -> AsyncIterator[Served]:
+    """A machine with room for one of three models."""
+    echo, repository = Echo(), Repository()
+    engine = Engine(echo)
+    machines = Machines(engine, Share())
+    site = Site("m", "cpu", 2)
+    machines.add(Machine(site, repository, repository, budget_bytes=15.0, memory=repository))
+    for model in sorted(SPECS):
+        assert await machines.load(model) == SPECS[model]
+    for chain in bound():
+        engine.install(route_chain(chain))
+    machines.announce("m")
+    yield Served(engine, machines, repository, echo)
+    await machines.close()
+    await engine.close()
+
+
+async def test_more_models_than_fit_are_served_and_never_more_are_held_than_fit(
+    one_fits: Served,
+) -> None:
+    await asyncio.gather(*(one_fits.ask(name) for name in ("a", "b", "c", "chain", "a", "chain")))
+    assert one_fits.repository.most == 1
+    counts = one_fits.machines.residence.state.counts
+    assert counts.misses >= 3 and counts.evictions >= 3 and counts.refused == 0
+
+
+async def test_a_model_that_does_not_load_fails_its_requests_with_the_reason(
+    one_fits: Served,
+) -> None:
+    await one_fits.ask("a")
+    one_fits.repository.refused.add("b")
+    with pytest.raises(RequestError, match="b is not for loading") as caught:
+        await one_fits.ask("b")
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    await one_fits.ask("a")
+
+
+async def test_a_deadline_that_the_load_would_miss_is_refused_at_once_and_the_load_begun(
+    one_fits: Served,
+) -> None:
+    await one_fits.ask("a")
+    one_fits.machines.residence.state.models["b"].load_s = 3.0
+    with pytest.raises(Rejected, match="loading model 'b' takes about 3000 ms") as caught:
+        await one_fits.ask("b", budget_s=1.0)
+    assert caught.value.retry_after_s == pytest.approx(3.0, abs=0.1)
+    await one_fits.until("b")
+    await one_fits.ask("b", budget_s=1.0)
+
+
+async def test_a_model_is_unloaded_only_when_its_last_batch_has_ended(one_fits: Served) -> None:
+    await one_fits.ask("a")
+    one_fits.echo.gate.clear()
+    one_fits.echo.running.clear()
+    using = asyncio.create_task(one_fits.ask("a"))
+    await one_fits.echo.running.wait()
+    waiting = asyncio.create_task(one_fits.ask("b"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert one_fits.repository.held == {"a"}
+    one_fits.echo.gate.set()
+    await asyncio.gather(using, waiting)
+    assert one_fits.repository.told[-2:] == ["unload a", "load b"]
+
+
+async def test_a_clients_unload_waits_for_others_requests_and_frees_the_memory(
+    one_fits: Served,
+) -> None:
+    await one_fits.ask("c")
+    one_fits.echo.gate.clear()
+    one_fits.echo.running.clear()
+    using = asyncio.create_task(one_fits.ask("c"))
+    await one_fits.echo.running.wait()
+    unloading = asyncio.create_task(one_fits.machines.unload("c"))
+    await asyncio.sleep(0)
+    one_fits.echo.gate.set()
+    await using
+    await unloading
+    assert "c" not in one_fits.repository.held
+    await one_fits.machines.load("c")
+    await one_fits.ask("c")
+
+
+async def test_a_machine_that_comes_back_empty_is_filled_again(one_fits: Served) -> None:
+    await one_fits.ask("a")
+    one_fits.machines.down("m")
+    one_fits.repository.held.clear()
+    waiting = asyncio.create_task(one_fits.ask("b"))
+    await asyncio.sleep(0)
+    await one_fits.machines.up("m")
+    await waiting
+    assert one_fits.repository.most == 1
+
+
+async def test_a_keep_alive_unloads_what_is_not_used_where_memory_has_no_bound() -> None:
+    echo, repository = Echo(), Repository()
+    engine = Engine(echo)
+    machines = Machines(engine, Share())
+    machines.add(Machine(Site("m", "cpu", 2), repository, repository, memory=repository))
+    for model in sorted(SPECS):
+        await machines.load(model)
+    machines.announce("m")
+    served = Served(engine, machines, repository, echo)
+    assert not machines.residence.engaged
+    kept = Chain("chain", 60.0, CHAIN.inputs, CHAIN.modules, CHAIN.outputs, keep_alive_s=0.02)
+    engine.install(route_chain(bind(kept, SPECS)))
+    machines.keep([kept])
+    await served.until("c")
+    assert repository.held == {"c"}, "c is no chain's: it stays"
+    await served.ask("chain")
+    await served.until("c")
+    await machines.close()
+    await engine.close()
+
+
+def test_interference_is_what_a_load_adds_to_a_batch() -> None:
+    seen = Interference()
+    for _ in range(LEAST_BATCHES):
+        seen.count("m", "a", 2, 0.1, 0)
+    assert seen.factor("m") == 1.0
+    for _ in range(2 * LEAST_BATCHES):
+        seen.count("m", "a", 2, 0.2, 2)
+    assert seen.factor("m") == pytest.approx(1.5), "two loads double it"
+    assert seen.factor("other") == 1.0
