@@ -11,6 +11,7 @@ from paceline.core.chain import Chain, Dispatch, Module, Source
 from paceline.core.model import ModelSpec
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.core.tensor import TensorSpec
+from paceline.dispatch.learned import LearnedDuration
 from paceline.planner.problem import Options
 from paceline.runtime.machines import Machine, Machines
 from paceline.runtime.placement import Site
@@ -67,3 +68,19 @@ def test_pooled_chains_get_the_optimum_and_others_a_plan_by_their_own_bound(
     assert plan.policy == policy
     if dispatch == "pooled":
         assert plan.cost_per_hour == pytest.approx(plan.lower_bound_per_hour, rel=1e-3)
+
+
+def test_slowdowns_are_learned_over_profiled_p95_weighted_by_batches() -> None:
+    provisioning = Provisioning(
+        cast(Machines, Rented()), {"t4": Hardware("t4", 1.0)}, Options(), lambda step: None
+    )
+    provisioning.profiles = provisioning.profiles.merged(
+        ProfileRow("asr", "t4", size, took_s) for size, took_s in PROFILES["asr"]
+    )
+    learned = [
+        LearnedDuration("asr", "t4", 1, count=30, median_s=0.01, p95_s=2 * 0.0484),
+        LearnedDuration("asr", "t4", 8, count=90, median_s=0.01, p95_s=0.2035),
+        LearnedDuration("asr", "t4", 4, count=19, median_s=0.01, p95_s=9.0),
+        LearnedDuration("unprofiled", "t4", 1, count=99, median_s=0.01, p95_s=9.0),
+    ]
+    assert provisioning.slowdowns(learned) == {("asr", "t4"): pytest.approx(1.25)}

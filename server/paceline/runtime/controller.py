@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from statistics import harmonic_mean
 from time import time
 from typing import Any, Protocol
 
@@ -44,9 +43,6 @@ logger = logging.getLogger(__name__)
 
 SETTLE_S = 60.0
 """How long an unload waits for requests that were accepted before."""
-
-LEARNED_BATCHES = 20
-"""How many batches of a model a machine has executed before its durations there are believed."""
 
 _LOADS_AT_ONCE = 4
 _WATCH_INTERVAL_S = 1.0
@@ -282,7 +278,9 @@ class Controller:
             served = self._merged(chains)
             bound = [self._bind(chain) for chain in served]
             await self._provisioning.profile(m.spec for b in bound for m in b.modules)
-            return self._provisioning.solve(served, self._models, self._expected(served, chains))
+            return self._provisioning.solve(
+                served, self._models, self._provisioning.expected(served, chains, self._traffic)
+            )
 
     async def replan(self, proposal: Proposal, worth: Callable[[Plan, Plan, float], bool]) -> bool:
         """Plan the served chains for `proposal.traffic`, and follow that plan if it is `worth` it
@@ -300,14 +298,14 @@ class Controller:
         """Plan and place anew for the machines that are up now. Raises as `replan` does."""
         self._check_changeable()
         async with self._changing:
-            traffic = self._expected(self.chains(), ())
+            traffic = self._provisioning.expected(self.chains(), (), self._traffic)
             await self._replan(traffic, lambda before, after, cost: True)
 
     async def _replan(self, traffic: Traffic, worth: Callable[[Plan, Plan, float], bool]) -> bool:
         chains, models = self.chains(), dict(self._models)
         plan = await asyncio.to_thread(self._provisioning.solve, chains, models, traffic)
         placed = place(plan, self.machines.usable(), self._loaded())
-        if not worth(self._plan, plan, self._transition_cost(placed)):
+        if not worth(self._plan, plan, self._provisioning.transition_cost(placed)):
             return False
         await self.machines.grow_to(placed)
         self._install({chain.name: self._bound[chain.name] for chain in chains}, plan)
@@ -322,16 +320,8 @@ class Controller:
         return self.machines.up_now()
 
     def slowdowns(self) -> dict[tuple[str, str], float]:
-        """Learned over profiled duration by (model, hardware), for what has run often enough.
-
-        Over several machines that of their joint throughput. Not below 1: profiles are p95s.
-        """
-        lanes: dict[tuple[str, str], list[float]] = {}
-        for machine in self._engine.dispatcher.machines():
-            for model, lane in machine.lanes.items():
-                if lane.batches >= LEARNED_BATCHES and not lane.quarantined:
-                    lanes.setdefault((model, machine.hardware), []).append(lane.ratio)
-        return {key: max(1.0, harmonic_mean(ratios)) for key, ratios in sorted(lanes.items())}
+        """What batches take over what the profile says, by (model, hardware)."""
+        return self._provisioning.slowdowns(self._engine.dispatcher.durations_learned())
 
     @property
     def traffic(self) -> Traffic:
@@ -412,7 +402,9 @@ class Controller:
         served = [chain for chain in self._merged(chains) if chain.name not in gone]
         bound = {chain.name: self._bind(chain) for chain in served}
         await self._provisioning.profile(m.spec for b in bound.values() for m in b.modules)
-        traffic = self._expected(served, chains if as_declared is None else as_declared)
+        traffic = self._provisioning.expected(
+            served, chains if as_declared is None else as_declared, self._traffic
+        )
         plan = self._provisioning.solve(served, self._models, traffic)
         placed = place(plan, self.machines.usable(), self._loaded())
         await self.machines.grow_to(placed, first=not self._started)
@@ -425,32 +417,6 @@ class Controller:
         self._traffic = traffic
         await self.machines.shrink_to(placed)
         return plan
-
-    def _expected(self, served: Sequence[Chain], changed: Sequence[Chain]) -> Traffic:
-        """As the files of what is `changed` say, otherwise as planned for now."""
-        assumed, now = self._provisioning.assumed(served), self._traffic
-        fresh = {chain.name for chain in changed}
-        return Traffic(
-            {
-                c: rps if c in fresh else now.rates_rps.get(c, rps)
-                for c, rps in assumed.rates_rps.items()
-            },
-            {
-                key: fan_out if key[0] in fresh else now.fan_outs.get(key, fan_out)
-                for key, fan_out in assumed.fan_outs.items()
-            },
-            {key: now.slowdowns.get(key, ratio) for key, ratio in assumed.slowdowns.items()},
-        )
-
-    def _transition_cost(self, placed: Mapping[str, Mapping[str, int]]) -> float:
-        """Money that machines cost while they load what `placed` has more than there is."""
-        return sum(
-            self.machines.load_s(name, placed[name])
-            * self._provisioning.price_per_hour(machine.site.hardware)
-            / 3600
-            for name, machine in self.machines.named().items()
-            if name in placed
-        )
 
     def _remove(self, chain: str) -> None:
         del self._bound[chain]

@@ -15,14 +15,18 @@ from paceline.core.errors import ConfigError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
 from paceline.core.profile import Durations, Hardware, Profiles
+from paceline.dispatch.learned import LearnedDuration
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.replan import Traffic
 from paceline.planner.solve import solve
-from paceline.runtime.machines import Machine, Machines
+from paceline.runtime.machines import Machine, Machines, Placed
 
 ASSUMED_RATE_RPS = 1.0
 """What a chain that declares no rate is planned for until its traffic is known."""
 
+
+LEARNED_BATCHES = 20
+"""How many batches of a size a machine has executed before its durations are believed."""
 
 UNDECLARED_PRICE_PER_HOUR = 1.0
 """Price of hardware when no prices are given: costs then count machines."""
@@ -72,9 +76,6 @@ class Provisioning:
                 key="hardware",
             )
 
-    def price_per_hour(self, hardware: str) -> float:
-        return self._hardware[hardware].price_per_hour
-
     async def profile(self, specs: Iterable[ModelSpec]) -> None:
         """Measure what was not measured yet, one model after the other, once per hardware."""
         wanted = {spec.name: spec for spec in specs}
@@ -105,6 +106,45 @@ class Provisioning:
             {chain.name: chain.rate_rps or ASSUMED_RATE_RPS for chain in chains},
             {(c.name, m.name): m.fan_out for c in chains for m in c.modules},
             {(model, h): 1.0 for model in sorted(models) for h in self.profiles.hardware_of(model)},
+        )
+
+    def expected(self, served: Sequence[Chain], fresh: Sequence[Chain], now: Traffic) -> Traffic:
+        """The traffic of `served`: of `fresh` chains as their files say, otherwise as `now`."""
+        assumed = self.assumed(served)
+        names = {chain.name for chain in fresh}
+        return Traffic(
+            {
+                chain: rps if chain in names else now.rates_rps.get(chain, rps)
+                for chain, rps in assumed.rates_rps.items()
+            },
+            {
+                key: fan_out if key[0] in names else now.fan_outs.get(key, fan_out)
+                for key, fan_out in assumed.fan_outs.items()
+            },
+            {key: now.slowdowns.get(key, ratio) for key, ratio in assumed.slowdowns.items()},
+        )
+
+    def slowdowns(self, learned: Iterable[LearnedDuration]) -> dict[tuple[str, str], float]:
+        """p95 learned over p95 profiled by (model, hardware), weighted by batches seen."""
+        ratios: dict[tuple[str, str], list[tuple[float, int]]] = {}
+        for seen in learned:
+            profiled = self.profiles.durations(seen.model, seen.hardware)
+            if profiled is not None and seen.count >= LEARNED_BATCHES:
+                ratio = seen.p95_s / profiled.at(seen.batch_size)
+                ratios.setdefault((seen.model, seen.hardware), []).append((ratio, seen.count))
+        return {
+            key: sum(ratio * count for ratio, count in found) / sum(count for _, count in found)
+            for key, found in ratios.items()
+        }
+
+    def transition_cost(self, placed: Placed) -> float:
+        """Money that machines cost while they load what `placed` has more than there is."""
+        return sum(
+            self._machines.load_s(name, placed[name])
+            * self._hardware[machine.site.hardware].price_per_hour
+            / 3600
+            for name, machine in self._machines.named().items()
+            if name in placed
         )
 
     def solve(
