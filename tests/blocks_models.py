@@ -101,12 +101,27 @@ def fixed(name: str = "fixed") -> Network:
     return network
 
 
+def unranked(name: str = "unranked") -> Network:
+    """A Squeeze of whatever is 1 makes the number of axes unknown in the middle of the graph."""
+    network = Network(name, "unranked")
+    network.inputs.append(_value("x", ["N", 512]))
+    axis = network.constant("axis", np.array([0], np.int64))
+    y = network.node("Unsqueeze", [network.linear("x", "l0", (512, 512)), axis], "wide")
+    y = network.node("Squeeze", [y], "squeezed")
+    for layer in ("l1", "l2", "l3"):
+        y = network.node("Tanh", [network.linear(y, layer, (512, 512))], f"{layer}.tanh")
+    network.node("Reshape", [y, network.constant("rows", np.array([-1, 512], np.int64))], "y")
+    network.outputs.append(_value("y", ["N", 512]))
+    return network
+
+
 NETWORKS: dict[str, Callable[[], Network]] = {
     "conv": conv,
     "branches": branches,
     "choice": choice,
     "mixing": mixing,
     "fixed": fixed,
+    "unranked": unranked,
     "bert": lambda: bert("bert", SMALL),
     "gpt2": lambda: gpt2("gpt2", SMALL),
     "vit": lambda: vit("vit", SMALL, pixels=64),

@@ -48,7 +48,8 @@ def _plain(source: Path, feed: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("budget_mib", [None, 4])
 @pytest.mark.parametrize(
-    "kind", ["conv", "branches", "choice", "mixing", "fixed", "bert", "gpt2", "vit", "mlp"]
+    "kind",
+    ["conv", "branches", "choice", "mixing", "fixed", "unranked", "bert", "gpt2", "vit", "mlp"],
 )
 def test_blocks_compute_what_the_whole_model_computes(
     tmp_path: Path, kind: str, budget_mib: int | None
@@ -69,7 +70,13 @@ def test_blocks_compute_what_the_whole_model_computes(
 
 @pytest.mark.parametrize(
     ("kind", "blocks", "batching"),
-    [("conv", 2, True), ("bert", 4, True), ("branches", 3, True), ("mlp", 4, True)],
+    [
+        ("conv", 2, True),
+        ("bert", 4, True),
+        ("branches", 3, True),
+        ("mlp", 4, True),
+        ("unranked", 2, True),
+    ],
 )
 def test_a_budget_bounds_the_blocks(tmp_path: Path, kind: str, blocks: int, batching: bool) -> None:
     """Within 4 MiB two blocks fit at a time, whatever the graph is like; all are measured."""

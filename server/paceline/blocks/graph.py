@@ -122,7 +122,8 @@ def _typed(name: str, value: Value, symbols: dict[str, str]) -> onnx.ValueInfoPr
         symbols.setdefault(axis, f"d{len(symbols)}") if isinstance(axis, str) else axis
         for axis in value.shape
     ]
-    return helper.make_tensor_value_info(name, value.dtype, shape)
+    # No axes may also mean that ONNX Runtime does not know how many: it must not be told none.
+    return helper.make_tensor_value_info(name, value.dtype, shape or None)
 
 
 def _constant(tensor: TensorProto, name: str) -> TensorProto:

@@ -279,7 +279,8 @@ def _tile_values(
             whole = values[parts[node.output[0]]]
             axis = 0 if any(a.name == "transB" and a.i for a in node.attribute) else 1
             columns = stored[node.input[1]].shape[axis]
-            made[node.output[0]] = Value(whole.dtype, (*whole.shape[:-1], columns))
+            shape = (*whole.shape[:-1], columns) if whole.shape else ()
+            made[node.output[0]] = Value(whole.dtype, shape)
     return made
 
 

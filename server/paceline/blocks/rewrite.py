@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from paceline.blocks.source import Stored
 
 _COLUMNS = 64  # a multiple of what kernels compute at a time
-_OPERATORS = ("MatMul", "Gemm", "FusedGemm")
+_OPERATORS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 
 
 def tile(

@@ -66,7 +66,10 @@ _ORT_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Type and shape of a value; an axis is a number, a symbol or unknown. `dtype` 0: no tensor."""
+    """Type and shape of a value; an axis is a number, a symbol or unknown. `dtype` 0: no tensor.
+
+    An empty shape is that of a scalar, or unknown: ONNX Runtime reports both alike.
+    """
 
     dtype: int
     shape: tuple[int | str | None, ...]
