@@ -289,6 +289,22 @@ def test_a_full_disk_is_a_load_error_and_leaves_nothing(
     assert not list((tmp_path / "cache" / "tmp" / "fetch").iterdir())
 
 
+def test_what_a_killed_fetch_left_is_taken_over(
+    opened: Open, repository: Path, pool: RemotePool, tmp_path: Path
+) -> None:
+    """Files of the right size and with anything in them."""
+    found = compiled_model(repository / "mlp")
+    assert found is not None
+    left = tmp_path / "cache" / "tmp" / "fetch"
+    left.mkdir(parents=True)
+    for digest, size in found.manifest.objects.items():
+        (left / digest).write_bytes(b"?" * size)
+    model = opened("mlp", pool=pool.url, cache=str(tmp_path / "cache"))
+    check(model, repository)
+    model.close()
+    assert not list(left.iterdir())
+
+
 def test_a_server_without_ranges_serves_objects_of_one_chunk(
     opened: Open, repository: Path, pool: RemotePool, tmp_path: Path
 ) -> None:
