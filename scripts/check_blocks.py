@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def check(name: str, factor: float, cache: Path) -> bool:
         return False
     (member,) = model.manifest.members
     runner = BlockRunner(ObjectStore(model.pool), model.manifest.objects)
-    guess = guess_axes(runner, member, {})
+    guess = guess_axes(partial(plain, source, member), member, {})
     if guess is None:
         print(f"{told}  cannot be run: unknown shapes")
         return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -163,8 +163,10 @@ def sample(
     return feed
 
 
-def guess_axes(runner: BlockRunner, member: Member, given: Shapes) -> int | None:
-    """A length for the axes of unknown length with which the member runs; None if none does."""
+def guess_axes(
+    run: Callable[[Mapping[str, Array]], object], member: Member, given: Shapes
+) -> int | None:
+    """A length for the axes of unknown length with which `run` succeeds; None if none does."""
     unknown = any(
         size < 0 and not (member.batching and axis == 0)
         for tensor in member.inputs
@@ -173,7 +175,7 @@ def guess_axes(runner: BlockRunner, member: Member, given: Shapes) -> int | None
     )
     for guess in _GUESSES if unknown else (1,):
         try:
-            runner.run(member, sample(member, 1, guess, given), drop=True)
+            run(sample(member, 1, guess, given))
         except Exception:  # ONNX Runtime's own exceptions share no useful base class
             continue
         return guess
