@@ -130,7 +130,7 @@ def report(bench: Bench) -> str:
     for results in compared:
         parts += ["", "## Attainment by machines and load"]
         parts += [*slo_report.attainment_tables(results), ""]
-        parts += slo_report.settings_table(results)
+        parts += [*slo_report.settings_table(results), ""]
     return "\n".join([*parts, "", "## Control", "", *(f"* {line}" for line in controls(bench)), ""])
 
 

@@ -211,6 +211,7 @@ async def screen(
         group = tried[start : start + size]
         async with AsyncExitStack() as stack:
             lanes, _ = await start_ensembles(work, served, machines, group, stack)
+            await bench.warm_up(served.loaded(WARM_LOAD * machines), lanes)
             found = await bench.replay([cell] * len(lanes), served, lanes, bench.seed(0) - 1)
         scores |= {lane.name: figures for lane, figures in zip(lanes, found, strict=True)}
     tried.sort(key=lambda s: (-round(scores[s.name].attainment, 3), scores[s.name].p99_ms))
