@@ -259,7 +259,10 @@ def settings_table(results: Results) -> Iterator[str]:
 
 
 def overload_table(results: Results, planned: float) -> Iterator[str]:
-    """Goodput by offered rate, as a multiple of the planned one; `planned` is a load."""
+    """Goodput by offered rate, as a multiple of the planned one; `planned` is a load.
+
+    Time to rejection is that of refusals at the door (RESOURCE_EXHAUSTED), where there are any.
+    """
     for scenario in results.scenarios():
         cells = results.cells(scenario)
         lanes = list(results.runs[cells[0]])
@@ -279,7 +282,8 @@ def overload_table(results: Results, planned: float) -> Iterator[str]:
                 if rejected > 0:
                     p50_ms = median(run.refused_p50_ms for run in runs)
                     p99_ms = median(run.refused_p99_ms for run in runs)
-                    text += f", {rejected:.1%}, p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms"
+                    text += f", {rejected:.1%}"
+                    text += f", p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms" * (p99_ms > 0)
                 texts.append(text)
             yield f"| {cell.load / planned:.2g} | {cell.rate_rps:.0f} | {' | '.join(texts)} |"
 
