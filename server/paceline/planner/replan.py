@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import inf, sqrt
 from typing import Generic, Literal, TypeVar
 
 from paceline.core.plan import Plan
@@ -70,6 +70,23 @@ class Proposal:
     cause: Cause
     reason: str
     traffic: Traffic
+
+
+@dataclass(slots=True)
+class Cadence:
+    """When proposals are followed up: an urgent one `settle_s` after the last attempt, others a
+    window after it. After an attempt that failed nothing is urgent, so that what is not possible
+    is not tried every few seconds.
+    """
+
+    rules: Replanning
+    tried_s: float = -inf
+    failed: bool = False
+
+    def due(self, proposal: Proposal, now_s: float) -> bool:
+        urgent = proposal.cause == "infeasible" and not self.failed
+        least_s = self.rules.settle_s if urgent else self.rules.window_s
+        return now_s - self.tried_s >= least_s
 
 
 class TrafficEstimator:

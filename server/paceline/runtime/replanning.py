@@ -19,6 +19,7 @@ from paceline.core.errors import PacelineError
 from paceline.core.plan import Plan
 from paceline.core.request import Timeline
 from paceline.planner.replan import (
+    Cadence,
     Proposal,
     Replanning,
     Traffic,
@@ -81,7 +82,7 @@ class Replanner:
         self._counts: dict[str, _Counts] = {}
         self._slowdowns: dict[tuple[str, str], float] = {}
         self._up: frozenset[str] | None = None
-        self._changed_s = float("-inf")
+        self._cadence = Cadence(rules)
         self.changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
         self.failure = ""
         """Why the last proposal could not be followed; empty when it could."""
@@ -120,10 +121,9 @@ class Replanner:
         proposal = propose(self._controller.traffic, measured, self._rules)
         if proposal is None:
             return
-        since_change_s = now_s - self._changed_s
-        urgent = proposal.cause == "infeasible" and not self.failure
-        if since_change_s < (self._rules.settle_s if urgent else self._rules.window_s):
+        if not self._cadence.due(proposal, now_s):
             return
+        since_change_s = now_s - self._cadence.tried_s
 
         def decide(current: Plan, candidate: Plan, transition_cost: float) -> bool:
             return worth(
@@ -145,15 +145,15 @@ class Replanner:
     ) -> None:
         """Make a change and write it down, or why it was not possible."""
         before = self._controller.current_plan().cost_per_hour
-        # What was not worth it, or not possible, is not tried again every second.
-        self._changed_s = now_s
+        self._cadence.tried_s = now_s
         try:
             changed = await change()
         except PacelineError as error:
+            self._cadence.failed = True
             self.failure = f"{reason}: {error}"
             logger.warning("the plan stays although %s", self.failure)
             return
-        self.failure = ""
+        self._cadence.failed, self.failure = False, ""
         if changed:
             after = self._controller.current_plan().cost_per_hour
             self.changes.append(Change(time(), reason, before, after))

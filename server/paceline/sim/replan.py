@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import Protocol
 
 from paceline.core.errors import PlanError
 from paceline.core.plan import Plan
 from paceline.planner.problem import Options, PlannedChain
-from paceline.planner.replan import Replanning, Traffic, TrafficEstimator, propose, worth
+from paceline.planner.replan import Cadence, Replanning, Traffic, TrafficEstimator, propose, worth
 from paceline.sim.headroom import Headroom, plan_with
 
 
@@ -59,8 +58,7 @@ class LivePlanner:
         self._options = options
         self._headroom = headroom
         self._rules = rules
-        self._changed_s = -inf
-        self._failed = False
+        self._cadence = Cadence(rules)
         self._estimators = {d.name: TrafficEstimator(d.rate_rps, rules.window_s) for d in demands}
         self._planned = Traffic(
             {d.name: d.rate_rps for d in demands},
@@ -86,17 +84,16 @@ class LivePlanner:
         proposal = propose(self._planned, self._measured(), self._rules)
         if proposal is None:
             return None
-        since_s = now_s - self._changed_s
-        urgent = proposal.cause == "infeasible" and not self._failed
-        if since_s < (self._rules.settle_s if urgent else self._rules.window_s):
+        if not self._cadence.due(proposal, now_s):
             return None
-        self._changed_s = now_s
+        since_s = now_s - self._cadence.tried_s
+        self._cadence.tried_s = now_s
         try:
             candidate = plan_with(self._for(proposal.traffic), self._options, self._headroom)
         except PlanError:
-            self._failed = True
+            self._cadence.failed = True
             return None
-        self._failed = False
+        self._cadence.failed = False
         if not worth(
             proposal,
             current,
