@@ -346,7 +346,7 @@ def in_order(directory: Path, url: str, *, optimise: bool) -> list[Any]:
 
 def print_share(bench: Bench, arguments: argparse.Namespace) -> None:
     print(
-        "| model | first: ms, MiB read | second: ms, MiB read | plain second ms | PSS MiB of both |"
+        "| model | first: ms, MiB read | second: ms, MiB read | plain second ms | private MiB of both |"
     )
     print("|---|---|---|---|---|")
     for model in arguments.models:
