@@ -171,8 +171,11 @@ class MemoryOracle:
         """Leases that are over, by residency's own table."""
         assert self.world is not None
         for request, model in list(self._wants):
-            if self.world.residency.leases.get(request, model) is None:
+            lease = self.world.residency.leases.get(request, model)
+            if lease is None:
                 del self._wants[request, model]
+            elif not lease.current:
+                self._wants[request, model] = "later"
 
     def _used(self, name: str) -> int:
         held = self._held[name]

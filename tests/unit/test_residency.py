@@ -156,6 +156,18 @@ def test_a_chain_whose_models_do_not_fit_together_is_served_one_after_the_other(
     assert granted(done(made, only(actions, ev.Load))) == [(1, "b")]
 
 
+def test_between_two_uses_of_a_model_its_room_may_go_to_what_comes_between() -> None:
+    made = residency({"a": 60, "b": 60}, budget=100)
+    needs = (ev.Need("a"), ev.Need("b", in_s=1.0), ev.Need("a", in_s=2.0))
+    actions = made.handle(ev.Enter(1, needs), now_s=NOW_S)
+    done(made, only(actions, ev.Load))
+    actions = made.handle(ev.Passed(1, "a"), now_s=NOW_S)
+    actions += made.handle(ev.Reach(1, "b"), now_s=NOW_S)
+    assert unloads(actions) == ["a"]
+    actions = done(made, only(actions, ev.Unload))
+    assert granted(done(made, only(actions, ev.Load))) == [(1, "b")]
+
+
 def test_loads_of_later_modules_start_at_once_in_the_order_they_are_needed() -> None:
     made = residency(dict.fromkeys("dcba", 10), limits=Limits(most_loads=3))
     actions = enter(made, 1, "a", "b", "c", "d", deadline_s=NOW_S + 60)
@@ -183,6 +195,28 @@ def test_the_model_that_is_missed_least_per_byte_goes_and_lru_takes_the_oldest()
             resident(made, "often", now_s=NOW_S + turn)
         resident(made, "rare", now_s=NOW_S + 30)
         assert unloads(enter(made, 1, "new", now_s=NOW_S + 31)) == [victim], eviction
+
+
+def test_who_would_take_the_place_of_what_is_wanted_more_waits_until_that_is_worth_it() -> None:
+    made = residency({"often": 90, "rare": 50}, budget=100)
+    for turn in range(40):
+        resident(made, "often", now_s=NOW_S + turn)
+    now_s = NOW_S + 41
+    actions = enter(made, 1, "rare", now_s=now_s)
+    waits = 0
+    while not unloads(actions):
+        wake = [a.at_s for a in actions if isinstance(a, ev.Wake)]
+        now_s = wake[-1] if wake else now_s + 0.1
+        waits += 1
+        actions = made.handle(ev.Tick(), now_s=now_s)
+    assert unloads(actions) == ["often"]
+    assert waits > 0 and now_s < NOW_S + 41 + 5.5, "and not for ever"
+    urgent = residency({"often": 90, "rare": 50}, budget=100)
+    for turn in range(40):
+        resident(urgent, "often", now_s=NOW_S + turn)
+    deadline_s = NOW_S + 42.0
+    found = enter(urgent, 1, "rare", deadline_s=deadline_s, now_s=NOW_S + 41)
+    assert unloads(found) == ["often"], "it would be late"
 
 
 def test_eviction_frees_enough_and_no_more_than_it_must() -> None:

@@ -230,7 +230,7 @@ class Dispatcher:
             idle = run.idle.pop()
             self._admission.counted(run.ticket, idle.place, 0)
             if self._leasing:
-                actions.append(Passed(run.submit.request, idle.bound.spec.name))
+                actions.append(Passed(run.submit.request, idle.bound.spec.name, used=False))
         if run.done:
             if now_s > run.submit.deadline_s:
                 self._admission.missed(run.served, now_s)

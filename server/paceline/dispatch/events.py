@@ -162,10 +162,11 @@ class Reached:
 
 @value
 class Passed:
-    """A module of a request has ended: it does not use its model any more."""
+    """A module of a request has ended; `used` false: without having wanted its model."""
 
     request: int
     model: str
+    used: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,10 +100,11 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """A request has made one of its uses of a model."""
+    """A request has made one of its uses of a model, or (`used` false) will not make it."""
 
     request: int
     model: str
+    used: bool = True
 
 
 @dataclass(frozen=True, slots=True)

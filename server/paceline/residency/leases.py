@@ -32,6 +32,9 @@ class Lease:
     latest_s: float
     since_s: float
     uses: int = 1
+    """Uses of the model that are to come."""
+    active: int = 0
+    """Those that the request wants now."""
     current: bool = False
     granted: bool = False
 
@@ -64,6 +67,7 @@ class Leases:
                 known.uses += 1
                 known.latest_s = min(known.latest_s, latest_s)
                 known.current = known.current or need.in_s <= 0.0
+                known.active += need.in_s <= 0.0
                 continue
             made[need.model] = Lease(
                 event.request,
@@ -73,6 +77,7 @@ class Leases:
                 latest_s,
                 now_s,
                 current=need.in_s <= 0.0,
+                active=int(need.in_s <= 0.0),
             )
         self._by_request[event.request] = made
         for model, lease in made.items():
@@ -106,7 +111,7 @@ class Leases:
         self._count(lease, 1)
 
     def revoke(self, lease: Lease) -> None:
-        """The model went away by force (its machine is gone): the lease waits again."""
+        """It does not pin any more: the model is gone with its machine, or is not used now."""
         assert lease.granted, lease
         lease.granted = False
         self._count(lease, -1)

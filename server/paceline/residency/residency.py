@@ -83,15 +83,15 @@ class Residency:
                     self._want(lease, actions)
             case Reach():
                 reached = self.leases.get(event.request, event.model)
-                if reached is not None and not reached.current:
-                    reached.current, reached.since_s = True, now_s
-                    self._want(reached, actions)
+                if reached is not None:
+                    reached.active += 1
+                    if not reached.current:
+                        reached.current, reached.since_s = True, now_s
+                        self._want(reached, actions)
             case Passed():
                 passed = self.leases.get(event.request, event.model)
                 if passed is not None:
-                    passed.uses -= 1
-                    if not passed.uses:
-                        self._ended(passed, now_s)
+                    self._passed(passed, now_s, used=event.used)
             case Leave():
                 for lease in self.leases.of_request(event.request):
                     self._ended(lease, now_s)
@@ -183,6 +183,19 @@ class Residency:
         self.counts.refused += 1
         self.leases.drop(lease)
         actions.append(Refuse(lease.request, lease.model, reason))
+
+    def _passed(self, lease: Lease, now_s: float, *, used: bool) -> None:
+        """Between two uses a lease pins nothing: what comes between may need the room."""
+        lease.uses -= 1
+        lease.active -= used
+        if not lease.uses:
+            self._ended(lease, now_s)
+        elif not lease.active and lease.current:
+            lease.current = False
+            if lease.granted:
+                self.leases.revoke(lease)
+            if not self.has_copy_for(lease):
+                self._wanted[lease.model] = None
 
     def _ended(self, lease: Lease, now_s: float) -> None:
         self.leases.drop(lease)

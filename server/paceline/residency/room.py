@@ -25,6 +25,11 @@ from paceline.residency.state import Machine, Model
 if TYPE_CHECKING:
     from paceline.residency.residency import Residency
 
+ABSENCE_S = 5.0
+"""How long an evicted model's absence is expected to cost what it costs per second: until it has
+been missed, something else has gone for it and it is there again.
+"""
+
 LEAST_RANK: Rank = (inf, inf)
 
 
@@ -160,6 +165,8 @@ class Room:
                 self._want_recycled(leaking[0])
             return
         machine = place.machine
+        if place.kind >= 2 and self._too_soon(one, place, rank, now_s):
+            return
         if place.kind == 0 and self._may_load(machine, since_s, now_s):
             self._r.load(machine, model, self._instances(machine, model), now_s, actions)
             return
@@ -176,6 +183,23 @@ class Room:
                 elif held.phase is Phase.RESIDENT:
                     held.closing = True
                     closed.add((machine.name, victim))
+
+    def _too_soon(self, one: Pending, place: _Place, rank: Rank, now_s: float) -> bool:
+        """Whether to wait is cheaper yet than what the victims' absence is expected to cost more
+        than its own: who takes the place of what is wanted more has waited as long as that in all.
+        Nobody waits who would then be late.
+        """
+        if self._r.limits.eviction != "cost" or rank[0] < 0:
+            return False
+        if min(one.latest_s) - now_s < 2.0 * one.load_s:
+            return False
+        waited_s = sum(
+            now_s - lease.since_s
+            for lease in self._r.leases.of(one.model)
+            if lease.current and not lease.granted
+        )
+        more = place.cost - self._r.models[one.model].loss(now_s)
+        return waited_s < more * ABSENCE_S
 
     def _eligible(self, machine: Machine, model: Model, now_s: float) -> bool:
         """Whether the model might come to that machine, now or when room was made."""

@@ -8,7 +8,7 @@ from paceline.dispatch import ModuleRoute
 from paceline.residency.events import Need
 
 LATER_S = 1e-6
-"""A module that waits for another is wanted later than now, even where nothing was measured."""
+"""No module is wanted before the dispatcher says so, even the first, or where nothing is known."""
 
 
 def needs(modules: Sequence[ModuleRoute]) -> tuple[Need, ...]:
@@ -21,6 +21,5 @@ def needs(modules: Sequence[ModuleRoute]) -> tuple[Need, ...]:
         parents = [p for p in module.bound.module.parents if p in ends_s]
         start_s = max((ends_s[parent] for parent in parents), default=0.0)
         ends_s[module.name] = start_s + module.best_s(1)
-        in_s = max(start_s, LATER_S) if parents else 0.0
-        found.append(Need(module.model, in_s, module.floor_s))
+        found.append(Need(module.model, max(start_s, LATER_S), module.floor_s))
     return tuple(found)

@@ -190,7 +190,7 @@ class Residence:
             case Reached():
                 self._tell(ev.Reach(action.request, action.model))
             case Passed():
-                self._tell(ev.Passed(action.request, action.model))
+                self._tell(ev.Passed(action.request, action.model, action.used))
             case TooCold():
                 self._wish(action)
 

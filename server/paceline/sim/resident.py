@@ -169,7 +169,7 @@ class ResidentWorld(World):
             case Reached():
                 self._tell(ev.Reach(said.request, said.model))
             case Passed():
-                self._tell(ev.Passed(said.request, said.model))
+                self._tell(ev.Passed(said.request, said.model, said.used))
             case Answered() | Failed() | Cancelled():
                 self._tell(ev.Leave(said.request))
             case TooCold():
