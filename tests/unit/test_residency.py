@@ -158,8 +158,9 @@ def test_a_chain_whose_models_do_not_fit_together_is_served_one_after_the_other(
 
 def test_between_two_uses_of_a_model_its_room_may_go_to_what_comes_between() -> None:
     made = residency({"a": 60, "b": 60}, budget=100)
-    needs = (ev.Need("a"), ev.Need("b", in_s=1.0), ev.Need("a", in_s=2.0))
-    actions = made.handle(ev.Enter(1, needs), now_s=NOW_S)
+    uses = ((0.0, "a"), (1.0, "b"), (2.0, "a"))
+    needs = tuple(ev.Need(model, at_s, after_s=2.0 - at_s) for at_s, model in uses)
+    actions = made.handle(ev.Enter(1, needs, NOW_S + 60), now_s=NOW_S)
     done(made, only(actions, ev.Load))
     actions = made.handle(ev.Passed(1, "a"), now_s=NOW_S)
     actions += made.handle(ev.Reach(1, "b"), now_s=NOW_S)

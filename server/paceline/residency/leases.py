@@ -9,7 +9,7 @@ ever; it makes its model the last that is evicted, for nobody who is less urgent
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from paceline.residency.events import Enter
@@ -33,6 +33,8 @@ class Lease:
     since_s: float
     uses: int = 1
     """Uses of the model that are to come."""
+    later_s: list[float] = field(default_factory=list)
+    """Until when each use after the next one is needed."""
     active: int = 0
     """Those that the request wants now."""
     current: bool = False
@@ -65,7 +67,8 @@ class Leases:
             known = made.get(need.model)
             if known is not None:
                 known.uses += 1
-                known.latest_s = min(known.latest_s, latest_s)
+                known.later_s = sorted([known.latest_s, *known.later_s, latest_s])
+                known.latest_s = known.later_s.pop(0)
                 known.current = known.current or need.in_s <= 0.0
                 known.active += need.in_s <= 0.0
                 continue

@@ -188,6 +188,8 @@ class Residency:
         """Between two uses a lease pins nothing: what comes between may need the room."""
         lease.uses -= 1
         lease.active -= used
+        if lease.later_s:
+            lease.latest_s = lease.later_s.pop(0)
         if not lease.uses:
             self._ended(lease, now_s)
         elif not lease.active and lease.current:
