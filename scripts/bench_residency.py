@@ -2,11 +2,15 @@
 prewarming saves a cold chain. On a real local Triton, with models that take memory and time.
 
     .venv/bin/python scripts/bench_residency.py [--quick] [--seconds S] [--systems NAME ...]
+    .venv/bin/python scripts/bench_residency.py --virtual [--seconds S] [--seeds N]
 
 Twelve models of 10 to 120 MiB beside what their processes take, which load the longer the larger
 they are; memory for 40 % of their total. Requests follow the shape of a Twitter window, models a
 Zipf law whose ranking is dealt anew at every shift. A request is attained when its answer came
 within the objective, counted from the instant at which it was due to be sent.
+
+`--virtual` runs the real residency and dispatcher in virtual time instead, where loads and unloads
+take what Triton was measured to take, so that long traffic and many seeds cost seconds.
 """
 
 from __future__ import annotations
@@ -22,22 +26,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from statistics import median
 from subprocess import Popen
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from urllib.request import urlopen
 
 import grpc
 import grpc.aio
-from scripts.bench_gateway import free_port, process
-from scripts.residency_models import chain_file, write_ballast
 from tritonclient.grpc import service_pb2
 
+from paceline.core.bind import single_model_chain
+from paceline.core.model import ModelSpec
+from paceline.core.profile import Durations
 from paceline.core.quantities import percentile
+from paceline.core.tensor import Tensor, TensorSpec
+from paceline.dispatch import Action, Answer, Event, route_chain
+from paceline.residency.state import Limits
+from paceline.sim.backend import SimMachine
+from paceline.sim.fleet import BlankModels
+from paceline.sim.resident import Memory, ResidentWorld, SimModel
+from paceline.sim.stimuli import Arrive, Install
 from paceline.sim.workload import read_trace
 from paceline.v1 import control_pb2, control_pb2_grpc
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from scripts.bench_gateway import free_port, process  # noqa: E402
+from scripts.residency_models import chain_file, write_ballast  # noqa: E402
+
 TRACE = ROOT / "examples" / "traces" / "twitter_2021-08_ipa_windows_per_second.csv"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 MODELS = {f"m{index:02}": 10.0 * index for index in range(1, 13)}
@@ -45,10 +62,14 @@ MODELS = {f"m{index:02}": 10.0 * index for index in range(1, 13)}
 PROCESS_MIB = 22.0
 """What a model's process takes beside it (PSS), measured."""
 LOAD_S_PER_MIB = 0.004
+START_S = 0.35
+UNLOAD_S = 1.0
+"""What a model without ballast takes to load, and any to be gone: measured, used by --virtual."""
+MIB = 1 << 20
 EXECUTE_S = 0.01
 MEMORY_SHARE = 0.4
 ZIPF = 1.1
-RATE_RPS = 12.0
+RATE_RPS = 1.5
 OBJECTIVE_S = 0.5
 SHIFTS = 4
 GIVE_UP_S = 60.0
@@ -123,7 +144,7 @@ def wait_ready(child: Popen[str], http: str, log: Path) -> None:
             with urlopen(f"{http}/readyz", timeout=5):
                 return
         except OSError:
-            asyncio.run(asyncio.sleep(0.2))
+            sleep(0.2)
     raise SystemExit(f"not ready within {READY_S:g} s")
 
 
@@ -199,6 +220,74 @@ def compare(systems: Sequence[str], seconds: float, seed: int) -> None:
         print(Outcome(latencies_s, moved).row(name), flush=True)
 
 
+def virtual(systems: Sequence[str], seconds: float, seeds: int) -> None:
+    """`compare` in virtual time, over seeds; medians of the seeds' figures."""
+    total_mib = sum(MODELS.values()) + PROCESS_MIB * len(MODELS)
+    budget_mib = round(MEMORY_SHARE * total_mib)
+    print(
+        f"virtual time; {len(MODELS)} models, {total_mib:.0f} MiB; budget {budget_mib} MiB; "
+        f"{seconds:g} s of {RATE_RPS:g} requests/s, {SHIFTS} rankings; objective "
+        f"{OBJECTIVE_S * 1e3:.0f} ms; {seeds} seeds\n"
+    )
+    print("| system | misses | loads | p50 ms | p99 ms | attained |\n|---|---|---|---|---|---|")
+    for name in systems:
+        figures = [virtual_run(name, seconds, seed, budget_mib) for seed in range(1, seeds + 1)]
+        misses, loads, p50_s, p99_s, attained = (
+            median(column) for column in zip(*figures, strict=True)
+        )
+        print(
+            f"| {name} | {misses:.1%} | {loads:.0f} | {p50_s * 1e3:.0f} | {p99_s * 1e3:.0f} "
+            f"| {attained:.1%} |",
+            flush=True,
+        )
+
+
+def virtual_run(name: str, seconds: float, seed: int, budget_mib: float) -> tuple[float, ...]:
+    """Share of misses, loads, p50 and p99 in seconds, share attained."""
+    row = (TensorSpec("rows", "UINT8", (1,)),)
+    specs = {m: ModelSpec(m, 8, row, (TensorSpec("y", "UINT8", (1,)),)) for m in MODELS}
+    durations = {m: {"cpu": Durations(((1, EXECUTE_S), (8, EXECUTE_S)))} for m in MODELS}
+    models = {
+        model: SimModel(
+            int((ballast_mib + PROCESS_MIB) * MIB),
+            int((ballast_mib + PROCESS_MIB) * MIB),
+            START_S + LOAD_S_PER_MIB * ballast_mib,
+            UNLOAD_S,
+        )
+        for model, ballast_mib in MODELS.items()
+    }
+    budget = 1 << 60 if name == "load-all" else int(budget_mib * MIB)
+    limits = Limits(eviction="lru" if name == "lru" else "cost")
+    memory = Memory({"m": budget}, models, {"m": dict.fromkeys(MODELS, 1)}, limits=limits)
+    took_s: list[float] = []
+
+    def watch(due_s: float, now_s: float, event: Event, actions: Sequence[Action]) -> None:
+        took_s.extend(a.timeline.latency_s for a in actions if isinstance(a, Answer))
+
+    machine = SimMachine("m", "cpu", 2, {})
+    world = ResidentWorld(
+        [machine], durations, BlankModels(specs), memory=memory, observers=(watch,), seed=seed
+    )
+    world.run(
+        [Install(0.0, route_chain(single_model_chain(s), None, durations)) for s in specs.values()]
+    )
+    settled_s = world.now_s
+    inputs = {"rows": Tensor("rows", "UINT8", (1, 1), b"\0")}
+    asked = requests(seconds, seed)
+    world.run(
+        Arrive(settled_s + at_s, number, model, inputs, GIVE_UP_S)
+        for number, (at_s, model) in enumerate(asked, start=1)
+    )
+    counted = world.residency.counts
+    return (
+        counted.misses / (counted.hits + counted.misses),
+        float(counted.loads),
+        percentile(sorted(took_s), 0.5),
+        percentile(sorted(took_s), 0.99),
+        sum(took <= OBJECTIVE_S for took in took_s) / len(asked),
+    )
+
+
 def cold_chain(rounds: int) -> None:
     """The first request after a keep-alive has ended: as a chain, and module by module."""
     models = ["first", "second", "third"]
@@ -264,7 +353,12 @@ def main() -> None:
         choices=["cost", "lru", "load-all"],
         help="cost is what Paceline does; none: only the cold chain",
     )
+    parser.add_argument("--virtual", action="store_true", help="in virtual time, without Triton")
+    parser.add_argument("--seeds", type=int, default=5, help="for --virtual")
     given = parser.parse_args()
+    if given.virtual:
+        virtual(given.systems, given.seconds, given.seeds)
+        return
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if given.systems:
         compare(given.systems, 10.0 if given.quick else given.seconds, given.seed)
