@@ -50,6 +50,7 @@ from rich.markdown import Markdown
 from tritonclient.grpc import service_pb2
 
 from paceline.core.errors import PacelineError
+from paceline.database import connect
 from paceline.triton.client import TritonClient
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 
@@ -244,11 +245,12 @@ async def start_front(
         *(sys.executable, HERE / "gateway_load.py", kind, "serve"),
         *("--model-repository", work / "models", "--chains", work / "chains"),
         *("--state-dir", state, "--http-port", "0", "--slots", str(options.slots)),
+        # The plan stays the same for every case.
+        *("--replan-window-s", "0"),
     ]
     with ExitStack() as first:
         await _serve(command, work / f"{kind}-profiling.log", first)
-    for cached in (state / "profiles").glob("*.json"):
-        pin_profile(cached)
+    pin_profiles(state)
     return await _serve(command, work / f"{kind}.log", stack)
 
 
@@ -264,12 +266,17 @@ async def _serve(
     return f"127.0.0.1:{port}", front
 
 
-def pin_profile(path: Path) -> None:
+def pin_profiles(state: Path) -> None:
     """A millisecond a batch and a tenth of one a row: large batches pay, as on an accelerator."""
-    document = json.loads(path.read_text())
     sizes = [2**power for power in range(MAX_BATCH.bit_length())]
-    document["rows"] = [{"batch_size": size, "duration_ms": 1 + size / 10} for size in sizes]
-    path.write_text(json.dumps(document))
+    rows = [{"batch_size": size, "duration_ms": 1 + size / 10} for size in sizes]
+    with contextlib.closing(connect(state)) as database, database:
+        for model, key, text in database.execute("SELECT * FROM profiles").fetchall():
+            document = json.dumps({**json.loads(text), "rows": rows})
+            database.execute(
+                "UPDATE profiles SET document = ? WHERE model = ? AND key = ?",
+                (document, model, key),
+            )
 
 
 def family(pid: int | None) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scripts.timed_model import write_timed
 from tests.integration.models import write_add
 
 from paceline.core.errors import ConfigError, ResidencyError
+from paceline.database import connect
 from paceline.triton.client import TritonClient
 from paceline.triton.launcher import LocalTriton
 from paceline.triton.profiler import Effort, TritonProfiler
@@ -28,9 +30,7 @@ async def test_a_timed_model_is_measured_as_its_table_and_cached(
 ) -> None:
     await triton_repository.load("timed", instances=1)
     spec = await triton_repository.spec("timed")
-    profiler = TritonProfiler(
-        triton_repository, cache_directory=tmp_path / "cache", local=True, effort=QUICK
-    )
+    profiler = TritonProfiler(triton_repository, cache_directory=tmp_path, local=True, effort=QUICK)
     progress: list[tuple[int, int]] = []
     rows = await profiler.measure(
         spec, "cpu", on_progress=lambda done, total: progress.append((done, total))
@@ -46,9 +46,7 @@ async def test_a_timed_model_is_measured_as_its_table_and_cached(
     assert rows[-1].duration_s < 8 * rows[0].duration_s, "batching pays, as in the table"
 
     calls = profiler.measured_calls
-    again = TritonProfiler(
-        triton_repository, cache_directory=tmp_path / "cache", local=True, effort=QUICK
-    )
+    again = TritonProfiler(triton_repository, cache_directory=tmp_path, local=True, effort=QUICK)
     progress.clear()
     cached = await again.measure(
         spec, "cpu", on_progress=lambda done, total: progress.append((done, total))
@@ -70,7 +68,7 @@ async def test_a_changed_model_or_a_corrupt_cache_is_measured_again(
     repository = TritonRepository(triton_client, (tiny_models,))
     await repository.load("edited", instances=1)
     spec = await repository.spec("edited")
-    cache = tmp_path / "cache"
+    cache = tmp_path
 
     async def calls() -> int:
         profiler = TritonProfiler(repository, cache_directory=cache, local=True, effort=QUICK)
@@ -83,8 +81,8 @@ async def test_a_changed_model_or_a_corrupt_cache_is_measured_again(
     code.write_text(code.read_text() + "# edited\n")
     assert await calls() > 0
     assert await calls() == 0
-    for path in cache.iterdir():
-        path.write_text("{ this is no JSON")
+    with closing(connect(cache)) as database, database:
+        database.execute("UPDATE profiles SET document = '{ this is no JSON'")
     with caplog.at_level(logging.WARNING):
         assert await calls() > 0
     assert "unusable" in caplog.text
