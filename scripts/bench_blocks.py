@@ -345,9 +345,7 @@ def in_order(directory: Path, url: str, *, optimise: bool) -> list[Any]:
 
 
 def print_share(bench: Bench, arguments: argparse.Namespace) -> None:
-    print(
-        "| model | first: ms, MiB read | second: ms, MiB read | plain second ms | private MiB of both |"
-    )
+    print("| model | first: ms, MiB read | second: ms, MiB read | plain second ms | private MiB |")
     print("|---|---|---|---|---|")
     for model in arguments.models:
         directories = [bench.compiled(name) for name in (model, f"{model}@1")]

@@ -37,7 +37,8 @@ def poisson(random: Random, mean: float) -> int:
 def replans(rates_rps: list[float], planned_rps: float, seed: int) -> list[tuple[int, str, float]]:
     """(second, cause, planned rate) of every change under Poisson traffic of these rates."""
     random, estimator = Random(seed), TrafficEstimator(planned_rps)
-    planned, changed_s, found = Traffic({"c": planned_rps}), -1e9, []
+    planned, changed_s = Traffic({"c": planned_rps}), -1e9
+    found: list[tuple[int, str, float]] = []
     for second, rate_rps in enumerate(rates_rps):
         count = poisson(random, rate_rps) if rate_rps else 0
         estimator.observe(second, count, count, {})
