@@ -40,8 +40,8 @@ outputs:
 
 
 @contextlib.contextmanager
-def somebody_elses_triton(state: Path, models: Path) -> Iterator[tuple[int, str]]:
-    """(pid, host:port) of a tritonserver that another process owns."""
+def somebody_elses_triton(state: Path, models: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Another process that owns a tritonserver, which ends with it, and host:port of that."""
     owner = subprocess.Popen(
         [sys.executable, "-m", "tests.integration.triton_owner", str(state), str(models)],
         stdout=subprocess.PIPE,
@@ -50,7 +50,7 @@ def somebody_elses_triton(state: Path, models: Path) -> Iterator[tuple[int, str]
     assert owner.stdout is not None
     try:
         pid, url = owner.stdout.readline().split()
-        yield int(pid), url
+        yield owner, url
     finally:
         owner.send_signal(signal.SIGTERM)
         owner.wait(20)
@@ -100,7 +100,7 @@ def test_machines_join_die_and_leave_and_no_request_fails(
     chain.write_text(CHAIN, encoding="utf-8")
     with (
         somebody_elses_triton(tmp_path / "a", models) as (_, first),
-        somebody_elses_triton(tmp_path / "b", models) as (pid, second),
+        somebody_elses_triton(tmp_path / "b", models) as (owner, second),
     ):
         file.write_text(f"{first}  # the only one for now\n", encoding="utf-8")
         server = start_paceline(
@@ -114,7 +114,7 @@ def test_machines_join_die_and_leave_and_no_request_fails(
         status = wait_status(server, lambda s: "triton-1 has come" in reasons(s))
 
         # The second one dies; what it had under way is done by the first.
-        psutil.Process(pid).kill()
+        owner.kill()
         status = wait_status(server, lambda s: "triton-1 is gone" in reasons(s))
         assert up(status) == ["triton-0"]
 
