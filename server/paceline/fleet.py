@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import inf
 from pathlib import Path
 from time import perf_counter
@@ -109,15 +109,19 @@ class RemoteTritons:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
-                found = await self._discovery.look()
+                await self._follow(await self._discovery.look())
             except PacelineError as error:
                 logger.warning("the machines stay as they are: %s", error)
-                continue
-            for name in [n for n, target in self._known.items() if target not in found]:
-                await self._leave(name)
-            for target in found:
-                if target not in self._known.values():
-                    await self._join(target)
+            except Exception:
+                # A bug here must not end discovery for good, unseen.
+                logger.exception("looking for machines failed")
+
+    async def _follow(self, found: Collection[TritonTarget]) -> None:
+        for name in [n for n, target in self._known.items() if target not in found]:
+            await self._leave(name)
+        for target in found:
+            if target not in self._known.values():
+                await self._join(target)
 
     async def _join(self, target: TritonTarget) -> None:
         """A machine that cannot be used is asked again at the next look, and spoken of once."""

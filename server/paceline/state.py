@@ -100,11 +100,16 @@ class State:
             raise ResidencyError(f"{self._path} cannot be written: {error}") from None
 
     def forget(self, names: Iterable[str]) -> None:
-        """What was applied of these chains counts no more."""
-        with self._database:
-            self._database.executemany(
-                "DELETE FROM chains WHERE name = ?", [(name,) for name in names]
-            )
+        """What was applied of these chains counts no more; until a restart where that cannot be
+        written, and said so.
+        """
+        try:
+            with self._database:
+                self._database.executemany(
+                    "DELETE FROM chains WHERE name = ?", [(name,) for name in names]
+                )
+        except sqlite3.Error as error:
+            logger.warning("what was applied over the API is not forgotten: %s", error)
 
     def keep_traffic(self, traffic: Traffic, chains: Iterable[Chain]) -> None:
         """Remember what `chains` were planned for. A disk that is full costs only that."""

@@ -105,7 +105,11 @@ class Replanner:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(_INTERVAL_S)
-            await self.tick(loop.time())
+            try:
+                await self.tick(loop.time())
+            except Exception:
+                # A bug here must not end replanning for good, unseen.
+                logger.exception("replanning failed; the plan stays")
 
     async def tick(self, now_s: float) -> None:
         """Look at the traffic of the last second, and at the machines; replan for them."""
