@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .wiring import Wiring, parse_wiring
+
 FORMAT = "paceline-blocks/1"
 PAGE_BYTES = 4096
 EXTERNAL = "external"
@@ -151,6 +153,8 @@ class Manifest:
     weights_bytes: int
     largest_block_bytes: int
     members: tuple[Member, ...]
+    wiring: Wiring | None
+    """How they, and Python models beside them, are one: of a fused chain."""
     document: Mapping[str, Any]
     """All of it as read, for what has no attribute here."""
 
@@ -302,7 +306,9 @@ def _manifest(document: Any) -> Manifest:
     objects = {_checked(name): _count(size, name) for name, size in document["objects"].items()}
     runtime = document["runtime"]
     members = tuple(_member(entry, objects) for entry in document["members"])
-    if not members or len({member.name for member in members}) != len(members):
+    names = {member.name for member in members}
+    wiring = parse_wiring(document["wiring"], names) if document.get("wiring") else None
+    if (not members and wiring is None) or len(names) != len(members):
         raise PoolError("members: none, or two of one name")
     return Manifest(
         model=str(document["model"]),
@@ -316,6 +322,7 @@ def _manifest(document: Any) -> Manifest:
         weights_bytes=_count(document["weights_bytes"], "weights_bytes"),
         largest_block_bytes=_count(document["largest_block_bytes"], "largest_block_bytes"),
         members=members,
+        wiring=wiring,
         document=document,
     )
 
