@@ -49,6 +49,7 @@ class Options:
     max_batch: int = 32
     measure: bool = True
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def piece_bytes(self) -> int:
@@ -76,6 +77,7 @@ class Options:
             "shapes": {name: list(shape) for name, shape in sorted(self.shapes.items())},
             "piece_mib": self.piece_bytes // MIB,
             "block_mib": self.block_bytes // MIB,
+            **({"device": self.device} if self.device != "cpu" else {}),
         }
 
 
