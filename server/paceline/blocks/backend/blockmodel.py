@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .budget import Budget
+from .device import DevicePool, DeviceRuns, DeviceSession, Driver, open_cuda
 from .ledger import Ledger
 from .loader import Loader
 from .manifest import Block, Manifest, Member, PoolError, pages, runtime_here
 from .mapping import MappedObject
-from .run import Durations, compute
+from .run import Durations, Sessions, compute
 from .settings import Settings
-from .skeleton import Skeleton, ort_version, to_value
+from .skeleton import Skeleton, available_providers, ort_version, to_value
 from .source import LocalSource, Source, objects_of
 from .window import Window
 
@@ -39,6 +41,7 @@ class BlockModel:
             raise PoolError(
                 f"model {self.manifest.model!r} was compiled for {different}: compile it again"
             )
+        self._driver = _open_device(settings, self.manifest)
         self._members: dict[str, tuple[Member, int]] = {}
         blocks: list[Block] = []
         for member in self.manifest.members:
@@ -78,7 +81,19 @@ class BlockModel:
             lambda block: source.graph(block.graph, self.manifest.objects[block.graph]),
             self._objects,
             settings.threads,
+            None if self._driver is None else self._on_device,
         )
+        self._runs: Sessions = self._skeleton
+        if self._driver is not None:
+            # Tables, too: a device does not page on demand.
+            self._pool = DevicePool(
+                self._driver,
+                [tuple(dict.fromkeys(w.object for w in block.weights)) for block in blocks],
+                self._objects,
+                settings.device_pool_bytes,
+            )
+            fetched = partial(self._loader.wait_complete, 0.0)
+            self._runs = DeviceRuns(self._skeleton, self._pool, len(blocks), fetched)
         self._one_at_a_time = threading.Lock()
         self._closed = False
 
@@ -139,6 +154,12 @@ class BlockModel:
             self._tables_thread.join()
         self._source.close()
         self._ledger.close()
+        if self._driver is not None:
+            self._driver.close()
+
+    def _on_device(self, graph: Path, block: Block) -> DeviceSession:
+        assert self._settings.gpu is not None
+        return DeviceSession(graph, block, self._settings.threads, self._pool, self._settings.gpu)
 
     def _infer(
         self, name: str, feed: Mapping[str, Any], outputs: Sequence[str], rows: int
@@ -154,7 +175,7 @@ class BlockModel:
             tuple(dict.fromkeys(wanted.values())),
             rows=rows,
             weights=self._loader,
-            sessions=self._skeleton,
+            sessions=self._runs,
             durations=self._durations,
         )
         return {output: values[value].numpy() for output, value in wanted.items()}
@@ -177,6 +198,18 @@ class BlockModel:
         if sum(self._objects[name].cached_bytes() for name in self._tables) > limit_bytes:
             for name in self._tables:
                 self._objects[name].drop(page_cache=not self._settings.keep_page_cache)
+
+
+def _open_device(settings: Settings, manifest: Manifest) -> Driver | None:
+    """The GPU a model asks for; None: the CPU. Raises PoolError if it cannot be had."""
+    if settings.gpu is None:
+        return None
+    if manifest.document["options"].get("device") != "cuda":
+        raise PoolError(
+            f"model {manifest.model!r} was compiled for a CPU: compile it with --device cuda, "
+            "or leave the parameter device out (and set KIND_CPU)"
+        )
+    return open_cuda(settings.gpu, available_providers())
 
 
 def _open_source(settings: Settings) -> tuple[Source, str]:
