@@ -220,6 +220,38 @@ def test_who_would_take_the_place_of_what_is_wanted_more_waits_until_that_is_wor
     assert unloads(found) == ["often"], "it would be late"
 
 
+def test_a_cold_chain_waits_once_for_the_place_of_what_is_wanted_more_and_not_once_a_model() -> (
+    None
+):
+    made = residency({"often": 90, "one": 30, "two": 30, "three": 30}, budget=100)
+    for turn in range(40):
+        resident(made, "often", now_s=NOW_S + turn)
+    now_s = NOW_S + 41
+    actions = enter(made, 1, "one", "two", "three", deadline_s=NOW_S + 1000, now_s=now_s)
+    while not unloads(actions):
+        now_s += 0.1
+        actions = made.handle(ev.Tick(), now_s=now_s)
+    assert unloads(actions) == ["often"]
+    actions = done(made, only(actions, ev.Unload), now_s=now_s)
+    assert loads(actions) == ["one", "two", "three"], "none waits for another's turn to be wanted"
+
+
+def test_what_a_waiting_request_will_need_later_may_take_a_place_as_well() -> None:
+    made = residency({"often": 60, "one": 30, "two": 50}, budget=100)
+    for turn in range(40):
+        resident(made, "often", now_s=NOW_S + turn)
+    now_s = NOW_S + 41
+    actions = enter(made, 1, "one", "two", deadline_s=NOW_S + 1000, now_s=now_s)
+    assert loads(actions) == ["one"]
+    begun = only(actions, ev.Load)
+    while not unloads(actions):
+        now_s += 0.1
+        assert now_s < NOW_S + 47, "it waited for its turn"
+        actions = made.handle(ev.Tick(), now_s=now_s)
+    assert unloads(actions) == ["often"], "while the first is being loaded"
+    done(made, begun, now_s=now_s)
+
+
 def test_eviction_frees_enough_and_no_more_than_it_must() -> None:
     rng = Random(3)
     for _ in range(300):
