@@ -47,7 +47,7 @@ from paceline.sim.backend import SimMachine
 from paceline.sim.fleet import BlankModels
 from paceline.sim.resident import Memory, ResidentWorld, SimModel
 from paceline.sim.stimuli import Arrive, Install
-from paceline.sim.workload import read_trace
+from paceline.sim.workload import read_trace, scaled
 from paceline.v1 import control_pb2, control_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,9 @@ MIB = 1 << 20
 EXECUTE_S = 0.01
 MEMORY_SHARE = 0.4
 ZIPF = 1.1
-RATE_RPS = 1.5
+RATE_RPS = 2.0
+WINDOW_S = 600.0
+"""The window of the trace, whose shape is squeezed into the run."""
 OBJECTIVE_S = 0.5
 SHIFTS = 4
 GIVE_UP_S = 60.0
@@ -99,7 +101,8 @@ class Outcome:
 def requests(seconds: float, seed: int) -> list[tuple[float, str]]:
     """When which model is asked for: the same for every system."""
     rng = Random(seed)
-    arrivals = read_trace(TRACE, rng, rate_rps=RATE_RPS, window="ipa_bursty")
+    whole = read_trace(TRACE, rng, rate_rps=RATE_RPS * seconds / WINDOW_S, window="ipa_bursty")
+    arrivals = scaled(whole, RATE_RPS)
     names, found = list(MODELS), []
     weights = [1.0 / rank**ZIPF for rank in range(1, len(names) + 1)]
     shift = -1
