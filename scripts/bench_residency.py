@@ -63,7 +63,7 @@ PROCESS_MIB = 22.0
 """What a model's process takes beside it (PSS), measured."""
 LOAD_S_PER_MIB = 0.004
 START_S = 0.35
-UNLOAD_S = 1.0
+UNLOAD_S = 1.4
 """What a model without ballast takes to load, and any to be gone: measured, used by --virtual."""
 MIB = 1 << 20
 EXECUTE_S = 0.01

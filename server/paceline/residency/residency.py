@@ -47,7 +47,16 @@ from paceline.residency.events import (
 from paceline.residency.evict import Rate
 from paceline.residency.leases import AGED_S, Lease, Leases
 from paceline.residency.ledger import Footprint, Held, Ledger, Phase
-from paceline.residency.state import Change, Counts, Gone, Limits, Machine, Model, Worth
+from paceline.residency.state import (
+    LOAD_WEIGHT,
+    Change,
+    Counts,
+    Gone,
+    Limits,
+    Machine,
+    Model,
+    Worth,
+)
 from paceline.residency.upkeep import Upkeep
 
 RECENT = 64
@@ -64,6 +73,8 @@ class Residency:
         self.leases = Leases()
         self.counts = Counts()
         self.recent: deque[Gone] = deque(maxlen=RECENT)
+        self.unload_s = 0.0
+        """Until a model that goes has given its memory back, learned."""
         self._ids = count(1)
         self._wanted: dict[str, None] = {}
         self._stuck = False
@@ -142,6 +153,10 @@ class Residency:
             if other != model and not self._is_loading(other)
         )
         return own_s + others_s / self.limits.most_loads
+
+    def loss(self, model: Model, now_s: float) -> float:
+        """What the absence of a model costs, per second."""
+        return model.loss(now_s, self.unload_s)
 
     # -- leases -----------------------------------------------------------------------------
 
@@ -231,7 +246,9 @@ class Residency:
             case LoadHung():
                 self._load_hung(event, now_s)
             case UnloadDone():
-                if self.under_way(event.machine, event.model, event.operation) is not None:
+                gone = self.under_way(event.machine, event.model, event.operation)
+                if gone is not None:
+                    self.unload_s += LOAD_WEIGHT * (now_s - gone.since_s - self.unload_s)
                     self.machines[event.machine].ledger.freed(event.model)
             case UnloadStuck():
                 if self.under_way(event.machine, event.model, event.operation) is not None:
@@ -297,7 +314,7 @@ class Residency:
         """Models to have, the greatest loss per byte first."""
 
         def rank(model: Model) -> tuple[float, str]:
-            return (-model.loss(now_s) / max(1, model.footprint.alone_bytes()), model.name)
+            return (-self.loss(model, now_s) / max(1, model.footprint.alone_bytes()), model.name)
 
         models = (m for m in self.models.values() if not m.withdrawn and not m.asleep)
         return [model.name for model in sorted(models, key=rank)]

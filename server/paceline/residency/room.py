@@ -191,14 +191,14 @@ class Room:
         """
         if self._r.limits.eviction != "cost" or rank[0] < 0:
             return False
-        if min(one.latest_s) - now_s < 2.0 * one.load_s:
+        if min(one.latest_s) - now_s < 2.0 * one.load_s + self._r.unload_s:
             return False
         waited_s = sum(
             now_s - lease.since_s
             for lease in self._r.leases.of(one.model)
             if lease.current and not lease.granted
         )
-        more = place.cost - self._r.models[one.model].loss(now_s)
+        more = place.cost - self._r.loss(self._r.models[one.model], now_s)
         return waited_s < more * ABSENCE_S
 
     def _eligible(self, machine: Machine, model: Model, now_s: float) -> bool:
@@ -278,7 +278,7 @@ class Room:
                 Candidate(
                     held.model,
                     model.rate.at(now_s),
-                    model.load_s if last else 0.0,
+                    model.load_s + self._r.unload_s if last else 0.0,
                     model.weight,
                     machine.ledger.freed_bytes([held.model]),
                     model.used_s,

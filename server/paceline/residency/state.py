@@ -16,7 +16,7 @@ LEAST_LOAD_S = 1e-3
 """A load is believed to take at least that: what costs nothing would never be kept."""
 
 LOAD_WEIGHT = 0.3
-"""Weight of the newest load in the learned duration."""
+"""Weight of the newest load, or unload, in the learned duration."""
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
@@ -78,9 +78,9 @@ class Model:
     def weight(self) -> float:
         return weight(min((w.priority for w in self.chains.values()), default=0))
 
-    def loss(self, now_s: float) -> float:
-        """What its absence costs, per second."""
-        return self.rate.at(now_s) * self.load_s * self.weight
+    def loss(self, now_s: float, unload_s: float) -> float:
+        """What its absence costs, per second, where others take `unload_s` to make room."""
+        return self.rate.at(now_s) * (self.load_s + unload_s) * self.weight
 
     def learn_load(self, took_s: float) -> None:
         self.loads += 1

@@ -124,16 +124,15 @@ class Upkeep(Room):
         short = missing - free - ledger.bytes_in(Phase.UNLOADING)
         if short <= 0:
             return False
-        worth = model.loss(now_s) / max(1, missing)
+        worth = self._r.loss(model, now_s) / max(1, missing)
         candidates = [
             c
             for c in self._candidates(machine, LEAST_RANK, now_s, closable=False)
             if not c.soon and FILL_GAIN * c.loss / max(1, c.size_bytes) < worth
         ]
         victims = choose(candidates, short, ledger.freed_bytes, self._r.limits.eviction)
-        if victims is None or sum(c.loss for c in candidates if c.model in victims) >= model.loss(
-            now_s
-        ):
+        lost = sum(c.loss for c in candidates if victims is not None and c.model in victims)
+        if victims is None or lost >= self._r.loss(model, now_s):
             machine.fill.pop(0)
             return True
         why = f"{model.name} is worth more than it"
@@ -187,7 +186,7 @@ class Upkeep(Room):
         others = [m for m in self._r.machines.values() if m is not source]
         if any(coming(m, held.model) for m in others):
             return True
-        if model.loss(now_s) <= 0.0 and not self._r.leases.any(held.model):
+        if self._r.loss(model, now_s) <= 0.0 and not self._r.leases.any(held.model):
             return False
         for machine in others:
             if not self._eligible(machine, model, now_s):
