@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from time import perf_counter
 
+from paceline.block_links import BlockLinks
 from paceline.block_sizes import blocks_of
 from paceline.core.errors import PacelineError, ResidencyError
 from paceline.core.quantities import percentile
@@ -198,7 +199,8 @@ async def connected_machine(
         return Machine(site, repository, profiler, overhead_s, budget_bytes, memory)
     memory = ProcessMemory(repository, sizes, lambda: process.pid, blocks_of)
     restart = process.restart
-    return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart)
+    links = BlockLinks(lambda: process.pid)
+    return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart, links)
 
 
 async def _overhead_s(client: TritonClient) -> float:

@@ -103,6 +103,21 @@ class ModelMemory(Protocol):
         ...
 
 
+class LoadLinks(Protocol):
+    """What loads of one machine move their bytes through, where that can be divided."""
+
+    def moving(self) -> Mapping[str, tuple[float | None, Mapping[str, int]]]:
+        """By link: bytes a second as measured, and bytes that are still to come by model.
+
+        Blocks for about a millisecond.
+        """
+        ...
+
+    def split(self, shares: Mapping[str, float]) -> None:
+        """Shares of their links by model, from now on. Blocks for some milliseconds."""
+        ...
+
+
 class Profiler(Protocol):
     """Measures loaded models, from cache where nothing changed."""
 

@@ -182,6 +182,25 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """What a machine loads through (its disk, a store): bytes a second (None: not measured), and
+    the bytes that are still to come, by model.
+    """
+
+    name: str
+    bytes_per_s: float | None
+    left_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """Parameters are on their way to a machine."""
+
+    machine: str
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed (a `Wake` came due)."""
 
@@ -204,6 +223,7 @@ Event = (
     | UnloadStuck
     | SizeMeasured
     | Pace
+    | Moving
     | Tick
 )
 
@@ -254,10 +274,18 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """The shares of their link, 0 to 1, that loads under way on a machine get, by model."""
+
+    machine: str
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """Send a Tick at `at_s`. Only the latest one said matters."""
 
     at_s: float
 
 
-Action = Load | Unload | Recycle | Grant | Refuse | Wake
+Action = Load | Unload | Recycle | Grant | Refuse | Split | Wake

@@ -32,6 +32,7 @@ from paceline.residency.events import (
     LoadHung,
     MachineDown,
     MachineUp,
+    Moving,
     Pace,
     Passed,
     Reach,
@@ -108,6 +109,8 @@ class Residency:
                     self._ended(lease, now_s)
             case Tick():
                 self._wake_s, self._attention = inf, True
+            case Moving():
+                self._room.split(event, now_s, actions)
             case _:
                 self._attention = True
                 self._changed(event, now_s)

@@ -119,6 +119,8 @@ class Machine:
     """Why it is to be restarted; "" when it is not."""
     asked: bool = False
     """The restart is under way."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """How its loads split their links, as said last."""
     growing: dict[str, Change] = field(default_factory=dict)
     """Instance counts that are being changed in place."""
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-from paceline.residency.events import Action
+from paceline.residency import bandwidth
+from paceline.residency.events import Action, Moving, Split
 from paceline.residency.evict import choose
 from paceline.residency.leases import Rank
 from paceline.residency.ledger import Held, Phase
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 FILL_GAIN = 2.0
 """A model takes another's place ahead of any request only if its loss per byte is so many times
 as large: what is moved for nothing costs a load."""
+
+SPLIT_TOLERANCE = 0.05
+"""Shares that differ by less are not said again."""
 
 MOST_RANK: Rank = (-inf, -inf)
 
@@ -154,6 +158,40 @@ class Upkeep(Room):
                 wanted -= 1
             if wanted != held.instances:
                 self._r.resize(machine, held, wanted, actions)
+
+    # -- what is on its way -----------------------------------------------------------------
+
+    def split(self, moving: Moving, now_s: float, actions: list[Action]) -> None:
+        """How loads under way share their links, said when that has changed."""
+        machine = self._r.machines.get(moving.machine)
+        if machine is None:
+            return
+        shares: dict[str, float] = {}
+        for link in moving.links:
+            under_way = [
+                self._transfer(model, left_bytes, now_s)
+                for model, left_bytes in sorted(link.left_bytes.items())
+                if left_bytes > 0 and model in self._r.models
+            ]
+            shares |= bandwidth.split(under_way, now_s, link.bytes_per_s)
+        before = machine.shares
+        same = shares.keys() == before.keys()
+        if not same or any(abs(shares[m] - before[m]) > SPLIT_TOLERANCE for m in shares):
+            machine.shares = shares
+            if shares:
+                actions.append(Split(machine.name, shares))
+
+    def _transfer(self, model: str, left_bytes: int, now_s: float) -> bandwidth.Transfer:
+        leases = list(self._r.leases.of(model))
+        footprint = self._r.models[model].footprint
+        return bandwidth.Transfer(
+            model,
+            left_bytes,
+            tuple(lease.latest_s for lease in leases),
+            min((lease.rank(now_s)[0] for lease in leases), default=inf),
+            footprint.blocks,
+            sum(footprint.blocks.values()),
+        )
 
     # -- leaks ------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from time import perf_counter
 from paceline.core.chain import Chain
 from paceline.core.errors import ResidencyError
 from paceline.core.model import ModelSpec
-from paceline.core.ports import ModelMemory, ModelRepository, Profiler
+from paceline.core.ports import LoadLinks, ModelMemory, ModelRepository, Profiler
 from paceline.runtime.engine import Engine
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.residence import Residence
@@ -38,7 +38,7 @@ class Machine:
 
     `overhead_s` is what the front and the network add to every execution there, measured;
     `budget_bytes` bounds what its models may take, which `memory` tells; `restart` ends a Triton
-    of ours, which is then started again.
+    of ours, which is then started again; `links` are what it loads through, where that is divided.
     """
 
     site: Site
@@ -48,6 +48,7 @@ class Machine:
     budget_bytes: float = inf
     memory: ModelMemory | None = None
     restart: Callable[[], None] | None = None
+    links: LoadLinks | None = None
 
 
 class Machines:

@@ -22,6 +22,7 @@ from paceline.core.errors import (
     ResidencyError,
 )
 from paceline.core.model import ModelSpec
+from paceline.core.ports import LoadLinks
 from paceline.dispatch import ChainRoute, Entered, Passed, Reached, TooCold
 from paceline.residency import events as ev
 from paceline.residency.ledger import Footprint
@@ -41,6 +42,9 @@ MEASURE_EVERY_S = 5.0
 
 PACE_EVERY_S = 0.01
 """How often it is looked at what running requests can bear, while a load is waited for."""
+
+LINKS_EVERY_S = 0.1
+"""How often the split of load bandwidth is looked at while models are being loaded."""
 
 SIZE_TOLERANCE = 0.02
 """A size that differs by less is no correction."""
@@ -63,6 +67,7 @@ class Residence:
         self._gone: dict[str, list[asyncio.Future[None]]] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._splitting: set[str] = set()
         self._wake: asyncio.TimerHandle | None = None
         self._paced: dict[str, tuple[float, float]] = {}
         self._paced_s = -inf
@@ -295,6 +300,7 @@ class Residence:
             match action:
                 case ev.Load():
                     self._spawn(self._load(action), f"load {action.model}")
+                    self._split(action.machine)
                 case ev.Unload():
                     self._unplace(action.machine, action.model)
                     self._spawn(self._unload(action), f"unload {action.model}")
@@ -304,6 +310,8 @@ class Residence:
                     self._grant(action.request)
                 case ev.Refuse():
                     self._refuse(action)
+                case ev.Split():
+                    self._spawn(self._share_out(action), f"split {action.machine}")
                 case ev.Wake():
                     if self._wake is not None:
                         self._wake.cancel()
@@ -387,6 +395,32 @@ class Residence:
             await self._engine.lane_idle(action.machine, model)
         assert machine.restart is not None, action
         machine.restart()
+
+    # -- load bandwidth -----------------------------------------------------------------------
+
+    def _split(self, name: str) -> None:
+        """Look after the split of a machine's links as long as it loads something."""
+        machine = self._machines.named()[name]
+        if machine.links is not None and name not in self._splitting:
+            self._splitting.add(name)
+            self._spawn(self._follow_loads(name, machine.links), f"follow the loads of {name}")
+
+    async def _follow_loads(self, name: str, links: LoadLinks) -> None:
+        try:
+            moving = True
+            while moving or self._loading(name):
+                await asyncio.sleep(LINKS_EVERY_S)
+                found = await asyncio.to_thread(links.moving)
+                told = tuple(ev.Link(link, *state) for link, state in sorted(found.items()))
+                moving = any(left for link in told for left in link.left_bytes.values())
+                self._tell(ev.Moving(name, told))
+        finally:
+            self._splitting.discard(name)
+
+    async def _share_out(self, action: ev.Split) -> None:
+        machine = self._machines.named().get(action.machine)
+        if machine is not None and machine.links is not None:
+            await asyncio.to_thread(machine.links.split, action.shares)
 
     def _changed(self, model: str) -> None:
         for waiting in self._gone.pop(model, ()):
