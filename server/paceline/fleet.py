@@ -23,6 +23,7 @@ from paceline.runtime.controller import Controller
 from paceline.runtime.machines import Machine
 from paceline.runtime.placement import Site
 from paceline.triton.client import TritonClient, TritonFleet
+from paceline.triton.gpu_memory import GpuMemory
 from paceline.triton.launcher import LocalTriton
 from paceline.triton.memory import GuessedMemory, ProcessMemory
 from paceline.triton.profiler import TritonProfiler
@@ -197,7 +198,7 @@ async def connected_machine(
     if process is None:
         memory = GuessedMemory(repository, sizes, blocks_of)
         return Machine(site, repository, profiler, overhead_s, budget_bytes, memory)
-    memory = ProcessMemory(repository, sizes, lambda: process.pid, blocks_of)
+    memory = ProcessMemory(repository, sizes, lambda: process.pid, blocks_of, GpuMemory.find())
     restart = process.restart
     links = BlockLinks(lambda: process.pid)
     return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart, links)

@@ -111,6 +111,9 @@ class Repository:
     async def measured_bytes(self, model: str) -> int | None:
         return 10
 
+    async def server_bytes(self) -> int | None:
+        return 10
+
     async def gone(self, model: str) -> bool:
         return model not in self.held
 

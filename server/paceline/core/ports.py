@@ -98,6 +98,10 @@ class ModelMemory(Protocol):
         """
         ...
 
+    async def server_bytes(self) -> int | None:
+        """What the server itself takes, its models left out; None where that cannot be told."""
+        ...
+
     async def gone(self, model: str) -> bool:
         """Whether nothing of an unloaded model is left, after a moment's patience."""
         ...

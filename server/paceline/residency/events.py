@@ -171,6 +171,14 @@ class SizeMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerMeasured:
+    """A machine's server itself, its models left out, takes that much."""
+
+    machine: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pace:
     """On a machine, batches take `interference` times as long under a load (>= 1), and what runs
     can bear `bearable` times as long and still be in time.
@@ -222,6 +230,7 @@ Event = (
     | UnloadDone
     | UnloadStuck
     | SizeMeasured
+    | ServerMeasured
     | Pace
     | Moving
     | Tick

@@ -38,6 +38,7 @@ from paceline.residency.events import (
     Reach,
     Recycle,
     Refuse,
+    ServerMeasured,
     SizeMeasured,
     Tick,
     Unload,
@@ -74,6 +75,8 @@ class Residency:
         self.leases = Leases()
         self.counts = Counts()
         self.recent: deque[Gone] = deque(maxlen=RECENT)
+        self.recycled_s: dict[str, float] = {}
+        """When machines were restarted last."""
         self.unload_s = 0.0
         """Until a model that goes has given its memory back, learned."""
         self._ids = count(1)
@@ -259,6 +262,9 @@ class Residency:
                     self.counts.leaks += 1
             case SizeMeasured():
                 self._measured(event.model, event.own_bytes)
+            case ServerMeasured():
+                if (machine := self.machines.get(event.machine)) is not None:
+                    machine.server_measured(event.size_bytes)
             case Pace():
                 if (machine := self.machines.get(event.machine)) is not None:
                     machine.interference = max(1.0, event.interference)
@@ -450,8 +456,9 @@ class Residency:
         self.recent.append(Gone(now_s, machine.name, model, size_bytes, why))
         actions.append(Unload(operation, machine.name, model, why))
 
-    def restart(self, machine: Machine, actions: list[Action]) -> None:
+    def restart(self, machine: Machine, now_s: float, actions: list[Action]) -> None:
         """Begin a restart of a machine."""
         machine.asked = True
+        self.recycled_s[machine.name] = now_s
         self.counts.recycles += 1
         actions.append(Recycle(machine.name, machine.recycling))

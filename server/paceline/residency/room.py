@@ -287,9 +287,11 @@ class Room:
             )
         return found
 
-    def _want_recycled(self, machine: Machine) -> None:
+    def _want_recycled(
+        self, machine: Machine, why: str = "memory of a model was never given back"
+    ) -> None:
         if machine.recyclable and not machine.recycling:
-            machine.recycling = "memory of a model was never given back"
+            machine.recycling = why
 
     # -- small questions --------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from paceline.residency.evict import choose
 from paceline.residency.leases import Rank
 from paceline.residency.ledger import Held, Phase
 from paceline.residency.room import LEAST_RANK, Room, coming, held_there
-from paceline.residency.state import Machine, Model
+from paceline.residency.state import RECYCLE_EVERY_S, Machine, Model
 
 if TYPE_CHECKING:
     from paceline.residency.residency import Residency
@@ -198,9 +198,11 @@ class Upkeep(Room):
     def recycle(self, now_s: float, actions: list[Action]) -> None:
         """Restart machines that leak, once their models are elsewhere and nobody uses them."""
         for _, machine in sorted(self._r.machines.items()):
-            leaked = machine.ledger.bytes_in(Phase.LEAKED)
-            if leaked > self._r.limits.leak_share * machine.ledger.budget_bytes:
+            bearable = self._r.limits.leak_share * machine.ledger.budget_bytes
+            if machine.ledger.bytes_in(Phase.LEAKED) > bearable:
                 self._want_recycled(machine)
+            if machine.ledger.grown_bytes > bearable and self._is_due(machine, now_s):
+                self._want_recycled(machine, "the server itself has grown")
             if not machine.recycling or machine.asked:
                 continue
             moving = [
@@ -212,7 +214,10 @@ class Upkeep(Room):
                 if h.phase is Phase.RESIDENT
             ):
                 continue
-            self._r.restart(machine, actions)
+            self._r.restart(machine, now_s, actions)
+
+    def _is_due(self, machine: Machine, now_s: float) -> bool:
+        return now_s - self._r.recycled_s.get(machine.name, -inf) >= RECYCLE_EVERY_S
 
     def _move(self, source: Machine, held: Held, now_s: float, actions: list[Action]) -> bool:
         """Have a model of a machine that is to be restarted loaded elsewhere; True while it is on

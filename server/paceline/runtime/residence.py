@@ -449,6 +449,14 @@ class Residence:
                 machine.memory.remember(model, own_bytes)
             self._tell(ev.SizeMeasured(model, own_bytes))
 
+    async def _measure_server(self, name: str) -> None:
+        machine = self._machines.named().get(name)
+        if machine is None or machine.memory is None:
+            return
+        size_bytes = await machine.memory.server_bytes()
+        if size_bytes is not None:
+            self._tell(ev.ServerMeasured(name, size_bytes))
+
     async def _measure_again(self) -> None:
         while True:
             await asyncio.sleep(MEASURE_EVERY_S)
@@ -456,3 +464,4 @@ class Residence:
             for name, models in sorted(placed.items()):
                 for model in models:
                     await self._measure(name, model)
+                await self._measure_server(name)
