@@ -158,6 +158,7 @@ class RemoteTritons:
     async def _watch(self, client: TritonClient) -> None:
         """Notice when a machine goes away, or comes back empty."""
         name, machines = client.name, self._controller.machines
+        lost = False
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             held = machines.holds(name)
@@ -170,13 +171,16 @@ class RemoteTritons:
                 what = "restarted" if alive else "does not answer"
                 logger.error("Triton %s %s", client.url, what)
                 machines.down(name)
-            if alive:
+                lost = True
+            # One that is not used yet is being loaded and measured: its calls need its connection.
+            if alive and lost:
                 try:
                     await client.retarget(client.url)
                     await self._controller.machine_up(name)
                 except ResidencyError as error:
                     logger.error("Triton %s is not usable yet: %s", client.url, error)
                 else:
+                    lost = False
                     logger.warning("Triton %s is back, models loaded", client.url)
 
 

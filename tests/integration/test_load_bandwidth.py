@@ -30,7 +30,7 @@ LINK_MB_S = 16
 def store(tmp_path: Path) -> Iterator[str]:
     """The URL of a store of blocks behind a slow link."""
     (tmp_path / "blocks").mkdir()
-    command = [sys.executable, ROOT / "scripts" / "blocks_link.py", tmp_path / "blocks"]
+    command = [sys.executable, str(ROOT / "scripts" / "blocks_link.py"), str(tmp_path / "blocks")]
     with subprocess.Popen([*command, str(LINK_MB_S)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

@@ -60,6 +60,10 @@ class ModelRepository(Protocol):
         """Every model it knows."""
         ...
 
+    async def instances(self) -> Mapping[str, int]:
+        """Instances of every model that is loaded now. Raises ResidencyError."""
+        ...
+
     async def spec(self, model: str) -> ModelSpec:
         """Declaration of a loaded model. Raises ResidencyError when it is not loaded."""
         ...

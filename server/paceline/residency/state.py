@@ -35,14 +35,16 @@ LONGEST_BACKOFF_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`most_loads` at a time on a machine; `held_s`: how long what runs may hold up a load that a
-    request waits for; `leak_share` of a budget that may be leaked before the machine is recycled.
+    """`most_loads` at a time on a machine, if `paced` fewer where what runs could not bear them;
+    `held_s`: how long that may hold up a load that a request waits for; `leak_share` of a budget
+    that may be leaked before the machine is recycled.
     """
 
     most_loads: int = 4
     held_s: float = 1.0
     leak_share: float = 0.1
     eviction: Eviction = "cost"
+    paced: bool = True
 
 
 @dataclass(slots=True)

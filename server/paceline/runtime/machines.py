@@ -71,9 +71,17 @@ class Machines:
         self._machines[machine.site.name] = machine
         self.placed[machine.site.name] = {}
         if self.residence.engaged:
-            self.residence.machine_up(machine.site.name)
+            self.residence.machine_up(machine.site.name, {})
         elif machine.budget_bytes != inf:
             self.residence.engage()
+
+    async def adopt(self, names: Iterable[str]) -> None:
+        """Count what these Tritons hold already, where memory is bounded. Raises ResidencyError."""
+        if self.residence.engaged:
+            for name in names:
+                held = await self._machines[name].repository.instances()
+                if held:
+                    self.residence.machine_up(name, held)
 
     async def remove(self, name: str, *, timeout_s: float) -> bool:
         """Send nothing more to a Triton and forget it when its batches have ended; False when
@@ -255,12 +263,13 @@ class Machines:
         self._engine.machine_down(name)
 
     async def up(self, name: str) -> list[str]:
-        """A Triton is back, empty: load what it had, then use it. Returns what did not load.
+        """A Triton is back: load what it had, then use it. Returns what did not load.
 
         Raises ResidencyError when nothing loads.
         """
         if self.residence.engaged:
-            self.residence.machine_up(name)
+            held = await self._machines[name].repository.instances()
+            self.residence.machine_up(name, held)
             self.announce(name)
             return []
         placed = self.placed[name]

@@ -29,7 +29,7 @@ from paceline.residency.ledger import Footprint
 from paceline.residency.residency import Residency
 from paceline.residency.state import Limits
 from paceline.runtime.engine import Engine
-from paceline.runtime.interference import Interference
+from paceline.runtime.interference import Interference, Slack
 from paceline.runtime.needs import needs
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ MEASURE_EVERY_S = 5.0
 """How often sizes are measured again: models grow while they execute."""
 
 PACE_EVERY_S = 0.01
-"""How often it is looked at what running requests can bear, while a load is waited for."""
+"""How often, at most, it is looked at what running requests can bear."""
 
 LINKS_EVERY_S = 0.1
 """How often the split of load bandwidth is looked at while models are being loaded."""
@@ -59,6 +59,7 @@ class Residence:
         self.state = Residency(limits)
         self.engaged = False
         self.interference = Interference()
+        self._slack = Slack()
         self._needs: dict[tuple[str, tuple[int, ...]], tuple[ev.Need, ...]] = {}
         self._routes: dict[str, ChainRoute] = {}
         self._ids = count(-1, -1)
@@ -158,10 +159,13 @@ class Residence:
                 footprint = self.state.models[model].footprint
                 self._tell(ev.Declare(model, footprint, instances))
 
-    def machine_up(self, name: str) -> None:
-        """A Triton is there, empty."""
+    def machine_up(self, name: str, resident: Mapping[str, int]) -> None:
+        """A Triton is there, and holds `resident`: maybe another Paceline was here before."""
+        for model in sorted(resident):
+            self._declare(model)
         self._machines.placed[name].clear()
-        self._up(name, {})
+        self._machines.placed[name].update(resident)
+        self._up(name, resident)
 
     def machine_down(self, name: str) -> None:
         """A Triton is gone, and everything it held."""
@@ -279,16 +283,18 @@ class Residence:
         if not self.engaged:
             return
         now_s = asyncio.get_running_loop().time()
-        if self.state.waiting:
-            self._pace(now_s)
+        self._pace(now_s)
         self._perform(self.state.handle(event, now_s=now_s))
 
     def _pace(self, now_s: float) -> None:
-        """What runs now, and what loads do to it, before anything is loaded."""
-        if now_s - self._paced_s < PACE_EVERY_S:
+        """What runs, and what loads do to it, before anything is loaded."""
+        if not self.state.limits.paced or now_s - self._paced_s < PACE_EVERY_S:
             return
         self._paced_s = now_s
-        bearable = self._engine.dispatcher.bearable(now_s)
+        self._slack.count(self._engine.dispatcher.bearable(now_s), now_s)
+        if not self.state.waiting:
+            return
+        bearable = self._slack.bearable(now_s)
         for name in self.state.machines:
             pace = (self.interference.factor(name), bearable)
             if self._paced.get(name) != pace:
