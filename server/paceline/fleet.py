@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from time import perf_counter
 
+from paceline.block_links import BlockLinks
 from paceline.block_sizes import blocks_of
 from paceline.core.errors import PacelineError, ResidencyError
 from paceline.core.quantities import percentile
@@ -22,6 +23,7 @@ from paceline.runtime.controller import Controller
 from paceline.runtime.machines import Machine
 from paceline.runtime.placement import Site
 from paceline.triton.client import TritonClient, TritonFleet
+from paceline.triton.gpu_memory import GpuMemory
 from paceline.triton.launcher import LocalTriton
 from paceline.triton.memory import GuessedMemory, ProcessMemory
 from paceline.triton.profiler import TritonProfiler
@@ -156,6 +158,7 @@ class RemoteTritons:
     async def _watch(self, client: TritonClient) -> None:
         """Notice when a machine goes away, or comes back empty."""
         name, machines = client.name, self._controller.machines
+        lost = False
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             held = machines.holds(name)
@@ -168,13 +171,16 @@ class RemoteTritons:
                 what = "restarted" if alive else "does not answer"
                 logger.error("Triton %s %s", client.url, what)
                 machines.down(name)
-            if alive:
+                lost = True
+            # One that is not used yet is being loaded and measured: its calls need its connection.
+            if alive and lost:
                 try:
                     await client.retarget(client.url)
                     await self._controller.machine_up(name)
                 except ResidencyError as error:
                     logger.error("Triton %s is not usable yet: %s", client.url, error)
                 else:
+                    lost = False
                     logger.warning("Triton %s is back, models loaded", client.url)
 
 
@@ -196,9 +202,10 @@ async def connected_machine(
     if process is None:
         memory = GuessedMemory(repository, sizes, blocks_of)
         return Machine(site, repository, profiler, overhead_s, budget_bytes, memory)
-    memory = ProcessMemory(repository, sizes, lambda: process.pid, blocks_of)
+    memory = ProcessMemory(repository, sizes, lambda: process.pid, blocks_of, GpuMemory.find())
     restart = process.restart
-    return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart)
+    links = BlockLinks(lambda: process.pid)
+    return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart, links)
 
 
 async def _overhead_s(client: TritonClient) -> float:

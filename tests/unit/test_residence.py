@@ -72,6 +72,9 @@ class Repository:
     async def index(self) -> tuple[ModelState, ...]:
         return tuple(ModelState(name, "1", "READY") for name in sorted(self.held))
 
+    async def instances(self) -> Mapping[str, int]:
+        return dict.fromkeys(sorted(self.held), 1)
+
     async def spec(self, model: str) -> ModelSpec:
         return SPECS[model]
 
@@ -109,6 +112,9 @@ class Repository:
         pass
 
     async def measured_bytes(self, model: str) -> int | None:
+        return 10
+
+    async def server_bytes(self) -> int | None:
         return 10
 
     async def gone(self, model: str) -> bool:
@@ -234,6 +240,21 @@ async def test_a_machine_that_comes_back_empty_is_filled_again(one_fits: Served)
     await one_fits.machines.up("m")
     await waiting
     assert one_fits.repository.most == 1
+
+
+async def test_what_a_triton_holds_already_counts_and_is_taken_over() -> None:
+    echo, repository = Echo(), Repository(held={"b"})
+    engine = Engine(echo)
+    machines = Machines(engine, Share())
+    site = Site("m", "cpu", 2)
+    machines.add(Machine(site, repository, repository, budget_bytes=15.0, memory=repository))
+    await machines.adopt(["m"])
+    for model in ("a", "b", "c"):
+        await machines.load(model)
+    assert repository.most == 1, "another Paceline left b there: it goes before a comes"
+    assert repository.told[:2] == ["unload b", "load a"]
+    await machines.close()
+    await engine.close()
 
 
 async def test_a_keep_alive_unloads_what_is_not_used_where_memory_has_no_bound() -> None:

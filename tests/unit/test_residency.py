@@ -14,7 +14,12 @@ from paceline.residency.evict import Candidate, Eviction, Rate, choose
 from paceline.residency.ledger import Footprint, Ledger
 from paceline.residency.loading import Pending, order, served
 from paceline.residency.residency import Residency
-from paceline.residency.state import Limits
+from paceline.residency.state import (
+    RECYCLE_EVERY_S,
+    SERVER_FREE_BYTES,
+    SERVER_LOOKS,
+    Limits,
+)
 
 NOW_S = 100.0
 
@@ -328,6 +333,39 @@ def test_a_leaking_machine_is_restarted_after_its_models_were_moved() -> None:
     recycle = only(done(made, only(actions, ev.Load)), ev.Recycle)
     assert isinstance(recycle, ev.Recycle) and recycle.machine == "m1"
     assert made.counts.leaks == made.counts.recycles == 1
+
+
+def test_a_server_that_grows_for_good_is_restarted_after_its_models_were_moved() -> None:
+    mib = 1 << 20
+    made = residency({"a": 40 * mib}, budget=1000 * mib, machines=("m1", "m2"))
+    resident(made, "a", now_s=NOW_S - 1)
+
+    def measure(mibs: list[int], now_s: float = NOW_S) -> list[ev.Action]:
+        found: list[ev.Action] = []
+        for number in mibs:
+            event = ev.ServerMeasured("m1", number * mib)
+            found += made.handle(event, now_s=now_s)
+        return found
+
+    ledger = made.machines["m1"].ledger
+    free = ledger.free_bytes
+    peaks = [500 if number % 3 == 1 else 100 for number in range(2 * SERVER_LOOKS)]
+    assert not loads(measure([30, *peaks])), "peaks, and what a server keeps for itself"
+    assert ledger.free_bytes == free - (70 * mib - SERVER_FREE_BYTES)
+    actions = measure([200] * SERVER_LOOKS)
+    assert [(a.machine, a.model) for a in actions if isinstance(a, ev.Load)] == [("m2", "a")]
+    assert not [a for a in actions if isinstance(a, ev.Recycle)], "not before it is there"
+    recycle = only(done(made, only(actions, ev.Load)), ev.Recycle)
+    assert recycle == ev.Recycle("m1", "the server itself has grown")
+
+    def restarted(now_s: float) -> list[ev.Action]:
+        made.handle(ev.MachineDown("m1"), now_s=now_s)
+        made.handle(ev.MachineUp("m1", 1000 * mib, recyclable=True, fill=False), now_s=now_s)
+        return measure([30] + [400] * SERVER_LOOKS, now_s)
+
+    assert not restarted(NOW_S + 60), "what comes back at once is no leak"
+    assert made.machines["m1"].ledger.grown_bytes == 370 * mib - SERVER_FREE_BYTES, "but it counts"
+    assert only(restarted(NOW_S + RECYCLE_EVERY_S), ev.Recycle)
 
 
 def test_an_idle_model_goes_after_its_chains_keep_alive_and_comes_back_on_demand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -54,6 +55,9 @@ class Repository:
 
     async def index(self) -> tuple[ModelState, ...]:
         return (ModelState("echo", "1", "READY"),)
+
+    async def instances(self) -> Mapping[str, int]:
+        return self.loaded
 
     async def spec(self, model: str) -> ModelSpec:
         return ECHO

@@ -60,6 +60,10 @@ class ModelRepository(Protocol):
         """Every model it knows."""
         ...
 
+    async def instances(self) -> Mapping[str, int]:
+        """Instances of every model that is loaded now. Raises ResidencyError."""
+        ...
+
     async def spec(self, model: str) -> ModelSpec:
         """Declaration of a loaded model. Raises ResidencyError when it is not loaded."""
         ...
@@ -98,8 +102,27 @@ class ModelMemory(Protocol):
         """
         ...
 
+    async def server_bytes(self) -> int | None:
+        """What the server itself takes, its models left out; None where that cannot be told."""
+        ...
+
     async def gone(self, model: str) -> bool:
         """Whether nothing of an unloaded model is left, after a moment's patience."""
+        ...
+
+
+class LoadLinks(Protocol):
+    """What loads of one machine move their bytes through, where that can be divided."""
+
+    def moving(self) -> Mapping[str, tuple[float | None, Mapping[str, int]]]:
+        """By link: bytes a second as measured, and bytes that are still to come by model.
+
+        Blocks for about a millisecond.
+        """
+        ...
+
+    def split(self, shares: Mapping[str, float]) -> None:
+        """Shares of their links by model, from now on. Blocks for some milliseconds."""
         ...
 
 

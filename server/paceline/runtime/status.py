@@ -175,6 +175,8 @@ def _chain(
         "failed": counts.fail_count - counts.rejected_count,
         "rejected": counts.rejected_count,
     }
+    if planned is not None and planned.wanted is not None:
+        described["wanted_rps"] = planned.wanted.rate_rps
     if ended:
         described["attainment"] = round(counts.met_count / ended, 6)
     return described

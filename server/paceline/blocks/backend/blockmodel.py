@@ -29,7 +29,7 @@ from .window import Window
 class BlockModel:
     """One model in one process. `infer` may be called by several threads."""
 
-    def __init__(self, settings: Settings, source: Source, ledger: Ledger) -> None:
+    def __init__(self, settings: Settings, source: Source, ledger: Ledger, name: str = "") -> None:
         self._source = source
         self._settings = settings
         self._ledger = ledger
@@ -61,6 +61,8 @@ class BlockModel:
                 settings=settings,
                 ledger=ledger,
             )
+        else:
+            ledger.expect(name or self.manifest.model, sum(held[each] for each in loaded))
         self._objects: Mapping[str, MappedObject] = source.open(sizes)
         for name in self._tables:
             self._objects[name].expect_rows()
@@ -83,12 +85,12 @@ class BlockModel:
         self._closed = False
 
     @classmethod
-    def open(cls, settings: Settings) -> BlockModel:
-        """The model that a config.pbtxt describes. Raises PoolError."""
+    def open(cls, settings: Settings, name: str = "") -> BlockModel:
+        """The model that a config.pbtxt describes, called so by its server. Raises PoolError."""
         source, channel = _open_source(settings)
         ledger = Ledger(channel, priority=settings.priority)
         try:
-            return cls(settings, source, ledger)
+            return cls(settings, source, ledger, name)
         except BaseException:
             source.close()
             ledger.close()
