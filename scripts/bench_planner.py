@@ -7,7 +7,7 @@
     .venv/bin/python scripts/bench_planner.py --apart       # only whole machines for one chain
     .venv/bin/python scripts/bench_planner.py --timings     # only how long `optimal` plans
     .venv/bin/python scripts/bench_planner.py --verify 24   # so many of them under Poisson arrivals
-    .venv/bin/python scripts/bench_planner.py --verify 1131 --results F --minutes 60   # goes on with F
+    .venv/bin/python scripts/bench_planner.py --verify 1131 --results FILE   # resumable
 
 Workloads are seeded: chains of 2 to 4, forks, trees and diamonds of the models in examples/data;
 fan-outs 0.25 to 3, rates 3 to 1,600 requests/s, objectives 1.2 to 5 times the least latency; a
