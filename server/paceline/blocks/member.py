@@ -18,6 +18,7 @@ import onnx
 
 from paceline.blocks import cut, graph
 from paceline.blocks.backend.manifest import Block, Member, Tensor, Weight, weights_bytes
+from paceline.blocks.panels import panel
 from paceline.blocks.pool import MIB, PoolWriter
 from paceline.blocks.rewrite import tile
 from paceline.blocks.source import (
@@ -82,7 +83,7 @@ class Options:
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A rewritten graph, its weights and how it is divided; one block under its own names if not
-    `cuttable`."""
+    `cuttable`; `panels`: some products are computed in another order than the optimised graph's."""
 
     model: onnx.ModelProto
     stored: Mapping[str, Stored]
@@ -91,11 +92,17 @@ class Prepared:
     pieces: Sequence[cut.Piece]
     blocks: Sequence[cut.Piece]
     cuttable: bool
+    panels: bool
     notes: tuple[str, ...]
 
 
 def prepare(
-    optimised: Optimised, options: Options, *, tiled: bool = True, divided: bool = True
+    optimised: Optimised,
+    options: Options,
+    *,
+    panels: bool = True,
+    tiled: bool = True,
+    divided: bool = True,
 ) -> Prepared:
     """Rewrites and divides a copy of the optimised graph."""
     model = onnx.ModelProto()
@@ -107,6 +114,10 @@ def prepare(
     if tiled and not why:
         stored, parts = tile(model, stored, options.piece_bytes)
         values = {**values, **_tile_values(model, values, parts, stored)}
+    within: Mapping[str, Value] = {}
+    if panels and not why:
+        stored, within = panel(model, stored, values)
+        values = {**values, **within}
     steps = [
         cut.Step(
             tuple(name for name in dict.fromkeys(node.input) if name in values),
@@ -121,7 +132,7 @@ def prepare(
         [replace(step, reads=tuple(n for n in step.reads if n not in inputs)) for step in steps],
         {name: 0 if name in tables else tensor.size_bytes for name, tensor in stored.items()},
         limit_bytes=options.piece_bytes,
-        uncut={name for name, value in values.items() if value.dtype == 0},
+        uncut=within.keys() | {name for name, value in values.items() if value.dtype == 0},
         parts=parts,
     )
     whole = cut.Piece(0, len(steps), sum(piece.bytes for piece in pieces))
@@ -129,7 +140,7 @@ def prepare(
         pieces = [whole]
     blocks = cut.blocks(pieces, options.block_bytes)
     notes = (why,) if why else () if divided else ("divided, it would not give the same results",)
-    return Prepared(model, stored, values, tables, pieces, blocks, not why, notes)
+    return Prepared(model, stored, values, tables, pieces, blocks, not why, bool(within), notes)
 
 
 class ObjectWriter:
