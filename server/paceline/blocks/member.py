@@ -44,12 +44,14 @@ _ROWS = {("Gather", 0), ("EmbedLayerNormalization", 2)}
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the result depends on besides the sources. `shapes`: for measuring, by input."""
+    """What the result depends on besides the sources. `shapes`: for measuring, by input;
+    `panels`: matrices as kernels read them."""
 
     budget_mib: int | None = None
     max_batch: int = 32
     measure: bool = True
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    panels: bool = True
 
     @property
     def piece_bytes(self) -> int:
@@ -77,6 +79,7 @@ class Options:
             "shapes": {name: list(shape) for name, shape in sorted(self.shapes.items())},
             "piece_mib": self.piece_bytes // MIB,
             "block_mib": self.block_bytes // MIB,
+            "panels": self.panels,
         }
 
 
@@ -115,7 +118,7 @@ def prepare(
         stored, parts = tile(model, stored, options.piece_bytes)
         values = {**values, **_tile_values(model, values, parts, stored)}
     within: Mapping[str, Value] = {}
-    if panels and not why:
+    if panels and options.panels and not why:
         stored, within = panel(model, stored, values)
         values = {**values, **within}
     steps = [
