@@ -140,6 +140,7 @@ class _Compiler:
         self._runtime = runtime
         self._progress = progress
         self._objects: dict[str, int] = {}
+        self._chunks: dict[str, Any] = {}
         self._measured: dict[str, Any] = {}
 
     def member(self, name: str, source: Source) -> Member:
@@ -176,6 +177,7 @@ class _Compiler:
             "objects": {name: self._objects[name] for name in sorted(used)},
             "weights_bytes": sum(pages(self._objects[name]) for name in weights),
             "members": [asdict(member) for member in members],
+            "chunks": {name: self._chunks[name] for name in sorted(used & self._chunks.keys())},
             "largest_block_bytes": max(b.swapped_bytes for m in members for b in m.blocks),
             "measured": self._measured or None,
         }
@@ -208,6 +210,7 @@ class _Compiler:
         writer = ObjectWriter(self._pool, wrote)
         member = writer.write(name, source, prepared)
         self._objects.update(writer.objects)
+        self._chunks.update(writer.chunks)
         return member
 
     def _measure(

@@ -22,6 +22,7 @@ from paceline.blocks.panels import panel
 from paceline.blocks.pool import MIB, PoolWriter
 from paceline.blocks.rewrite import tile
 from paceline.blocks.source import (
+    CHUNK_BYTES,
     DATATYPES,
     Optimised,
     Source,
@@ -38,6 +39,7 @@ _ALIGNMENT = 64
 _BLOCK_BYTES = 16 * MIB
 _PIECE_BYTES = 32 * MIB
 _LEAST_BYTES = 1 * MIB
+_CHUNK_BYTES = 64 << 10  # of a table: what one row of it costs over a link
 # (operator, input): of this input only some rows are read.
 _ROWS = {("Gather", 0), ("EmbedLayerNormalization", 2)}
 
@@ -154,6 +156,8 @@ class ObjectWriter:
         self._pool = pool
         self._wrote = wrote
         self.objects: dict[str, int] = {}
+        self.chunks: dict[str, dict[str, Any]] = {}
+        """Hashes of the tables' chunks, as the manifest has them."""
 
     def write(self, name: str, source: Source, prepared: Prepared) -> Member:
         """The member with its objects in the pool; not measured."""
@@ -200,7 +204,12 @@ class ObjectWriter:
         self.objects[digest] = len(made.data)
         whole_tables = _tables(nodes, prepared.stored)
         weights = tuple(
-            replace(placed[name], name=own, access="rows" if name in whole_tables else "all")
+            replace(
+                placed[name],
+                name=own,
+                access="rows" if name in whole_tables else "all",
+                index=_index(nodes, name, made.inputs) if name in whole_tables else "",
+            )
             for own, name in made.weights
         )
         paged = {weight.object for weight in weights if weight.access == "rows"}
@@ -241,6 +250,11 @@ class ObjectWriter:
                 packed.append(name)
                 continue
             placed[name] = _weight(self._add(tensor.chunks, tensor.size_bytes), 0, tensor)
+            if name in prepared.tables:
+                self.chunks[placed[name].object] = {
+                    "bytes": _CHUNK_BYTES,
+                    "sha256": _chunk_hashes(tensor).hex(),
+                }
         if packed:
             tensors = [prepared.stored[name] for name in packed]
             offsets, size = [], 0
@@ -309,6 +323,23 @@ def _tables(nodes: Iterable[onnx.NodeProto], stored: Mapping[str, Stored]) -> fr
             (rows if by_row else whole).add(name)
     large = {name for name in rows - whole if name in stored}
     return frozenset(name for name in large if stored[name].size_bytes >= _TABLE_BYTES)
+
+
+def _index(nodes: Iterable[onnx.NodeProto], table: str, inputs: Sequence[str]) -> str:
+    """The input of the block by which its nodes, if it is one Gather, read rows of the table."""
+    readers = [node for node in nodes if table in node.input]
+    if len(readers) == 1 and readers[0].op_type == "Gather" and readers[0].input[1] in inputs:
+        return str(readers[0].input[1])
+    return ""
+
+
+def _chunk_hashes(tensor: Stored) -> bytes:
+    assert CHUNK_BYTES % _CHUNK_BYTES == 0
+    return b"".join(
+        hashlib.sha256(data[start : start + _CHUNK_BYTES]).digest()
+        for data in tensor.chunks()
+        for start in range(0, len(data), _CHUNK_BYTES)
+    )
 
 
 def _tensors(
