@@ -281,8 +281,10 @@ class UnaryCall(Call):
         head = self._connection.headers(self.id, RESPONSE_BLOCK)
         self._over()
         message = (PREFIX.pack(0, size - PREFIX_BYTES), *parts)
-        if self._connection.send(self, head, message, size, tail):
-            self._connection.stream_ended(self)
+        connection = self._connection
+        send = connection.send_at_once if connection.alone else connection.send
+        if send(self, head, message, size, tail):
+            connection.stream_ended(self)
 
     def received(self, data: memoryview, ended: bool) -> None:
         """See `Stream.received`; most requests come in one piece."""
