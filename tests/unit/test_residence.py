@@ -12,7 +12,7 @@ from paceline.core.bind import BoundChain, bind, single_model_chain
 from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import ErrorKind, Rejected, RequestError, ResidencyError
 from paceline.core.model import ModelSpec
-from paceline.core.ports import ModelCall, ModelState
+from paceline.core.ports import ModelCall, ModelState, OnExecuted
 from paceline.core.profile import ProfileRow
 from paceline.core.request import InferAnswer, InferRequest
 from paceline.core.tensor import Tensor, TensorSpec
@@ -45,6 +45,9 @@ class Echo:
         self.gate = asyncio.Event()
         self.gate.set()
         self.running = asyncio.Event()
+
+    def begin(self, machine: str, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        return False
 
     async def execute(
         self, machine: str, call: ModelCall, *, timeout_s: float

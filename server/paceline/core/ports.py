@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from paceline.core.bind import BoundChain
 from paceline.core.chain import Chain
-from paceline.core.errors import RequestError
+from paceline.core.errors import BackendError, RequestError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
 from paceline.core.profile import ProfileRow
@@ -43,8 +43,18 @@ class ModelState:
     reason: str = ""
 
 
+OnExecuted = Callable[[tuple[Tensor, ...] | BackendError], None]
+"""Called with the outputs of an execution, or how it failed."""
+
+
 class Executor(Protocol):
     """Runs batches on machines."""
+
+    def begin(self, machine: str, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        """`execute` without a task, where nothing has to be waited for first: `on_end` is called
+        once, after this returned. False where it is: nothing was begun.
+        """
+        ...
 
     async def execute(
         self, machine: str, call: ModelCall, *, timeout_s: float
