@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,27 @@ _HEADER = (
 )
 
 
-def publish_members(model: CompiledModel) -> list[str]:
-    """Makes each member a model beside the fused one; the names that others have already."""
-    taken = []
+def publish_members(model: CompiledModel, names: Mapping[str, str]) -> dict[str, str]:
+    """Makes each member a model beside the fused one; those whose names others have already.
+
+    `names`: what a member is called as a model.
+    """
+    taken = {}
+    repository = model.directory.parent
     fused = read_config(model.directory / CONFIG_FILE)
-    for member in model.manifest.members:
-        if not member.name:
-            continue
-        directory = model.directory.parent / member.name
+    for member, name in names.items():
+        directory = repository / name
         if _is_free(directory, fused.name):
-            _publish(directory, _HEADER + text_format.MessageToString(_config(fused, member.name)))
+            _publish(directory, _HEADER + text_format.MessageToString(_config(fused, member, name)))
         else:
-            taken.append(member.name)
+            taken[member] = name
     return taken
 
 
-def _config(fused: Any, member: str) -> Any:
-    """The ModelConfig of one member; `fused` is that of all."""
+def _config(fused: Any, member: str, name: str) -> Any:
+    """The ModelConfig of one member, called `name`; `fused` is that of all."""
     config = model_config_pb2.ModelConfig(
-        name=member, platform="ensemble", max_batch_size=fused.max_batch_size
+        name=name, platform="ensemble", max_batch_size=fused.max_batch_size
     )
     step = config.ensemble_scheduling.step.add(model_name=fused.name, model_version=-1)
     prefix = f"{member}/"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
@@ -13,6 +13,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from paceline.core.chain import NAME
 from paceline.core.errors import ConfigError
 from paceline.report import console
+
+if TYPE_CHECKING:
+    from paceline.blocks.compile import Outcome
+    from paceline.blocks.group import Group
 
 blocks_app = typer.Typer(
     name="blocks",
@@ -35,7 +39,7 @@ def compile_command(
             metavar="[NAME=]MODEL.onnx...",
             show_default=False,
             help="ONNX files; NAME is the model's, by default the file's (of NAME/1/model.onnx, "
-            "the directory's).",
+            "the directory's). With --chain: modules of the chain.",
         ),
     ],
     fuse: Annotated[
@@ -45,6 +49,24 @@ def compile_command(
             help="Make one model NAME of all files: one process, one load, shared parameters once; "
             "tensors are called MEMBER/TENSOR, and only what a request asks for is computed.",
         ),
+    ] = None,
+    chain: Annotated[
+        Path | None,
+        typer.Option(
+            help="Fuse modules of this chain file, wired as they are there, Python models too: "
+            "tensors between them never leave the process.",
+        ),
+    ] = None,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE.TENSOR",
+            help="With --chain: an output to have besides those that are used outside; repeatable.",
+        ),
+    ] = None,
+    model_repository: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --chain: where the modules' models are (default: that of --out)."),
     ] = None,
     budget_mib: Annotated[
         int | None,
@@ -82,6 +104,8 @@ def compile_command(
 
         paceline blocks compile det=a/det.onnx rec=b/rec.onnx --fuse ocr
 
+        paceline blocks compile --chain ocr.yaml prepare detect extract --fuse ocr_front
+
     Compiling again does nothing unless the file, an option, the CPU or ONNX Runtime changed. It
     can be stopped at any time. Models larger than memory need external data (ONNX's own limit for
     one file is 2 GiB).
@@ -89,39 +113,60 @@ def compile_command(
     from paceline.blocks.compile import compile_model
     from paceline.blocks.member import Options
 
-    named = _named(models)
     shapes = dict(_shape(text) for text in shape or ())
     options = Options(budget_mib=budget_mib, max_batch=max_batch, measure=measure, shapes=shapes)
     if fuse is not None and not NAME.fullmatch(fuse):
         raise ConfigError(
             f"{fuse!r} is no name of a model: use letters, digits, _ . -", key="--fuse"
         )
-    jobs = {fuse: named} if fuse is not None else {name: {"": path} for name, path in named.items()}
+    group = None
+    if chain is not None:
+        if fuse is None:
+            raise ConfigError("give --fuse NAME with it", key="--chain")
+        group = _group(chain, models, output or [], fuse, model_repository or [out])
+        jobs = {fuse: group.sources}
+    elif output or model_repository:
+        raise ConfigError("is for --chain", key="--output" if output else "--model-repository")
+    else:
+        named = _named(models)
+        jobs = {name: {"": path} for name, path in named.items()} if fuse is None else {fuse: named}
     place = pool or out.absolute().parent / "blocks"
     for name, sources in jobs.items():
         with _Progress() as progress:
-            outcome = compile_model(sources, out / name, place, options, progress.told)
-        manifest = outcome.model.manifest
-        count = sum(len(member.blocks) for member in manifest.members)
-        what = (
-            f"{count} blocks, {manifest.weights_bytes / (1 << 20):.1f} MiB, of which "
-            f"{outcome.written_bytes / (1 << 20):.1f} MiB new to {place}"
-            if outcome.fresh
-            else "unchanged"
+            outcome = compile_model(sources, out / name, place, options, progress.told, group=group)
+        _tell(outcome, out / name, place)
+
+
+def _group(
+    chain: Path, modules: list[str], outputs: list[str], fuse: str, repositories: list[Path]
+) -> Group:
+    from paceline.blocks.group import group_of, read_group
+    from paceline.config import read_chain
+
+    return read_group(group_of(read_chain(chain), modules, outputs, fuse), repositories)
+
+
+def _tell(outcome: Outcome, directory: Path, place: Path) -> None:
+    """What a compile did, on stderr."""
+    name, manifest = directory.name, outcome.model.manifest
+    count = sum(len(member.blocks) for member in manifest.members)
+    what = (
+        f"{count} blocks, {manifest.weights_bytes / (1 << 20):.1f} MiB, of which "
+        f"{outcome.written_bytes / (1 << 20):.1f} MiB new to {place}"
+        if outcome.fresh
+        else "unchanged"
+    )
+    print(f"paceline: {directory}: {what}", file=sys.stderr)
+    for member_name, taken in outcome.taken.items():
+        print(
+            f"paceline: {name}: another model is called {taken!r}: call this member "
+            f"as {name} with tensors {member_name}/...",
+            file=sys.stderr,
         )
-        print(f"paceline: {out / name}: {what}", file=sys.stderr)
-        for member_name in outcome.taken:
-            print(
-                f"paceline: {name}: another model is called {member_name!r}: call this member "
-                f"as {name} with tensors {member_name}/...",
-                file=sys.stderr,
-            )
-        for member in manifest.members:
-            for note in member.notes:
-                print(
-                    f"paceline: {'/'.join(filter(None, (name, member.name)))}: {note}",
-                    file=sys.stderr,
-                )
+    for member in manifest.members:
+        for note in member.notes:
+            told = "/".join(filter(None, (name, member.name)))
+            print(f"paceline: {told}: {note}", file=sys.stderr)
 
 
 @blocks_app.command("show")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from paceline.blocks.backend.manifest import (
     parse,
     runtime_here,
 )
+from paceline.blocks.group import Group
 from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
 from paceline.blocks.pool import MIB, PoolWriter
 from paceline.blocks.repository import CompiledModel, compiled_model, is_ours, publish
@@ -65,13 +66,13 @@ def silent(what: str, done_bytes: int = 0, total_bytes: int = 0) -> None:
 class Outcome:
     """A compiled model; `written_bytes` of objects the pool did not have; `fresh`: compiled now.
 
-    `taken` are members that cannot be called by their own names: other models have them.
+    `taken` are members (and their names) that cannot be called by name: other models have it.
     """
 
     model: CompiledModel
     written_bytes: int
     fresh: bool
-    taken: tuple[str, ...] = ()
+    taken: Mapping[str, str] = field(default_factory=dict)
 
 
 def compile_model(
@@ -82,10 +83,12 @@ def compile_model(
     progress: Progress = silent,
     *,
     runtime: Runtime | None = None,
+    group: Group | None = None,
 ) -> Outcome:
     """Compiles `sources` (by member; "" for a model that is not fused) into `directory`.
 
-    `runtime` is what it is compiled for: by default, and in truth always, this machine's.
+    `group` wires them, and Python models, into one; `sources` are then its own. `runtime` is what
+    it is compiled for: by default, and in truth always, this machine's.
     Raises ConfigError for what the user can correct, ResidencyError for what the machine refuses.
     """
     pool = pool.resolve()
@@ -99,14 +102,18 @@ def compile_model(
         progress(f"{directory.name}: reading {path.name}")
         examined[member] = examine(path)
     runtime = runtime or runtime_here(ort.__version__)
-    key = _cache_key(examined, options, runtime)
+    wiring = group.as_json() if group is not None else None
+    key = _cache_key(examined, options, runtime, wiring)
     before = _current(directory, pool, key)
     if before is not None:
         return Outcome(before, 0, fresh=False)
     with PoolWriter(pool) as writer:
         compiler = _Compiler(writer, directory.name, options, runtime, progress)
         members = [compiler.member(name, source) for name, source in examined.items()]
-        text = json.dumps(compiler.document(members, examined, key), indent=1).encode()
+        document = compiler.document(members, examined, key)
+        if wiring is not None:
+            document["wiring"] = wiring
+        text = json.dumps(document, indent=1).encode()
         manifest = parse(text, "the manifest that was just made")
         digest = writer.add_manifest(text)
         writer.settle()
@@ -117,10 +124,13 @@ def compile_model(
             pool,
             max_batch=options.max_batch,
             budget_mib=options.budget_mib,
+            warm_up=group.warm_up() if group is not None else None,
+            files=group.extra_files() if group is not None else (),
         )
         model = CompiledModel(directory, pool, digest, manifest)
-        taken = publish_members(model)
-        return Outcome(model, writer.written_bytes, fresh=True, taken=tuple(taken))
+        names = {name: name for name in examined if name} if group is None else group.own_names
+        taken = publish_members(model, names)
+        return Outcome(model, writer.written_bytes, fresh=True, taken=taken)
 
 
 class _Compiler:
@@ -178,7 +188,9 @@ class _Compiler:
             "weights_bytes": sum(pages(self._objects[name]) for name in weights),
             "members": [asdict(member) for member in members],
             "chunks": {name: self._chunks[name] for name in sorted(used & self._chunks.keys())},
-            "largest_block_bytes": max(b.swapped_bytes for m in members for b in m.blocks),
+            "largest_block_bytes": max(
+                (b.swapped_bytes for m in members for b in m.blocks), default=0
+            ),
             "measured": self._measured or None,
         }
 
@@ -281,13 +293,16 @@ class _Compiler:
             )
 
 
-def _cache_key(sources: Mapping[str, Source], options: Options, runtime: Runtime) -> str:
+def _cache_key(
+    sources: Mapping[str, Source], options: Options, runtime: Runtime, wiring: object
+) -> str:
     parts = [
         FORMAT,
         COMPILER,
         [[member, source.digest] for member, source in sources.items()],
         options.as_json(),
         runtime.as_json(),
+        *([wiring] if wiring is not None else []),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -297,6 +312,8 @@ def _current(directory: Path, pool: Path, key: str) -> CompiledModel | None:
     try:
         model = compiled_model(directory)
         if model is None or model.manifest.cache_key != key or model.pool.resolve() != pool:
+            return None
+        if model.missing_files():
             return None
         store = ObjectStore(model.pool)
         for name, size in model.manifest.objects.items():

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .wiring import Wiring, parse_wiring
+
 FORMAT = "paceline-blocks/1"
 PAGE_BYTES = 4096
 EXTERNAL = "external"
@@ -163,6 +165,8 @@ class Manifest:
     members: tuple[Member, ...]
     chunks: Mapping[str, Chunks]
     """Of tables: a part can be used once its own hash was found right."""
+    wiring: Wiring | None
+    """How they, and Python models beside them, are one: of a fused chain."""
     document: Mapping[str, Any]
     """All of it as read, for what has no attribute here."""
 
@@ -314,7 +318,9 @@ def _manifest(document: Any) -> Manifest:
     objects = {_checked(name): _count(size, name) for name, size in document["objects"].items()}
     runtime = document["runtime"]
     members = tuple(_member(entry, objects) for entry in document["members"])
-    if not members or len({member.name for member in members}) != len(members):
+    names = {member.name for member in members}
+    wiring = parse_wiring(document["wiring"], names) if document.get("wiring") else None
+    if (not members and wiring is None) or len(names) != len(members):
         raise PoolError("members: none, or two of one name")
     return Manifest(
         model=str(document["model"]),
@@ -332,6 +338,7 @@ def _manifest(document: Any) -> Manifest:
             name: _chunks(entry, objects[_checked(name)])
             for name, entry in document.get("chunks", {}).items()
         },
+        wiring=wiring,
         document=document,
     )
 

@@ -38,8 +38,9 @@ def _package() -> str:
 _package()
 from paceline_blocks import batching  # noqa: E402
 from paceline_blocks.blockmodel import BlockModel  # noqa: E402
-from paceline_blocks.manifest import Member  # noqa: E402
+from paceline_blocks.manifest import Tensor  # noqa: E402
 from paceline_blocks.settings import Settings, read_settings  # noqa: E402
+from paceline_blocks.wired import WiredModel, tensors_of  # noqa: E402
 
 
 class TritonPythonModel:
@@ -49,17 +50,21 @@ class TritonPythonModel:
         if args.get("model_instance_kind") == "GPU":
             raise ValueError(f"model '{self._name}': set KIND_CPU in instance_group")
         config = json.loads(args["model_config"])
+        self._wired: WiredModel | None = None
         try:
             settings = read_settings(config.get("parameters", {}), Path(args["model_repository"]))
-            self._model = self._open(settings, config)
+            self._blocks = self._open(settings, config)
+            if self._blocks.manifest.wiring is not None:
+                self._wired = self._wire(args, config)
         except ValueError as error:  # PoolError, SettingsError
             raise ValueError(f"model '{self._name}': {error}") from None
-        self._batching = {
-            member.name: member.batching and int(config.get("max_batch_size", 0)) > 0
-            for member in self._model.members
-        }
-        self._scalars = _without_axes(config, self._model.members)
-        parallel = settings.parallel or len(self._model.members)
+        self._model = self._wired or self._blocks
+        batches = int(config.get("max_batch_size", 0)) > 0
+        members = self._blocks.members if self._wired is None else ()
+        self._batching = {member.name: member.batching and batches for member in members}
+        self._batching.setdefault("", batches)
+        self._scalars = _without_axes(batches, _tensors(self._blocks))
+        parallel = settings.parallel or max(1, len(members))
         self._workers = ThreadPoolExecutor(parallel) if parallel > 1 else None
         self._free = threading.Semaphore(parallel)
 
@@ -122,9 +127,12 @@ class TritonPythonModel:
             array = tensor.as_numpy()
             if tensor.name() in self._scalars:
                 array = array.reshape(array.shape[:-1])
-            given[tensor.name()] = _as_text(array) if array.dtype == np.object_ else array
+            text = array.dtype == np.object_ and self._wired is None
+            given[tensor.name()] = _as_text(array) if text else array
         outputs = request.requested_output_names()
-        return batching.calls_of(position, self._model.members, given, outputs)
+        if self._wired is not None:
+            return [self._wired.call(position, given, outputs)]
+        return batching.calls_of(position, self._blocks.members, given, outputs)
 
     @staticmethod
     def _open(settings: Settings, config: Mapping[str, Any]) -> BlockModel:
@@ -136,6 +144,17 @@ class TritonPythonModel:
             model.close()  # what is left behind would be in the way of others
             raise
 
+    def _wire(self, args: Mapping[str, str], config: Mapping[str, Any]) -> WiredModel:
+        from paceline_blocks import hosted  # other models need none of it
+
+        wiring = self._blocks.manifest.wiring
+        directory = Path(args["model_repository"], args["model_version"])
+        try:
+            return WiredModel(wiring, self._blocks, hosted.host_all(wiring, directory, args))
+        except BaseException:
+            self._blocks.close()
+            raise
+
     def _failure(self, error: Exception) -> Any:
         code = (
             pb_utils.TritonError.INVALID_ARG
@@ -145,14 +164,24 @@ class TritonPythonModel:
         return pb_utils.TritonError(f"model '{self._name}': {' '.join(str(error).split())}", code)
 
 
+def _tensors(model: BlockModel) -> dict[str, Sequence[Tensor]]:
+    """The model's inputs and outputs as the manifest has them, by the configuration's key."""
+    wiring = model.manifest.wiring
+    if wiring is None:
+        return {
+            "input": [tensor for member in model.members for tensor in member.inputs],
+            "output": [tensor for member in model.members for tensor in member.outputs],
+        }
+    return {
+        "input": tensors_of(wiring, (*wiring.inputs, *wiring.own_inputs)),
+        "output": tensors_of(wiring, wiring.outputs),
+    }
+
+
 def _check(config: Mapping[str, Any], model: BlockModel) -> None:
     """The configuration's tensors are the manifest's. Raises ValueError."""
-    for kind in ("input", "output"):
-        known = {
-            tensor.name: tensor.dtype
-            for member in model.members
-            for tensor in (member.inputs if kind == "input" else member.outputs)
-        }
+    for kind, tensors in _tensors(model).items():
+        known = {tensor.name: tensor.dtype for tensor in tensors}
         for tensor in config.get(kind, []):
             name, data_type = str(tensor["name"]), str(tensor["data_type"])
             dtype = data_type.removeprefix("TYPE_").replace("STRING", "BYTES")
@@ -162,14 +191,13 @@ def _check(config: Mapping[str, Any], model: BlockModel) -> None:
                 )
 
 
-def _without_axes(config: Mapping[str, Any], members: Sequence[Member]) -> frozenset[str]:
+def _without_axes(batches: bool, tensors: Mapping[str, Sequence[Tensor]]) -> frozenset[str]:
     """Tensors that have no axis but the batch's: Triton's shape of them has one of length 1."""
-    batch_axes = 1 if int(config.get("max_batch_size", 0)) > 0 else 0
     return frozenset(
         tensor.name
-        for member in members
-        for tensor in (*member.inputs, *member.outputs)
-        if len(tensor.shape) == batch_axes
+        for kind in tensors.values()
+        for tensor in kind
+        if len(tensor.shape) == int(batches)
     )
 
 
@@ -238,5 +266,5 @@ def _as_text(array: Any) -> Any:
 
 def _as_bytes(array: Any) -> Any:
     encoded = np.empty(array.size, dtype=np.object_)
-    encoded[:] = [str(element).encode() for element in array.ravel()]
+    encoded[:] = [e if isinstance(e, bytes) else str(e).encode() for e in array.ravel()]
     return encoded.reshape(array.shape)
