@@ -101,7 +101,7 @@ class Leases:
         return list(self._by_request.get(request, {}).values())
 
     def waited_s(self, lease: Lease, now_s: float) -> float:
-        """How long its request has been waiting: for this model, or for one that it needs before."""
+        """How long its request has been waiting: for this model, or one that it needs before."""
         since = [
             other.since_s
             for other in self._by_request[lease.request].values()
