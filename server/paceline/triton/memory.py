@@ -2,8 +2,9 @@
 
 Every instance of a python-based model is a process of its own, a child of tritonserver, that
 carries `<model>_<group>_<number>` in its command line. Its proportional set size (PSS) counts
-pages that several processes map once in all, so that sums are what the machine really uses. Where a
-model has parameter blocks, those are mapped files, which the ledger counts by their content: of its
+pages that several processes map once in all; half as much of them again is added, because each has
+more of them to itself once others have gone: sums are about what is used, or more. Where a model
+has parameter blocks, those are mapped files, which the ledger counts by their content: of its
 processes only what is not a file's is then its own. Where a model's processes hold memory of a GPU,
 that is what they are measured by: there the budget is the GPU's.
 """
@@ -32,7 +33,9 @@ GONE_S = 5.0
 GONE_POLL_S = 0.05
 """How long processes of an unloaded model may take to end, and how often they are looked for."""
 
-_PSS = re.compile(r"^(Pss|Pss_File):\s+(\d+) kB", re.MULTILINE)
+_PSS = re.compile(r"^(Pss|Pss_File|Private_Clean|Private_Dirty):\s+(\d+) kB", re.MULTILINE)
+_FEWER_SHARE = 0.5
+"""Of what a process shares now, how much more of it is its own once most of the others are gone."""
 _ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
 _INSTANCE = re.compile(r"(.+)_\d+_\d+")
 
@@ -191,4 +194,8 @@ def _pss_bytes(pid: int, files: bool) -> int:
     except OSError:
         return 0
     found = {name: int(kib) << 10 for name, kib in _PSS.findall(text)}
-    return found.get("Pss", 0) - (0 if files else found.get("Pss_File", 0))
+    size = found.get("Pss", 0)
+    if not files:
+        return size - found.get("Pss_File", 0)
+    private = found.get("Private_Clean", 0) + found.get("Private_Dirty", 0)
+    return size + int(_FEWER_SHARE * max(0, size - private))
