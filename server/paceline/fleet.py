@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 
 from paceline.block_sizes import blocks_of
-from paceline.core.errors import PacelineError, ResidencyError
+from paceline.core.errors import BackendError, PacelineError, ResidencyError
 from paceline.core.quantities import percentile
 from paceline.database import Measurements
 from paceline.discovery import LOOK_EVERY_S, Discovery, TritonTarget
@@ -155,27 +155,39 @@ class RemoteTritons:
 
     async def _watch(self, client: TritonClient) -> None:
         """Notice when a machine goes away, or comes back empty."""
-        name, machines = client.name, self._controller.machines
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
-            held = machines.holds(name)
-            if held is None:
-                continue
-            alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
-            if machines.is_up(name):
+            try:
+                await self.look_after(client)
+            except Exception:
+                # A bug here must not end the watch for good, unseen.
+                logger.exception("looking after %s failed", client.name)
+
+    async def look_after(self, client: TritonClient) -> None:
+        """One look at a machine."""
+        name, machines = client.name, self._controller.machines
+        held = machines.holds(name)
+        if held is None:
+            return
+        alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
+        if machines.is_up(name):
+            try:
                 if alive and (await client.model_ready(held) or not machines.has(name, held)):
-                    continue
-                what = "restarted" if alive else "does not answer"
-                logger.error("Triton %s %s", client.url, what)
-                machines.down(name)
-            if alive:
-                try:
-                    await client.retarget(client.url)
-                    await self._controller.machine_up(name)
-                except ResidencyError as error:
-                    logger.error("Triton %s is not usable yet: %s", client.url, error)
-                else:
-                    logger.warning("Triton %s is back, models loaded", client.url)
+                    return
+            except BackendError:
+                # It went between the two questions.
+                alive = False
+            what = "restarted" if alive else "does not answer"
+            logger.error("Triton %s %s", client.url, what)
+            machines.down(name)
+        if alive:
+            try:
+                await client.retarget(client.url)
+                await self._controller.machine_up(name)
+            except ResidencyError as error:
+                logger.error("Triton %s is not usable yet: %s", client.url, error)
+            else:
+                logger.warning("Triton %s is back, models loaded", client.url)
 
 
 async def connected_machine(
