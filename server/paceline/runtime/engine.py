@@ -260,7 +260,7 @@ class Engine:
         return True
 
     async def close(self) -> None:
-        """Cancel whatever is still executing."""
+        """Cancel what is still executing in a task; what was begun ends with its connection."""
         if self._wake is not None:
             self._wake.cancel()
         for task in list(self._executions):
