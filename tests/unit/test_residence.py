@@ -18,7 +18,7 @@ from paceline.core.request import InferAnswer, InferRequest
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import route_chain
 from paceline.runtime.engine import Engine
-from paceline.runtime.interference import LEAST_BATCHES, Interference
+from paceline.runtime.interference import FORGOTTEN_S, LEAST_BATCHES, Interference
 from paceline.runtime.machines import Machine, Machines
 from paceline.runtime.placement import Share, Site
 
@@ -281,12 +281,16 @@ async def test_a_keep_alive_unloads_what_is_not_used_where_memory_has_no_bound()
     await engine.close()
 
 
-def test_interference_is_what_a_load_adds_to_a_batch() -> None:
+def test_interference_is_how_long_the_slowest_batches_take_under_so_many_loads() -> None:
     seen = Interference()
     for _ in range(LEAST_BATCHES):
-        seen.count("m", "a", 2, 0.1, 0)
-    assert seen.factor("m") == 1.0
-    for _ in range(2 * LEAST_BATCHES):
-        seen.count("m", "a", 2, 0.2, 2)
-    assert seen.factor("m") == pytest.approx(1.5), "two loads double it"
-    assert seen.factor("other") == 1.0
+        seen.count("m", "a", 2, 0.1, 0, 1.0)
+    assert seen.factors("m", 4, 1.0) == (1.0, 1.0, 1.0, 1.0)
+    for turn in range(10 * LEAST_BATCHES):
+        seen.count("m", "a", 2, 0.3 if turn % 10 == 0 else 0.1, 2, 2.0)
+    assert seen.factors("m", 4, 2.0) == pytest.approx((2.0, 3.0, 4.0, 5.0)), "the mean is 1.2"
+    for _ in range(LEAST_BATCHES):
+        seen.count("m", "a", 2, 0.11, 1, 3.0)
+    assert seen.factors("m", 4, 3.0) == pytest.approx((1.1, 3.0, 4.0, 5.0)), "one load has room"
+    assert seen.factors("other", 2, 3.0) == (1.0, 1.0)
+    assert seen.factors("m", 2, 2.0 + FORGOTTEN_S) == pytest.approx((1.1, 1.2)), "tried again"

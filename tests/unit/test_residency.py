@@ -398,10 +398,10 @@ def test_whoever_runs_residency_is_asked_to_come_back_when_a_model_has_been_idle
 
 def test_loads_are_held_back_while_what_runs_cannot_bear_them_but_not_for_ever() -> None:
     made = residency(dict.fromkeys("abc", 10), limits=Limits(most_loads=2, held_s=1.0))
-    made.handle(ev.Pace("m", interference=1.5, bearable=1.6), now_s=NOW_S)
+    made.handle(ev.Pace("m", interference=(1.5, 1.7), bearable=1.6), now_s=NOW_S)
     actions = enter(made, 1, "a") + enter(made, 2, "b")
     assert loads(actions) == ["a"], "one load at a time can be borne"
-    made.handle(ev.Pace("m", interference=1.5, bearable=1.1), now_s=NOW_S)
+    made.handle(ev.Pace("m", interference=(1.5, 1.7), bearable=1.1), now_s=NOW_S)
     assert not loads(done(made, only(actions, ev.Load)))
     assert loads(made.handle(ev.Tick(), now_s=NOW_S + 1.1)) == ["b"]
 

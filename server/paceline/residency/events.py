@@ -180,12 +180,12 @@ class ServerMeasured:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """On a machine, batches take `interference` times as long under a load (>= 1), and what runs
-    can bear `bearable` times as long and still be in time.
+    """On a machine, batches take `interference[n - 1]` times as long under n loads (>= 1, never
+    falling), and what runs can bear `bearable` times as long and still be in time.
     """
 
     machine: str
-    interference: float
+    interference: tuple[float, ...]
     bearable: float
 
 

@@ -267,7 +267,7 @@ class Residency:
                     machine.server_measured(event.size_bytes)
             case Pace():
                 if (machine := self.machines.get(event.machine)) is not None:
-                    machine.interference = max(1.0, event.interference)
+                    machine.interference = event.interference
                     machine.bearable = event.bearable
             case _:
                 raise AssertionError(f"nothing to do for {event!r}")

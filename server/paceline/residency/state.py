@@ -125,7 +125,8 @@ class Machine:
     ledger: Ledger
     recyclable: bool = False
     fill: list[str] = field(default_factory=list)
-    interference: float = 1.0
+    interference: tuple[float, ...] = ()
+    """How many times as long batches take under 1, 2, ... loads; none: not known."""
     bearable: float = inf
     recycling: str = ""
     """Why it is to be restarted; "" when it is not."""
@@ -160,9 +161,11 @@ class Machine:
 
     def allowed_loads(self, most: int) -> int:
         """Loads at a time that what runs can bear."""
-        if self.interference <= 1.0 or self.bearable == inf:
+        if not self.interference or self.bearable == inf:
             return most
-        return max(0, min(most, int((self.bearable - 1.0) / (self.interference - 1.0) + 1e-9)))
+        # What loads do not slow down at all they may go on beside, however late it is.
+        limit = max(self.bearable, 1.0)
+        return min(most, sum(factor <= limit for factor in self.interference))
 
 
 @dataclass(frozen=True, slots=True)

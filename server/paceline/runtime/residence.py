@@ -70,7 +70,7 @@ class Residence:
         self._tasks: set[asyncio.Task[None]] = set()
         self._splitting: set[str] = set()
         self._wake: asyncio.TimerHandle | None = None
-        self._paced: dict[str, tuple[float, float]] = {}
+        self._paced: dict[str, tuple[tuple[float, ...], float]] = {}
         self._paced_s = -inf
 
     def engage(self) -> None:
@@ -211,7 +211,8 @@ class Residence:
         """See `Leasing.executed`."""
         known = self._machines.named().get(machine)
         if known is not None:
-            self.interference.count(machine, model, rows, took_s, self._loading(machine))
+            now_s = asyncio.get_running_loop().time()
+            self.interference.count(machine, model, rows, took_s, self._loading(machine), now_s)
 
     def installed(self, route: ChainRoute) -> None:
         """See `Leasing.installed`."""
@@ -286,6 +287,10 @@ class Residence:
         self._pace(now_s)
         self._perform(self.state.handle(event, now_s=now_s))
 
+    def factors(self, name: str, now_s: float) -> tuple[float, ...]:
+        """How many times as long batches take on a machine under 1, 2, ... loads at a time."""
+        return self.interference.factors(name, self.state.limits.most_loads, now_s)
+
     def _pace(self, now_s: float) -> None:
         """What runs, and what loads do to it, before anything is loaded."""
         if not self.state.limits.paced or now_s - self._paced_s < PACE_EVERY_S:
@@ -296,7 +301,7 @@ class Residence:
             return
         bearable = self._slack.bearable(now_s)
         for name in self.state.machines:
-            pace = (self.interference.factor(name), bearable)
+            pace = (self.factors(name, now_s), bearable)
             if self._paced.get(name) != pace:
                 self._paced[name] = pace
                 self._perform(self.state.handle(ev.Pace(name, *pace), now_s=now_s))
