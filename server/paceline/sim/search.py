@@ -130,7 +130,7 @@ class _Search:
             if plan is not None:
                 self._tell("confirming", found)
                 sure = spent(self._how.confidence, attempt)
-                instants, seed = self._instants(f"confirm {attempt}")
+                instants, seed = self._instants(f"confirm {attempt}", self._confirming(sure))
                 most = {c.name: self._allowed(c, len(instants[c.name]), sure) for c in self.judged}
                 # More misses than that refute it; of several chains all that miss are wanted.
                 refuted = Refuted(most)
@@ -226,7 +226,8 @@ class _Search:
             self._enough[at] = False
             return False
         self._tell("with", at)
-        instants, seed = self._instants("search", 1 if self._how.arrivals.trace else SCREENED)
+        part = 1 if self._how.arrivals.trace else SCREENED
+        instants, seed = self._instants("search", self._requests / part)
         most = {c.name: self._allowed(c, len(instants[c.name])) for c in self.judged}
         # Without headroom all chains that need it are wanted; later one is enough to go on.
         targets = {chain.name: chain.attainment for chain in self.judged}
@@ -257,14 +258,21 @@ class _Search:
         self._plans.clear()
         self._enough = {(0, 1.0): False}
 
-    def _instants(self, salt: str, part: int = 1) -> tuple[dict[str, Sequence[float]], int]:
-        """Arrivals of one part in so many of the requests, and a seed for the rest of the run.
+    def _confirming(self, confidence: float) -> int:
+        """Requests for a confirmation that sure: more than asked for where so few could not show
+        it, twice the least, so that some may miss.
+        """
+        strict = replace(self._how, confidence=confidence)
+        return max(self._requests, *(2 * strict.least(chain.attainment) for chain in self.judged))
 
-        The chain of least rate gets as many as it needs, the others come for as long.
+    def _instants(self, salt: str, requests: float) -> tuple[dict[str, Sequence[float]], int]:
+        """Arrivals, and a seed for the rest of the run.
+
+        The chain of least rate gets so many, the others come for as long.
         """
         seed = Random(f"{self._how.seed} {salt}").randrange(1 << 30)
         rates = {demand.name: demand.rate_rps for demand in self._demands}
-        span_s = self._requests / part / min(rates.values())
+        span_s = requests / min(rates.values())
         total = round(span_s * sum(rates.values()))
         if self._how.arrivals.trace is None and total > MOST_REQUESTS:
             raise ConfigError(
@@ -298,11 +306,12 @@ class _Search:
         """
         sure = confidence or self._how.confidence
         traced = self._how.arrivals.trace is not None
-        total = requests if traced else self._requests
+        total = requests if traced else self._confirming(sure)
         if wilson(total, total, sure)[0] < chain.attainment:
+            # Each confirmation that fails makes the next one stricter (`spent`).
             raise ConfigError(
                 f"{total} requests cannot show {chain.attainment:.6g} with "
-                f"{self._how.confidence:.0%} confidence; take a longer trace",
+                f"{sure:.4g} confidence; take a longer trace",
                 key="--arrivals",
             )
         worth = total / self._clumped(chain, total, sure)
