@@ -6,6 +6,7 @@
     .venv/bin/python scripts/bench_blocks.py --work DIR share vit_b16
     .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --limit-mib 170
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse resnet50 squeezenet densenet121
+    .venv/bin/python scripts/bench_blocks.py --work DIR fuse ocr    # the example's chain
 
 Models are made by scripts/make_models.py and compiled into DIR on first use (some GB of disk). Each
 prints a table for docs/benchmarks/blocks.md. Everything in one row ran interleaved in one process
@@ -397,6 +398,12 @@ def share(directories: Sequence[str], onnx: str) -> dict[str, float]:
 def print_fuse(bench: Bench, arguments: argparse.Namespace) -> None:
     """Models of one group: as plain ONNX models, as blocks, and fused."""
     models = arguments.models
+    if models == ["ocr"]:
+        sys.path.insert(0, str(SCRIPTS.parent))
+        from scripts.blocks_chain import print_ocr
+
+        print_ocr(bench.work, arguments.repeats)
+        return
     repository = bench.work / "fuse" / "models"
     options = Options(measure=False)
     pool = bench.work / "fuse" / "blocks"

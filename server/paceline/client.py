@@ -101,6 +101,16 @@ def statuses(server: str, *, watch: bool) -> Iterator[dict[str, Any]]:
             yield json.loads(item.json)
 
 
+def statistics(server: str) -> dict[str, int]:
+    """Rows that each chain and model has executed since the server's start."""
+
+    def ask() -> Any:
+        with triton.InferenceServerClient(server) as client:
+            return client.get_inference_statistics(client_timeout=_CONTROL_TIMEOUT_S)
+
+    return {entry.name: int(entry.inference_count) for entry in _ask(server, ask).model_stats}
+
+
 def explain(server: str, request_id: str) -> dict[str, Any]:
     """The fields of `paceline.v1.ExplainResponse`, all of them."""
     with grpc.insecure_channel(server) as channel:

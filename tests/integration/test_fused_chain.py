@@ -20,6 +20,7 @@ from tests.integration.test_ocr_chain import TIMEOUT_S, image_input, lines_of, r
 from paceline.blocks.compile import compile_model
 from paceline.blocks.group import group_of, read_group
 from paceline.blocks.member import Options
+from paceline.blocks.observed import from_server
 from paceline.config import read_chain
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -104,3 +105,11 @@ def test_a_member_that_refuses_a_request_is_named(fused: Paceline) -> None:
     message = failed.value.message()
     assert "model 'ocr_front': member 'prepare' (ocr_prepare): " in message
     assert "too long and thin" in message
+
+
+def test_what_the_server_observed_is_what_suggestions_rest_on(fused: Paceline) -> None:
+    """After the tests before: three pages a run, six lines on two of them."""
+    observed = from_server(fused.address)
+    assert observed.rates_rps["ocr"] > 0
+    assert observed.fan_outs["ocr", "front"] == 1.0
+    assert observed.rows_rps["ocr_lines"] > observed.rates_rps["ocr"]

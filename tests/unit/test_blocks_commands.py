@@ -17,11 +17,15 @@ from tests.blocks_models import conv, written
 from paceline.blocks import show
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
+from paceline.blocks.observed import Observed, from_documents, from_state
 from paceline.blocks.repository import find_compiled
 from paceline.blocks.suggest import Suggestion, Weights, groups, suggest, weights_of
 from paceline.config import parse_chain
 from paceline.core.chain import Chain
+from paceline.core.errors import ConfigError
 from paceline.core.profile import ProfileRow, Profiles
+from paceline.planner.replan import Traffic
+from paceline.state import State
 
 MIB = 1 << 20
 
@@ -74,6 +78,9 @@ def test_compile_then_show_from_the_shell(tmp_path: Path) -> None:
         (["show", "."], "no model compiled into blocks is here"),
         (["show", ".", "--format", "xml"], "--format: must be text or json"),
         (["suggest", "--chains", "none.yaml"], "none.yaml"),
+        (["suggest"], "--chains: give --chains, or the --state-dir of a server"),
+        (["suggest", "--state-dir", "."], "paceline.sqlite3: no such file"),
+        (["suggest", "--chains", "c.yaml", "--server", "x:1", "--state-dir", "."], "is enough"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -179,6 +186,75 @@ def test_unlike_batch_sizes_are_warned_of() -> None:
     rows += [ProfileRow("ranker", "cpu", size, 0.1 + 0.001 * size) for size in (1, 8, 32)]
     (note,) = _suggest(Profiles(tuple(rows)))[0].notes + _suggest(Profiles(tuple(rows)))[1].notes
     assert "embedder in batches of 1, ranker in batches of 32" in note
+
+
+def test_python_models_can_be_in_a_group_that_is_wired() -> None:
+    """And are an obstacle where the chain cannot be followed."""
+    python = Weights({}, "ranker is no ONNX model", hosted=True)
+    found = next(s for s in _suggest(ranker=python) if "ranker" in s.models)
+    assert found.possible and found.wired and not found.notes
+    assert "paceline blocks compile --chain FILE embed rank --fuse NAME" in str(found)
+    python = Weights({}, "special is no ONNX model", hosted=True)
+    observed = Observed({"shop": 1.0}, {("shop", "rare"): 1.0})
+    known = {name: Weights({name: MIB}) for name in ("embedder", "ranker", "detector")}
+    known |= {"classifier": Weights({}), "reader": Weights({}), "special": python}
+    found = next(
+        s for s in suggest([_chain()], known, None, observed) if s.relation.startswith("nearly")
+    )
+    assert found.models == ("embedder", "ranker") and not found.wired
+    assert "special is no ONNX model" in found.notes
+
+
+def test_what_is_observed_ranks_and_warns() -> None:
+    """Groups by the calls a second that fusing saves; a model that others use more is told."""
+    observed = Observed(
+        {"shop": 2.0},
+        {("shop", "classify"): 5.0, ("shop", "read"): 5.0, ("shop", "rare"): 0.95},
+        {"ranker": 10.0, "embedder": 2.0},
+    )
+    assert ("nearly always together", ["embed", "rank", "rare"]) in [
+        (relation, [m.name for m in part]) for relation, part in groups(_chain(), observed)
+    ]
+    names = ("embedder", "ranker", "detector", "classifier", "reader", "special")
+    weights = {name: Weights({name: MIB}) for name in names}
+    first, second, third = suggest([_chain()], weights, None, observed)
+    assert first.models == ("classifier", "reader")
+    assert (first.rate_rps, first.saved_calls_rps) == (10.0, 10.0)
+    assert "observed 10/s: 10 calls/s less" in str(first)
+    assert second.models == ("embedder", "ranker") and second.saved_calls_rps == 2.0
+    assert second.notes == ("80 % of the rows of ranker are of other chains or of its own name",)
+    assert third.relation == "nearly always together" and not third.wired
+    (unseen, *_) = suggest([_chain()], weights, None, Observed())
+    assert "no request of this chain was observed" in unseen.notes
+
+
+def test_what_a_server_says_is_read_as_rates() -> None:
+    status = {
+        "uptime_s": 50.0,
+        "chains": [
+            {"chain": "shop", "met": 90, "missed": 10},
+            {"chain": "idle", "met": 0, "missed": 0},
+        ],
+        "replanning": {"traffic": [{"chain": "shop", "fan_outs": {"read": 2.5}}]},
+    }
+    observed = from_documents(status, {"shop": 100, "idle": 0, "reader": 500})
+    assert observed == Observed({"shop": 2.0}, {("shop", "read"): 2.5}, {"reader": 10.0})
+    assert observed.model_rps("reader", [_chain()]) == 10.0
+
+
+def test_what_a_server_kept_is_read_and_left_alone(tmp_path: Path) -> None:
+    """Chains that were applied over the API are there too; one state serves many looks."""
+    state, chain = State(tmp_path), _chain()
+    fan_outs = {(chain.name, module.name): 1.0 for module in chain.modules}
+    state.keep_traffic(Traffic({"shop": 4.0}, fan_outs | {("shop", "rare"): 0.25}), [chain])
+    for _ in range(2):
+        chains, observed = from_state(tmp_path)
+        assert [found.name for found in chains] == ["shop"]
+        assert observed.rates_rps == {"shop": 4.0} and observed.fan_outs["shop", "rare"] == 0.25
+    state.close()
+    (tmp_path / "paceline.sqlite3").write_bytes(b"x" * 4096)
+    with pytest.raises(ConfigError, match="not a database"):
+        from_state(tmp_path)
 
 
 def test_another_chain_that_needs_a_part_only_is_named() -> None:

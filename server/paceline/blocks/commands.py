@@ -89,6 +89,10 @@ def compile_command(
             help="An input's shape to measure with, if its dynamic axes cannot be guessed.",
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(help="cpu; or cuda: graphs for a GPU, which nobody has run on one yet."),
+    ] = "cpu",
     measure: Annotated[
         bool,
         typer.Option(help="Run the blocks: compare with the whole model, time each."),
@@ -114,7 +118,9 @@ def compile_command(
     from paceline.blocks.member import Options
 
     shapes = dict(_shape(text) for text in shape or ())
-    options = Options(budget_mib=budget_mib, max_batch=max_batch, measure=measure, shapes=shapes)
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"must be cpu or cuda, got {device!r}", key="--device")
+    options = Options(budget_mib, max_batch, measure, shapes, device=device)
     if fuse is not None and not NAME.fullmatch(fuse):
         raise ConfigError(
             f"{fuse!r} is no name of a model: use letters, digits, _ . -", key="--fuse"
@@ -200,29 +206,51 @@ def show_command(
 @blocks_app.command("suggest")
 def suggest_command(
     chains: Annotated[
-        list[Path], typer.Option(help="A chain file, or a directory of them; may be given again.")
-    ],
+        list[Path] | None,
+        typer.Option(help="A chain file, or a directory of them; may be given again."),
+    ] = None,
     model_repository: RepositoryOption = None,
     profiles: Annotated[
         Path | None,
         typer.Option(help="Durations (CSV of `paceline profile`): warns of unlike batch sizes."),
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="A running server: what it observed of --chains."),
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="Of a server that ran: its chains and what it observed of them."),
+    ] = None,
     output: FormatOption = "text",
 ) -> None:
     """Propose which models to fuse: those that the same requests always need together.
 
-    What it prints can be done with `paceline blocks compile A.onnx B.onnx --fuse NAME`.
+    Chains say which those are; observed traffic (--server, --state-dir) adds what is nearly always
+    needed together, ranks by the calls saved, and warns of models that others use more. What it
+    prints can be done with `paceline blocks compile`.
     """
+    from paceline.blocks.observed import Observed, from_server, from_state
     from paceline.blocks.suggest import suggest, weights_of
     from paceline.config import read_chains, read_profiles
 
     _check_format(output)
-    read = read_chains(chains)
+    if not chains and state_dir is None:
+        raise ConfigError("give --chains, or the --state-dir of a server", key="--chains")
+    if server is not None and state_dir is not None:
+        raise ConfigError("one of --server and --state-dir is enough", key="--server")
+    read = read_chains(chains or ())
+    observed: Observed | None = None
+    if state_dir is not None:
+        kept, observed = from_state(state_dir)
+        read = read or kept
+    elif server is not None:
+        observed = from_server(server)
     measured = read_profiles(profiles) if profiles is not None else None
     names = dict.fromkeys(module.model for chain in read for module in chain.modules)
     repositories = model_repository or [Path("model_repository")]
     weights = {name: weights_of(name, repositories) for name in names}
-    suggestions = suggest(read, weights, measured)
+    suggestions = suggest(read, weights, measured, observed)
     if output == "json":
         print(json.dumps([suggestion.as_json() for suggestion in suggestions], indent=2))
         return

@@ -160,7 +160,7 @@ class _Compiler:
         stage.mkdir()
         try:
             self._progress(f"{told}: optimising {source.bytes / MIB:.1f} MiB")
-            optimised = optimise(source, stage)
+            optimised = optimise(source, stage, portable=self._options.device != "cpu")
             member = self._faithful(told, name, source, optimised)
         finally:
             shutil.rmtree(stage, ignore_errors=True)

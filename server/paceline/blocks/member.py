@@ -47,13 +47,14 @@ _ROWS = {("Gather", 0), ("EmbedLayerNormalization", 2)}
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the result depends on besides the sources. `shapes`: for measuring, by input;
-    `panels`: matrices as kernels read them."""
+    `panels`: matrices as the CPU's kernels read them."""
 
     budget_mib: int | None = None
     max_batch: int = 32
     measure: bool = True
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     panels: bool = True
+    device: str = "cpu"
 
     @property
     def piece_bytes(self) -> int:
@@ -82,6 +83,7 @@ class Options:
             "piece_mib": self.piece_bytes // MIB,
             "block_mib": self.block_bytes // MIB,
             "panels": self.panels,
+            **({"device": self.device} if self.device != "cpu" else {}),
         }
 
 
@@ -120,7 +122,7 @@ def prepare(
         stored, parts = tile(model, stored, options.piece_bytes)
         values = {**values, **_tile_values(model, values, parts, stored)}
     within: Mapping[str, Value] = {}
-    if panels and options.panels and not why:
+    if panels and options.panels and options.device == "cpu" and not why:
         stored, within = panel(model, stored, values)
         values = {**values, **within}
     steps = [

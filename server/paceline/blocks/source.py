@@ -232,8 +232,8 @@ def _inside(path: Path, location: str) -> Path:
     return file
 
 
-def optimise(source: Source, stage: Path) -> Optimised:
-    """ONNX Runtime's graph for this CPU, in the new directory `stage`.
+def optimise(source: Source, stage: Path, *, portable: bool = False) -> Optimised:
+    """ONNX Runtime's graph for this CPU, in the new directory `stage`; `portable`: for any device.
 
     Raises ConfigError for a model ONNX Runtime refuses, ResidencyError if the disk is full.
     """
@@ -246,7 +246,10 @@ def optimise(source: Source, stage: Path) -> Optimised:
         )
     path = stage / "optimised.onnx"
     options = session_options()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_BASIC if portable else levels.ORT_ENABLE_ALL
+    )
     options.optimized_model_filepath = str(path)
     for key, value in (
         ("session.optimized_model_external_initializers_file_name", "optimised.bin"),

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .budget import Budget
+from .device import DevicePool, DeviceRuns, DeviceSession, Driver, open_cuda
 from .ledger import Ledger
 from .loader import Loader
 from .manifest import (
@@ -30,9 +32,9 @@ from .manifest import (
     runtime_here,
 )
 from .mapping import MappedObject
-from .run import Durations, compute
+from .run import Durations, Sessions, compute
 from .settings import Settings
-from .skeleton import Skeleton, ort_version, to_value
+from .skeleton import Skeleton, available_providers, ort_version, to_value
 from .source import LocalSource, Source, objects_of
 from .window import Window
 
@@ -50,6 +52,7 @@ class BlockModel:
             raise PoolError(
                 f"model {self.manifest.model!r} was compiled for {different}: compile it again"
             )
+        self._driver = _open_device(settings, self.manifest)
         self._members: dict[str, tuple[Member, int]] = {}
         blocks: list[Block] = []
         for member in self.manifest.members:
@@ -59,7 +62,8 @@ class BlockModel:
         needs = [_loaded_objects(block) for block in blocks]
         loaded = {name for names in needs for name in names}
         self._tables = [name for name in sizes if name not in loaded]
-        self._by_rows = self._tables_by_rows(blocks)
+        # A device does not page on demand: its tables are there, and checked, as a whole.
+        self._by_rows = {} if self._driver is not None else self._tables_by_rows(blocks)
         self._unchecked_tables = [name for name in self._tables if name not in self._by_rows]
         self._ran = threading.Event()
         self._blocks = blocks
@@ -94,7 +98,18 @@ class BlockModel:
             lambda block: source.graph(block.graph, self.manifest.objects[block.graph]),
             self._objects,
             settings.threads,
+            None if self._driver is None else self._on_device,
         )
+        self._runs: Sessions = self._skeleton
+        if self._driver is not None:
+            self._pool = DevicePool(
+                self._driver,
+                [tuple(dict.fromkeys(w.object for w in block.weights)) for block in blocks],
+                self._objects,
+                settings.device_pool_bytes,
+            )
+            fetched = partial(self._loader.wait_complete, 0.0)
+            self._runs = DeviceRuns(self._skeleton, self._pool, len(blocks), fetched)
         self._one_at_a_time = threading.Lock()
         self._closed = False
 
@@ -156,6 +171,12 @@ class BlockModel:
             self._tables_thread.join()
         self._source.close()
         self._ledger.close()
+        if self._driver is not None:
+            self._driver.close()
+
+    def _on_device(self, graph: Path, block: Block) -> DeviceSession:
+        assert self._settings.gpu is not None
+        return DeviceSession(graph, block, self._settings.threads, self._pool, self._settings.gpu)
 
     def _infer(
         self, name: str, feed: Mapping[str, Any], outputs: Sequence[str], rows: int
@@ -185,7 +206,7 @@ class BlockModel:
                 if chunks is not None:
                     rows = values[self._blocks[block].inputs.index(weight.index)].numpy()
                     self._source.check_part(weight.object, chunks_of(rows, weight, chunks))
-        return self._skeleton.run(block, values)
+        return self._runs.run(block, values)
 
     def _tables_by_rows(self, blocks: Sequence[Block]) -> dict[str, Chunks]:
         """Tables of which the rows that a run reads are known before it reads them."""
@@ -220,6 +241,18 @@ class BlockModel:
         if sum(self._objects[name].cached_bytes() for name in self._tables) > limit_bytes:
             for name in self._tables:
                 self._objects[name].drop(page_cache=not self._settings.keep_page_cache)
+
+
+def _open_device(settings: Settings, manifest: Manifest) -> Driver | None:
+    """The GPU a model asks for; None: the CPU. Raises PoolError if it cannot be had."""
+    if settings.gpu is None:
+        return None
+    if manifest.document["options"].get("device") != "cuda":
+        raise PoolError(
+            f"model {manifest.model!r} was compiled for a CPU: compile it with --device cuda, "
+            "or leave the parameter device out (and set KIND_CPU)"
+        )
+    return open_cuda(settings.gpu, available_providers())
 
 
 def _open_source(settings: Settings) -> tuple[Source, str]:

@@ -47,12 +47,14 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Opens the model. Raises ValueError, naming model and fix, if it cannot be served."""
         self._name = args["model_name"]
-        if args.get("model_instance_kind") == "GPU":
-            raise ValueError(f"model '{self._name}': set KIND_CPU in instance_group")
         config = json.loads(args["model_config"])
+        parameters = dict(config.get("parameters", {}))
+        if args.get("model_instance_kind") == "GPU":
+            number = args.get("model_instance_device_id", "0")
+            parameters.setdefault("device", {"string_value": f"cuda:{number}"})
         self._wired: WiredModel | None = None
         try:
-            settings = read_settings(config.get("parameters", {}), Path(args["model_repository"]))
+            settings = read_settings(parameters, Path(args["model_repository"]))
             self._blocks = self._open(settings, config)
             if self._blocks.manifest.wiring is not None:
                 self._wired = self._wire(args, config)

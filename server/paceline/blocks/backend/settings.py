@@ -13,6 +13,7 @@ from pathlib import Path
 
 MIB = 2**20
 _GROUP = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
+_DEVICE = re.compile(r"cpu\Z|cuda(?::(\d{1,3}))?\Z")
 KNOWN = (
     "manifest",
     "pool",
@@ -25,6 +26,8 @@ KNOWN = (
     "threads",
     "parallel",
     "s3_endpoint",
+    "device",
+    "device_pool_mib",
 )
 
 
@@ -47,6 +50,8 @@ class Settings:
     threads: int
     parallel: int | None
     s3_endpoint: str
+    gpu: int | None = None
+    device_pool_bytes: int | None = None
 
 
 def read_settings(parameters: Mapping[str, Mapping[str, str]], model_directory: Path) -> Settings:
@@ -68,6 +73,9 @@ def read_settings(parameters: Mapping[str, Mapping[str, str]], model_directory: 
     group = texts.get("budget_group", "default")
     if not _GROUP.match(group):
         raise SettingsError(f"parameter budget_group is {group!r}: give letters, digits, - _ .")
+    device = _DEVICE.match(texts.get("device", "cpu"))
+    if device is None:
+        raise SettingsError(f"parameter device is {texts['device']!r}: give cpu, cuda or cuda:N")
     return Settings(
         manifest=texts["manifest"],
         pool=texts["pool"].rstrip("/") if remote else base / texts["pool"],
@@ -80,6 +88,8 @@ def read_settings(parameters: Mapping[str, Mapping[str, str]], model_directory: 
         threads=_whole(texts, "threads", 1, 0, 1024),
         parallel=_whole(texts, "parallel", 0, 1, 64) if "parallel" in texts else None,
         s3_endpoint=texts.get("s3_endpoint", ""),
+        gpu=int(device[1] or 0) if device[0] != "cpu" else None,
+        device_pool_bytes=_mebibytes(texts, "device_pool_mib"),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,13 @@ class Skeleton:
         graph: Callable[[Block], Path],
         objects: Mapping[str, MappedObject],
         threads: int,
+        on_device: Callable[[Path, Block], Any] | None = None,
     ) -> None:
+        """`on_device` makes sessions whose weights are elsewhere than in `objects`."""
         self._blocks = blocks
         self._graph = graph
-        self._objects = objects
-        self._threads = threads
-        self._built: dict[str, Session] = {}
+        self._make = on_device or partial(Session, objects=objects, threads=threads)
+        self._built: dict[str, Any] = {}
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -108,7 +110,8 @@ class Skeleton:
         session = self._built.get(key)
         if session is None:
             session = self._await(key)
-        return session.run(values)
+        results: list[Any] = session.run(values)
+        return results
 
     def close(self) -> None:
         """Ends the thread; sessions stay usable by runs that have them."""
@@ -116,7 +119,7 @@ class Skeleton:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _await(self, key: str) -> Session:
+    def _await(self, key: str) -> Any:
         with self._changed:
             self._changed.wait_for(lambda: key in self._built or self._error or self._closed)
             if key in self._built:
@@ -130,7 +133,7 @@ class Skeleton:
             if block.key in self._built:
                 continue
             try:
-                session = Session(self._graph(block), block, self._objects, self._threads)
+                session = self._make(self._graph(block), block)
             except Exception as error:  # whoever waits must be told
                 with self._changed:
                     self._error = error
@@ -146,6 +149,11 @@ class Skeleton:
 def ort_version() -> str:
     """Of the runtime that is here."""
     return str(ort.__version__)
+
+
+def available_providers() -> list[str]:
+    """What this ONNX Runtime runs on."""
+    return list(ort.get_available_providers())
 
 
 def to_value(array: Any) -> Any:
