@@ -32,7 +32,7 @@ sim: ## the dispatcher in virtual time; SEED=n replays one seed, SEEDS=n runs so
 lock: ## resolves the dependencies of pyproject.toml anew
 	scripts/setup --dev
 	.venv/bin/uv pip compile --universal --generate-hashes --python-version 3.11 --no-header -q \
-	  --extra example --extra s3 --group build -o requirements.lock pyproject.toml
+	  --extra example --extra s3 --extra gpu --group build -o requirements.lock pyproject.toml
 	.venv/bin/uv pip compile --universal --generate-hashes --python-version 3.11 --no-header -q \
 	  --group pyproject.toml:dev -c requirements.lock -o requirements-dev.lock
 

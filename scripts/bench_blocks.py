@@ -122,7 +122,7 @@ class Bench:
             level = ort.GraphOptimizationLevel
             best, level.ORT_ENABLE_ALL = level.ORT_ENABLE_ALL, level.ORT_DISABLE_ALL
             try:
-                options = Options(measure=False)
+                options = Options(measure=False, panels=False)
                 compile_model({"": self.onnx(model)}, directory, self.work / "raw/blocks", options)
             finally:
                 level.ORT_ENABLE_ALL = best

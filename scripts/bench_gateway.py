@@ -10,6 +10,8 @@ Runs side by side, on this machine, in interleaved repeats:
   ensemble    three of those as a Triton ensemble
   paceline-1  `paceline serve`, a chain of one such model
   paceline-3  a chain of three
+  run-3       a chain of one that is an ensemble of the same three, made by hand: what executing
+              a chain of three at once would give (decision 0023)
   protobuf-1  (--protobuf) paceline-1 without the raw-bytes path and shared memory
 
 For each tensor size, call type and number of requests in flight: median latency, requests/s, and
@@ -61,7 +63,7 @@ from scripts.gateway_report import Cell, Results, report  # noqa: E402
 SIZES = {"64B": 64, "600KB": 600_000, "5MB": 5_000_000}
 MAX_BATCH = 32
 READY_TIMEOUT_S = 180.0
-FRONTED = ("paceline-1", "paceline-3", "protobuf-1")
+FRONTED = ("paceline-1", "paceline-3", "run-3", "protobuf-1")
 
 _IDENTITY = """
 import triton_python_backend_utils as pb_utils
@@ -102,16 +104,16 @@ def write_repository(root: Path, elements: int) -> None:
         (root / name / "1" / "model.py").write_text(_IDENTITY)
 
 
-def write_ensemble(root: Path, elements: int) -> None:
-    """Not in Paceline's repository: a chain takes its place there."""
+def write_ensemble(root: Path, name: str, elements: int) -> None:
+    """`a`, `b` and `c` one after the other."""
     steps = ", ".join(
         f'{{model_name: "{model}" model_version: -1 '
         f'input_map {{key: "x" value: "{given}"}} output_map {{key: "y" value: "{made}"}}}}'
         for model, given, made in (("a", "x", "t1"), ("b", "t1", "t2"), ("c", "t2", "y"))
     )
-    (root / "abc" / "1").mkdir(parents=True)
-    (root / "abc" / "config.pbtxt").write_text(
-        f'name: "abc"\nplatform: "ensemble"\nmax_batch_size: {MAX_BATCH}\n'
+    (root / name / "1").mkdir(parents=True)
+    (root / name / "config.pbtxt").write_text(
+        f'name: "{name}"\nplatform: "ensemble"\nmax_batch_size: {MAX_BATCH}\n'
         f'input [{{name: "x" data_type: TYPE_UINT8 dims: [{elements}]}}]\n'
         f'output [{{name: "y" data_type: TYPE_UINT8 dims: [{elements}]}}]\n'
         f"ensemble_scheduling {{step [{steps}]}}\n"
@@ -119,9 +121,10 @@ def write_ensemble(root: Path, elements: int) -> None:
 
 
 def write_chains(root: Path, elements: int) -> None:
-    """`one` (model a) and `three` (a, b, c), planned for more than they will see."""
+    """`one` (model a), `three` (a, b, c), `run` (their ensemble): planned for less than they see,
+    which they are served all the same."""
     root.mkdir()
-    for name, models in (("one", "a"), ("three", "abc")):
+    for name, models in (("one", "a"), ("three", "abc"), ("run", ("at_once",))):
         lines = [
             f"chain: {name}\nslo_ms: 120000\nrate_rps: 20\narrivals: uniform",
             f"inputs: {{x: {{dtype: UINT8, shape: [{elements}]}}}}\nmodules:",
@@ -192,7 +195,8 @@ async def peers(
     """Every case, up and ready, with tensors of one size."""
     write_repository(work / "models", size_bytes)
     write_chains(work / "chains", size_bytes)
-    write_ensemble(work / "ensembles", size_bytes)
+    write_ensemble(work / "models", "at_once", size_bytes)
+    write_ensemble(work / "ensembles", "abc", size_bytes)
     payload = random.Random(size_bytes).randbytes(size_bytes)
     made: dict[str, Peer] = {}
 
@@ -229,6 +233,7 @@ async def peers(
             add(f"{kind}-1", target, "one", False, lambda pid=pid: pid)
             if kind == "paceline":
                 add("paceline-3", target, "three", False, lambda pid=pid: pid)
+                add("run-3", target, "run", False, lambda pid=pid: pid)
         yield made
 
 

@@ -3,6 +3,7 @@ prewarming saves a cold chain. On a real local Triton, with models that take mem
 
     .venv/bin/python scripts/bench_residency.py [--quick] [--seconds S] [--systems NAME ...]
     .venv/bin/python scripts/bench_residency.py --virtual [--seconds S] [--seeds N]
+    .venv/bin/python scripts/bench_residency.py --pacing S
 
 Twelve models of 10 to 120 MiB beside what their processes take, which load the longer the larger
 they are; memory for 40 % of their total. Requests follow the shape of a Twitter window, models a
@@ -47,7 +48,7 @@ from paceline.sim.backend import SimMachine
 from paceline.sim.fleet import BlankModels
 from paceline.sim.resident import Memory, ResidentWorld, SimModel
 from paceline.sim.stimuli import Arrive, Install
-from paceline.sim.workload import read_trace
+from paceline.sim.workload import read_trace, scaled
 from paceline.v1 import control_pb2, control_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,16 +64,25 @@ PROCESS_MIB = 22.0
 """What a model's process takes beside it (PSS), measured."""
 LOAD_S_PER_MIB = 0.004
 START_S = 0.35
-UNLOAD_S = 1.0
+UNLOAD_S = 1.4
 """What a model without ballast takes to load, and any to be gone: measured, used by --virtual."""
 MIB = 1 << 20
 EXECUTE_S = 0.01
 MEMORY_SHARE = 0.4
 ZIPF = 1.1
-RATE_RPS = 1.5
+RATE_RPS = 2.0
+WINDOW_S = 600.0
+"""The window of the trace, whose shape is squeezed into the run."""
 OBJECTIVE_S = 0.5
 SHIFTS = 4
 GIVE_UP_S = 60.0
+EXECUTE_BUSY_S = 0.01
+STEADY_RPS = 40.0
+STEADY_SLO_S = 0.04
+LOAD_BUSY_S = 2.0
+COLD_EVERY_S = 20.0
+COLD_AT_ONCE = 4
+"""Of the comparison of paced loads."""
 READY_S = 180.0
 
 
@@ -99,7 +109,8 @@ class Outcome:
 def requests(seconds: float, seed: int) -> list[tuple[float, str]]:
     """When which model is asked for: the same for every system."""
     rng = Random(seed)
-    arrivals = read_trace(TRACE, rng, rate_rps=RATE_RPS, window="ipa_bursty")
+    whole = read_trace(TRACE, rng, rate_rps=RATE_RPS * seconds / WINDOW_S, window="ipa_bursty")
+    arrivals = scaled(whole, RATE_RPS)
     names, found = list(MODELS), []
     weights = [1.0 / rank**ZIPF for rank in range(1, len(names) + 1)]
     shift = -1
@@ -161,7 +172,9 @@ def counts(http: str) -> dict[str, float]:
     return found
 
 
-async def replay(target: str, asked: Sequence[tuple[float, str]]) -> list[float | None]:
+async def replay(
+    target: str, asked: Sequence[tuple[float, str]], *, quiet: bool = False
+) -> list[float | None]:
     """Open loop: sent when due, whatever became of those before."""
     latencies: list[float | None] = [None] * len(asked)
     async with grpc.aio.insecure_channel(target) as channel:
@@ -170,9 +183,10 @@ async def replay(target: str, asked: Sequence[tuple[float, str]]) -> list[float 
 
         async def send(index: int, name: str, due_s: float) -> None:
             try:
-                await call(message(name), timeout=GIVE_UP_S)
+                await call(message(name, batched=name != "running"), timeout=GIVE_UP_S)
             except grpc.aio.AioRpcError as error:
-                print(f"{name}: {error.code().name} {error.details()}", file=sys.stderr)
+                if not quiet:
+                    print(f"{name}: {error.code().name} {error.details()}", file=sys.stderr)
             else:
                 latencies[index] = monotonic() - due_s
 
@@ -288,6 +302,53 @@ def virtual_run(name: str, seconds: float, seed: int, budget_mib: float) -> tupl
     )
 
 
+def pacing(seconds: float) -> None:
+    """Loads beside running batches, paced and not: what becomes of both."""
+    print(
+        f"\nA chain of {EXECUTE_BUSY_S * 1e3:.0f} ms at {STEADY_RPS:g} requests/s with "
+        f"{STEADY_SLO_S * 1e3:.0f} ms to answer in; every {COLD_EVERY_S:g} s {COLD_AT_ONCE} cold "
+        f"models at once, each of which keeps a core busy for {LOAD_BUSY_S:g} s; {seconds:g} s "
+        f"on {os.cpu_count()} cores:\n"
+    )
+    print("| loads | running chain attained | its p50 ms | p99 ms | refused |", end="")
+    print(" cold p50 ms | p99 ms | failed |\n|---|---|---|---|---|---|---|---|")
+    for label, flag in (("paced", "--pace-loads"), ("not paced", "--no-pace-loads")):
+        with tempfile.TemporaryDirectory(prefix="paceline-residency-") as made:
+            work = Path(made)
+            cold = [f"cold{index}" for index in range(2 * COLD_AT_ONCE)]
+            write_ballast(work / "models", "steady", 1, execute_s=EXECUTE_BUSY_S, busy=True)
+            for name in cold:
+                write_ballast(work / "models", name, 60, load_s=LOAD_BUSY_S, busy=True)
+            text = chain_file("running", ["steady"], slo_ms=STEADY_SLO_S * 1e3, rate_rps=STEADY_RPS)
+            (work / "running.yaml").write_text(text, encoding="utf-8")
+            room_mib = round((COLD_AT_ONCE + 0.5) * (60 + PROCESS_MIB) + PROCESS_MIB)
+            arguments = ["--model-repository", str(work / "models"), flag]
+            arguments += ["--memory-mib", str(room_mib), "--chains", str(work / "running.yaml")]
+            asked = [(n / STEADY_RPS, "running") for n in range(int(seconds * STEADY_RPS))]
+            for turn in range(int(seconds / COLD_EVERY_S)):
+                at_s = (turn + 0.5) * COLD_EVERY_S
+                half = turn % 2 * COLD_AT_ONCE
+                asked += [(at_s, name) for name in cold[half : half + COLD_AT_ONCE]]
+            asked.sort()
+            with served(work, arguments) as (target, _):
+                took_s = asyncio.run(replay(target, asked, quiet=True))
+        print(f"| {label} {paced_row(asked, took_s)}", flush=True)
+
+
+def paced_row(asked: Sequence[tuple[float, str]], took_s: Sequence[float | None]) -> str:
+    found = list(zip(asked, took_s, strict=True))
+    running = [took for (_, name), took in found if name == "running"]
+    cold = [took for (_, name), took in found if name != "running"]
+    ran, waited = (sorted(t for t in each if t is not None) for each in (running, cold))
+    met = sum(took <= STEADY_SLO_S for took in ran)
+    return (
+        f"| {met / len(running):.1%} | {percentile(ran, 0.5) * 1e3:.0f} "
+        f"| {percentile(ran, 0.99) * 1e3:.0f} | {1 - len(ran) / len(running):.1%} "
+        f"| {percentile(waited, 0.5) * 1e3:.0f} | {percentile(waited, 0.99) * 1e3:.0f} "
+        f"| {len(cold) - len(waited)} |"
+    )
+
+
 def cold_chain(rounds: int) -> None:
     """The first request after a keep-alive has ended: as a chain, and module by module."""
     models = ["first", "second", "third"]
@@ -353,6 +414,9 @@ def main() -> None:
         choices=["cost", "lru", "load-all"],
         help="cost is what Paceline does; none: only the cold chain",
     )
+    parser.add_argument(
+        "--pacing", type=float, metavar="S", help="only: paced loads against others, S s each"
+    )
     parser.add_argument("--virtual", action="store_true", help="in virtual time, without Triton")
     parser.add_argument("--seeds", type=int, default=5, help="for --virtual")
     given = parser.parse_args()
@@ -360,6 +424,9 @@ def main() -> None:
         virtual(given.systems, given.seconds, given.seeds)
         return
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    if given.pacing:
+        pacing(given.pacing)
+        return
     if given.systems:
         compare(given.systems, 10.0 if given.quick else given.seconds, given.seed)
     if given.rounds:

@@ -18,13 +18,22 @@ class TritonPythonModel:
         self.execute_s = value("execute_s")
         # Written to, so that every page of it is really there.
         self.ballast = bytearray(b"\\x5a") * int(value("ballast_mib") * 2**20)
-        time.sleep(value("load_s"))
+        self.busy = value("busy") > 0
+        self.spend(value("load_s"))
+
+    def spend(self, seconds):
+        if not self.busy:
+            time.sleep(seconds)
+            return
+        until_s = time.thread_time() + seconds
+        while time.thread_time() < until_s:
+            pass
 
     def execute(self, requests):
         responses = []
         for request in requests:
             x = pb_utils.get_input_tensor_by_name(request, "x")
-            time.sleep(self.execute_s)
+            self.spend(self.execute_s)
             y = pb_utils.Tensor("y", x.as_numpy())
             responses.append(pb_utils.InferenceResponse([y]))
         return responses
@@ -38,6 +47,7 @@ input [{{name: "x" data_type: TYPE_FP32 dims: [4]}}]
 output [{{name: "y" data_type: TYPE_FP32 dims: [4]}}]
 parameters [
   {{key: "ballast_mib" value: {{string_value: "{ballast_mib}"}}}},
+  {{key: "busy" value: {{string_value: "{busy}"}}}},
   {{key: "load_s" value: {{string_value: "{load_s}"}}}},
   {{key: "execute_s" value: {{string_value: "{execute_s}"}}}}
 ]
@@ -52,12 +62,20 @@ def write_ballast(
     load_s: float = 0.0,
     execute_s: float = 0.0,
     batch: int = 8,
+    busy: bool = False,
 ) -> Path:
-    """y = x after `execute_s`; loads for `load_s` beyond what its process takes to start."""
+    """y = x after `execute_s`; loads for `load_s` beyond what its process takes to start. `busy`:
+    keeps a core busy meanwhile.
+    """
     directory = repository / name
     (directory / "1").mkdir(parents=True)
     config = _CONFIG.format(
-        name=name, batch=batch, ballast_mib=ballast_mib, load_s=load_s, execute_s=execute_s
+        name=name,
+        batch=batch,
+        ballast_mib=ballast_mib,
+        busy=int(busy),
+        load_s=load_s,
+        execute_s=execute_s,
     )
     (directory / "config.pbtxt").write_text(config, encoding="utf-8")
     (directory / "1" / "model.py").write_text(_CODE.lstrip(), encoding="utf-8")

@@ -107,6 +107,9 @@ def serve(
             help="What goes when memory is short: cost (what is missed least per byte) or lru."
         ),
     ] = "cost",
+    pace_loads: Annotated[
+        bool, typer.Option(help="Load fewer models at a time where running requests would be late.")
+    ] = True,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8002,
@@ -170,6 +173,7 @@ def serve(
         slots=slots,
         memory_bytes=memory_mib * MIB if memory_mib is not None else None,
         eviction=eviction,  # type: ignore[arg-type]
+        pace_loads=pace_loads,
         host=host,
         grpc_port=grpc_port,
         http_port=http_port,

@@ -54,7 +54,8 @@ ConfidenceOption = Annotated[
     float, typer.Option(min=0.5, max=0.9999, help="With which the attainment has to hold.")
 ]
 RequestsOption = Annotated[
-    int, typer.Option(min=0, max=1_000_000, help="To verify with (0: what the target takes).")
+    int,
+    typer.Option(min=0, max=1_000_000, help="To verify with at least (0: what the target takes)."),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same result.")]
 

@@ -13,8 +13,9 @@ from math import inf
 from pathlib import Path
 from time import perf_counter
 
+from paceline.block_links import BlockLinks
 from paceline.block_sizes import blocks_of
-from paceline.core.errors import PacelineError, ResidencyError
+from paceline.core.errors import BackendError, PacelineError, ResidencyError
 from paceline.core.quantities import percentile
 from paceline.database import Measurements
 from paceline.discovery import LOOK_EVERY_S, Discovery, TritonTarget
@@ -22,6 +23,7 @@ from paceline.runtime.controller import Controller
 from paceline.runtime.machines import Machine
 from paceline.runtime.placement import Site
 from paceline.triton.client import TritonClient, TritonFleet
+from paceline.triton.gpu_memory import GpuMemory
 from paceline.triton.launcher import LocalTriton
 from paceline.triton.memory import GuessedMemory, ProcessMemory
 from paceline.triton.profiler import TritonProfiler
@@ -62,6 +64,8 @@ class RemoteTritons:
         self._on_note = on_note
         self._known: dict[str, TritonTarget] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
+        self._lost: set[str] = set()
+        """Those that went away and were not taken back yet."""
         self._looking: asyncio.Task[None] | None = None
         self._refused: set[TritonTarget] = set()
         self._count = 0
@@ -151,31 +155,47 @@ class RemoteTritons:
         watch = self._watches.pop(name)
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
+        self._lost.discard(name)
         await self._clients.remove(name)
 
     async def _watch(self, client: TritonClient) -> None:
         """Notice when a machine goes away, or comes back empty."""
-        name, machines = client.name, self._controller.machines
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
-            held = machines.holds(name)
-            if held is None:
-                continue
-            alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
-            if machines.is_up(name):
+            try:
+                await self.look_after(client)
+            except Exception:
+                # A bug here must not end the watch for good, unseen.
+                logger.exception("looking after %s failed", client.name)
+
+    async def look_after(self, client: TritonClient) -> None:
+        """One look at a machine."""
+        name, machines = client.name, self._controller.machines
+        held = machines.holds(name)
+        if held is None:
+            return
+        alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
+        if machines.is_up(name):
+            try:
                 if alive and (await client.model_ready(held) or not machines.has(name, held)):
-                    continue
-                what = "restarted" if alive else "does not answer"
-                logger.error("Triton %s %s", client.url, what)
-                machines.down(name)
-            if alive:
-                try:
-                    await client.retarget(client.url)
-                    await self._controller.machine_up(name)
-                except ResidencyError as error:
-                    logger.error("Triton %s is not usable yet: %s", client.url, error)
-                else:
-                    logger.warning("Triton %s is back, models loaded", client.url)
+                    return
+            except BackendError:
+                # It went between the two questions.
+                alive = False
+            what = "restarted" if alive else "does not answer"
+            logger.error("Triton %s %s", client.url, what)
+            machines.down(name)
+            self._lost.add(name)
+        # One that was never used is being loaded and measured: its calls need its connection.
+        if alive and name in self._lost:
+            try:
+                await client.retarget(client.url)
+                await self._controller.machine_up(name)
+            except ResidencyError as error:
+                logger.error("Triton %s is not usable yet: %s", client.url, error)
+            else:
+                self._lost.discard(name)
+                logger.warning("Triton %s is back, models loaded", client.url)
 
 
 async def connected_machine(
@@ -196,9 +216,10 @@ async def connected_machine(
     if process is None:
         memory = GuessedMemory(repository, sizes, blocks_of)
         return Machine(site, repository, profiler, overhead_s, budget_bytes, memory)
-    memory = ProcessMemory(repository, sizes, lambda: process.pid, blocks_of)
+    memory = ProcessMemory(repository, sizes, lambda: process.pid, blocks_of, GpuMemory.find())
     restart = process.restart
-    return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart)
+    links = BlockLinks(lambda: process.pid)
+    return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart, links)
 
 
 async def _overhead_s(client: TritonClient) -> float:

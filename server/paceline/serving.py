@@ -63,6 +63,7 @@ class ServeSettings:
     memory_bytes: int | None = None
     """What the models of a machine may take; None: as the hardware file says, or all there is."""
     eviction: Eviction = "cost"
+    pace_loads: bool = True
     host: str = "127.0.0.1"
     grpc_port: int = 8001
     http_port: int = 8002
@@ -115,7 +116,9 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             on_broken=controller.machines.broken,
         )
         metrics.watch(controller)
-        controller.machines.residence.state.limits = ResidencyLimits(eviction=settings.eviction)
+        controller.machines.residence.state.limits = ResidencyLimits(
+            eviction=settings.eviction, paced=settings.pace_loads
+        )
         stack.push_async_callback(engine.close)
         stack.push_async_callback(controller.machines.close)
         web = await start_web(

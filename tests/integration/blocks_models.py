@@ -27,7 +27,7 @@ def write_mlp(path: Path, *, layers: int = 12, seed: int = 0, head_seed: int = 0
         nodes.append(helper.make_node("MatMul", [value, f"w{layer}"], [f"m{layer}"]))
         value = "y" if layer == layers - 1 else f"t{layer}"
         nodes.append(helper.make_node("Tanh", [f"m{layer}"], [value]))
-    return _save(path, nodes, weights, ("x", TensorProto.FLOAT, ["N", WIDTH]))
+    return save(path, nodes, weights, ("x", TensorProto.FLOAT, ["N", WIDTH]))
 
 
 def write_embedding(path: Path, *, seed: int = 0) -> Path:
@@ -40,13 +40,13 @@ def write_embedding(path: Path, *, seed: int = 0) -> Path:
         helper.make_node("MatMul", ["rows", "w"], ["y"]),
     ]
     weights = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(matrix, "w")]
-    return _save(path, nodes, weights, ("ids", TensorProto.INT64, ["N", 4]))
+    return save(path, nodes, weights, ("ids", TensorProto.INT64, ["N", 4]))
 
 
 def write_argmax(path: Path) -> Path:
     """y = the largest column's number: one scalar a row."""
     node = helper.make_node("ArgMax", ["x"], ["y"], axis=1, keepdims=0)
-    return _save(path, [node], [], ("x", TensorProto.FLOAT, ["N", WIDTH]), TensorProto.INT64)
+    return save(path, [node], [], ("x", TensorProto.FLOAT, ["N", WIDTH]), TensorProto.INT64)
 
 
 def compiled(
@@ -79,7 +79,7 @@ def compiled(
     return directory
 
 
-def _save(
+def save(
     path: Path,
     nodes: list[onnx.NodeProto],
     weights: list[onnx.TensorProto],

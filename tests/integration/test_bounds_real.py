@@ -21,7 +21,7 @@ from paceline.core.bind import bind
 from paceline.core.chain import Chain, Dispatch, Module, Source
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan
-from paceline.core.ports import ModelCall
+from paceline.core.ports import ModelCall, OnExecuted
 from paceline.core.profile import Durations
 from paceline.core.request import InferAnswer, InferRequest
 from paceline.core.tensor import BatchTensor, Tensor, TensorSpec
@@ -172,6 +172,9 @@ class Counted:
         self._fleet = fleet
         self._running = 0
         self.idle = asyncio.Event()
+
+    def begin(self, machine: str, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        return False
 
     async def execute(
         self, machine: str, call: ModelCall, *, timeout_s: float

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as triton
+from scripts.residency_models import chain_file
+from scripts.timed_model import write_timed
 from tests.integration.conftest import Start
 from tests.integration.models import write_add
 from tests.integration.paceline_process import Paceline
@@ -144,4 +147,48 @@ def test_a_name_is_looked_up(start_paceline: Start, tmp_path: Path) -> None:
         status = wait_status(server, lambda s: up(s) == ["triton-0"])
         (machine,) = json.loads(status.json)["machines"]
         assert machine["hardware"] == "box"
+        assert server.stop() == 0
+
+
+def test_when_what_is_left_does_not_suffice_the_lowest_priority_is_shed(
+    start_paceline: Start, tmp_path: Path
+) -> None:
+    models, chains, file = tmp_path / "models", tmp_path / "chains", tmp_path / "machines"
+    for directory in (models, chains):
+        directory.mkdir()
+    write_timed(models, {1: 60, 8: 100})
+    for priority, name in enumerate(("high", "low")):
+        text = chain_file(name, ["timed"], slo_ms=3000, rate_rps=50)
+        (chains / f"{name}.yaml").write_text(f"priority: {priority}\n{text}", encoding="utf-8")
+    with (
+        somebody_elses_triton(tmp_path / "a", models) as (_, first),
+        somebody_elses_triton(tmp_path / "b", models) as (owner, second),
+    ):
+        file.write_text(f"{first}\n", encoding="utf-8")
+        server = start_paceline(
+            *("--triton", f"file:{file}", "--chains", str(chains)),
+            *("--model-repository", str(models)),
+        ).wait_ready()
+
+        def planned(status: Any) -> dict[str, tuple[float, float | None]]:
+            found = json.loads(status.json)["chains"]
+            return {c["chain"]: (c["rate_rps"], c.get("wanted_rps")) for c in found}
+
+        file.write_text(f"{first}\n{second}\n", encoding="utf-8")
+        status = wait_status(server, lambda s: any("has come" in r for r in reasons(s)))
+        assert planned(status) == {"high": (50, None), "low": (50, None)}
+        owner.kill()
+        status = wait_status(server, lambda s: any("is gone" in r for r in reasons(s)))
+        (reason,) = [r for r in reasons(status) if "is gone" in r]
+        assert "triton-1 is gone; low is planned for " in reason and "of 50 requests/s" in reason
+        plan = planned(status)
+        assert plan["high"] == (50, None)
+        assert 0 < plan["low"][0] < 45 and plan["low"][1] == 50
+        given = np.arange(4, dtype=np.float32)
+        sent = triton.InferInput("x", [4], "FP32")
+        sent.set_data_from_numpy(given)
+        with server.client() as client:
+            for name in ("high", "low"):
+                answer = client.infer(name, [sent], client_timeout=TIMEOUT_S)
+                assert (answer.as_numpy("y") == given).all(), "there is room for both now"
         assert server.stop() == 0

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +29,22 @@ MIB = 1 << 20
 BUDGET_MIB = 190
 SIZES_MIB = {"b0": 16, "b1": 32, "b2": 48, "b3": 80, "b4": 96}
 """With a process of some 25 MiB each: 400 MiB in all, and b3 and b4 do not fit together."""
+LINE = ["line0", "line1", "line2"]
 
 
-@pytest.fixture(scope="module")
-def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Paceline]:
-    """Nine models, chains of them, and memory for less than half."""
-    models = tmp_path_factory.mktemp("models")
-    for name, size_mib in SIZES_MIB.items():
-        write_ballast(models, name, size_mib, batch=1)
-    write_ballast(models, "slow", 1, execute_s=1.0, batch=1)
-    for index in range(3):
-        write_ballast(models, f"line{index}", 4, load_s=0.3, batch=1)
-    chains = tmp_path_factory.mktemp("chains")
-    for name, members, keep_alive_s in (
-        ("both", ["b3", "b4"], None),
-        ("brief", ["b0"], 1.0),
-        ("line", ["line0", "line1", "line2"], 1.0),
-    ):
+@contextmanager
+def serving(
+    tmp_path_factory: pytest.TempPathFactory, models: Path, chains: dict[str, tuple[list[str], Any]]
+) -> Iterator[Paceline]:
+    """Paceline with `BUDGET_MIB`; each chain: its models in a line, and how long they are kept."""
+    files = tmp_path_factory.mktemp("chains")
+    for name, (members, keep_alive_s) in chains.items():
         text = chain_file(name, members, keep_alive_s=keep_alive_s)
-        (chains / f"{name}.yaml").write_text(text, encoding="utf-8")
+        (files / f"{name}.yaml").write_text(text, encoding="utf-8")
     server = Paceline(
         tmp_path_factory.mktemp("state"),
         [
-            *("--model-repository", str(models), "--chains", str(chains)),
+            *("--model-repository", str(models), "--chains", str(files)),
             *("--memory-mib", str(BUDGET_MIB), "--log-level", "info"),
         ],
     )
@@ -59,6 +53,28 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Paceline]:
     finally:
         code = server.stop()
     assert code == 0
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Paceline]:
+    """Six models, chains of them, and memory for less than half."""
+    models = tmp_path_factory.mktemp("models")
+    for name, size_mib in SIZES_MIB.items():
+        write_ballast(models, name, size_mib, batch=1)
+    write_ballast(models, "slow", 1, execute_s=1.0, batch=1)
+    chains = {"both": (["b3", "b4"], None), "brief": (["b0"], 1.0)}
+    with serving(tmp_path_factory, models, chains) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Paceline]:
+    """A chain whose three models fit together, and are soon unloaded when nobody asks."""
+    models = tmp_path_factory.mktemp("models")
+    for name in LINE:
+        write_ballast(models, name, 4, load_s=0.3, batch=1)
+    with serving(tmp_path_factory, models, {"line": (LINE, 1.0)}) as server:
+        yield server
 
 
 @pytest.fixture
@@ -168,31 +184,28 @@ def test_a_chain_scales_to_zero_and_back(
 
 
 def test_a_cold_chain_loads_its_models_together_in_the_order_they_are_needed(
-    tight: Paceline, client: triton.InferenceServerClient
+    roomy: Paceline,
 ) -> None:
-    names = {"line0", "line1", "line2"}
-    ask(client, "line")
-    status_until(tight, lambda status: not names & set(held(status)))
-    before = len(tight.lines)
-    ask(client, "line")
-    told = re.findall(r"(loading|loaded) (line\d)", "\n".join(tight.lines[before:]))
+    with roomy.client() as client:
+        ask(client, "line")
+        status_until(roomy, lambda status: not held(status))
+        before = len(roomy.lines)
+        ask(client, "line")
+    told = re.findall(r"(loading|loaded) (line\d)", "\n".join(roomy.lines[before:]))
     begun = [model for what, model in told if what == "loading"]
-    assert begun == ["line0", "line1", "line2"]
+    assert begun == LINE
     assert [what for what, _ in told[:3]] == ["loading"] * 3, "no load waits for another to end"
 
 
-def test_who_cannot_wait_for_a_load_is_told_so_and_finds_it_loaded_later(
-    tight: Paceline, client: triton.InferenceServerClient
-) -> None:
-    names = {"line0", "line1", "line2"}
-    status_until(tight, lambda status: not names & set(held(status)))
+def test_who_cannot_wait_for_a_load_is_told_so_and_finds_it_loaded_later(roomy: Paceline) -> None:
+    status_until(roomy, lambda status: not held(status))
     sent = triton.InferInput("x", [4], "FP32")
     sent.set_data_from_numpy(np.zeros(4, np.float32))
-    with pytest.raises(triton.InferenceServerException) as caught:
+    with roomy.client() as client, pytest.raises(triton.InferenceServerException) as caught:
         client.infer("line", [sent], parameters={"slo_ms": 200}, client_timeout=TIMEOUT_S)
     assert caught.value.status() == f"StatusCode.{grpc.StatusCode.RESOURCE_EXHAUSTED.name}"
     assert "'line' is not in memory: loading model 'line" in caught.value.message()
-    status_until(tight, lambda status: names <= set(held(status)))
+    status_until(roomy, lambda status: set(LINE) <= set(held(status)))
 
 
 def test_metrics_show_memory_and_loads(tight: Paceline) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.integration.conftest import Start
 from tests.integration.models import write_add
 from tests.integration.paceline_process import Paceline
-from tests.integration.test_serve_inference import TIMEOUT_S
+from tests.integration.test_machines import somebody_elses_triton
+from tests.integration.test_serve_inference import TIMEOUT_S, pair
+from tests.integration.test_serve_lifecycle import wait_status
 
 from paceline.v1 import control_pb2
 
@@ -98,6 +102,38 @@ def test_chains_applied_and_deleted_are_so_after_a_kill(
     assert served(fourth) == {"declared": 60_000}
     assert re.search("only those in files are served.*other", fourth.said)
     assert fourth.stop() == 0
+
+
+def test_what_an_external_triton_holds_is_taken_over_after_a_kill(
+    start_paceline: Start, places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    models, _ = places
+    state = tmp_path / "state"
+    with somebody_elses_triton(tmp_path / "owner", models) as (owner, url):
+        bounded = [*arguments(places), "--triton", url, "--memory-mib", "500"]
+        first = start_paceline(*bounded, state=state).wait_ready()
+        (held,) = stubs(owner.pid)
+        first.process.kill()
+        first.end()
+        second = start_paceline(*bounded, state=state).wait_ready()
+        assert stubs(owner.pid) == [held], "the same process: it was not loaded again"
+        status = wait_status(second, lambda s: ledger(s) == {"add": "resident"})
+        assert json.loads(status.json)["residency"]["loads"] == 0
+        with second.client() as client:
+            answer = client.infer("declared", pair(40), client_timeout=TIMEOUT_S)
+            assert int(answer.as_numpy("out")[0]) == 41
+        assert second.stop() == 0
+
+
+def stubs(owner_pid: int) -> list[int]:
+    """Processes of models below the owner of a Triton."""
+    found = psutil.Process(owner_pid).children(recursive=True)
+    return sorted(p.pid for p in found if p.name().startswith("triton_python"))
+
+
+def ledger(status: control_pb2.StatusResponse) -> dict[str, str]:
+    (machine,) = json.loads(status.json)["machines"]
+    return {held["model"]: held["state"] for held in machine.get("held", ())}
 
 
 def test_hangup_applies_what_the_files_say_or_nothing(

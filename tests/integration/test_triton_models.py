@@ -173,10 +173,18 @@ async def test_a_model_runs_with_the_wanted_instances_and_changes_them_in_place(
 async def test_a_model_that_is_held_from_the_same_files_is_adopted(
     triton: LocalTriton, triton_client: TritonClient, triton_repository: TritonRepository
 ) -> None:
-    def stubs() -> set[int]:
+    def processes() -> list[psutil.Process]:
         found = psutil.Process(triton.pid).children(recursive=True)
-        return {p.pid for p in found if "/add/" in " ".join(p.cmdline())}
+        return [p for p in found if "/add/" in " ".join(p.cmdline())]
 
+    def stubs() -> set[int]:
+        return {p.pid for p in processes()}
+
+    # Those of the tests before end some time after they are no longer used.
+    before = processes()
+    await triton_repository.unload("add")
+    _, left = await asyncio.to_thread(psutil.wait_procs, before, 10)
+    assert not left
     await triton_repository.load("add", instances=2)
     first = stubs()
     assert len(first) == 2

@@ -189,8 +189,11 @@ class Play(RuleBasedStateMachine):
         self.now += seconds
         self.tell(ev.Tick())
 
-    @rule(interference=st.sampled_from((1.0, 1.5, 3.0)), bearable=st.sampled_from((0.5, 1.2, 9.0)))
-    def pace(self, interference: float, bearable: float) -> None:
+    @rule(
+        interference=st.sampled_from(((), (1.0, 1.0), (1.5, 2.0), (3.0, 8.0))),
+        bearable=st.sampled_from((0.5, 1.2, 1.7, 9.0)),
+    )
+    def pace(self, interference: tuple[float, ...], bearable: float) -> None:
         for name in self.books:
             self.tell(ev.Pace(name, interference, bearable))
 

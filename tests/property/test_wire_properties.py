@@ -14,7 +14,7 @@ from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.request import InferAnswer, Timeline
 from paceline.core.tensor import Tensor
 from paceline.core.wire import Unusual
-from paceline.rpc.wire import parse_request, read_request, response_parts, stream_response
+from paceline.rpc.wire import parse_request, read_request, response_parts, stream_parts
 
 TIMELINE = Timeline(1, "", "c", 0.0, 1.0, 2.0, ())
 TEXT = st.text(max_size=6)
@@ -124,7 +124,7 @@ def test_a_response_is_byte_for_byte_what_protobuf_serializes(
         expected.outputs.add(name=name, datatype=datatype, shape=shape)
         expected.raw_output_contents.append(data)
         tensors.append(Tensor(name, datatype, tuple(shape), memoryview(data) if viewed else data))
-    written = b"".join(response_parts(message, "1", InferAnswer("c", tuple(tensors), TIMELINE)))
-    assert written == expected.SerializeToString()
+    parts = response_parts(message, "1", InferAnswer("c", tuple(tensors), TIMELINE))
+    assert b"".join(parts) == expected.SerializeToString()
     stream = service_pb2.ModelStreamInferResponse(infer_response=expected)
-    assert stream_response(written) == stream.SerializeToString()
+    assert b"".join(stream_parts(parts)) == stream.SerializeToString()

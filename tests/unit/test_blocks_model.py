@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from tests.integration.blocks_models import WIDTH, compiled, write_embedding, write_mlp
+from tests.integration.blocks_models import VOCABULARY, WIDTH, compiled, write_embedding, write_mlp
 
 from paceline.blocks.backend import store
 from paceline.blocks.backend.blockmodel import BlockModel
@@ -22,6 +22,7 @@ from paceline.blocks.repository import compiled_model
 
 LAYERS = 24
 OBJECT_BYTES = WIDTH * WIDTH * 4
+TABLE_BYTES = VOCABULARY * WIDTH * 4
 Open = Callable[..., BlockModel]
 
 
@@ -146,7 +147,8 @@ class RemotePool:
     broken: int = 0
     """So many answers are 503 from now on."""
     wrong: bool = False
-    """Objects have one byte that is another."""
+    """Objects of `wrong_bytes` end in a byte that is another."""
+    wrong_bytes: int = OBJECT_BYTES
     ranges: bool = True
     sent: list[tuple[str, int]] = field(default_factory=list)
 
@@ -169,7 +171,7 @@ def pool(repository: Path) -> Iterator[RemotePool]:
             if not path.is_file():
                 return self.answer(404, b"")
             body = path.read_bytes()
-            if served.wrong and len(body) == OBJECT_BYTES:
+            if served.wrong and len(body) == served.wrong_bytes:
                 body = body[:-1] + bytes([body[-1] ^ 1])
             wanted = self.headers.get("Range")
             if wanted and served.ranges:
@@ -237,6 +239,37 @@ def test_a_table_comes_whole_from_a_remote_pool(
     model = opened("table", pool=pool.url, cache=str(tmp_path / "cache"), memory_budget_mib="1")
     for seed in range(3):
         check(model, repository, "table", seed)
+    model._tables_thread.join()
+    (table,) = model._tables
+    assert sum(size for path, size in pool.sent if table in path) == TABLE_BYTES
+    assert (tmp_path / "cache" / "objects" / table).stat().st_size == TABLE_BYTES
+
+
+def test_only_the_rows_that_a_request_reads_come_before_its_answer(
+    opened: Open, repository: Path, pool: RemotePool, tmp_path: Path
+) -> None:
+    """First the chunk with the rows, hashed by itself; the rest of the table after the answer."""
+    model = opened("table", pool=pool.url, cache=str(tmp_path / "cache"))
+    assert model.loader.wait_complete(10)
+    (table,) = model._tables
+    assert not [path for path, _ in pool.sent if table in path]
+    check(model, repository, "table")
+    first, *_ = [size for path, size in pool.sent if table in path]
+    assert first == 64 << 10
+
+
+def test_a_wrong_row_is_found_before_it_is_used(
+    opened: Open, repository: Path, pool: RemotePool, tmp_path: Path
+) -> None:
+    """The table's last byte is another: its other rows can be used, its last one cannot."""
+    pool.wrong, pool.wrong_bytes = True, TABLE_BYTES
+    model = opened("table", pool=pool.url, cache=str(tmp_path / "cache"))
+    last = TABLE_BYTES // (WIDTH * 4) - 4
+    with pytest.raises(PoolError, match="the store has other bytes in chunks"):
+        check(model, repository, "table", last)
+    check(model, repository, "table")
+    pool.wrong = False
+    check(model, repository, "table", last)
 
 
 def test_a_store_that_fails_for_a_moment_is_asked_again(

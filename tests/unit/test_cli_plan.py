@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_the_text_form_shows_utilisation_bound_gap_and_a_cheaper_objective() -> 
 def test_a_plan_is_verified_under_the_chains_arrivals_and_says_what_its_headroom_costs() -> None:
     text = run("--requests", "800", "--seed", "5", verify=True)
     assert "%) so that 0.99 hold under poisson arrivals" in text
-    assert "of 800 simulated requests in time, at least 99." in text
+    shown = re.search(r"of (\d+) simulated requests in time, at least 99\.", text)
+    assert shown is not None and int(shown[1]) > 800, "a third confirmation has to be surer"
     assert "no plan can cost less than" in text
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 from paceline.core.bind import single_model_chain
 from paceline.core.model import ModelSpec
-from paceline.core.ports import ModelCall
+from paceline.core.ports import ModelCall, OnExecuted
 from paceline.core.request import InferAnswer, InferRequest
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch.route import route_chain
@@ -21,6 +21,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.rows: list[int] = []
+
+    def begin(self, machine: str, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        return False
 
     async def execute(
         self, machine: str, call: ModelCall, *, timeout_s: float

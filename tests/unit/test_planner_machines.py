@@ -12,7 +12,7 @@ from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import ModulePlan, Plan, Share
 from paceline.core.profile import Configuration
 from paceline.planner.cycle import Load, together
-from paceline.planner.pack import Machine, pack
+from paceline.planner.pack import Machine, Packing, pack
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
 from paceline.planner.solve import solve
 from paceline.planner.urgency import Stream
@@ -52,6 +52,33 @@ def test_packing_puts_a_and_b_together_and_gives_c_its_own() -> None:
     names = sorted(sorted(load.module for load in each.loads) for each in found.shared)
     assert names == [["A", "B"], ["C"]] or names == [["A"], ["B", "C"]]
     assert found.cost_per_hour == 2.0
+
+
+def test_packing_anew_serves_the_same_in_time_and_only_ever_for_less() -> None:
+    cheaper = 0
+    for seed in range(12):
+        rng = random.Random(seed)
+        loads = []
+        for i in range(14):
+            first_s = rng.choice((0.002, 0.005, 0.01, 0.02))
+            durations_s = {"gpu": [first_s * (1 + 0.6 * b) for b in range(8)]}
+            rate_rps = rng.choice((0.05, 0.2, 0.4)) / first_s
+            budget_s = first_s * rng.choice((1.5, 3.0, 6.0, 12.0))
+            loads.append(Load(f"c{i}", "m", f"m{i}", rate_rps, rate_rps, budget_s, durations_s))
+        packing = Packing({"gpu": Machine("gpu", 1.0)}, {})
+        assert all(packing.add(load) for load in loads)
+        before = packing.cost_per_hour
+        packing.again()
+        assert packing.cost_per_hour <= before
+        assert packing.used["gpu"] == len(packing.shared) == packing.cost_per_hour
+        cheaper += packing.cost_per_hour < before
+        served = dict.fromkeys((load.chain for load in loads), 0.0)
+        for each in packing.shared:
+            assert each.due is None or each.cycle is not None or each.due.in_time
+            for load in each.loads:
+                served[load.chain] += load.rate_rps
+        assert served == pytest.approx({load.chain: load.rate_rps for load in loads})
+    assert cheaper >= 2, cheaper
 
 
 def test_a_high_rate_fills_whole_machines_at_the_published_throughput() -> None:

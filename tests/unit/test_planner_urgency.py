@@ -61,3 +61,10 @@ def test_room_is_the_most_that_is_still_in_time() -> None:
         more = Stream(new.duration_s, new.deadline_s, room + 1e-4, new.jitter_s)
         assert not due.joined(more).in_time
     assert some >= 50
+
+
+def test_room_is_found_where_rounding_leaves_a_hair_less_than_no_time() -> None:
+    due = Due.of((Stream(0.01, 0.03, 0.2), Stream(0.01, 0.03, 0.2)))
+    for hair_s in (0.0, 1e-13, -1e-13):
+        assert due.room(0.01 + hair_s, 0.03, 0.0) == pytest.approx(0.6)
+    assert due.room(0.0101, 0.03, 0.0) == 0.0

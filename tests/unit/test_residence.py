@@ -12,13 +12,13 @@ from paceline.core.bind import BoundChain, bind, single_model_chain
 from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import ErrorKind, Rejected, RequestError, ResidencyError
 from paceline.core.model import ModelSpec
-from paceline.core.ports import ModelCall, ModelState
+from paceline.core.ports import ModelCall, ModelState, OnExecuted
 from paceline.core.profile import ProfileRow
 from paceline.core.request import InferAnswer, InferRequest
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import route_chain
 from paceline.runtime.engine import Engine
-from paceline.runtime.interference import LEAST_BATCHES, Interference
+from paceline.runtime.interference import FORGOTTEN_S, LEAST_BATCHES, Interference
 from paceline.runtime.machines import Machine, Machines
 from paceline.runtime.placement import Share, Site
 
@@ -46,6 +46,9 @@ class Echo:
         self.gate.set()
         self.running = asyncio.Event()
 
+    def begin(self, machine: str, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        return False
+
     async def execute(
         self, machine: str, call: ModelCall, *, timeout_s: float
     ) -> tuple[Tensor, ...]:
@@ -71,6 +74,9 @@ class Repository:
 
     async def index(self) -> tuple[ModelState, ...]:
         return tuple(ModelState(name, "1", "READY") for name in sorted(self.held))
+
+    async def instances(self) -> Mapping[str, int]:
+        return dict.fromkeys(sorted(self.held), 1)
 
     async def spec(self, model: str) -> ModelSpec:
         return SPECS[model]
@@ -109,6 +115,9 @@ class Repository:
         pass
 
     async def measured_bytes(self, model: str) -> int | None:
+        return 10
+
+    async def server_bytes(self) -> int | None:
         return 10
 
     async def gone(self, model: str) -> bool:
@@ -236,6 +245,21 @@ async def test_a_machine_that_comes_back_empty_is_filled_again(one_fits: Served)
     assert one_fits.repository.most == 1
 
 
+async def test_what_a_triton_holds_already_counts_and_is_taken_over() -> None:
+    echo, repository = Echo(), Repository(held={"b"})
+    engine = Engine(echo)
+    machines = Machines(engine, Share())
+    site = Site("m", "cpu", 2)
+    machines.add(Machine(site, repository, repository, budget_bytes=15.0, memory=repository))
+    await machines.adopt(["m"])
+    for model in ("a", "b", "c"):
+        await machines.load(model)
+    assert repository.most == 1, "another Paceline left b there: it goes before a comes"
+    assert repository.told[:2] == ["unload b", "load a"]
+    await machines.close()
+    await engine.close()
+
+
 async def test_a_keep_alive_unloads_what_is_not_used_where_memory_has_no_bound() -> None:
     echo, repository = Echo(), Repository()
     engine = Engine(echo)
@@ -257,12 +281,16 @@ async def test_a_keep_alive_unloads_what_is_not_used_where_memory_has_no_bound()
     await engine.close()
 
 
-def test_interference_is_what_a_load_adds_to_a_batch() -> None:
+def test_interference_is_how_long_the_slowest_batches_take_under_so_many_loads() -> None:
     seen = Interference()
     for _ in range(LEAST_BATCHES):
-        seen.count("m", "a", 2, 0.1, 0)
-    assert seen.factor("m") == 1.0
-    for _ in range(2 * LEAST_BATCHES):
-        seen.count("m", "a", 2, 0.2, 2)
-    assert seen.factor("m") == pytest.approx(1.5), "two loads double it"
-    assert seen.factor("other") == 1.0
+        seen.count("m", "a", 2, 0.1, 0, 1.0)
+    assert seen.factors("m", 4, 1.0) == (1.0, 1.0, 1.0, 1.0)
+    for turn in range(10 * LEAST_BATCHES):
+        seen.count("m", "a", 2, 0.3 if turn % 10 == 0 else 0.1, 2, 2.0)
+    assert seen.factors("m", 4, 2.0) == pytest.approx((2.0, 3.0, 4.0, 5.0)), "the mean is 1.2"
+    for _ in range(LEAST_BATCHES):
+        seen.count("m", "a", 2, 0.11, 1, 3.0)
+    assert seen.factors("m", 4, 3.0) == pytest.approx((1.1, 3.0, 4.0, 5.0)), "one load has room"
+    assert seen.factors("other", 2, 3.0) == (1.0, 1.0)
+    assert seen.factors("m", 2, 2.0 + FORGOTTEN_S) == pytest.approx((1.1, 1.2)), "tried again"

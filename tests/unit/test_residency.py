@@ -14,7 +14,12 @@ from paceline.residency.evict import Candidate, Eviction, Rate, choose
 from paceline.residency.ledger import Footprint, Ledger
 from paceline.residency.loading import Pending, order, served
 from paceline.residency.residency import Residency
-from paceline.residency.state import Limits
+from paceline.residency.state import (
+    RECYCLE_EVERY_S,
+    SERVER_FREE_BYTES,
+    SERVER_LOOKS,
+    Limits,
+)
 
 NOW_S = 100.0
 
@@ -220,6 +225,38 @@ def test_who_would_take_the_place_of_what_is_wanted_more_waits_until_that_is_wor
     assert unloads(found) == ["often"], "it would be late"
 
 
+def test_a_cold_chain_waits_once_for_the_place_of_what_is_wanted_more_and_not_once_a_model() -> (
+    None
+):
+    made = residency({"often": 90, "one": 30, "two": 30, "three": 30}, budget=100)
+    for turn in range(40):
+        resident(made, "often", now_s=NOW_S + turn)
+    now_s = NOW_S + 41
+    actions = enter(made, 1, "one", "two", "three", deadline_s=NOW_S + 1000, now_s=now_s)
+    while not unloads(actions):
+        now_s += 0.1
+        actions = made.handle(ev.Tick(), now_s=now_s)
+    assert unloads(actions) == ["often"]
+    actions = done(made, only(actions, ev.Unload), now_s=now_s)
+    assert loads(actions) == ["one", "two", "three"], "none waits for another's turn to be wanted"
+
+
+def test_what_a_waiting_request_will_need_later_may_take_a_place_as_well() -> None:
+    made = residency({"often": 60, "one": 30, "two": 50}, budget=100)
+    for turn in range(40):
+        resident(made, "often", now_s=NOW_S + turn)
+    now_s = NOW_S + 41
+    actions = enter(made, 1, "one", "two", deadline_s=NOW_S + 1000, now_s=now_s)
+    assert loads(actions) == ["one"]
+    begun = only(actions, ev.Load)
+    while not unloads(actions):
+        now_s += 0.1
+        assert now_s < NOW_S + 47, "it waited for its turn"
+        actions = made.handle(ev.Tick(), now_s=now_s)
+    assert unloads(actions) == ["often"], "while the first is being loaded"
+    done(made, begun, now_s=now_s)
+
+
 def test_eviction_frees_enough_and_no_more_than_it_must() -> None:
     rng = Random(3)
     for _ in range(300):
@@ -298,6 +335,39 @@ def test_a_leaking_machine_is_restarted_after_its_models_were_moved() -> None:
     assert made.counts.leaks == made.counts.recycles == 1
 
 
+def test_a_server_that_grows_for_good_is_restarted_after_its_models_were_moved() -> None:
+    mib = 1 << 20
+    made = residency({"a": 40 * mib}, budget=1000 * mib, machines=("m1", "m2"))
+    resident(made, "a", now_s=NOW_S - 1)
+
+    def measure(mibs: list[int], now_s: float = NOW_S) -> list[ev.Action]:
+        found: list[ev.Action] = []
+        for number in mibs:
+            event = ev.ServerMeasured("m1", number * mib)
+            found += made.handle(event, now_s=now_s)
+        return found
+
+    ledger = made.machines["m1"].ledger
+    free = ledger.free_bytes
+    peaks = [500 if number % 3 == 1 else 100 for number in range(2 * SERVER_LOOKS)]
+    assert not loads(measure([30, *peaks])), "peaks, and what a server keeps for itself"
+    assert ledger.free_bytes == free - (70 * mib - SERVER_FREE_BYTES)
+    actions = measure([200] * SERVER_LOOKS)
+    assert [(a.machine, a.model) for a in actions if isinstance(a, ev.Load)] == [("m2", "a")]
+    assert not [a for a in actions if isinstance(a, ev.Recycle)], "not before it is there"
+    recycle = only(done(made, only(actions, ev.Load)), ev.Recycle)
+    assert recycle == ev.Recycle("m1", "the server itself has grown")
+
+    def restarted(now_s: float) -> list[ev.Action]:
+        made.handle(ev.MachineDown("m1"), now_s=now_s)
+        made.handle(ev.MachineUp("m1", 1000 * mib, recyclable=True, fill=False), now_s=now_s)
+        return measure([30] + [400] * SERVER_LOOKS, now_s)
+
+    assert not restarted(NOW_S + 60), "what comes back at once is no leak"
+    assert made.machines["m1"].ledger.grown_bytes == 370 * mib - SERVER_FREE_BYTES, "but it counts"
+    assert only(restarted(NOW_S + RECYCLE_EVERY_S), ev.Recycle)
+
+
 def test_an_idle_model_goes_after_its_chains_keep_alive_and_comes_back_on_demand() -> None:
     made = residency({"a": 10})
     actions = made.handle(ev.ChainUp("c", {"a": 1.0}, keep_alive_s=30.0), now_s=NOW_S)
@@ -328,10 +398,10 @@ def test_whoever_runs_residency_is_asked_to_come_back_when_a_model_has_been_idle
 
 def test_loads_are_held_back_while_what_runs_cannot_bear_them_but_not_for_ever() -> None:
     made = residency(dict.fromkeys("abc", 10), limits=Limits(most_loads=2, held_s=1.0))
-    made.handle(ev.Pace("m", interference=1.5, bearable=1.6), now_s=NOW_S)
+    made.handle(ev.Pace("m", interference=(1.5, 1.7), bearable=1.6), now_s=NOW_S)
     actions = enter(made, 1, "a") + enter(made, 2, "b")
     assert loads(actions) == ["a"], "one load at a time can be borne"
-    made.handle(ev.Pace("m", interference=1.5, bearable=1.1), now_s=NOW_S)
+    made.handle(ev.Pace("m", interference=(1.5, 1.7), bearable=1.1), now_s=NOW_S)
     assert not loads(done(made, only(actions, ev.Load)))
     assert loads(made.handle(ev.Tick(), now_s=NOW_S + 1.1)) == ["b"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,7 +12,7 @@ from paceline.config import parse_chain
 from paceline.core.bind import single_model_chain
 from paceline.core.errors import BackendError, ErrorKind, RequestError, ResidencyError
 from paceline.core.model import ModelSpec
-from paceline.core.ports import ModelCall, ModelState
+from paceline.core.ports import ModelCall, ModelState, OnExecuted
 from paceline.core.profile import ProfileRow
 from paceline.core.request import InferAnswer, InferRequest
 from paceline.core.tensor import Tensor, TensorSpec
@@ -29,6 +30,9 @@ class Hands:
     def __init__(self) -> None:
         self.calls: asyncio.Queue[tuple[ModelCall, asyncio.Future[None]]] = asyncio.Queue()
 
+    def begin(self, machine: str, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        return False
+
     async def execute(
         self, machine: str, call: ModelCall, *, timeout_s: float
     ) -> tuple[Tensor, ...]:
@@ -43,6 +47,27 @@ class Hands:
             return await self.calls.get()
 
 
+class Begun(Hands):
+    """An executor without tasks: what `outcome` says, one pass of the event loop later."""
+
+    def __init__(self, outcome: bytes | Exception) -> None:
+        super().__init__()
+        self.outcome = outcome
+        self.begun = 0
+
+    def begin(self, machine: str, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        self.begun += 1
+        outcome = self.outcome
+        if isinstance(outcome, bytes):
+            found = (Tensor("y", "INT8", call.inputs[0].shape, outcome),)
+            asyncio.get_running_loop().call_soon(on_end, found)
+        elif isinstance(outcome, BackendError):
+            asyncio.get_running_loop().call_soon(on_end, outcome)
+        else:
+            raise outcome
+        return True
+
+
 @dataclass
 class Repository:
     """One Triton's models, by the port; `repaired` is set when a repair may end."""
@@ -54,6 +79,9 @@ class Repository:
 
     async def index(self) -> tuple[ModelState, ...]:
         return (ModelState("echo", "1", "READY"),)
+
+    async def instances(self) -> Mapping[str, int]:
+        return self.loaded
 
     async def spec(self, model: str) -> ModelSpec:
         return ECHO
@@ -102,6 +130,31 @@ async def test_settled_waits_for_the_last_accepted_request_of_the_chain() -> Non
     second.set_result(None)
     assert bytes((await two).outputs[0].data) == b"\x02"
     assert await settled
+    await engine.close()
+
+
+async def test_batches_are_begun_without_a_task_and_reported_as_others() -> None:
+    hands = Begun(b"\x09")
+    engine = serving(hands)
+    told: list[tuple[str, int]] = []
+    engine.watch(on_batch=lambda model, rows, took_s: told.append((model, rows)))
+    answer = await engine.infer(request(1))
+    assert bytes(answer.outputs[0].data) == b"\x09"
+    assert (told, hands.begun, hands.calls.empty()) == ([("echo", 1)], 1, True)
+    hands.outcome = BackendError("the model says no")
+    with pytest.raises(RequestError, match="the model says no"):
+        await engine.infer(request(1))
+    assert await engine.drain(timeout_s=0)
+    await engine.close()
+
+
+async def test_a_batch_that_cannot_be_begun_for_a_bug_is_executed_in_a_task() -> None:
+    hands = Begun(RuntimeError("a bug"))
+    engine = serving(hands)
+    task = asyncio.create_task(engine.infer(request(3)))
+    _, ended = await hands.next()
+    ended.set_result(None)
+    assert bytes((await task).outputs[0].data) == b"\x03"
     await engine.close()
 
 

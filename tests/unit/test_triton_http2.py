@@ -13,13 +13,16 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
-from paceline.core.tensor import Buffer
+from paceline.core.ports import ModelCall
+from paceline.core.tensor import BatchTensor, Buffer
 from paceline.http2 import hpack
+from paceline.triton.execution import Execution, Outcome
 from paceline.triton.http2 import Http2Transport
 from paceline.triton.transport import (
     CallFailed,
     ChannelClosed,
     GrpcTransport,
+    OnAnswer,
     Transport,
 )
 
@@ -297,3 +300,102 @@ async def test_a_call_that_the_server_has_not_begun_is_unreachable(answer: bytes
         with pytest.raises(CallFailed) as caught:
             await transport.unary("/t/Echo", [b"x"], LONG_S)
     assert caught.value.unreachable
+
+
+class Outcomes:
+    """What calls that were begun ended with, as they end."""
+
+    def __init__(self) -> None:
+        self.got: asyncio.Queue[Buffer | CallFailed | ChannelClosed] = asyncio.Queue()
+
+    def take(self, outcome: Buffer | CallFailed | ChannelClosed) -> None:
+        self.got.put_nowait(outcome)
+
+    async def next(self) -> Buffer | CallFailed | ChannelClosed:
+        async with asyncio.timeout(LONG_S):
+            return await self.got.get()
+
+
+async def test_calls_are_begun_without_a_task_once_there_is_a_connection(server: Server) -> None:
+    transport, outcomes = Http2Transport(server.target), Outcomes()
+    assert not transport.begin("/t/Echo", [b"x"], outcomes.take, LONG_S)
+    await transport.unary("/t/Echo", [b"connect"], LONG_S)
+    assert transport.begin("/t/Echo", [b"a", b"b"], outcomes.take, LONG_S)
+    assert outcomes.got.empty()
+    answer = await outcomes.next()
+    assert not isinstance(answer, Exception)
+    assert bytes(answer) == b"ab"
+    assert transport.begin("/t/Fail", [b"not here"], outcomes.take, LONG_S)
+    failure = await outcomes.next()
+    assert isinstance(failure, CallFailed)
+    assert (failure.code, failure.message) == (grpc.StatusCode.NOT_FOUND, "not here")
+    await transport.close()
+
+
+async def test_a_call_that_was_begun_ends_with_its_time_and_with_its_connection(
+    server: Server,
+) -> None:
+    transport, outcomes = Http2Transport(server.target), Outcomes()
+    await transport.unary("/t/Echo", [b"connect"], LONG_S)
+    assert transport.begin("/t/Wait", [b"x"], outcomes.take, 0.01)
+    late = await outcomes.next()
+    assert isinstance(late, CallFailed) and late.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert transport.begin("/t/Wait", [b"x"], outcomes.take, LONG_S)
+    await transport.close()
+    assert isinstance(await outcomes.next(), ChannelClosed)
+    assert outcomes.got.empty()
+    assert not transport.begin("/t/Echo", [b"x"], outcomes.take, LONG_S)
+
+
+async def test_who_cannot_take_an_answer_harms_no_other_call(server: Server) -> None:
+    transport, outcomes = Http2Transport(server.target), Outcomes()
+    await transport.unary("/t/Echo", [b"connect"], LONG_S)
+
+    def refuse(outcome: object) -> None:
+        raise RuntimeError("a bug")
+
+    assert transport.begin("/t/Echo", [b"x"], refuse, LONG_S)
+    assert transport.begin("/t/Echo", [b"y"], outcomes.take, LONG_S)
+    assert await outcomes.next() == b"y"
+    await transport.close()
+
+
+class NoHttp2:
+    """A transport that finds out, during a call, that it does not understand the server."""
+
+    def begin(
+        self, path: str, parts: Sequence[Buffer], on_answer: OnAnswer, timeout_s: float
+    ) -> bool:
+        asyncio.get_running_loop().call_soon(on_answer, self._failure())
+        return True
+
+    async def unary(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> Buffer:
+        raise self._failure()
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    def _failure(self) -> CallFailed:
+        return CallFailed(grpc.StatusCode.INTERNAL, "what is this?", incompatible=True)
+
+
+async def test_a_batch_that_was_begun_goes_another_way_where_http2_is_not_understood(
+    server: Server,
+) -> None:
+    async with grpc.aio.insecure_channel(server.target, options=UNLIMITED) as channel:
+        execution = Execution(NoHttp2(), None, lambda: ToEcho(channel))
+        ended: asyncio.Queue[Outcome] = asyncio.Queue()
+        call = ModelCall("m", (BatchTensor("x", "UINT8", (1,), (b"\x07",)),), ())
+        assert execution.begin(call, LONG_S, ended.put_nowait)
+        async with asyncio.timeout(LONG_S):
+            outcome = await ended.get()
+        assert outcome == {}
+        assert not execution.begin(call, LONG_S, ended.put_nowait), "grpc.aio has its own tasks"
+        await execution.close()
+
+
+class ToEcho(GrpcTransport):
+    """Calls `/t/Echo`, whatever is called: an empty message is an answer without outputs."""
+
+    async def unary(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> Buffer:
+        return await super().unary("/t/Echo", [b""], timeout_s)

@@ -120,7 +120,7 @@ def compile_command(
     shapes = dict(_shape(text) for text in shape or ())
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"must be cpu or cuda, got {device!r}", key="--device")
-    options = Options(budget_mib, max_batch, measure, shapes, device)
+    options = Options(budget_mib, max_batch, measure, shapes, device=device)
     if fuse is not None and not NAME.fullmatch(fuse):
         raise ConfigError(
             f"{fuse!r} is no name of a model: use letters, digits, _ . -", key="--fuse"

@@ -41,6 +41,7 @@ _DTYPES = {
     "FP64": np.float64,
 }
 _REPEATS = 3
+_ROUNDING = 1e-4
 _ENOUGH_S = 0.2  # after so long a block is not run again
 _MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module does not know it yet
 # What axes of unknown length are tried with: images want many, indices of sequences little.
@@ -194,6 +195,26 @@ def same(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
         )
         for name in one
     )
+
+
+def close(one: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
+    """Equal but for rounding: to 1e-4 of each output's largest value?"""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype
+        and one[name].shape == other[name].shape
+        and _within_rounding(one[name], other[name])
+        for name in one
+    )
+
+
+def _within_rounding(one: Array, other: Array) -> bool:
+    if one.dtype.kind != "f":
+        return bool(one.tolist() == other.tolist())
+    finite = np.isfinite(one)
+    if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
+        return False
+    largest = float(np.abs(one[finite]).max(initial=0.0))
+    return bool(np.allclose(one[finite], other[finite], rtol=0.0, atol=_ROUNDING * largest))
 
 
 def rows_independent(runner: BlockRunner, member: Member, guess: int, given: Shapes) -> bool:

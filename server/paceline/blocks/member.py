@@ -18,9 +18,11 @@ import onnx
 
 from paceline.blocks import cut, graph
 from paceline.blocks.backend.manifest import Block, Member, Tensor, Weight, weights_bytes
+from paceline.blocks.panels import panel
 from paceline.blocks.pool import MIB, PoolWriter
 from paceline.blocks.rewrite import tile
 from paceline.blocks.source import (
+    CHUNK_BYTES,
     DATATYPES,
     Optimised,
     Source,
@@ -37,18 +39,21 @@ _ALIGNMENT = 64
 _BLOCK_BYTES = 16 * MIB
 _PIECE_BYTES = 32 * MIB
 _LEAST_BYTES = 1 * MIB
+_CHUNK_BYTES = 64 << 10  # of a table: what one row of it costs over a link
 # (operator, input): of this input only some rows are read.
 _ROWS = {("Gather", 0), ("EmbedLayerNormalization", 2)}
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the result depends on besides the sources. `shapes`: for measuring, by input."""
+    """What the result depends on besides the sources. `shapes`: for measuring, by input;
+    `panels`: matrices as the CPU's kernels read them."""
 
     budget_mib: int | None = None
     max_batch: int = 32
     measure: bool = True
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    panels: bool = True
     device: str = "cpu"
 
     @property
@@ -77,6 +82,7 @@ class Options:
             "shapes": {name: list(shape) for name, shape in sorted(self.shapes.items())},
             "piece_mib": self.piece_bytes // MIB,
             "block_mib": self.block_bytes // MIB,
+            "panels": self.panels,
             **({"device": self.device} if self.device != "cpu" else {}),
         }
 
@@ -84,7 +90,7 @@ class Options:
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A rewritten graph, its weights and how it is divided; one block under its own names if not
-    `cuttable`."""
+    `cuttable`; `panels`: some products are computed in another order than the optimised graph's."""
 
     model: onnx.ModelProto
     stored: Mapping[str, Stored]
@@ -93,11 +99,17 @@ class Prepared:
     pieces: Sequence[cut.Piece]
     blocks: Sequence[cut.Piece]
     cuttable: bool
+    panels: bool
     notes: tuple[str, ...]
 
 
 def prepare(
-    optimised: Optimised, options: Options, *, tiled: bool = True, divided: bool = True
+    optimised: Optimised,
+    options: Options,
+    *,
+    panels: bool = True,
+    tiled: bool = True,
+    divided: bool = True,
 ) -> Prepared:
     """Rewrites and divides a copy of the optimised graph."""
     model = onnx.ModelProto()
@@ -109,6 +121,10 @@ def prepare(
     if tiled and not why:
         stored, parts = tile(model, stored, options.piece_bytes)
         values = {**values, **_tile_values(model, values, parts, stored)}
+    within: Mapping[str, Value] = {}
+    if panels and options.panels and options.device == "cpu" and not why:
+        stored, within = panel(model, stored, values)
+        values = {**values, **within}
     steps = [
         cut.Step(
             tuple(name for name in dict.fromkeys(node.input) if name in values),
@@ -123,7 +139,7 @@ def prepare(
         [replace(step, reads=tuple(n for n in step.reads if n not in inputs)) for step in steps],
         {name: 0 if name in tables else tensor.size_bytes for name, tensor in stored.items()},
         limit_bytes=options.piece_bytes,
-        uncut={name for name, value in values.items() if value.dtype == 0},
+        uncut=within.keys() | {name for name, value in values.items() if value.dtype == 0},
         parts=parts,
     )
     whole = cut.Piece(0, len(steps), sum(piece.bytes for piece in pieces))
@@ -131,7 +147,7 @@ def prepare(
         pieces = [whole]
     blocks = cut.blocks(pieces, options.block_bytes)
     notes = (why,) if why else () if divided else ("divided, it would not give the same results",)
-    return Prepared(model, stored, values, tables, pieces, blocks, not why, notes)
+    return Prepared(model, stored, values, tables, pieces, blocks, not why, bool(within), notes)
 
 
 class ObjectWriter:
@@ -142,6 +158,8 @@ class ObjectWriter:
         self._pool = pool
         self._wrote = wrote
         self.objects: dict[str, int] = {}
+        self.chunks: dict[str, dict[str, Any]] = {}
+        """Hashes of the tables' chunks, as the manifest has them."""
 
     def write(self, name: str, source: Source, prepared: Prepared) -> Member:
         """The member with its objects in the pool; not measured."""
@@ -188,7 +206,12 @@ class ObjectWriter:
         self.objects[digest] = len(made.data)
         whole_tables = _tables(nodes, prepared.stored)
         weights = tuple(
-            replace(placed[name], name=own, access="rows" if name in whole_tables else "all")
+            replace(
+                placed[name],
+                name=own,
+                access="rows" if name in whole_tables else "all",
+                index=_index(nodes, name, made.inputs) if name in whole_tables else "",
+            )
             for own, name in made.weights
         )
         paged = {weight.object for weight in weights if weight.access == "rows"}
@@ -229,6 +252,11 @@ class ObjectWriter:
                 packed.append(name)
                 continue
             placed[name] = _weight(self._add(tensor.chunks, tensor.size_bytes), 0, tensor)
+            if name in prepared.tables:
+                self.chunks[placed[name].object] = {
+                    "bytes": _CHUNK_BYTES,
+                    "sha256": _chunk_hashes(tensor).hex(),
+                }
         if packed:
             tensors = [prepared.stored[name] for name in packed]
             offsets, size = [], 0
@@ -297,6 +325,23 @@ def _tables(nodes: Iterable[onnx.NodeProto], stored: Mapping[str, Stored]) -> fr
             (rows if by_row else whole).add(name)
     large = {name for name in rows - whole if name in stored}
     return frozenset(name for name in large if stored[name].size_bytes >= _TABLE_BYTES)
+
+
+def _index(nodes: Iterable[onnx.NodeProto], table: str, inputs: Sequence[str]) -> str:
+    """The input of the block by which its nodes, if it is one Gather, read rows of the table."""
+    readers = [node for node in nodes if table in node.input]
+    if len(readers) == 1 and readers[0].op_type == "Gather" and readers[0].input[1] in inputs:
+        return str(readers[0].input[1])
+    return ""
+
+
+def _chunk_hashes(tensor: Stored) -> bytes:
+    assert CHUNK_BYTES % _CHUNK_BYTES == 0
+    return b"".join(
+        hashlib.sha256(data[start : start + _CHUNK_BYTES]).digest()
+        for data in tensor.chunks()
+        for start in range(0, len(data), _CHUNK_BYTES)
+    )
 
 
 def _tensors(

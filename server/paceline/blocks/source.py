@@ -77,7 +77,11 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor's bytes in a file: all of it, or `start` to `stop` of its two axes' `axis`."""
+    """A tensor's bytes in a file: all of it, or `start` to `stop` of its two axes' `axis`.
+
+    With a `panel`, in the order in which a kernel reads them: of that many entries of `axis` those
+    along the other axis, then of the next ones.
+    """
 
     path: Path
     offset: int
@@ -86,11 +90,14 @@ class Stored:
     axis: int = 0
     start: int = 0
     stop: int = -1
+    panel: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         if self.stop < 0:
             return self.full_shape
+        if self.panel:
+            return (self.stop - self.start, self.full_shape[1 - self.axis], 1, 1)
         shape = list(self.full_shape)
         shape[self.axis] = self.stop - self.start
         return tuple(shape)
@@ -103,26 +110,51 @@ class Stored:
         """Rows (axis 0) or columns (axis 1) of a matrix."""
         return replace(self, axis=axis, start=start, stop=stop)
 
+    def in_panels(self, axis: int, panel: int) -> Stored:
+        """The matrix, or the part of it along `axis`, as a 1x1 convolution of that width has it."""
+        stop = self.full_shape[axis] if self.stop < 0 else self.stop
+        return replace(self, axis=axis, stop=stop, panel=panel)
+
     def chunks(self) -> Iterator[bytes]:
         """The bytes in C order, some MiB at a time. Raises ResidencyError if the file is short."""
         with self.path.open("rb") as file:
-            if self.stop < 0 or self.axis == 0:
+            if self.panel:
+                yield from self._panels(file.fileno())
+            elif self.stop < 0 or self.axis == 0:
                 row = prod(self.full_shape[1:]) * item_bytes(self.dtype)
                 yield from self._read(
                     file.fileno(), self.offset + self.start * row, self.size_bytes
                 )
-                return
-            rows, columns = self.full_shape
-            item, width = item_bytes(self.dtype), (self.stop - self.start) * item_bytes(self.dtype)
-            step = max(1, CHUNK_BYTES // width)
-            for first in range(0, rows, step):
-                places = (
-                    self.offset + (row * columns + self.start) * item
-                    for row in range(first, min(first + step, rows))
-                )
-                yield b"".join(
-                    data for at in places for data in self._read(file.fileno(), at, width)
-                )
+            else:
+                step = max(1, CHUNK_BYTES // ((self.stop - self.start) * item_bytes(self.dtype)))
+                rows = self.full_shape[0]
+                for first in range(0, rows, step):
+                    yield self._columns(
+                        file.fileno(), range(first, min(first + step, rows)), self.start, self.stop
+                    )
+
+    def _panels(self, handle: int) -> Iterator[bytes]:
+        other, item = self.full_shape[1 - self.axis], item_bytes(self.dtype)
+        step = max(1, CHUNK_BYTES // (other * item * self.panel)) * self.panel
+        for first in range(self.start, self.stop, step):
+            last = min(first + step, self.stop)
+            panels = (last - first) // self.panel
+            if self.axis == 0:
+                size = (last - first) * other * item
+                data = b"".join(self._read(handle, self.offset + first * other * item, size))
+                split = np.frombuffer(data, np.float32).reshape(panels, self.panel, other)
+                yield split.transpose(0, 2, 1).tobytes()
+            else:
+                data = self._columns(handle, range(other), first, last)
+                split = np.frombuffer(data, np.float32).reshape(other, panels, self.panel)
+                yield split.transpose(1, 0, 2).tobytes()
+
+    def _columns(self, handle: int, rows: range, start: int, stop: int) -> bytes:
+        item, columns = item_bytes(self.dtype), self.full_shape[1]
+        places = (self.offset + (row * columns + start) * item for row in rows)
+        return b"".join(
+            data for at in places for data in self._read(handle, at, (stop - start) * item)
+        )
 
     def _read(self, handle: int, offset: int, count: int) -> Iterator[bytes]:
         while count:

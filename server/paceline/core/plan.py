@@ -58,13 +58,17 @@ class ModulePlan:
 
 @dataclass(frozen=True, slots=True)
 class ChainPlan:
-    """One chain's modules; `latency_worst_s` is that of its slowest path."""
+    """One chain's modules; `latency_worst_s` is that of its slowest path.
+
+    `wanted`: the plan for its whole rate, where machines do not suffice for that one.
+    """
 
     chain: str
     slo_s: float
     rate_rps: float
     latency_worst_s: float
     modules: tuple[ModulePlan, ...]
+    wanted: ChainPlan | None = None
 
     def module(self, name: str) -> ModulePlan:
         return next(m for m in self.modules if m.module == name)

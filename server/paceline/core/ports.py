@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from paceline.core.bind import BoundChain
 from paceline.core.chain import Chain
-from paceline.core.errors import RequestError
+from paceline.core.errors import BackendError, RequestError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
 from paceline.core.profile import ProfileRow
@@ -43,8 +43,18 @@ class ModelState:
     reason: str = ""
 
 
+OnExecuted = Callable[[tuple[Tensor, ...] | BackendError], None]
+"""Called with the outputs of an execution, or how it failed."""
+
+
 class Executor(Protocol):
     """Runs batches on machines."""
+
+    def begin(self, machine: str, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        """`execute` without a task, where nothing has to be waited for first: `on_end` is called
+        once, after this returned. False where it is: nothing was begun.
+        """
+        ...
 
     async def execute(
         self, machine: str, call: ModelCall, *, timeout_s: float
@@ -58,6 +68,10 @@ class ModelRepository(Protocol):
 
     async def index(self) -> tuple[ModelState, ...]:
         """Every model it knows."""
+        ...
+
+    async def instances(self) -> Mapping[str, int]:
+        """Instances of every model that is loaded now. Raises ResidencyError."""
         ...
 
     async def spec(self, model: str) -> ModelSpec:
@@ -98,8 +112,27 @@ class ModelMemory(Protocol):
         """
         ...
 
+    async def server_bytes(self) -> int | None:
+        """What the server itself takes, its models left out; None where that cannot be told."""
+        ...
+
     async def gone(self, model: str) -> bool:
         """Whether nothing of an unloaded model is left, after a moment's patience."""
+        ...
+
+
+class LoadLinks(Protocol):
+    """What loads of one machine move their bytes through, where that can be divided."""
+
+    def moving(self) -> Mapping[str, tuple[float | None, Mapping[str, int]]]:
+        """By link: bytes a second as measured, and bytes that are still to come by model.
+
+        Blocks for about a millisecond.
+        """
+        ...
+
+    def split(self, shares: Mapping[str, float]) -> None:
+        """Shares of their links by model, from now on. Blocks for some milliseconds."""
         ...
 
 

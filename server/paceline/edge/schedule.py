@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import inf
 
+from paceline.core.bandwidth import needed, shared_out
 from paceline.edge.round import Batch, EdgeModel, Grant, Round, Schedule, User
 
 __all__ = [
@@ -274,11 +275,11 @@ class _Choices:
 
     def _shares(self, starts: Sequence[tuple[User, float]]) -> tuple[Grant, ...]:
         """What each needs, and the rest in proportion, so that all uploads end early alike."""
-        needed = [user.hertz_seconds / starts_s for user, starts_s in starts]
-        factor = max(1.0, self._round.bandwidth_hz / sum(needed)) if needed else 1.0
+        needs = [needed(user.hertz_seconds, starts_s) for user, starts_s in starts]
+        shares = shared_out(needs, self._round.bandwidth_hz)
         return tuple(
-            Grant(user.name, hertz, hertz * factor, hertz * factor * user.efficiency_bps_per_hz)
-            for (user, _), hertz in zip(starts, needed, strict=True)
+            Grant(user.name, need, hertz, hertz * user.efficiency_bps_per_hz)
+            for (user, _), need, hertz in zip(starts, needs, shares, strict=True)
         )
 
 

@@ -143,7 +143,7 @@ class Connection(Writer, asyncio.BufferedProtocol):
         """So many bytes have been read to where `get_buffer` said."""
         if self.over:
             return
-        self.heard = self._reading = True
+        self.heard = self._collecting = True
         try:
             if self._direct:
                 self._direct = False
@@ -160,7 +160,7 @@ class Connection(Writer, asyncio.BufferedProtocol):
         except ProtocolError as error:
             self._broken(error)
         finally:
-            self._reading = False
+            self._collecting = False
             self.flush()
 
     def _broken(self, error: ProtocolError) -> None:

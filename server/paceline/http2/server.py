@@ -115,6 +115,11 @@ class ServerConnection(Connection, Generic[H]):
         return list(self._streams.values())
 
     @property
+    def alone(self) -> bool:
+        """Whether the client has just one call open."""
+        return len(self._streams) == 1
+
+    @property
     def stuck(self) -> bool:
         """Whether the client lets nothing through of what waits for it."""
         return self._paused or bool(self._blocked)

@@ -61,7 +61,8 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._out: list[Buffer] = []
         self._out_bytes = 0
-        self._reading = False
+        self._collecting = False
+        """Whether somebody will flush what is written now."""
         self._streams: dict[int, Stream] = {}
         self._blocked: deque[Stream] = deque()
         self._window = frames.FIRST_WINDOW
@@ -78,7 +79,7 @@ class Writer:
 
     def _put(self, parts: Iterable[Buffer], size: int) -> None:
         """Send with whatever else this pass of the event loop writes."""
-        if not (self._out or self._reading):
+        if not (self._out or self._collecting):
             self._loop.call_soon(self.flush)
         self._out += parts
         self._out_bytes += size
@@ -137,6 +138,18 @@ class Writer:
             self._blocked.append(stream)
             return False
         return True
+
+    def send_at_once(
+        self, stream: Stream, head: bytes, parts: Sequence[Buffer], size: int, tail: bytes | None
+    ) -> bool:
+        """`send` what nothing else will be sent together with: not only behind this pass."""
+        collecting, self._collecting = self._collecting, True
+        try:
+            return self.send(stream, head, parts, size, tail)
+        finally:
+            self._collecting = collecting
+            if not collecting:
+                self.flush()
 
     def finish(self, stream: Stream, tail: bytes) -> bool:
         """Write `tail` after what waits; whether that is done."""

@@ -23,6 +23,9 @@ PARTS = 3
 WAITS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
 """Shares of the longest wait for which batch sizes are made small enough, one after the other."""
 
+TRIES, TRIES_EACH, AT_ONCE = 300, 6, 5
+"""How often machines are packed anew: at most, and for each of them; 2 to `AT_ONCE` + 1 at once."""
+
 LEAST_PART = 0.03
 """The share of a machine below which a part is not worth its model's memory."""
 
@@ -91,6 +94,16 @@ def _memory_bytes(loads: Iterable[Load], hardware: str) -> int:
 
 _Key = tuple[str, str, str, float]
 """Chain, module, hardware and budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What every machine was, which there were, and how many were used."""
+
+    then: list[Shared]
+    shared: list[Shared]
+    used: dict[str, int]
+    cost_per_hour: float
 
 
 @dataclass(slots=True)
@@ -266,16 +279,76 @@ class Packing:
         self.shared.append(best[1])
         return True
 
+    def _state(self) -> _State:
+        return _State(
+            [replace(each) for each in self.shared],
+            list(self.shared),
+            dict(self.used),
+            self.cost_per_hour,
+        )
+
+    def _restore(self, was: _State) -> None:
+        for each, then in zip(was.shared, was.then, strict=True):
+            each.take(then)
+        self.shared[:] = was.shared
+        self.used.clear()
+        self.used.update(was.used)
+
     def drop(self, each: Shared) -> None:
         self.shared.remove(each)
         self.used[each.machine.hardware] -= 1
 
     def dissolve(self) -> bool:
-        """Empty a machine into the others, or move its loads to a cheaper one; False if none."""
+        """Empty machines into the others, or move their loads to cheaper ones; False if none."""
+        found = False
         for each in sorted(self.shared, key=lambda s: (s.busy, -s.machine.price_per_hour)):
             if self._spread(each) or self._cheaper_host(each):
-                return True
-        return False
+                found = True
+        return found
+
+    def again(self) -> None:
+        """Empty a few machines at once and pack their loads anew, wherever that helps."""
+        tries = min(TRIES, TRIES_EACH * len(self.shared))
+        for at in range(tries if len(self.shared) > 1 else 0):
+            by_idle = sorted(self.shared, key=lambda s: (s.busy - 1) * s.machine.price_per_hour)
+            first, stride = at % len(by_idle), 1 + at // len(by_idle)
+            chosen = by_idle[first::stride][: 2 + at % AT_ONCE]
+            loads = sorted(
+                (load for each in chosen for load in each.loads),
+                key=lambda load: self._rank(load, at % 3),
+            )
+            self._anew(chosen, loads)
+
+    def _rank(self, load: Load, order: int) -> tuple[float, str, str]:
+        """Least for what is packed first: the largest, the tightest, or what has most time."""
+        waits = [
+            sizes[-1].deadline_s / sizes[-1].duration_s
+            for hardware in load.durations_s
+            if (sizes := self._sizes_of(load, hardware))
+        ]
+        wait = max(waits, default=0.0)
+        busy = min((self._least_busy(load, h) for h in load.durations_s), default=inf)
+        return ((-busy, wait, -wait)[order], load.chain, load.module)
+
+    def _anew(self, chosen: Sequence[Shared], loads: Sequence[Load]) -> None:
+        """Pack `loads` without the machines `chosen`; back to as it was if that does not help.
+
+        At the same cost it helps if some machines get fuller and others emptier.
+        """
+        was, crowded = self._state(), self._crowded()
+        for each in chosen:
+            self.drop(each)
+        for load in loads:
+            if self.cost_per_hour > was.cost_per_hour + SLACK or not self.add(load):
+                self._restore(was)
+                return
+        saved = was.cost_per_hour - self.cost_per_hour
+        if saved < -SLACK or (saved <= SLACK and self._crowded() <= crowded + SLACK):
+            self._restore(was)
+
+    def _crowded(self) -> float:
+        """Larger if some machines are full and others empty than if all are half full."""
+        return sum(each.machine.price_per_hour * each.busy**2 for each in self.shared)
 
     def _spread(self, each: Shared) -> bool:
         others = [other for other in self.shared if other is not each]
@@ -327,6 +400,10 @@ def pack(
             pass
         if best is None or packing.cost_per_hour < best.cost_per_hour - SLACK:
             best = packing
+    if best is not None:
+        best.again()
+        while best.dissolve():
+            pass
     return best
 
 

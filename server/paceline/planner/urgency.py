@@ -55,7 +55,7 @@ class Due:
                 spare_s = left_s - later_s - duration_s
                 if spare_s < -TOLERANCE:
                     return 0.0
-                if spare_s < most * over_s:
+                if over_s > 0 and spare_s < most * over_s:
                     most = spare_s / over_s
             if stream.deadline_s <= deadline_s:
                 late_s = deadline_s - stream.deadline_s + stream.jitter_s
@@ -65,7 +65,7 @@ class Due:
         own_s -= blocked_s
         if own_s < -TOLERANCE:
             return 0.0
-        if own_s < most * jitter_s:
+        if jitter_s > 0 and own_s < most * jitter_s:
             most = own_s / jitter_s
         return max(0.0, most)
 

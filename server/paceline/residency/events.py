@@ -171,14 +171,41 @@ class SizeMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerMeasured:
+    """A machine's server itself, its models left out, takes that much."""
+
+    machine: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pace:
-    """On a machine, batches take `interference` times as long under a load (>= 1), and what runs
-    can bear `bearable` times as long and still be in time.
+    """On a machine, batches take `interference[n - 1]` times as long under n loads (>= 1, never
+    falling), and what runs can bear `bearable` times as long and still be in time.
     """
 
     machine: str
-    interference: float
+    interference: tuple[float, ...]
     bearable: float
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a machine loads through (its disk, a store): bytes a second (None: not measured), and
+    the bytes that are still to come, by model.
+    """
+
+    name: str
+    bytes_per_s: float | None
+    left_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """Parameters are on their way to a machine."""
+
+    machine: str
+    links: tuple[Link, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +230,9 @@ Event = (
     | UnloadDone
     | UnloadStuck
     | SizeMeasured
+    | ServerMeasured
     | Pace
+    | Moving
     | Tick
 )
 
@@ -254,10 +283,18 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """The shares of their link, 0 to 1, that loads under way on a machine get, by model."""
+
+    machine: str
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """Send a Tick at `at_s`. Only the latest one said matters."""
 
     at_s: float
 
 
-Action = Load | Unload | Recycle | Grant | Refuse | Wake
+Action = Load | Unload | Recycle | Grant | Refuse | Split | Wake

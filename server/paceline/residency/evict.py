@@ -1,8 +1,9 @@
 """What to evict: the least loss for the room it makes, or (a baseline) what was used longest ago.
 
-The loss of a model is what its absence costs per second: uses per second, times the seconds a
-reload takes, times the weight of its priority. Uses are counted with exponential decay, so that
-a shift of the traffic is seen within a few minutes and a burst is not taken for a rate.
+The loss of a model is what its absence costs per second: uses per second, times the seconds until
+it is back, times the weight of its priority. Whoever comes back needs another's room first: a
+reload takes an unload and a load. Uses are counted with exponential decay, so that a shift of the
+traffic is seen within a minute and a burst is not taken for a rate.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from math import exp
 from typing import Literal
 
-RATE_MEMORY_S = 60.0
+RATE_MEMORY_S = 30.0
 """The rate forgets what is older than about this."""
 
 Eviction = Literal["cost", "lru"]
@@ -33,7 +34,7 @@ class Rate:
         """The rate now.
 
         >>> rate = Rate(4.0, 0.0)
-        >>> round(rate.at(60.0), 3)
+        >>> round(rate.at(30.0), 3)
         1.472
         """
         return self.per_s * exp(-max(0.0, now_s - self.at_s) / RATE_MEMORY_S)
@@ -41,11 +42,13 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model that may go. `soon`: an accepted request will want it later on its way."""
+    """A model that may go. `reload_s`: until it would be back (0: another machine has it). `soon`:
+    an accepted request will want it later on its way.
+    """
 
     model: str
     rate_rps: float
-    load_s: float
+    reload_s: float
     weight: float
     size_bytes: int
     used_s: float
@@ -54,7 +57,7 @@ class Candidate:
     @property
     def loss(self) -> float:
         """What its absence costs, per second."""
-        return self.rate_rps * self.load_s * self.weight
+        return self.rate_rps * self.reload_s * self.weight
 
     def rank(self, eviction: Eviction) -> tuple[bool, float, float, str]:
         """The lowest goes first."""

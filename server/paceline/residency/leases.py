@@ -100,6 +100,15 @@ class Leases:
     def of_request(self, request: int) -> list[Lease]:
         return list(self._by_request.get(request, {}).values())
 
+    def waited_s(self, lease: Lease, now_s: float) -> float:
+        """How long its request has been waiting: for this model, or one that it needs before."""
+        since = [
+            other.since_s
+            for other in self._by_request[lease.request].values()
+            if other.current and not other.granted
+        ]
+        return now_s - min(since, default=now_s)
+
     def pins(self, model: str) -> int:
         """Granted leases of a model, on whatever machine."""
         return self._pins.get(model, 0)

@@ -1,9 +1,10 @@
-"""What one machine's memory holds, in bytes: loading, resident, unloading and leaked all count.
+"""What one machine's memory holds, in bytes: loading, resident, unloading and leaked all count,
+and what the server itself has grown by.
 
 Parameter blocks that models share count once (PartialLoading: what is there need not be loaded).
 Invariant: a load begins only when it fits, so `used_bytes <= budget_bytes`, except right after a
 model turned out larger than it was believed to be (`over_bytes`); `used_bytes` is the sum over
-what is held, each block once.
+what is held, each block once, and `grown_bytes`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Ledger:
         assert budget_bytes > 0, budget_bytes
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
+        self.grown_bytes = 0
+        """What the server takes beyond what it should."""
         self._held: dict[str, Held] = {}
         self._users: dict[str, int] = {}
 
@@ -158,6 +161,11 @@ class Ledger:
         self.freed(model)
         held.footprint, held.instances = footprint, instances
         self._add(held)
+
+    def grown(self, size_bytes: int) -> None:
+        """The server itself takes that much more than it should."""
+        self.used_bytes += size_bytes - self.grown_bytes
+        self.grown_bytes = size_bytes
 
     def _add(self, held: Held) -> None:
         assert held.model not in self._held, held

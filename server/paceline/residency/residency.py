@@ -32,11 +32,13 @@ from paceline.residency.events import (
     LoadHung,
     MachineDown,
     MachineUp,
+    Moving,
     Pace,
     Passed,
     Reach,
     Recycle,
     Refuse,
+    ServerMeasured,
     SizeMeasured,
     Tick,
     Unload,
@@ -47,7 +49,16 @@ from paceline.residency.events import (
 from paceline.residency.evict import Rate
 from paceline.residency.leases import AGED_S, Lease, Leases
 from paceline.residency.ledger import Footprint, Held, Ledger, Phase
-from paceline.residency.state import Change, Counts, Gone, Limits, Machine, Model, Worth
+from paceline.residency.state import (
+    LOAD_WEIGHT,
+    Change,
+    Counts,
+    Gone,
+    Limits,
+    Machine,
+    Model,
+    Worth,
+)
 from paceline.residency.upkeep import Upkeep
 
 RECENT = 64
@@ -64,6 +75,10 @@ class Residency:
         self.leases = Leases()
         self.counts = Counts()
         self.recent: deque[Gone] = deque(maxlen=RECENT)
+        self.recycled_s: dict[str, float] = {}
+        """When machines were restarted last."""
+        self.unload_s = 0.0
+        """Until a model that goes has given its memory back, learned."""
         self._ids = count(1)
         self._wanted: dict[str, None] = {}
         self._stuck = False
@@ -97,6 +112,8 @@ class Residency:
                     self._ended(lease, now_s)
             case Tick():
                 self._wake_s, self._attention = inf, True
+            case Moving():
+                self._room.split(event, now_s, actions)
             case _:
                 self._attention = True
                 self._changed(event, now_s)
@@ -142,6 +159,10 @@ class Residency:
             if other != model and not self._is_loading(other)
         )
         return own_s + others_s / self.limits.most_loads
+
+    def loss(self, model: Model, now_s: float) -> float:
+        """What the absence of a model costs, per second."""
+        return model.loss(now_s, self.unload_s)
 
     # -- leases -----------------------------------------------------------------------------
 
@@ -231,7 +252,9 @@ class Residency:
             case LoadHung():
                 self._load_hung(event, now_s)
             case UnloadDone():
-                if self.under_way(event.machine, event.model, event.operation) is not None:
+                gone = self.under_way(event.machine, event.model, event.operation)
+                if gone is not None:
+                    self.unload_s += LOAD_WEIGHT * (now_s - gone.since_s - self.unload_s)
                     self.machines[event.machine].ledger.freed(event.model)
             case UnloadStuck():
                 if self.under_way(event.machine, event.model, event.operation) is not None:
@@ -239,9 +262,12 @@ class Residency:
                     self.counts.leaks += 1
             case SizeMeasured():
                 self._measured(event.model, event.own_bytes)
+            case ServerMeasured():
+                if (machine := self.machines.get(event.machine)) is not None:
+                    machine.server_measured(event.size_bytes)
             case Pace():
                 if (machine := self.machines.get(event.machine)) is not None:
-                    machine.interference = max(1.0, event.interference)
+                    machine.interference = event.interference
                     machine.bearable = event.bearable
             case _:
                 raise AssertionError(f"nothing to do for {event!r}")
@@ -297,7 +323,7 @@ class Residency:
         """Models to have, the greatest loss per byte first."""
 
         def rank(model: Model) -> tuple[float, str]:
-            return (-model.loss(now_s) / max(1, model.footprint.alone_bytes()), model.name)
+            return (-self.loss(model, now_s) / max(1, model.footprint.alone_bytes()), model.name)
 
         models = (m for m in self.models.values() if not m.withdrawn and not m.asleep)
         return [model.name for model in sorted(models, key=rank)]
@@ -430,8 +456,9 @@ class Residency:
         self.recent.append(Gone(now_s, machine.name, model, size_bytes, why))
         actions.append(Unload(operation, machine.name, model, why))
 
-    def restart(self, machine: Machine, actions: list[Action]) -> None:
+    def restart(self, machine: Machine, now_s: float, actions: list[Action]) -> None:
         """Begin a restart of a machine."""
         machine.asked = True
+        self.recycled_s[machine.name] = now_s
         self.counts.recycles += 1
         actions.append(Recycle(machine.name, machine.recycling))

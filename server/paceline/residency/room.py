@@ -187,18 +187,19 @@ class Room:
     def _too_soon(self, one: Pending, place: _Place, rank: Rank, now_s: float) -> bool:
         """Whether to wait is cheaper yet than what the victims' absence is expected to cost more
         than its own: who takes the place of what is wanted more has waited as long as that in all.
-        Nobody waits who would then be late.
+        Nobody waits who would then be late. A request that waits for one model waits for those
+        that it needs next as well, so that the loads of a cold chain go side by side.
         """
         if self._r.limits.eviction != "cost" or rank[0] < 0:
             return False
-        if min(one.latest_s) - now_s < 2.0 * one.load_s:
+        if min(one.latest_s) - now_s < 2.0 * one.load_s + self._r.unload_s:
             return False
         waited_s = sum(
-            now_s - lease.since_s
+            self._r.leases.waited_s(lease, now_s)
             for lease in self._r.leases.of(one.model)
-            if lease.current and not lease.granted
+            if not lease.granted
         )
-        more = place.cost - self._r.models[one.model].loss(now_s)
+        more = place.cost - self._r.loss(self._r.models[one.model], now_s)
         return waited_s < more * ABSENCE_S
 
     def _eligible(self, machine: Machine, model: Model, now_s: float) -> bool:
@@ -278,7 +279,7 @@ class Room:
                 Candidate(
                     held.model,
                     model.rate.at(now_s),
-                    model.load_s if last else 0.0,
+                    model.load_s + self._r.unload_s if last else 0.0,
                     model.weight,
                     machine.ledger.freed_bytes([held.model]),
                     model.used_s,
@@ -287,9 +288,11 @@ class Room:
             )
         return found
 
-    def _want_recycled(self, machine: Machine) -> None:
+    def _want_recycled(
+        self, machine: Machine, why: str = "memory of a model was never given back"
+    ) -> None:
         if machine.recyclable and not machine.recycling:
-            machine.recycling = "memory of a model was never given back"
+            machine.recycling = why
 
     # -- small questions --------------------------------------------------------------------
 

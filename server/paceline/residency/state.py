@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -16,7 +17,16 @@ LEAST_LOAD_S = 1e-3
 """A load is believed to take at least that: what costs nothing would never be kept."""
 
 LOAD_WEIGHT = 0.3
-"""Weight of the newest load in the learned duration."""
+"""Weight of the newest load, or unload, in the learned duration."""
+
+SERVER_FREE_BYTES = 64 << 20
+"""What a server may grow by before that is a leak: buffers that it keeps."""
+
+SERVER_LOOKS = 12
+"""A server has grown by the least of its newest measurements: a peak is no leak."""
+
+RECYCLE_EVERY_S = 600.0
+"""A machine whose server grows is restarted that seldom: what comes back at once is no leak."""
 
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 60.0
@@ -25,14 +35,16 @@ LONGEST_BACKOFF_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`most_loads` at a time on a machine; `held_s`: how long what runs may hold up a load that a
-    request waits for; `leak_share` of a budget that may be leaked before the machine is recycled.
+    """`most_loads` at a time on a machine, if `paced` fewer where what runs could not bear them;
+    `held_s`: how long that may hold up a load that a request waits for; `leak_share` of a budget
+    that may be leaked before the machine is recycled.
     """
 
     most_loads: int = 4
     held_s: float = 1.0
     leak_share: float = 0.1
     eviction: Eviction = "cost"
+    paced: bool = True
 
 
 @dataclass(slots=True)
@@ -78,9 +90,9 @@ class Model:
     def weight(self) -> float:
         return weight(min((w.priority for w in self.chains.values()), default=0))
 
-    def loss(self, now_s: float) -> float:
-        """What its absence costs, per second."""
-        return self.rate.at(now_s) * self.load_s * self.weight
+    def loss(self, now_s: float, unload_s: float) -> float:
+        """What its absence costs, per second, where others take `unload_s` to make room."""
+        return self.rate.at(now_s) * (self.load_s + unload_s) * self.weight
 
     def learn_load(self, took_s: float) -> None:
         self.loads += 1
@@ -113,12 +125,18 @@ class Machine:
     ledger: Ledger
     recyclable: bool = False
     fill: list[str] = field(default_factory=list)
-    interference: float = 1.0
+    interference: tuple[float, ...] = ()
+    """How many times as long batches take under 1, 2, ... loads; none: not known."""
     bearable: float = inf
     recycling: str = ""
     """Why it is to be restarted; "" when it is not."""
     asked: bool = False
     """The restart is under way."""
+    server_base_bytes: int | None = None
+    """What its server took when it was measured first."""
+    server_bytes: deque[int] = field(default_factory=lambda: deque(maxlen=SERVER_LOOKS))
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """How its loads split their links, as said last."""
     growing: dict[str, Change] = field(default_factory=dict)
     """Instance counts that are being changed in place."""
 
@@ -127,6 +145,15 @@ class Machine:
         held = self.ledger.get(model)
         return held if held is not None and held.open and not self.recycling else None
 
+    def server_measured(self, size_bytes: int) -> None:
+        """Its server takes that much; what has lasted counts as held."""
+        if self.server_base_bytes is None:
+            self.server_base_bytes = size_bytes
+        self.server_bytes.append(size_bytes)
+        if len(self.server_bytes) == SERVER_LOOKS:
+            more = min(self.server_bytes) - self.server_base_bytes - SERVER_FREE_BYTES
+            self.ledger.grown(max(0, more))
+
     @property
     def loading(self) -> int:
         """Loads under way."""
@@ -134,9 +161,11 @@ class Machine:
 
     def allowed_loads(self, most: int) -> int:
         """Loads at a time that what runs can bear."""
-        if self.interference <= 1.0 or self.bearable == inf:
+        if not self.interference or self.bearable == inf:
             return most
-        return max(0, min(most, int((self.bearable - 1.0) / (self.interference - 1.0) + 1e-9)))
+        # What loads do not slow down at all they may go on beside, however late it is.
+        limit = max(self.bearable, 1.0)
+        return min(most, sum(factor <= limit for factor in self.interference))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,13 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-from paceline.residency.events import Action
+from paceline.residency import bandwidth
+from paceline.residency.events import Action, Moving, Split
 from paceline.residency.evict import choose
 from paceline.residency.leases import Rank
 from paceline.residency.ledger import Held, Phase
 from paceline.residency.room import LEAST_RANK, Room, coming, held_there
-from paceline.residency.state import Machine, Model
+from paceline.residency.state import RECYCLE_EVERY_S, Machine, Model
 
 if TYPE_CHECKING:
     from paceline.residency.residency import Residency
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 FILL_GAIN = 2.0
 """A model takes another's place ahead of any request only if its loss per byte is so many times
 as large: what is moved for nothing costs a load."""
+
+SPLIT_TOLERANCE = 0.05
+"""Shares that differ by less are not said again."""
 
 MOST_RANK: Rank = (-inf, -inf)
 
@@ -124,16 +128,15 @@ class Upkeep(Room):
         short = missing - free - ledger.bytes_in(Phase.UNLOADING)
         if short <= 0:
             return False
-        worth = model.loss(now_s) / max(1, missing)
+        worth = self._r.loss(model, now_s) / max(1, missing)
         candidates = [
             c
             for c in self._candidates(machine, LEAST_RANK, now_s, closable=False)
             if not c.soon and FILL_GAIN * c.loss / max(1, c.size_bytes) < worth
         ]
         victims = choose(candidates, short, ledger.freed_bytes, self._r.limits.eviction)
-        if victims is None or sum(c.loss for c in candidates if c.model in victims) >= model.loss(
-            now_s
-        ):
+        lost = sum(c.loss for c in candidates if victims is not None and c.model in victims)
+        if victims is None or lost >= self._r.loss(model, now_s):
             machine.fill.pop(0)
             return True
         why = f"{model.name} is worth more than it"
@@ -156,14 +159,50 @@ class Upkeep(Room):
             if wanted != held.instances:
                 self._r.resize(machine, held, wanted, actions)
 
+    # -- what is on its way -----------------------------------------------------------------
+
+    def split(self, moving: Moving, now_s: float, actions: list[Action]) -> None:
+        """How loads under way share their links, said when that has changed."""
+        machine = self._r.machines.get(moving.machine)
+        if machine is None:
+            return
+        shares: dict[str, float] = {}
+        for link in moving.links:
+            under_way = [
+                self._transfer(model, left_bytes, now_s)
+                for model, left_bytes in sorted(link.left_bytes.items())
+                if left_bytes > 0 and model in self._r.models
+            ]
+            shares |= bandwidth.split(under_way, now_s, link.bytes_per_s)
+        before = machine.shares
+        same = shares.keys() == before.keys()
+        if not same or any(abs(shares[m] - before[m]) > SPLIT_TOLERANCE for m in shares):
+            machine.shares = shares
+            if shares:
+                actions.append(Split(machine.name, shares))
+
+    def _transfer(self, model: str, left_bytes: int, now_s: float) -> bandwidth.Transfer:
+        leases = list(self._r.leases.of(model))
+        footprint = self._r.models[model].footprint
+        return bandwidth.Transfer(
+            model,
+            left_bytes,
+            tuple(lease.latest_s for lease in leases),
+            min((lease.rank(now_s)[0] for lease in leases), default=inf),
+            footprint.blocks,
+            sum(footprint.blocks.values()),
+        )
+
     # -- leaks ------------------------------------------------------------------------------
 
     def recycle(self, now_s: float, actions: list[Action]) -> None:
         """Restart machines that leak, once their models are elsewhere and nobody uses them."""
         for _, machine in sorted(self._r.machines.items()):
-            leaked = machine.ledger.bytes_in(Phase.LEAKED)
-            if leaked > self._r.limits.leak_share * machine.ledger.budget_bytes:
+            bearable = self._r.limits.leak_share * machine.ledger.budget_bytes
+            if machine.ledger.bytes_in(Phase.LEAKED) > bearable:
                 self._want_recycled(machine)
+            if machine.ledger.grown_bytes > bearable and self._is_due(machine, now_s):
+                self._want_recycled(machine, "the server itself has grown")
             if not machine.recycling or machine.asked:
                 continue
             moving = [
@@ -175,7 +214,10 @@ class Upkeep(Room):
                 if h.phase is Phase.RESIDENT
             ):
                 continue
-            self._r.restart(machine, actions)
+            self._r.restart(machine, now_s, actions)
+
+    def _is_due(self, machine: Machine, now_s: float) -> bool:
+        return now_s - self._r.recycled_s.get(machine.name, -inf) >= RECYCLE_EVERY_S
 
     def _move(self, source: Machine, held: Held, now_s: float, actions: list[Action]) -> bool:
         """Have a model of a machine that is to be restarted loaded elsewhere; True while it is on
@@ -187,7 +229,7 @@ class Upkeep(Room):
         others = [m for m in self._r.machines.values() if m is not source]
         if any(coming(m, held.model) for m in others):
             return True
-        if model.loss(now_s) <= 0.0 and not self._r.leases.any(held.model):
+        if self._r.loss(model, now_s) <= 0.0 and not self._r.leases.any(held.model):
             return False
         for machine in others:
             if not self._eligible(machine, model, now_s):

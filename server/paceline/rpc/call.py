@@ -192,6 +192,16 @@ class Call(ServerStream):
             self.stop(Status(grpc.StatusCode.INTERNAL, details))
             return None
 
+    def _take_next(self, inbox: Inbox) -> Buffer | None:
+        """As `_take`, of a stream: the client may send on."""
+        data = self._take(inbox)
+        if data is not None:
+            half = self._connection.stream_credit // 2
+            room = 2 * half - inbox.unread_bytes - self._connection.on_its_way(self)
+            if room >= half:
+                self._connection.renew(self, room)
+        return data
+
     def _take_only(self, inbox: Inbox) -> Buffer | None:
         """A unary request's message; None where the call has ended for not having just one."""
         if len(inbox) != 1:
@@ -232,6 +242,9 @@ class Call(ServerStream):
             self.refuse(status)
             self.abandoned()
 
+    def closing(self) -> None:
+        """The server takes no further calls: one that would never end by itself has to."""
+
     def abandoned(self) -> None:
         """The call is over without its handler: it can stop."""
         raise NotImplementedError
@@ -268,8 +281,10 @@ class UnaryCall(Call):
         head = self._connection.headers(self.id, RESPONSE_BLOCK)
         self._over()
         message = (PREFIX.pack(0, size - PREFIX_BYTES), *parts)
-        if self._connection.send(self, head, message, size, tail):
-            self._connection.stream_ended(self)
+        connection = self._connection
+        send = connection.send_at_once if connection.alone else connection.send
+        if send(self, head, message, size, tail):
+            connection.stream_ended(self)
 
     def received(self, data: memoryview, ended: bool) -> None:
         """See `Stream.received`; most requests come in one piece."""

@@ -79,13 +79,9 @@ class TaskCall(Call):
             if inbox is None or self.over:
                 raise asyncio.CancelledError
             if len(inbox):
-                data = self._take(inbox)
+                data = self._take_next(inbox)
                 if data is None:
                     raise asyncio.CancelledError
-                half = self._connection.stream_credit // 2
-                room = 2 * half - inbox.unread_bytes - self._connection.on_its_way(self)
-                if room >= half:
-                    self._connection.renew(self, room)
                 return self._deserialized(data)
             if self.remote_closed:
                 return grpc.aio.EOF  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,11 +44,15 @@ Handler = Any
 _STOPPED = Status(grpc.StatusCode.UNAVAILABLE, "the server has stopped")
 
 
+Open = Callable[[ServerConnection[Any], int, Head[Any], Intake], Call]
+"""Makes the call of a method that is served without a task."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Method:
     """How a path is served: without a task, or by a coroutine."""
 
-    begin: Begin | None = None
+    open: Open | None = None
     handler: Handler | None = None
 
 
@@ -98,7 +102,11 @@ class GrpcServer:
 
     def add_unary(self, path: str, begin: Begin) -> None:
         """Serve a unary method without a task."""
-        self._methods.setdefault(path, _Method(begin=begin))
+        self.add_calls(path, partial(UnaryCall, begin=begin))
+
+    def add_calls(self, path: str, open_call: Open) -> None:
+        """Serve a method by calls of one's own."""
+        self._methods.setdefault(path, _Method(open=open_call))
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
         """As grpc.aio.Server's."""
@@ -128,8 +136,8 @@ class GrpcServer:
         method = head.method
         if method is None or head.http_status != 200 or head.encoding not in ENCODINGS:
             return RefusedCall(connection, stream, head, self._intake)
-        if method.begin is not None:
-            return UnaryCall(connection, stream, head, self._intake, method.begin)
+        if method.open is not None:
+            return method.open(connection, stream, head, self._intake)
         assert method.handler is not None
         return TaskCall(connection, stream, head, self._intake, method.handler, self._tasks)
 
@@ -195,6 +203,9 @@ class GrpcServer:
             server.close()
         for connection in list(self._connections):
             connection.go_away()
+            for stream in connection.open_streams:
+                assert isinstance(stream, Call)
+                stream.closing()
         await self._until_closed(grace_s or 0.0)
         for connection in list(self._connections):
             for stream in connection.open_streams:

@@ -62,10 +62,9 @@ async def start_grpc(
     stopping = asyncio.Event()
     server = GrpcServer(max_message_bytes=max_message_bytes)
     services = frozenset({service.SERVICE, control_service.SERVICE, edge_service.SERVICE})
-    inference_service = InferenceService(inference, control, stopping=stopping)
-    if raw:
-        # The first handler registered for a method is the one that is called.
-        inference_service.add_raw_handlers(server)
+    inference_service = InferenceService(inference, control)
+    # The first handler registered for a method is the one that is called.
+    inference_service.add_handlers(server, raw=raw)
     # Generated code names grpc's own servers as types.
     generated = cast(Any, server)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference_service, generated)

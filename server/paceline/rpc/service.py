@@ -7,9 +7,9 @@ The messages are those that ship in `tritonclient.grpc`: a second copy in a proc
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -35,7 +35,7 @@ from paceline.rpc.convert import (
 from paceline.rpc.head import Metadata
 from paceline.rpc.listener import GrpcServer
 from paceline.rpc.status import Status, abort, answered, status_of
-from paceline.rpc.stream import Emit, Infer, InferStream, Reply
+from paceline.rpc.stream import InferStream
 from paceline.rpc.validate import Signature
 
 SERVICE = "inference.GRPCInferenceService"
@@ -45,21 +45,25 @@ _INTEGER = re.compile(r"[+-]?\d+")
 
 
 class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """The servicer. `stopping` ends streams when the server stops."""
+    """The servicer."""
 
-    def __init__(self, inference: Inference, control: Control, *, stopping: asyncio.Event) -> None:
+    def __init__(self, inference: Inference, control: Control) -> None:
         self._inference = inference
         self._control = control
-        self._stopping = stopping
         self._signatures: dict[str, tuple[BoundChain, Signature]] = {}
 
     # Inference
 
-    def add_raw_handlers(self, server: GrpcServer) -> None:
-        """Inference on serialized messages; to be registered before the servicer itself."""
-        server.add_unary(f"/{SERVICE}/ModelInfer", self._raw_infer)
-        stream = grpc.stream_stream_rpc_method_handler(self._raw_stream, _as_it_came)
-        server.add_registered_method_handlers(SERVICE, {"ModelStreamInfer": stream})
+    def add_handlers(self, server: GrpcServer, *, raw: bool) -> None:
+        """Inference without tasks; to be registered before the servicer itself.
+
+        `raw` reads and writes serialized messages without protobuf wherever that is possible.
+        """
+        if raw:
+            server.add_unary(f"/{SERVICE}/ModelInfer", self._raw_infer)
+        begin = partial(self._begin, form=_RAW if raw else _PROTOBUF)
+        stream = partial(InferStream, begin=begin, cancel=self._inference.cancel)
+        server.add_calls(f"/{SERVICE}/ModelStreamInfer", stream)
 
     def _raw_infer(self, call: UnaryCall, data: Buffer) -> None:
         """The hot path: no task, no message object."""
@@ -82,18 +86,40 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         except Exception as error:
             call.refuse(status_of(error))
 
-    async def _raw_stream(self, requests: AsyncIterator[Buffer], context: CallContext) -> None:
-        async def infer(message: Any, emit: Emit) -> bytes:
-            def emit_raw(response: Any) -> None:
-                emit(response.SerializeToString())
+    def _begin(self, stream: InferStream, data: Buffer, form: _Form) -> None:
+        """Serve a request of a stream. What is no message ends the stream: RequestError."""
+        message = form.read(data)
+        entry = stream.enter()
 
-            answer, version = await self._serve(message, context.time_remaining(), emit_raw)
-            if "stream_items" in message.parameters:
-                final: bytes = final_response(message, version, answer).SerializeToString()
-                return final
-            return b"".join(wire.response_parts(message, version, answer))
+        def fail(error: Exception) -> None:
+            status = status_of(error)
+            stream.fail(entry, status, [_stream_failure(message, status)])
 
-        await self._stream(_parsed(requests), context, infer, _raw_stream_reply)
+        def on_end(outcome: InferAnswer | RequestError) -> None:
+            try:
+                if isinstance(outcome, RequestError):
+                    raise outcome
+                if "stream_items" in message.parameters:
+                    final = final_response(message, signature.version, outcome)
+                    parts: Sequence[Buffer] = [final.SerializeToString()]
+                else:
+                    parts = form.response(message, signature.version, outcome)
+                stream.leave(entry, wire.stream_parts(parts))
+            except Exception as error:
+                fail(error)
+
+        def on_partial(start: int, outputs: tuple[Tensor, ...]) -> None:
+            items = items_response(message, signature.version, start, outputs)
+            stream.write(wire.stream_parts([items.SerializeToString()]))
+
+        try:
+            signature = self._signature(message.model_name, message.model_version)
+            request = infer_request(message, signature, stream.time_remaining())
+            entry.number = self._inference.begin(
+                request, on_end, on_partial if request.stream_items else None
+            )
+        except Exception as error:
+            fail(error)
 
     async def ModelInfer(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._unary(request, context))
@@ -109,43 +135,11 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
             context.set_trailing_metadata(_number(answer))
         return infer_response(request, version, answer)
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: CallContext) -> None:
-        async def infer(request: Any, emit: Emit) -> Any:
-            answer, version = await self._serve(request, context.time_remaining(), emit)
-            if "stream_items" in request.parameters:
-                return final_response(request, version, answer)
-            return infer_response(request, version, answer)
-
-        await self._stream(requests, context, infer, _stream_reply)
-
-    async def _stream(
-        self, requests: AsyncIterator[Any], context: CallContext, infer: Infer, reply: Reply
-    ) -> None:
-        fail_fast = ("triton_grpc_error", "true") in (context.invocation_metadata() or ())
-        stream = InferStream(infer, reply, fail_fast=fail_fast, stopping=self._stopping)
-        try:
-            status = await stream.run(requests, context.write)
-        except ExceptionGroup as errors:
-            status = _malformed(errors)
-        if status is not None:
-            await abort(context, status)
-
-    async def _serve(
-        self, message: Any, remaining_s: float | None, emit: Emit | None = None
-    ) -> tuple[InferAnswer, str]:
-        """The answer, and the version that gave it when the client named none.
-
-        `emit` gets the items of fan-outs as they come, where the request asks for it.
-        """
+    async def _serve(self, message: Any, remaining_s: float | None) -> tuple[InferAnswer, str]:
+        """The answer, and the version that gave it when the client named none."""
         signature = self._signature(message.model_name, message.model_version)
         request = infer_request(message, signature, remaining_s)
-        if emit is None or not request.stream_items:
-            return await self._inference.infer(request), signature.version
-
-        def on_partial(start: int, outputs: tuple[Tensor, ...]) -> None:
-            emit(items_response(message, signature.version, start, outputs))
-
-        return await self._inference.infer(request, on_partial), signature.version
+        return await self._inference.infer(request), signature.version
 
     def _signature(self, name: str, version: str) -> Signature:
         bound = self._control.callable(name, _checked(version))
@@ -292,40 +286,28 @@ def _number(answer: InferAnswer) -> Metadata:
     return (("paceline-request-id", str(answer.timeline.request)),)
 
 
-def _as_it_came(data: Buffer) -> Buffer:
-    return data
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How the messages of streams are read and written."""
+
+    read: Callable[[Buffer], Any]
+    response: Callable[[Any, str, InferAnswer], Sequence[Buffer]]
 
 
-async def _parsed(requests: AsyncIterator[Buffer]) -> AsyncIterator[Any]:
-    async for data in requests:
-        yield wire.read_request(data)
+def _response(message: Any, version: str, answer: InferAnswer) -> Sequence[Buffer]:
+    return [infer_response(message, version, answer).SerializeToString()]
 
 
-def _malformed(errors: ExceptionGroup[Exception]) -> Status:
-    """How a stream ends on which something came that is no message."""
-    found, others = errors.split(RequestError)
-    if found is None or others is not None:
-        raise errors
-    leaf: Exception = found
-    while isinstance(leaf, ExceptionGroup):
-        leaf = leaf.exceptions[0]
-    return status_of(leaf)
+_RAW = _Form(wire.read_request, wire.response_parts)
+_PROTOBUF = _Form(wire.read_protobuf, _response)
 
 
-def _raw_stream_reply(request: Any, outcome: Any | Status) -> bytes:
-    if not isinstance(outcome, Status):
-        return wire.stream_response(outcome)
-    refused: bytes = _stream_reply(request, outcome).SerializeToString()
-    return refused
-
-
-def _stream_reply(request: Any, outcome: Any | Status) -> Any:
+def _stream_failure(request: Any, status: Status) -> bytes:
     """A failure carries the id of its request in an otherwise empty response, as Triton's does."""
-    if not isinstance(outcome, Status):
-        return service_pb2.ModelStreamInferResponse(infer_response=outcome)
-    response = service_pb2.ModelStreamInferResponse(error_message=outcome.details)
+    response = service_pb2.ModelStreamInferResponse(error_message=status.details)
     response.infer_response.id = request.id
-    return response
+    data: bytes = response.SerializeToString()
+    return data
 
 
 def _checked(version: str) -> str:

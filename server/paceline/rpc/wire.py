@@ -8,7 +8,7 @@ Clients repeat themselves: the header of a tensor is looked up by its bytes, not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,11 @@ def read_request(data: Buffer) -> Any:
     try:
         return parse_request(data)
     except Unusual:
-        pass
+        return read_protobuf(data)
+
+
+def read_protobuf(data: Buffer) -> Any:
+    """Protobuf's ModelInferRequest. Raises RequestError for what is none."""
     try:
         return service_pb2.ModelInferRequest.FromString(bytes(data))
     except DecodeError:
@@ -138,9 +142,9 @@ def response_parts(message: Any, version: str, answer: InferAnswer) -> list[Buff
     return parts + contents
 
 
-def stream_response(response: bytes) -> bytes:
-    """A serialized ModelStreamInferResponse around a ModelInferResponse."""
-    return b"".join((_STREAM_RESPONSE, varint(len(response)), response))
+def stream_parts(parts: Sequence[Buffer]) -> list[Buffer]:
+    """The serialized ModelStreamInferResponse around the ModelInferResponse made of `parts`."""
+    return [_STREAM_RESPONSE + varint(sum(map(len, parts))), *parts]
 
 
 def _input(header: bytes) -> WireTensor:

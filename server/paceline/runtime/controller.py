@@ -112,6 +112,7 @@ class Controller:
         Raises ConfigError, PlanError, ResidencyError.
         """
         used = {module.model for chain in chains for module in chain.modules}
+        await self.machines.adopt(self.machines.named())
         await self._load_all(used)
         async with self._changing:
             if self._memory is not None:
@@ -130,6 +131,7 @@ class Controller:
         async with self._changing:
             self.machines.add(machine)
             try:
+                await self.machines.adopt([name])
                 await self.machines.grow_to({name: dict.fromkeys(self._loaded(), 1)}, first=True)
                 used = [m.spec for b in self._bound.values() if not b.direct for m in b.modules]
                 await self._provisioning.profile(used)

@@ -19,6 +19,7 @@ from typing import Protocol
 from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
 from paceline.core.ports import Executor, OnEnd, OnPartial
 from paceline.core.request import InferAnswer, InferRequest, Timeline
+from paceline.core.tensor import Tensor
 from paceline.core.values import value
 from paceline.dispatch import (
     Abort,
@@ -259,7 +260,7 @@ class Engine:
         return True
 
     async def close(self) -> None:
-        """Cancel whatever is still executing."""
+        """Cancel what is still executing in a task; what was begun ends with its connection."""
         if self._wake is not None:
             self._wake.cancel()
         for task in list(self._executions):
@@ -338,9 +339,7 @@ class Engine:
         for action in actions:
             match action:
                 case Execute():
-                    task = loop.create_task(self._execute(action))
-                    self._executions.add(task)
-                    task.add_done_callback(self._executions.discard)
+                    self._start(action)
                 case Answer():
                     timeline = action.timeline
                     self._record(timeline)
@@ -363,26 +362,51 @@ class Engine:
                         self._wake.cancel()
                     self._wake = loop.call_at(action.at_s, self._handle, Tick())
 
+    def _start(self, action: Execute) -> None:
+        """Have a batch executed: without a task where that is possible."""
+        started_s = self._now_s()
+
+        def on_end(outcome: tuple[Tensor, ...] | BackendError) -> None:
+            self._executed(action, outcome, started_s)
+
+        machine, call, timeout_s = action.machine, action.call, action.timeout_s
+        try:
+            if self._executor.begin(machine, call, on_end, timeout_s=timeout_s):
+                return
+        except Exception:
+            # `execute` tells why, where it fails as well.
+            logger.exception("beginning %s on %s", call.model, machine)
+        task = asyncio.get_running_loop().create_task(self._execute(action))
+        self._executions.add(task)
+        task.add_done_callback(self._executions.discard)
+
     async def _execute(self, action: Execute) -> None:
         started_s = self._now_s()
         try:
-            outputs = await self._executor.execute(
+            outcome: tuple[Tensor, ...] | BackendError = await self._executor.execute(
                 action.machine, action.call, timeout_s=action.timeout_s
             )
         except BackendError as error:
-            self._handle(BatchFailed(action.batch, error))
+            outcome = error
         except Exception as error:
             # Never lose a batch: an executor's bug fails its requests, not the server.
             logger.exception("executing %s on %s", action.call.model, action.machine)
-            self._handle(BatchFailed(action.batch, BackendError(f"executor failed: {error}")))
+            outcome = BackendError(f"executor failed: {error}")
+        self._executed(action, outcome, started_s)
+
+    def _executed(
+        self, action: Execute, outcome: tuple[Tensor, ...] | BackendError, started_s: float
+    ) -> None:
+        if isinstance(outcome, BackendError):
+            self._handle(BatchFailed(action.batch, outcome))
         else:
             ended_s = self._now_s()
+            took_s = ended_s - started_s
             for tell in self._on_batch:
-                tell(action.call.model, action.rows, ended_s - started_s)
+                tell(action.call.model, action.rows, took_s)
             if self._leasing is not None:
-                took_s = ended_s - started_s
                 self._leasing.executed(action.machine, action.call.model, action.rows, took_s)
-            self._handle_soon(BatchDone(action.batch, outputs), ended_s)
+            self._handle_soon(BatchDone(action.batch, outcome), ended_s)
         for ended in self._watched_lanes.pop((action.machine, action.call.model), ()):
             if not ended.done():
                 ended.set_result(None)

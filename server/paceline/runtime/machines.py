@@ -18,7 +18,7 @@ from time import perf_counter
 from paceline.core.chain import Chain
 from paceline.core.errors import ResidencyError
 from paceline.core.model import ModelSpec
-from paceline.core.ports import ModelMemory, ModelRepository, Profiler
+from paceline.core.ports import LoadLinks, ModelMemory, ModelRepository, Profiler
 from paceline.runtime.engine import Engine
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.residence import Residence
@@ -38,7 +38,7 @@ class Machine:
 
     `overhead_s` is what the front and the network add to every execution there, measured;
     `budget_bytes` bounds what its models may take, which `memory` tells; `restart` ends a Triton
-    of ours, which is then started again.
+    of ours, which is then started again; `links` are what it loads through, where that is divided.
     """
 
     site: Site
@@ -48,6 +48,7 @@ class Machine:
     budget_bytes: float = inf
     memory: ModelMemory | None = None
     restart: Callable[[], None] | None = None
+    links: LoadLinks | None = None
 
 
 class Machines:
@@ -70,9 +71,17 @@ class Machines:
         self._machines[machine.site.name] = machine
         self.placed[machine.site.name] = {}
         if self.residence.engaged:
-            self.residence.machine_up(machine.site.name)
+            self.residence.machine_up(machine.site.name, {})
         elif machine.budget_bytes != inf:
             self.residence.engage()
+
+    async def adopt(self, names: Iterable[str]) -> None:
+        """Count what these Tritons hold already, where memory is bounded. Raises ResidencyError."""
+        if self.residence.engaged:
+            for name in names:
+                held = await self._machines[name].repository.instances()
+                if held:
+                    self.residence.machine_up(name, held)
 
     async def remove(self, name: str, *, timeout_s: float) -> bool:
         """Send nothing more to a Triton and forget it when its batches have ended; False when
@@ -254,12 +263,13 @@ class Machines:
         self._engine.machine_down(name)
 
     async def up(self, name: str) -> list[str]:
-        """A Triton is back, empty: load what it had, then use it. Returns what did not load.
+        """A Triton is back: load what it had, then use it. Returns what did not load.
 
         Raises ResidencyError when nothing loads.
         """
         if self.residence.engaged:
-            self.residence.machine_up(name)
+            held = await self._machines[name].repository.instances()
+            self.residence.machine_up(name, held)
             self.announce(name)
             return []
         placed = self.placed[name]

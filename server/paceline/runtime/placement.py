@@ -11,7 +11,7 @@ Every model has at least one on every machine, so that it can be called wherever
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 
 from paceline.core.plan import Plan
@@ -74,12 +74,13 @@ def place(plan: Plan, sites: Iterable[Site], models: Iterable[str]) -> dict[str,
 
 
 def shortage(plan: Plan, sites: Iterable[Site]) -> dict[str, tuple[float, int]]:
-    """Hardware of which the plan needs more machines than there are: (needed, present)."""
+    """Hardware of which the whole traffic needs more machines than there are: (needed, present)."""
     present: dict[str, int] = {}
     for site in sites:
         present[site.hardware] = present.get(site.hardware, 0) + site.slots
     needed: dict[str, float] = {}
-    for (_, hardware), machines in _machines(plan).items():
+    whole = replace(plan, chains=tuple(chain.wanted or chain for chain in plan.chains))
+    for (_, hardware), machines in _machines(whole).items():
         needed[hardware] = needed.get(hardware, 0.0) + machines
     return {
         hardware: (machines, present.get(hardware, 0))

@@ -18,7 +18,7 @@ from paceline.core.profile import Durations, Hardware, Profiles
 from paceline.dispatch.learned import LearnedDuration
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.replan import Traffic
-from paceline.planner.solve import solve
+from paceline.planner.scarce import Wanted, plan_by_priority
 from paceline.runtime.machines import Machine, Machines, Placed
 
 ASSUMED_RATE_RPS = 1.0
@@ -151,15 +151,23 @@ class Provisioning:
         self, chains: Sequence[Chain], specs: Mapping[str, ModelSpec], traffic: Traffic
     ) -> Plan:
         """The plan of `chains` under `traffic`; each chain under the bound of the policy by which
-        it is dispatched. Raises PlanError. Safe on another thread: reads values only.
+        it is dispatched. Where machines do not suffice, lower priorities get what is left.
+
+        Raises PlanError. Safe on another thread: reads values only.
         """
         if not chains:
             return self.nothing
         started = perf_counter()
-        plans = [
-            solve([needed], self._options_for(chain))
-            for chain, needed in self._demands(chains, specs, traffic)
-        ]
+        capacity: dict[str, float] = {}
+        for site in self._machines.usable():
+            capacity[site.hardware] = capacity.get(site.hardware, 0.0) + site.slots
+        plans = plan_by_priority(
+            [
+                Wanted(needed, self._options_for(chain), chain.priority)
+                for chain, needed in self._demands(chains, specs, traffic)
+            ],
+            capacity,
+        )
         return replace(
             plans[0],
             chains=tuple(planned for plan in plans for planned in plan.chains),

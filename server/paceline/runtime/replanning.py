@@ -159,9 +159,10 @@ class Replanner:
             return
         self._cadence.failed, self.failure = False, ""
         if changed:
-            after = self._controller.current_plan().cost_per_hour
-            self.changes.append(Change(time(), reason, before, after))
-            logger.info("replanned: %s; cost %.4g -> %.4g", reason, before, after)
+            plan = self._controller.current_plan()
+            reason = "; ".join([reason, *_cut(plan)])
+            self.changes.append(Change(time(), reason, before, plan.cost_per_hour))
+            logger.info("replanned: %s; cost %.4g -> %.4g", reason, before, plan.cost_per_hour)
 
     async def _rebalanced(self) -> bool:
         await self._controller.rebalance()
@@ -197,6 +198,16 @@ class Replanner:
             known = self._slowdowns.get(key, 1.0)
             self._slowdowns[key] = known + _SLOWDOWN_WEIGHT * (ratio - known)
         return self.measured()
+
+
+def _cut(plan: Plan) -> list[str]:
+    """In words which chains are planned for less than they want."""
+    return [
+        f"{chain.chain} is planned for {chain.rate_rps:.3g} "
+        f"of {chain.wanted.rate_rps:.3g} requests/s"
+        for chain in plan.chains
+        if chain.wanted is not None
+    ]
 
 
 def _moved(before: frozenset[str] | None, now: frozenset[str]) -> str:

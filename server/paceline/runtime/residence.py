@@ -22,13 +22,14 @@ from paceline.core.errors import (
     ResidencyError,
 )
 from paceline.core.model import ModelSpec
+from paceline.core.ports import LoadLinks
 from paceline.dispatch import ChainRoute, Entered, Passed, Reached, TooCold
 from paceline.residency import events as ev
 from paceline.residency.ledger import Footprint
 from paceline.residency.residency import Residency
 from paceline.residency.state import Limits
 from paceline.runtime.engine import Engine
-from paceline.runtime.interference import Interference
+from paceline.runtime.interference import Interference, Slack
 from paceline.runtime.needs import needs
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ MEASURE_EVERY_S = 5.0
 """How often sizes are measured again: models grow while they execute."""
 
 PACE_EVERY_S = 0.01
-"""How often it is looked at what running requests can bear, while a load is waited for."""
+"""How often, at most, it is looked at what running requests can bear."""
+
+LINKS_EVERY_S = 0.1
+"""How often the split of load bandwidth is looked at while models are being loaded."""
 
 SIZE_TOLERANCE = 0.02
 """A size that differs by less is no correction."""
@@ -55,6 +59,7 @@ class Residence:
         self.state = Residency(limits)
         self.engaged = False
         self.interference = Interference()
+        self._slack = Slack()
         self._needs: dict[tuple[str, tuple[int, ...]], tuple[ev.Need, ...]] = {}
         self._routes: dict[str, ChainRoute] = {}
         self._ids = count(-1, -1)
@@ -63,8 +68,9 @@ class Residence:
         self._gone: dict[str, list[asyncio.Future[None]]] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._splitting: set[str] = set()
         self._wake: asyncio.TimerHandle | None = None
-        self._paced: dict[str, tuple[float, float]] = {}
+        self._paced: dict[str, tuple[tuple[float, ...], float]] = {}
         self._paced_s = -inf
 
     def engage(self) -> None:
@@ -153,10 +159,13 @@ class Residence:
                 footprint = self.state.models[model].footprint
                 self._tell(ev.Declare(model, footprint, instances))
 
-    def machine_up(self, name: str) -> None:
-        """A Triton is there, empty."""
+    def machine_up(self, name: str, resident: Mapping[str, int]) -> None:
+        """A Triton is there, and holds `resident`: maybe another Paceline was here before."""
+        for model in sorted(resident):
+            self._declare(model)
         self._machines.placed[name].clear()
-        self._up(name, {})
+        self._machines.placed[name].update(resident)
+        self._up(name, resident)
 
     def machine_down(self, name: str) -> None:
         """A Triton is gone, and everything it held."""
@@ -202,7 +211,8 @@ class Residence:
         """See `Leasing.executed`."""
         known = self._machines.named().get(machine)
         if known is not None:
-            self.interference.count(machine, model, rows, took_s, self._loading(machine))
+            now_s = asyncio.get_running_loop().time()
+            self.interference.count(machine, model, rows, took_s, self._loading(machine), now_s)
 
     def installed(self, route: ChainRoute) -> None:
         """See `Leasing.installed`."""
@@ -274,18 +284,24 @@ class Residence:
         if not self.engaged:
             return
         now_s = asyncio.get_running_loop().time()
-        if self.state.waiting:
-            self._pace(now_s)
+        self._pace(now_s)
         self._perform(self.state.handle(event, now_s=now_s))
 
+    def factors(self, name: str, now_s: float) -> tuple[float, ...]:
+        """How many times as long batches take on a machine under 1, 2, ... loads at a time."""
+        return self.interference.factors(name, self.state.limits.most_loads, now_s)
+
     def _pace(self, now_s: float) -> None:
-        """What runs now, and what loads do to it, before anything is loaded."""
-        if now_s - self._paced_s < PACE_EVERY_S:
+        """What runs, and what loads do to it, before anything is loaded."""
+        if not self.state.limits.paced or now_s - self._paced_s < PACE_EVERY_S:
             return
         self._paced_s = now_s
-        bearable = self._engine.dispatcher.bearable(now_s)
+        self._slack.count(self._engine.dispatcher.bearable(now_s), now_s)
+        if not self.state.waiting:
+            return
+        bearable = self._slack.bearable(now_s)
         for name in self.state.machines:
-            pace = (self.interference.factor(name), bearable)
+            pace = (self.factors(name, now_s), bearable)
             if self._paced.get(name) != pace:
                 self._paced[name] = pace
                 self._perform(self.state.handle(ev.Pace(name, *pace), now_s=now_s))
@@ -295,6 +311,7 @@ class Residence:
             match action:
                 case ev.Load():
                     self._spawn(self._load(action), f"load {action.model}")
+                    self._split(action.machine)
                 case ev.Unload():
                     self._unplace(action.machine, action.model)
                     self._spawn(self._unload(action), f"unload {action.model}")
@@ -304,6 +321,8 @@ class Residence:
                     self._grant(action.request)
                 case ev.Refuse():
                     self._refuse(action)
+                case ev.Split():
+                    self._spawn(self._share_out(action), f"split {action.machine}")
                 case ev.Wake():
                     if self._wake is not None:
                         self._wake.cancel()
@@ -388,6 +407,32 @@ class Residence:
         assert machine.restart is not None, action
         machine.restart()
 
+    # -- load bandwidth -----------------------------------------------------------------------
+
+    def _split(self, name: str) -> None:
+        """Look after the split of a machine's links as long as it loads something."""
+        machine = self._machines.named()[name]
+        if machine.links is not None and name not in self._splitting:
+            self._splitting.add(name)
+            self._spawn(self._follow_loads(name, machine.links), f"follow the loads of {name}")
+
+    async def _follow_loads(self, name: str, links: LoadLinks) -> None:
+        try:
+            moving = True
+            while moving or self._loading(name):
+                await asyncio.sleep(LINKS_EVERY_S)
+                found = await asyncio.to_thread(links.moving)
+                told = tuple(ev.Link(link, *state) for link, state in sorted(found.items()))
+                moving = any(left for link in told for left in link.left_bytes.values())
+                self._tell(ev.Moving(name, told))
+        finally:
+            self._splitting.discard(name)
+
+    async def _share_out(self, action: ev.Split) -> None:
+        machine = self._machines.named().get(action.machine)
+        if machine is not None and machine.links is not None:
+            await asyncio.to_thread(machine.links.split, action.shares)
+
     def _changed(self, model: str) -> None:
         for waiting in self._gone.pop(model, ()):
             if not waiting.done():
@@ -415,6 +460,14 @@ class Residence:
                 machine.memory.remember(model, own_bytes)
             self._tell(ev.SizeMeasured(model, own_bytes))
 
+    async def _measure_server(self, name: str) -> None:
+        machine = self._machines.named().get(name)
+        if machine is None or machine.memory is None:
+            return
+        size_bytes = await machine.memory.server_bytes()
+        if size_bytes is not None:
+            self._tell(ev.ServerMeasured(name, size_bytes))
+
     async def _measure_again(self) -> None:
         while True:
             await asyncio.sleep(MEASURE_EVERY_S)
@@ -422,3 +475,4 @@ class Residence:
             for name, models in sorted(placed.items()):
                 for model in models:
                     await self._measure(name, model)
+                await self._measure_server(name)

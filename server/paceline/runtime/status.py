@@ -56,7 +56,8 @@ def describe(
         "chains": [_chain(bound, dispatcher, statistics, plan) for bound in chains],
         "modules": _modules(chains, dispatcher, plan, placed, now_s),
         "machines": [
-            _machine(site, dispatcher, placed) | _memory(controller.machines.residence, site.name)
+            _machine(site, dispatcher, placed)
+            | _memory(controller.machines.residence, site.name, now_s)
             for site in sites
         ],
         "models": [
@@ -92,17 +93,19 @@ def _residency(residence: Residence) -> dict[str, Any]:
     }
 
 
-def _memory(residence: Residence, name: str) -> dict[str, Any]:
+def _memory(residence: Residence, name: str, now_s: float) -> dict[str, Any]:
     """A machine's ledger."""
     machine = residence.state.machines.get(name) if residence.engaged else None
     if machine is None:
         return {}
     ledger = machine.ledger
     bounded = ledger.budget_bytes != inf
+    factors = [round(factor, 3) for factor in residence.factors(name, now_s)]
     return {
         "memory_used_mib": round(ledger.used_bytes / MIB, 1),
         "memory_mib": round(ledger.budget_bytes / MIB, 1) if bounded else 0.0,
-        "load_interference": round(residence.interference.factor(name), 3),
+        "load_interference": factors[0],
+        "load_interference_by_loads": factors,
         "held": [
             {
                 "model": held.model,
@@ -175,6 +178,8 @@ def _chain(
         "failed": counts.fail_count - counts.rejected_count,
         "rejected": counts.rejected_count,
     }
+    if planned is not None and planned.wanted is not None:
+        described["wanted_rps"] = planned.wanted.rate_rps
     if ended:
         described["attainment"] = round(counts.met_count / ended, 6)
     return described

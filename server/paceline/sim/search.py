@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import ceil, inf, log
 from random import Random
 
 from paceline.core.chain import Chain
@@ -20,6 +21,8 @@ from paceline.core.profile import Profiles
 from paceline.planner.problem import Options, PlannedChain
 from paceline.sim.headroom import NONE, Headroom, Verification, plan_with
 from paceline.sim.results import ChainResult, SimResult, wilson
+from paceline.sim.screen import Refuted, Screen, spent
+from paceline.sim.tally import Tally
 from paceline.sim.verify import simulate
 from paceline.sim.workload import MOST_REQUESTS
 
@@ -27,14 +30,19 @@ RATE_STEP = 1.025
 """Rates are raised by whole steps of this factor."""
 RATE_STEPS = 190
 """A chain that misses its target at 109 times its rate misses it for another reason."""
-SLO_FACTORS = (0.8, 0.9, 1.0, 0.7, 0.6, 0.5)
-"""Those first that are the cheapest most often: what follows has to be cheaper still."""
+SLO_FACTORS = ((0.8,), (0.9, 1.0), (0.7, 0.6, 0.5))
+"""First what is the cheapest most often; from there each way, as long as it gets cheaper."""
+WORTHWHILE = 0.99
+"""Another factor of the objective is looked at where it can cost no more than this share."""
 CONFIRMATIONS = 12
 """How often a plan that the search found is given one more step when fresh requests refute it."""
 WIDE = 3.0
 """Runs that miss up to so many times what they may tell how misses clump near the target."""
 SCREENED = 2
 """The search looks at one in so many of the requests that the result is confirmed with."""
+
+GUESSES = 4
+"""How many rates are tried for about the highest that is still cheaper with another objective."""
 
 Progress = Callable[[str, str], None]
 """Told the subject, and what of it is being tried."""
@@ -117,19 +125,28 @@ class _Search:
         for attempt in range(CONFIRMATIONS):
             if found is None:
                 break
+            steps = 1
             plan = self._plan(found)
             if plan is not None:
                 self._tell("confirming", found)
-                result = self._simulated(plan, *self._instants(f"confirm {attempt}"))
-                shown = [self._attained(chain, result, found) for chain in self.judged]
-                short = {c.chain for c in shown if c.at_least < c.target}
+                sure = spent(self._how.confidence, attempt)
+                instants, seed = self._instants(f"confirm {attempt}", self._confirming(sure))
+                most = {c.name: self._allowed(c, len(instants[c.name]), sure) for c in self.judged}
+                # More misses than that refute it; of several chains all that miss are wanted.
+                refuted = Refuted(most)
+                result = self._simulated(plan, instants, seed, refuted)
+                shown = [self._attained(chain, result, found, sure) for chain in self.judged]
+                short = refuted.chains | {c.chain for c in shown if c.at_least < c.target}
                 if not short:
                     return plan, self._headroom(found), shown
                 if not short <= self._needing:
                     self._need(short)
                     found = self._cheapest()
                     continue
-            found = (found[0] + 1, found[1]) if found[0] < RATE_STEPS else None
+                steps = _further(max(result.chain(n).requests / len(instants[n]) for n in short))
+            found = (found[0] + steps, found[1])
+            if found[0] > RATE_STEPS:
+                found = None
         raise self._unreachable()
 
     def _cheapest(self) -> tuple[int, float] | None:
@@ -145,49 +162,63 @@ class _Search:
         if self._passes((0, 1.0)):
             return (0, 1.0)
         best: tuple[int, float] | None = None
-        for factor in SLO_FACTORS:
-            most = RATE_STEPS if best is None else self._cheaper_than(best, factor)
-            if most is None:
-                continue
-            low, high = self._bracket(factor, most)
-            if high is None:
-                continue
-            while high - low > 1:
-                middle = (low + high) // 2
-                if self._passes((middle, factor)):
-                    high = middle
-                else:
-                    low = middle
-            if best is None or self._cost((high, factor)) < self._cost(best):
-                best = (high, factor)
+        for way in SLO_FACTORS:
+            for factor in way:
+                found = self._least(factor, best)
+                if found is None and best is not None:
+                    break
+                best = found or best
         return best
 
-    def _cheaper_than(self, best: tuple[int, float], factor: float) -> int | None:
-        """The most steps that, with this factor, still cost less than `best`."""
-        cost = self._cost(best)
-        if self._cost((0, factor)) >= cost:
+    def _least(self, factor: float, best: tuple[int, float] | None) -> tuple[int, float] | None:
+        """The fewest steps that pass with this factor and cost less than `best`."""
+        if best is None:
+            low, high = self._first(factor)
+        else:
+            most = self._cheaper_than(best, factor)
+            if most is None or not self._passes((most, factor)):
+                return None
+            low, high = self._below(most, factor)
+        if high is None:
             return None
-        low, high = 0, best[0]
-        if self._cost((high, factor)) < cost:
-            return high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._cost((middle, factor)) < cost else (low, middle)
-        return low
+            low, high = (low, middle) if self._passes((middle, factor)) else (middle, high)
+        return high, factor
 
-    def _bracket(self, factor: float, most: int) -> tuple[int, int | None]:
+    def _cheaper_than(self, best: tuple[int, float], factor: float) -> int | None:
+        """Many steps that, with this factor, still cost less than `best`; cost is nearly in
+        proportion to the rate, so that a few tries find about the most.
+        """
+        limit = self._cost(best) * WORTHWHILE
+        step = best[0]
+        for _ in range(GUESSES):
+            cost = self._cost((step, factor))
+            if cost <= limit:
+                return step
+            step -= ceil(log(cost / limit) / log(RATE_STEP)) if cost < inf else 2
+            if step < 0:
+                return None
+        return None
+
+    def _first(self, factor: float) -> tuple[int, int | None]:
         """Steps that do not pass (-1: none was tried) and more steps that do (None: none do)."""
-        if most < RATE_STEPS and not self._passes((most, factor)):
-            return most, None
         low, step = -1, 0
-        while not self._passes((min(step, most), factor)):
-            if step >= most:
+        while not self._passes((step, factor)):
+            if step >= RATE_STEPS:
                 return low, None
-            low, step = step, max(1, 2 * step)
-        return low, min(step, most)
+            low, step = step, min(RATE_STEPS, max(2, 2 * step))
+        return low, step
+
+    def _below(self, high: int, factor: float) -> tuple[int, int]:
+        """Steps that do not pass, from `high` that do downwards, and more that do."""
+        by = 1
+        while high > 0 and self._passes((max(0, high - by), factor)):
+            high, by = max(0, high - by), 2 * by
+        return max(-1, high - by), high
 
     def _passes(self, at: tuple[int, float]) -> bool:
-        """Whether no more requests than a quarter of what may be missed miss, of a quarter."""
+        """Whether screening lets it pass."""
         if at in self._enough:
             return self._enough[at]
         plan = self._plan(at)
@@ -195,12 +226,14 @@ class _Search:
             self._enough[at] = False
             return False
         self._tell("with", at)
-        instants, seed = self._instants("search", 1 if self._how.arrivals.trace else SCREENED)
+        part = 1 if self._how.arrivals.trace else SCREENED
+        instants, seed = self._instants("search", self._requests / part)
         most = {c.name: self._allowed(c, len(instants[c.name])) for c in self.judged}
         # Without headroom all chains that need it are wanted; later one is enough to go on.
-        stop = most if self._needing else None
-        result = self._simulated(plan, instants, seed, stop)
-        missed = {c.chain for c in result.chains if c.chain in most and _missed(c) > most[c.chain]}
+        targets = {chain.name: chain.attainment for chain in self.judged}
+        screen = Screen(targets, most, all_=not self._needing)
+        result = self._simulated(plan, instants, seed, screen)
+        missed = screen.missed(result)
         if not missed <= self._needing:
             self._need(missed)
         self._enough[at] = not missed
@@ -225,14 +258,21 @@ class _Search:
         self._plans.clear()
         self._enough = {(0, 1.0): False}
 
-    def _instants(self, salt: str, part: int = 1) -> tuple[dict[str, Sequence[float]], int]:
-        """Arrivals of one part in so many of the requests, and a seed for the rest of the run.
+    def _confirming(self, confidence: float) -> int:
+        """Requests for a confirmation that sure: more than asked for where so few could not show
+        it, twice the least, so that some may miss.
+        """
+        strict = replace(self._how, confidence=confidence)
+        return max(self._requests, *(2 * strict.least(chain.attainment) for chain in self.judged))
 
-        The chain of least rate gets as many as it needs, the others come for as long.
+    def _instants(self, salt: str, requests: float) -> tuple[dict[str, Sequence[float]], int]:
+        """Arrivals, and a seed for the rest of the run.
+
+        The chain of least rate gets so many, the others come for as long.
         """
         seed = Random(f"{self._how.seed} {salt}").randrange(1 << 30)
         rates = {demand.name: demand.rate_rps for demand in self._demands}
-        span_s = self._requests / part / min(rates.values())
+        span_s = requests / min(rates.values())
         total = round(span_s * sum(rates.values()))
         if self._how.arrivals.trace is None and total > MOST_REQUESTS:
             raise ConfigError(
@@ -254,29 +294,31 @@ class _Search:
         plan: Plan,
         instants: Mapping[str, Sequence[float]],
         seed: int,
-        most: Mapping[str, int] | None = None,
+        decided: Callable[[Tally], bool],
     ) -> SimResult:
         return simulate(
-            self._chains, plan, self._profiles, arrivals=instants, seed=seed, most_missed=most
+            self._chains, plan, self._profiles, arrivals=instants, seed=seed, decided=decided
         )
 
-    def _allowed(self, chain: Chain, requests: int) -> int:
+    def _allowed(self, chain: Chain, requests: int, confidence: float = 0.0) -> int:
         """The most of so many requests that may miss: the share with which the lower bound of all
-        requests reaches the target.
+        requests reaches the target, with the stated `confidence` if none is given.
         """
+        sure = confidence or self._how.confidence
         traced = self._how.arrivals.trace is not None
-        total = requests if traced else self._requests
-        if wilson(total, total, self._how.confidence)[0] < chain.attainment:
+        total = requests if traced else self._confirming(sure)
+        if wilson(total, total, sure)[0] < chain.attainment:
+            # Each confirmation that fails makes the next one stricter (`spent`).
             raise ConfigError(
                 f"{total} requests cannot show {chain.attainment:.6g} with "
-                f"{self._how.confidence:.0%} confidence; take a longer trace",
+                f"{sure:.4g} confidence; take a longer trace",
                 key="--arrivals",
             )
-        worth = total / self._clumped(chain, total)
+        worth = total / self._clumped(chain, total, sure)
 
         def shown(misses: int) -> bool:
             share = 1.0 - misses / total
-            return wilson(share * worth, worth, self._how.confidence)[0] >= chain.attainment
+            return wilson(share * worth, worth, sure)[0] >= chain.attainment
 
         low, high = 0, total
         while high - low > 1:
@@ -284,7 +326,9 @@ class _Search:
             low, high = (middle, high) if shown(middle) else (low, middle)
         return low * requests // total
 
-    def _attained(self, chain: Chain, result: SimResult, at: tuple[int, float]) -> ChainAttainment:
+    def _attained(
+        self, chain: Chain, result: SimResult, at: tuple[int, float], confidence: float
+    ) -> ChainAttainment:
         own = result.chain(chain.name)
         headroom = self._headroom(at).get(chain.name, NONE)
         return ChainAttainment(
@@ -292,20 +336,20 @@ class _Search:
             self._how.arrivals.of(chain),
             chain.attainment,
             own.attainment,
-            self._shown(chain, own),
+            self._shown(chain, own, confidence),
             own.requests,
             headroom.rate_factor,
             headroom.slo_factor,
         )
 
-    def _shown(self, chain: Chain, own: ChainResult) -> float:
+    def _shown(self, chain: Chain, own: ChainResult, confidence: float) -> float:
         """The lower bound of a chain's attainment, misses clumping at least as in the search."""
-        clumping = max(own.clumping, self._clumped(chain, own.requests))
-        return replace(own, clumping=clumping).at_least(self._how.confidence)
+        clumping = max(own.clumping, self._clumped(chain, own.requests, confidence))
+        return replace(own, clumping=clumping).at_least(confidence)
 
-    def _clumped(self, chain: Chain, requests: int) -> float:
+    def _clumped(self, chain: Chain, requests: int, confidence: float) -> float:
         """As seen in the search, but so that these requests can show the target."""
-        most = requests / (2 * self._how.least(chain.attainment))
+        most = requests / (2 * replace(self._how, confidence=confidence).least(chain.attainment))
         return max(1.0, min(self._clumping[chain.name], most))
 
     def _headroom(self, at: tuple[int, float]) -> dict[str, Headroom]:
@@ -342,5 +386,10 @@ class _Search:
         )
 
 
-def _missed(result: ChainResult) -> int:
-    return result.requests - result.met
+def _further(share: float) -> int:
+    """Steps to go on by when this share of a confirmation's requests was enough to refute it.
+
+    >>> [_further(share) for share in (0.05, 0.2, 0.4, 0.9)]
+    [4, 3, 2, 1]
+    """
+    return next((steps for steps, least in ((1, 0.5), (2, 0.25), (3, 0.125)) if share >= least), 4)

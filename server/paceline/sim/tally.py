@@ -31,6 +31,10 @@ class Tally:
         self._requests = requests
         self._missed_in = {name: [0] * SEGMENTS for name in self._slo_s}
         self._ended_in = {name: [0] * SEGMENTS for name in self._slo_s}
+        self.ended = dict.fromkeys(self._slo_s, 0)
+        """Requests so far that were answered or refused, by chain."""
+        self.missed = dict.fromkeys(self._slo_s, 0)
+        """Those of them that were refused or late."""
         self._rejected = dict.fromkeys(self._slo_s, 0)
         self._latencies: dict[str, list[float]] = {name: [] for name in self._slo_s}
         self._queues: dict[tuple[str, str], list[float]] = {}
@@ -56,12 +60,10 @@ class Tally:
         self._met[chain] += met
         self._ended(timeline, met=met)
 
-    def missed(self, chain: str) -> int:
-        """Requests of a chain so far that were refused or late."""
-        return sum(self._missed_in[chain])
-
     def _ended(self, timeline: Timeline, *, met: bool) -> None:
         segment = (timeline.request - 1) * SEGMENTS // self._requests
+        self.ended[timeline.chain] += 1
+        self.missed[timeline.chain] += not met
         self._ended_in[timeline.chain][segment] += 1
         self._missed_in[timeline.chain][segment] += not met
 

@@ -9,7 +9,7 @@ Invariant: a function of its arguments; the same seed gives the same result.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from random import Random
 
@@ -48,14 +48,14 @@ def simulate(
     seed: int = 0,
     shed: bool = True,
     whole: bool = False,
-    most_missed: Mapping[str, int] | None = None,
+    decided: Callable[[Tally], bool] | None = None,
 ) -> SimResult:
     """Serve `requests` requests by `plan`.
 
     `arrivals`: `poisson` or `uniform` at each chain's planned rate ("" is each chain's own), or
     instants by chain. Without `shed` every request is executed however late it is. `whole`:
-    fractional machines are whole ones. `most_missed` by chain: once more requests have missed,
-    no more come. Raises ConfigError for a chain without plan.
+    fractional machines are whole ones. Once `decided`, no more requests come. Raises ConfigError
+    for a chain without plan.
     """
     rng = Random(seed)
     durations = planned_durations(plan, profiles)
@@ -73,9 +73,8 @@ def simulate(
     world.run(Install(0.0, route) for route in routes)
     late_s = 0.0 if shed else UNBOUNDED_S
     stream = requests_of(chains, instants, rng, late_s)
-    if most_missed is not None:
-        most = list(most_missed.items())
-        stream = takewhile(lambda _: all(tally.missed(name) <= n for name, n in most), stream)
+    if decided is not None:
+        stream = takewhile(lambda _: not decided(tally), stream)
     world.run_stream(stream)
     return tally.result(world)
 

@@ -17,9 +17,9 @@ import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from paceline.core.errors import BackendError, ErrorKind, ResidencyError
-from paceline.core.ports import ModelCall, ModelState
+from paceline.core.ports import ModelCall, ModelState, OnExecuted
 from paceline.core.tensor import Tensor
-from paceline.triton.execution import Execution
+from paceline.triton.execution import Execution, Outcome
 from paceline.triton.http2 import Http2Transport
 from paceline.triton.messages import INT32_MAX, decode_infer_response, encode_infer_request
 from paceline.triton.shared_memory import SharedMemoryPool
@@ -127,6 +127,26 @@ class TritonClient:
         """Close the channel; calls in flight fail with BackendError."""
         await _close(self._channel, self._execution, self._pool, unregister=True)
 
+    def begin(self, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        """See `Executor.begin`."""
+        if timeout_s <= 0:
+            return False
+
+        def ended(outcome: Outcome) -> None:
+            if isinstance(outcome, BackendError):
+                on_end(outcome)
+            elif isinstance(outcome, Exception):
+                on_end(self._failure(outcome))
+            else:
+                try:
+                    found = self._ordered(call, outcome)
+                except BackendError as error:
+                    on_end(error)
+                else:
+                    on_end(found)
+
+        return self._execution.begin(call, timeout_s, ended)
+
     async def execute(self, call: ModelCall, *, timeout_s: float) -> tuple[Tensor, ...]:
         """Run one batch; outputs in the order of `call.outputs` (all, as sent, if it names none).
 
@@ -141,6 +161,10 @@ class TritonClient:
             tensors = await self._execution.run(call, timeout_s)
         except (CallFailed, ChannelClosed) as error:
             raise self._failure(error) from None
+        return self._ordered(call, tensors)
+
+    def _ordered(self, call: ModelCall, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The outputs that were asked for. Raises BackendError."""
         if not call.outputs:
             return tuple(tensors.values())
         try:
@@ -336,6 +360,11 @@ class TritonFleet:
                 f"unknown machine {machine!r}; known: {', '.join(self.machines) or 'none'}"
             )
         return client
+
+    def begin(self, machine: str, call: ModelCall, on_end: OnExecuted, *, timeout_s: float) -> bool:
+        """See `Executor.begin`."""
+        client = self._clients.get(machine)
+        return client is not None and client.begin(call, on_end, timeout_s=timeout_s)
 
     async def execute(
         self, machine: str, call: ModelCall, *, timeout_s: float

@@ -7,6 +7,7 @@ still write to it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -14,15 +15,17 @@ from typing import Any
 
 from paceline.core.errors import BackendError
 from paceline.core.ports import ModelCall
-from paceline.core.tensor import ITEM_BYTES, Buffer, Tensor
+from paceline.core.tensor import ITEM_BYTES, BatchTensor, Buffer, Tensor
 from paceline.triton.messages import Place, infer_request, read_response
 from paceline.triton.shared_memory import LEAST_BYTES, Region, SharedMemoryPool
-from paceline.triton.transport import INFER, CallFailed, Transport
+from paceline.triton.transport import INFER, CallFailed, ChannelClosed, Transport
 
 _ALIKE_BEFORE_SHARED = 2
 _KEPT = 1024
 
 Key = tuple[Any, ...]
+Outcome = dict[str, Tensor] | CallFailed | ChannelClosed | BackendError
+"""Outputs by name, or what went wrong."""
 
 
 class Execution:
@@ -36,6 +39,47 @@ class Execution:
         self._pool = pool
         self._other = other
         self._sizes: dict[Key, tuple[tuple[int, ...], int]] = {}
+        self._others: set[asyncio.Task[None]] = set()
+
+    def begin(self, call: ModelCall, timeout_s: float, on_end: Callable[[Outcome], None]) -> bool:
+        """`run` without a task, for a batch that needs no shared memory and has a connection;
+        otherwise False. `on_end` is told what `run` would give or raise.
+        """
+        pool = self._pool
+        key: Key | None = None
+        if pool is not None and pool.on:
+            key = _key(call)
+            if _size_bytes(call.inputs) >= LEAST_BYTES or self._expected(key):
+                return False
+
+        def on_answer(answer: Buffer | CallFailed | ChannelClosed) -> None:
+            if isinstance(answer, CallFailed) and answer.incompatible:
+                again = asyncio.get_running_loop().create_task(self._again(call, timeout_s, on_end))
+                self._others.add(again)
+                again.add_done_callback(self._others.discard)
+                return
+            if isinstance(answer, Exception):
+                on_end(answer)
+                return
+            try:
+                tensors = read_response(answer)
+            except BackendError as error:
+                on_end(error)
+                return
+            if key is not None:
+                self._learn(key, call, tensors)
+            on_end(tensors)
+
+        return self._transport.begin(INFER, infer_request(call), on_answer, timeout_s)
+
+    async def _again(
+        self, call: ModelCall, timeout_s: float, on_end: Callable[[Outcome], None]
+    ) -> None:
+        """Run by a transport that understands the server."""
+        try:
+            on_end(await self.run(call, timeout_s))
+        except (CallFailed, ChannelClosed, BackendError) as error:
+            on_end(error)
 
     async def run(self, call: ModelCall, timeout_s: float) -> dict[str, Tensor]:
         """Outputs by name. Raises CallFailed, ChannelClosed, BackendError."""
@@ -79,8 +123,8 @@ class Execution:
             await refused.close()
             return await self._transport.unary(INFER, parts, timeout_s)
 
-    async def _region(self, pool: SharedMemoryPool, inputs: Sequence[Any]) -> Region | None:
-        size_bytes = sum(tensor.size_bytes for tensor in inputs)
+    async def _region(self, pool: SharedMemoryPool, inputs: Sequence[BatchTensor]) -> Region | None:
+        size_bytes = _size_bytes(inputs)
         if size_bytes < LEAST_BYTES:
             return None
         return await pool.acquire(size_bytes + 64 * len(inputs))
@@ -133,6 +177,10 @@ class Execution:
         if len(self._sizes) >= _KEPT:
             self._sizes.clear()
         self._sizes[key] = (sizes, times + 1 if before == sizes else 1)
+
+
+def _size_bytes(inputs: Sequence[BatchTensor]) -> int:
+    return sum([tensor.size_bytes for tensor in inputs])
 
 
 def _key(call: ModelCall) -> Key:

@@ -13,6 +13,7 @@ as `incompatible`, and grpc.aio takes over.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from urllib.parse import unquote
 
@@ -24,7 +25,9 @@ from paceline.http2.connection import Connection, ReadBuffer
 from paceline.http2.frames import ErrorCode, ProtocolError, Setting
 from paceline.http2.messages import PREFIX, PREFIX_BYTES, Inbox, MessageTooLarge
 from paceline.http2.writer import Stream
-from paceline.triton.transport import NO_TIMEOUT_S, CallFailed, ChannelClosed
+from paceline.triton.transport import NO_TIMEOUT_S, CallFailed, ChannelClosed, OnAnswer
+
+log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 20.0
 _KEPT_BLOCKS = 64
@@ -53,6 +56,16 @@ class Http2Transport:
         self._connections: set[_Connection] = set()
         self._connecting: asyncio.Task[_Connection] | None = None
         self._closed = False
+
+    def begin(
+        self, path: str, parts: Sequence[Buffer], on_answer: OnAnswer, timeout_s: float
+    ) -> bool:
+        """See `Transport.begin`: where there is a connection that takes another call."""
+        connection = self._connection
+        if connection is None or not connection.free:
+            return False
+        connection.begin(path, parts, on_answer, timeout_s)
+        return True
 
     async def unary(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> Buffer:
         """The answer to the message made of `parts`. Raises CallFailed, ChannelClosed."""
@@ -106,14 +119,16 @@ class Http2Transport:
 
 
 class _Call(Stream):
-    """A call on its stream: what has come of its answer."""
+    """A call on its stream: what has come of its answer, and whom to give it to."""
 
-    __slots__ = ("_connection", "answer", "headers", "inbox", "timer")
+    __slots__ = ("_connection", "_on_answer", "headers", "inbox", "timer")
 
-    def __init__(self, connection: _Connection, stream: int, window: int) -> None:
+    def __init__(
+        self, connection: _Connection, stream: int, window: int, on_answer: OnAnswer
+    ) -> None:
         super().__init__(stream, window, frames.MAX_WINDOW)
         self._connection = connection
-        self.answer: asyncio.Future[Buffer] = connection.new_answer()
+        self._on_answer: OnAnswer | None = on_answer
         self.inbox = Inbox(frames.MAX_WINDOW)
         self.headers: dict[str, str] = {}
         self.timer: asyncio.TimerHandle | None = None
@@ -137,6 +152,19 @@ class _Call(Stream):
         """See `Stream.filled`."""
         self.inbox.filled(count)
 
+    def end(self, outcome: Buffer | CallFailed | ChannelClosed) -> None:
+        """Give it over; only the first outcome counts."""
+        on_answer, self._on_answer = self._on_answer, None
+        if on_answer is None:
+            return
+        if self.timer is not None:
+            self.timer.cancel()
+        try:
+            on_answer(outcome)
+        except Exception:
+            # Not the connection's fault, nor that of its other calls.
+            log.exception("taking the answer to a call")
+
 
 class _Connection(Connection):
     """One TCP connection. Never used again once `usable` is false."""
@@ -154,9 +182,11 @@ class _Connection(Connection):
         self.usable = True
         self.lost = asyncio.Event()
 
-    def new_answer(self) -> asyncio.Future[Buffer]:
-        """What a call waits for."""
-        return self._loop.create_future()
+    @property
+    def free(self) -> bool:
+        """Whether it takes another call."""
+        usable = self.usable and self._transport is not None
+        return usable and len(self._calls) < self._peer_streams
 
     async def call(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> Buffer:
         """See `Http2Transport.unary`."""
@@ -166,7 +196,31 @@ class _Connection(Connection):
         if len(self._calls) >= self._peer_streams:
             text = f"the server takes no more than {self._peer_streams} calls at once"
             raise CallFailed(grpc.StatusCode.UNAVAILABLE, text)
-        call = _Call(self, self._next_stream, self._stream_window)
+        answer: asyncio.Future[Buffer] = self._loop.create_future()
+
+        def on_answer(outcome: Buffer | CallFailed | ChannelClosed) -> None:
+            if answer.done():
+                return
+            if isinstance(outcome, Exception):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(outcome)
+
+        call = self.begin(path, parts, on_answer, timeout_s)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._abandon(call)
+            raise
+        finally:
+            if call.timer is not None:
+                call.timer.cancel()
+
+    def begin(
+        self, path: str, parts: Sequence[Buffer], on_answer: OnAnswer, timeout_s: float
+    ) -> _Call:
+        """Send a call; `on_answer` is told how it ended."""
+        call = _Call(self, self._next_stream, self._stream_window, on_answer)
         self._next_stream += 2
         if self._next_stream > frames.MAX_WINDOW:
             self.usable = False
@@ -175,15 +229,9 @@ class _Connection(Connection):
             call.timer = self._loop.call_later(timeout_s, self._expired, call, timeout_s)
         size = sum(map(len, parts))
         head = frames.headers(call.id, self._header_block(path, timeout_s))
-        self.send(call, head, (PREFIX.pack(0, size), *parts), PREFIX_BYTES + size, b"")
-        try:
-            return await call.answer
-        except asyncio.CancelledError:
-            self._abandon(call)
-            raise
-        finally:
-            if call.timer is not None:
-                call.timer.cancel()
+        send = self.send_at_once if len(self._calls) == 1 else self.send
+        send(call, head, (PREFIX.pack(0, size), *parts), PREFIX_BYTES + size, b"")
+        return call
 
     def close(self) -> None:
         """End every call with ChannelClosed."""
@@ -207,11 +255,10 @@ class _Connection(Connection):
             text = f"no gRPC status (HTTP status {call.headers.get(':status')})"
             self.fail(call, CallFailed(grpc.StatusCode.UNKNOWN, text, incompatible=True))
 
-    def fail(self, call: _Call, error: Exception) -> None:
+    def fail(self, call: _Call, error: CallFailed | ChannelClosed) -> None:
         """End a call with an error."""
         self._forget(call)
-        if not call.answer.done():
-            call.answer.set_exception(error)
+        call.end(error)
 
     def _answer(self, call: _Call) -> None:
         inbox = call.inbox
@@ -221,8 +268,7 @@ class _Connection(Connection):
             self.fail(call, CallFailed(grpc.StatusCode.INTERNAL, text))
             return
         self._forget(call)
-        if not call.answer.done():
-            call.answer.set_result(data)
+        call.end(data)
 
     def _header_block(self, path: str, timeout_s: float) -> bytes:
         known = self._header_blocks.get(path)

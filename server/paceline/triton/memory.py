@@ -2,9 +2,11 @@
 
 Every instance of a python-based model is a process of its own, a child of tritonserver, that
 carries `<model>_<group>_<number>` in its command line. Its proportional set size (PSS) counts
-pages that several processes map once in all, so that sums are what the machine really uses. Where a
-model has parameter blocks, those are mapped files, which the ledger counts by their content: of its
-processes only what is not a file's is then its own.
+pages that several processes map once in all; half as much of them again is added, because each has
+more of them to itself once others have gone: sums are about what is used, or more. Where a model
+has parameter blocks, those are mapped files, which the ledger counts by their content: of its
+processes only what is not a file's is then its own. Where a model's processes hold memory of a GPU,
+that is what they are measured by: there the budget is the GPU's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from paceline.database import Measurements
+from paceline.triton.gpu_memory import GpuMemory
 from paceline.triton.repository import TritonRepository, content_mark
 
 logger = logging.getLogger(__name__)
@@ -30,7 +33,10 @@ GONE_S = 5.0
 GONE_POLL_S = 0.05
 """How long processes of an unloaded model may take to end, and how often they are looked for."""
 
-_PSS = re.compile(r"^(Pss|Pss_File):\s+(\d+) kB", re.MULTILINE)
+_PSS = re.compile(r"^(Pss|Pss_File|Private_Clean|Private_Dirty):\s+(\d+) kB", re.MULTILINE)
+_FEWER_SHARE = 0.5
+"""Of what a process shares now, how much more of it is its own once most of the others are gone."""
+_ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
 _INSTANCE = re.compile(r"(.+)_\d+_\d+")
 
 
@@ -87,6 +93,10 @@ class GuessedMemory:
         """See `ModelMemory.measured_bytes`."""
         return None
 
+    async def server_bytes(self) -> int | None:
+        """See `ModelMemory.server_bytes`."""
+        return None
+
     async def gone(self, model: str) -> bool:
         """See `ModelMemory.gone`: its index has said so, more cannot be told."""
         return True
@@ -101,17 +111,30 @@ class ProcessMemory(GuessedMemory):
         sizes: Measurements,
         pid: Callable[[], int | None],
         blocks: BlocksOf = _no_blocks,
+        gpu: GpuMemory | None = None,
     ) -> None:
         super().__init__(repository, sizes, blocks)
         self._pid = pid
+        self._gpu = gpu
 
     async def measured_bytes(self, model: str) -> int | None:
         """See `ModelMemory.measured_bytes`."""
         pid = self._pid()
         if pid is None:
             return None
+        if self._gpu is not None:
+            on_gpu = await asyncio.to_thread(gpu_bytes, pid, model, self._gpu)
+            if on_gpu:
+                return on_gpu
         shares = bool(self.blocks(model))
         return await asyncio.to_thread(model_bytes, pid, model, files=not shares)
+
+    async def server_bytes(self) -> int | None:
+        """See `ModelMemory.server_bytes`: of tritonserver's own process, files and what it shares
+        with its models' processes left out.
+        """
+        pid = self._pid()
+        return None if pid is None else await asyncio.to_thread(anonymous_bytes, pid)
 
     async def gone(self, model: str) -> bool:
         """See `ModelMemory.gone`."""
@@ -149,10 +172,30 @@ def model_bytes(triton_pid: int, model: str, *, files: bool = True) -> int | Non
     return sum(sizes) or None
 
 
+def gpu_bytes(triton_pid: int, model: str, gpu: GpuMemory) -> int:
+    """What all instances of a model hold on GPUs; 0 where they have no process that does."""
+    held = gpu.by_process()
+    return sum(held.get(process.pid, 0) for process in model_processes(triton_pid, model))
+
+
+def anonymous_bytes(pid: int) -> int | None:
+    """Resident memory of a process that is no file's and shared with nobody; None if it ended."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = _ANONYMOUS.search(text)
+    return int(found[1]) << 10 if found is not None else None
+
+
 def _pss_bytes(pid: int, files: bool) -> int:
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
     except OSError:
         return 0
     found = {name: int(kib) << 10 for name, kib in _PSS.findall(text)}
-    return found.get("Pss", 0) - (0 if files else found.get("Pss_File", 0))
+    size = found.get("Pss", 0)
+    if not files:
+        return size - found.get("Pss_File", 0)
+    private = found.get("Private_Clean", 0) + found.get("Private_Dirty", 0)
+    return size + int(_FEWER_SHARE * max(0, size - private))

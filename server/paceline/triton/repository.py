@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paceline.core.errors import (
@@ -93,6 +93,11 @@ class TritonRepository:
             raise ResidencyError(
                 f"no repository index from {self._client.name}: {error.message}"
             ) from None
+
+    async def instances(self) -> Mapping[str, int]:
+        """See `ModelRepository.instances`."""
+        ready = sorted({state.name for state in await self.index() if state.state == "READY"})
+        return {model: max(1, instances_of(await self.config(model))) for model in ready}
 
     async def config(self, model: str) -> ModelConfig:
         """`ModelConfig` of a loaded model. Raises ResidencyError when it is not loaded."""

@@ -7,7 +7,7 @@ and ChannelClosed only; what these mean to a request is decided in `client`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -53,8 +53,20 @@ class ChannelClosed(Exception):
         super().__init__("closed")
 
 
+OnAnswer = Callable[[Buffer | CallFailed | ChannelClosed], None]
+"""Called with the answer to a call, or how it failed."""
+
+
 class Transport(Protocol):
     """Unary calls, bytes in and bytes out. Cancelling the caller cancels the call."""
+
+    def begin(
+        self, path: str, parts: Sequence[Buffer], on_answer: OnAnswer, timeout_s: float
+    ) -> bool:
+        """`unary` without a task: `on_answer` is called once, after this returned. False where
+        that is not possible now: nothing was begun.
+        """
+        ...
 
     async def unary(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> Buffer:
         """The answer to the message made of `parts`. Raises CallFailed, ChannelClosed."""
@@ -71,6 +83,12 @@ class GrpcTransport:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
         self._methods: dict[str, Any] = {}
+
+    def begin(
+        self, path: str, parts: Sequence[Buffer], on_answer: OnAnswer, timeout_s: float
+    ) -> bool:
+        """See `Transport.begin`: grpc.aio has tasks of its own."""
+        return False
 
     async def unary(self, path: str, parts: Sequence[Buffer], timeout_s: float) -> Buffer:
         """See `Transport.unary`."""

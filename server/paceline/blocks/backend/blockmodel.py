@@ -15,11 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .budget import Budget
 from .device import DevicePool, DeviceRuns, DeviceSession, Driver, open_cuda
 from .ledger import Ledger
 from .loader import Loader
-from .manifest import Block, Manifest, Member, PoolError, pages, runtime_here
+from .manifest import (
+    Block,
+    Chunks,
+    Manifest,
+    Member,
+    PoolError,
+    Weight,
+    pages,
+    runtime_here,
+)
 from .mapping import MappedObject
 from .run import Durations, Sessions, compute
 from .settings import Settings
@@ -31,7 +42,7 @@ from .window import Window
 class BlockModel:
     """One model in one process. `infer` may be called by several threads."""
 
-    def __init__(self, settings: Settings, source: Source, ledger: Ledger) -> None:
+    def __init__(self, settings: Settings, source: Source, ledger: Ledger, name: str = "") -> None:
         self._source = source
         self._settings = settings
         self._ledger = ledger
@@ -51,7 +62,11 @@ class BlockModel:
         needs = [_loaded_objects(block) for block in blocks]
         loaded = {name for names in needs for name in names}
         self._tables = [name for name in sizes if name not in loaded]
-        self._unchecked_tables = list(self._tables)
+        # A device does not page on demand: its tables are there, and checked, as a whole.
+        self._by_rows = {} if self._driver is not None else self._tables_by_rows(blocks)
+        self._unchecked_tables = [name for name in self._tables if name not in self._by_rows]
+        self._ran = threading.Event()
+        self._blocks = blocks
         self._tables_lock = threading.Lock()
         self._tables_thread = threading.Thread(target=self._check_tables_early, daemon=True)
         held = {name: pages(size) for name, size in sizes.items()}
@@ -64,6 +79,8 @@ class BlockModel:
                 settings=settings,
                 ledger=ledger,
             )
+        else:
+            ledger.expect(name or self.manifest.model, sum(held[each] for each in loaded))
         self._objects: Mapping[str, MappedObject] = source.open(sizes)
         for name in self._tables:
             self._objects[name].expect_rows()
@@ -85,7 +102,6 @@ class BlockModel:
         )
         self._runs: Sessions = self._skeleton
         if self._driver is not None:
-            # Tables, too: a device does not page on demand.
             self._pool = DevicePool(
                 self._driver,
                 [tuple(dict.fromkeys(w.object for w in block.weights)) for block in blocks],
@@ -98,12 +114,12 @@ class BlockModel:
         self._closed = False
 
     @classmethod
-    def open(cls, settings: Settings) -> BlockModel:
-        """The model that a config.pbtxt describes. Raises PoolError."""
+    def open(cls, settings: Settings, name: str = "") -> BlockModel:
+        """The model that a config.pbtxt describes, called so by its server. Raises PoolError."""
         source, channel = _open_source(settings)
         ledger = Ledger(channel, priority=settings.priority)
         try:
-            return cls(settings, source, ledger)
+            return cls(settings, source, ledger, name)
         except BaseException:
             source.close()
             ledger.close()
@@ -146,6 +162,7 @@ class BlockModel:
         if self._closed:
             return
         self._closed = True
+        self._ran.set()
         if self.budget is not None:
             self.budget.close()
         self._loader.close()
@@ -175,10 +192,28 @@ class BlockModel:
             tuple(dict.fromkeys(wanted.values())),
             rows=rows,
             weights=self._loader,
-            sessions=self._runs,
+            sessions=self,
             durations=self._durations,
         )
+        self._ran.set()
         return {output: values[value].numpy() for output, value in wanted.items()}
+
+    def run(self, block: int, values: list[Any]) -> list[Any]:
+        """See `run.Sessions`: after the rows that the block reads were checked."""
+        if self._by_rows:
+            for weight in self._blocks[block].weights:
+                chunks = self._by_rows.get(weight.object)
+                if chunks is not None:
+                    rows = values[self._blocks[block].inputs.index(weight.index)].numpy()
+                    self._source.check_part(weight.object, chunks_of(rows, weight, chunks))
+        return self._runs.run(block, values)
+
+    def _tables_by_rows(self, blocks: Sequence[Block]) -> dict[str, Chunks]:
+        """Tables of which the rows that a run reads are known before it reads them."""
+        readers = [weight for block in blocks for weight in block.weights]
+        unknown = {weight.object for weight in readers if not weight.index}
+        parts = self._source.by_parts
+        return {name: parts[name] for name in self._tables if name in parts and name not in unknown}
 
     def _check_tables(self) -> None:
         """Tables that are paged in on demand are fetched and hashed before their first use."""
@@ -192,6 +227,14 @@ class BlockModel:
     def _check_tables_early(self) -> None:
         with contextlib.suppress(PoolError):  # the first request tries again, and is told
             self._check_tables()
+            if not self._by_rows:
+                return
+            self._ran.wait()  # the weights come first, and the rows that somebody asked for
+            for name in list(self._by_rows):
+                if self._closed:
+                    return
+                self._source.check(name)
+            self._by_rows = {}
 
     def _trim_tables(self, limit_bytes: int) -> None:
         """Rows that were paged in stay as long as there is room for them."""
@@ -223,6 +266,23 @@ def _open_source(settings: Settings) -> tuple[Source, str]:
         lambda: store.open_store(url, s3_endpoint=endpoint), settings.cache
     )
     return source, store.channel(url)
+
+
+def chunks_of(rows: Any, weight: Weight, chunks: Chunks) -> set[int]:
+    """Numbers of the chunks in which these rows of a table lie.
+
+    Indices may be negative; those that are out of range are for ONNX Runtime to refuse.
+    """
+    count = weight.shape[0]
+    numbers = np.unique(np.where(rows < 0, rows + count, rows).clip(0, count - 1).ravel())
+    row_bytes = weight.bytes // count
+    starts = weight.offset + numbers * row_bytes
+    firsts, lasts = starts // chunks.size_bytes, (starts + row_bytes - 1) // chunks.size_bytes
+    return {
+        number
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+        for number in range(first, last + 1)
+    }
 
 
 def _loaded_objects(block: Block) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -38,7 +38,11 @@ _numbers = count()
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model of one process. `limit_bytes` is in force; `claim` is None without a budget."""
+    """One model of one process. `limit_bytes` is in force; `claim` is None without a budget.
+
+    `loading_bytes` is what a model that stays whole in memory, called `model` by its server, has
+    to load; `moved_bytes` what it has moved so far.
+    """
 
     pid: int
     started: str
@@ -48,6 +52,14 @@ class Row:
     total_bytes: int = 0
     limit_bytes: int = 0
     claim: Claim | None = None
+    model: str = ""
+    loading_bytes: int = 0
+    moved_bytes: int = 0
+
+    @property
+    def left_bytes(self) -> int:
+        """Still to come."""
+        return max(0, self.loading_bytes - self.moved_bytes)
 
 
 class Bell:
@@ -104,13 +116,21 @@ class Ledger:
                 os.getpid(), _started(os.getpid()), self.bell.address, Load(channel)
             )
 
+    def expect(self, model: str, size_bytes: int) -> None:
+        """So much is to be loaded, of what the server calls `model`."""
+        with self._table() as rows:
+            rows[self._name] = replace(rows[self._name], model=model, loading_bytes=size_bytes)
+
     def begin(self, urgent: Callable[[], bool]) -> None:
         """See `loader.Turns`."""
         while True:
             with self._table() as rows:
                 loads = {name: row.load for name, row in rows.items()}
+                share = loads[self._name].share
                 loads[self._name] = asked(
-                    loads, self._name, weight(urgent=urgent(), priority=self._priority)
+                    loads,
+                    self._name,
+                    weight(urgent=urgent(), priority=self._priority, share=share),
                 )
                 now_s = time.monotonic()
                 mine = next_load(loads, self._channel, now_s) == self._name
@@ -126,7 +146,11 @@ class Ledger:
         """See `loader.Turns`."""
         with self._table() as rows:
             mine = rows[self._name]
-            rows[self._name] = replace(mine, load=ended(mine.load, size_bytes))
+            rows[self._name] = replace(
+                mine,
+                load=ended(mine.load, size_bytes),
+                moved_bytes=mine.moved_bytes + size_bytes,
+            )
             loads = {name: row.load for name, row in rows.items()}
             following = next_load(loads, self._channel, time.monotonic())
         if following is not None:
@@ -200,22 +224,42 @@ class Ledger:
         self._turn_bell.close()
         self.bell.close()
 
-    @contextlib.contextmanager
-    def _table(self) -> Iterator[dict[str, Row]]:
-        """The rows of processes that live, written back unless an error is raised."""
-        handle = _locked(self._directory)
-        try:
-            path = self._directory / "table.json"
-            before = _read(path)
-            rows = {name: row for name, row in before.items() if _started(row.pid) == row.started}
-            yield rows
-            if rows:
-                text = json.dumps({name: asdict(row) for name, row in rows.items()})
-                fresh = path.with_name("table.new")
-                fresh.write_text(text, encoding="utf-8")
-                fresh.replace(path)
-        finally:
-            os.close(handle)
+    def _table(self) -> contextlib.AbstractContextManager[dict[str, Row]]:
+        return _table(self._directory)
+
+
+def read_rows(directory: Path) -> dict[str, Row]:
+    """Everybody's as of now, to look at: no lock is taken. Raises PoolError."""
+    return _living(_read(directory / "table.json"))
+
+
+def share_out(directory: Path, shares: Mapping[str, float]) -> None:
+    """What these rows get of their channels from their next turns on. Raises PoolError."""
+    with _table(directory) as rows:
+        for name, share in shares.items():
+            if name in rows:
+                rows[name] = replace(rows[name], load=replace(rows[name].load, share=share))
+
+
+@contextlib.contextmanager
+def _table(directory: Path) -> Iterator[dict[str, Row]]:
+    """The rows of processes that live, written back unless an error is raised."""
+    handle = _locked(directory)
+    try:
+        path = directory / "table.json"
+        rows = _living(_read(path))
+        yield rows
+        if rows:
+            text = json.dumps({name: asdict(row) for name, row in rows.items()})
+            fresh = path.with_name("table.new")
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(path)
+    finally:
+        os.close(handle)
+
+
+def _living(rows: Mapping[str, Row]) -> dict[str, Row]:
+    return {name: row for name, row in rows.items() if _started(row.pid) == row.started}
 
 
 def _locked(directory: Path) -> int:

@@ -104,6 +104,16 @@ class Weight:
     dtype: str
     shape: tuple[int, ...]
     access: str
+    index: str = ""
+    """Of a table: the block's input that says which rows; empty if that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Hashes of an object's parts of `size_bytes` each (the last may be shorter)."""
+
+    size_bytes: int
+    digests: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +163,8 @@ class Manifest:
     weights_bytes: int
     largest_block_bytes: int
     members: tuple[Member, ...]
+    chunks: Mapping[str, Chunks]
+    """Of tables: a part can be used once its own hash was found right."""
     wiring: Wiring | None
     """How they, and Python models beside them, are one: of a fused chain."""
     document: Mapping[str, Any]
@@ -322,6 +334,10 @@ def _manifest(document: Any) -> Manifest:
         weights_bytes=_count(document["weights_bytes"], "weights_bytes"),
         largest_block_bytes=_count(document["largest_block_bytes"], "largest_block_bytes"),
         members=members,
+        chunks={
+            name: _chunks(entry, objects[_checked(name)])
+            for name, entry in document.get("chunks", {}).items()
+        },
         wiring=wiring,
         document=document,
     )
@@ -383,6 +399,14 @@ def _block(entry: Any, objects: Mapping[str, int]) -> Block:
     )
 
 
+def _chunks(entry: Any, object_bytes: int) -> Chunks:
+    size, text = _count(entry["bytes"], "bytes"), bytes.fromhex(entry["sha256"])
+    digests = tuple(text[start : start + 32] for start in range(0, len(text), 32))
+    if not size or len(text) % 32 or len(digests) != -(-object_bytes // size):
+        raise PoolError(f"chunks: not one hash for every {size} of {object_bytes} bytes")
+    return Chunks(size, digests)
+
+
 def _weight(entry: Any, objects: Mapping[str, int]) -> Weight:
     weight = Weight(
         name=str(entry["name"]),
@@ -392,6 +416,7 @@ def _weight(entry: Any, objects: Mapping[str, int]) -> Weight:
         dtype=str(entry["dtype"]),
         shape=tuple(_count(size, "shape") for size in entry["shape"]),
         access=str(entry["access"]),
+        index=str(entry.get("index", "")),
     )
     expected = WEIGHT_TYPES.get(weight.dtype, 0)
     for size in weight.shape:

@@ -138,7 +138,7 @@ class TritonPythonModel:
 
     @staticmethod
     def _open(settings: Settings, config: Mapping[str, Any]) -> BlockModel:
-        model = BlockModel.open(settings)
+        model = BlockModel.open(settings, str(config.get("name", "")))
         try:
             _check(config, model)
             return model.start()

@@ -15,16 +15,20 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
-from .manifest import Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
+from .manifest import Chunks, Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
 from .mapping import MappedObject
 from .store import Store
-from .window import Span
+from .window import CHUNK_BYTES, Span
 
 _HASH_ATTEMPTS = 2
+_RUNS = 16
+"""Most requests for the rows of a batch: each costs a round trip."""
+_GAP_BYTES = 512 << 10
 _SETTLE_S = 0.5
 """So long nothing must have come before the disk is kept busy."""
 
@@ -50,6 +54,7 @@ class RemoteSource:
         self._objects: _Opened = _Opened({}, self._open)
         self._parts: dict[str, _Part] = {}
         self._right: set[str] = set()
+        self._chunks: Mapping[str, Chunks] = {}
         self._settler = _Settler(self._store)
 
     @property
@@ -70,7 +75,9 @@ class RemoteSource:
                 raise PoolError(f"manifest {digest}: the store has other bytes under this name")
             parse(text, f"manifest {digest}")
             self._write(path, text)
-        return self._store.manifest(digest)
+        manifest = self._store.manifest(digest)
+        self._chunks = manifest.chunks
+        return manifest
 
     def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
         """Each is opened when it is first used: making a hundred files takes a while."""
@@ -132,11 +139,13 @@ class RemoteSource:
             return
         size_bytes = self._objects[digest].size_bytes
         part = self._parts.get(digest)
+        if part is not None and digest in self._chunks:
+            self._check_parts(digest, part)
+            return
         if part is not None:
             if not self._came_from_elsewhere(digest, part):
-                chunk = 8 * 2**20
-                for offset in range(0, part.size_bytes, chunk):
-                    self._download(digest, part, offset, min(chunk, part.size_bytes - offset))
+                for offset in range(0, part.size_bytes, CHUNK_BYTES):
+                    self._download(digest, part, offset, min(CHUNK_BYTES, part.size_bytes - offset))
                 self._complete(digest, part)
             return
         try:
@@ -145,6 +154,51 @@ class RemoteSource:
             self._store.path(digest).unlink(missing_ok=True)
             raise PoolError(f"{error}; removed from the cache: load the model again") from None
         self._right.add(digest)
+
+    @property
+    def by_parts(self) -> Mapping[str, Chunks]:
+        return self._chunks
+
+    def check_part(self, digest: str, wanted: Collection[int]) -> None:
+        """Fetches the chunks that are not there, each usable once its hash is right."""
+        assert self._objects[digest].size_bytes  # opens it
+        part = self._parts.get(digest)
+        if part is None:
+            self.check(digest)
+            return
+        with part.parts_lock:
+            if digest in self._right:
+                return  # complete meanwhile
+            if not part.chunks and self._came_from_elsewhere(digest, part):
+                return
+            for run in _runs(set(wanted) - part.chunks, self._chunks[digest].size_bytes):
+                self._fetch_chunks(digest, part, run)
+
+    def _fetch_chunks(self, digest: str, part: _Part, run: range) -> None:
+        size, hashes = self._chunks[digest].size_bytes, self._chunks[digest].digests
+        first, stop = run.start * size, min(run.stop * size, part.size_bytes)
+        for _ in range(_HASH_ATTEMPTS):
+            text = memoryview(self._remote.read(f"objects/{digest}", first, stop - first))
+            pieces = [text[start : start + size] for start in range(0, len(text), size)]
+            if all(
+                hashlib.sha256(piece).digest() == hashes[number]
+                for number, piece in zip(run, pieces, strict=True)
+            ):
+                part.write(first, text)
+                part.chunks.update(run)
+                return
+        raise PoolError(f"object {digest}: the store has other bytes in chunks {run}")
+
+    def _check_parts(self, digest: str, part: _Part) -> None:
+        """All of it, in runs, so that who needs a few rows waits for one run at most."""
+        size = self._chunks[digest].size_bytes
+        count = len(self._chunks[digest].digests)
+        step = max(1, CHUNK_BYTES // size)
+        for first in range(0, count, step):
+            self.check_part(digest, range(first, min(first + step, count)))
+        with part.parts_lock:
+            if digest not in self._right:
+                self._complete(digest, part)
 
     def close(self) -> None:
         self._settler.close()
@@ -202,6 +256,24 @@ class RemoteSource:
         except OSError as error:
             fresh.unlink(missing_ok=True)
             raise PoolError(f"cache {path}: {error.strerror}") from None
+
+
+def _runs(wanted: Collection[int], size_bytes: int) -> Iterator[range]:
+    """Chunks in few requests: what lies between two that are wanted comes along if it is little.
+
+    >>> list(_runs({1, 2, 4, 90}, 64 << 10))
+    [range(1, 5), range(90, 91)]
+    """
+    numbers = sorted(wanted)
+    gaps = sorted((after - before for before, after in pairwise(numbers)), reverse=True)
+    least = gaps[_RUNS - 1] if len(gaps) >= _RUNS else 0
+    widest = max(least, _GAP_BYTES // size_bytes)
+    start = 0
+    for position, number in enumerate(numbers):
+        last = position == len(numbers) - 1
+        if last or numbers[position + 1] - number > widest:
+            yield range(numbers[start], number + 1)
+            start = position + 1
 
 
 class _Opened(Mapping[str, MappedObject]):
@@ -304,6 +376,9 @@ class _Part:
         self.inode = os.fstat(self._handle).st_ino
         self._hash = hashlib.sha256()
         self._hashed_bytes = 0
+        self.chunks: set[int] = set()
+        """Of a table: those that are there, their hashes right."""
+        self.parts_lock = threading.Lock()
 
     def remove(self) -> None:
         """Unless somebody else uses it."""
@@ -324,7 +399,7 @@ class _Part:
     def release(self) -> None:
         fcntl.flock(self._handle, fcntl.LOCK_UN)
 
-    def write(self, offset: int, text: bytes) -> None:
+    def write(self, offset: int, text: bytes | memoryview) -> None:
         try:
             os.pwrite(self._handle, text, offset)
         except OSError as error:

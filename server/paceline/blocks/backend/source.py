@@ -8,11 +8,11 @@ that still holds; so no block computes with bytes that nobody checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from .manifest import Manifest, ObjectStore, PoolError
+from .manifest import Chunks, Manifest, ObjectStore, PoolError
 from .mapping import MappedObject
 from .window import Span
 
@@ -38,6 +38,13 @@ class Source(Protocol):
 
     def check(self, digest: str) -> None:
         """Makes sure that an object that is paged in on demand has the right bytes."""
+
+    @property
+    def by_parts(self) -> Mapping[str, Chunks]:
+        """Objects of which `check_part` makes a part usable for less than all of it."""
+
+    def check_part(self, digest: str, wanted: Collection[int]) -> None:
+        """Makes sure of these chunks of an object of `by_parts`. Raises PoolError."""
 
     def close(self) -> None:
         """Nothing is fetched any more."""
@@ -71,6 +78,13 @@ class LocalSource:
 
     def check(self, digest: str) -> None:
         self._store.verified(digest, self._objects[digest].size_bytes)
+
+    @property
+    def by_parts(self) -> Mapping[str, Chunks]:
+        return {}
+
+    def check_part(self, digest: str, wanted: Collection[int]) -> None:
+        self.check(digest)
 
     def close(self) -> None:
         for opened in self._objects.values():

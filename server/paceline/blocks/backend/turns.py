@@ -4,7 +4,9 @@ Stride scheduling: each load has a virtual time that advances by bytes / weight,
 one goes next. An urgent load, one that a request waits for, weighs more: it overtakes at the next
 chunk and then gets almost everything, but a load of any weight goes on. A load that comes or comes
 back starts a turn behind those that are there at most, so nobody saves up turns.
-Cicada's priority-aware scheduler.
+Cicada's priority-aware scheduler. Where Paceline decided which share of the channel a load gets
+(`Load.share`, by the deadlines of those who wait), that is its weight: all that are shared out
+weigh as much together as one urgent load.
 """
 
 from __future__ import annotations
@@ -28,10 +30,14 @@ class Load:
     weight: float = 1.0
     waiting: bool = False
     holding_since_s: float | None = None
+    share: float = 0.0
+    """Of the channel, 0 to 1; 0: nobody decided."""
 
 
-def weight(*, urgent: bool, priority: int) -> float:
-    """Every priority below the first halves it."""
+def weight(*, urgent: bool, priority: int, share: float = 0.0) -> float:
+    """Every priority below the first halves it; a share that was decided has both in it."""
+    if share > 0.0:
+        return URGENT_WEIGHT * share
     return (URGENT_WEIGHT if urgent else 1.0) / 2.0 ** min(priority, 6)
 
 

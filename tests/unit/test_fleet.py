@@ -1,0 +1,92 @@
+"""Looking after Tritons that somebody else runs, against gRPC servers that behave as asked."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from paceline.fleet import RemoteTritons
+from paceline.triton.client import TritonClient, TritonFleet
+
+
+class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Alive; what it says of its models is `ready`, or that it is going away (None)."""
+
+    def __init__(self, ready: bool | None) -> None:
+        self.ready = ready
+
+    async def ServerLive(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerLiveResponse(live=True)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        if self.ready is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
+        return service_pb2.ModelReadyResponse(ready=self.ready)
+
+
+@dataclass
+class Machines:
+    """What the controller knows: one machine that is up and holds a model."""
+
+    told_down: list[str] = field(default_factory=list)
+
+    def holds(self, name: str) -> str | None:
+        return "m"
+
+    def has(self, name: str, model: str) -> bool:
+        return True
+
+    def is_up(self, name: str) -> bool:
+        return not self.told_down
+
+    def down(self, name: str) -> None:
+        self.told_down.append(name)
+
+
+@dataclass
+class Controller:
+    """The part of it that is told of machines."""
+
+    machines: Machines = field(default_factory=Machines)
+    told_up: list[str] = field(default_factory=list)
+
+    async def machine_up(self, name: str) -> None:
+        self.told_up.append(name)
+
+
+@pytest.mark.parametrize(
+    ("ready", "down", "up"),
+    [(True, [], []), (False, ["a"], ["a"]), (None, ["a"], [])],
+    ids=["holds its model", "restarted, empty", "goes between two questions"],
+)
+async def test_a_look_tells_what_became_of_a_machine(
+    ready: bool | None, down: list[str], up: list[str], tmp_path: Path
+) -> None:
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Server(ready), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    controller = Controller()
+    tritons = RemoteTritons(
+        (),
+        cast(Any, controller),
+        TritonFleet(),
+        model_repositories=(),
+        state_directory=tmp_path,
+        slots=1,
+        budget_bytes=lambda hardware: 0.0,
+        on_note=lambda text: None,
+    )
+    client = TritonClient(f"127.0.0.1:{port}", name="a")
+    async with asyncio.timeout(30):
+        await tritons.look_after(client)
+    assert (controller.machines.told_down, controller.told_up) == (down, up)
+    await client.close()
+    await server.stop(None)

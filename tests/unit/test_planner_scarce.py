@@ -1,0 +1,156 @@
+"""Planning with fewer machines than the traffic wants: who gets them, and that serving follows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from paceline.core.chain import Chain, Module, Source
+from paceline.core.errors import PlanError
+from paceline.core.model import ModelSpec
+from paceline.core.plan import Plan
+from paceline.core.profile import Configuration, Durations
+from paceline.core.tensor import Tensor, TensorSpec
+from paceline.dispatch import Action, Answer, Event, Fail, route_chain
+from paceline.planner.problem import Options, PlannedChain, PlannedModule
+from paceline.planner.scarce import LEAST_SHARE, Wanted, plan_by_priority
+from paceline.runtime.placement import Site, place, shortage
+from paceline.sim.backend import SimMachine
+from paceline.sim.fleet import BlankModels, blank_chain
+from paceline.sim.stimuli import Arrive, Crash, Install, Stimulus
+from paceline.sim.workload import poisson
+from paceline.sim.world import World
+
+SLO_S = 1.0
+POINTS = ((1, 0.1), (8, 0.2))
+OPTIONS = Options(policy="optimal", dispatch="pooled")
+
+
+def wanted(name: str, rate_rps: float, priority: int, *kinds: str) -> Wanted:
+    """A chain of one module that needs 1 machine of `kinds` for 40 requests/s."""
+    configurations = tuple(
+        Configuration(kind, size, took_s, float(price))
+        for price, kind in enumerate(kinds or ("gpu",), 1)
+        for size, took_s in POINTS
+    )
+    module = PlannedModule(name, name, rate_rps, (), configurations)
+    return Wanted(PlannedChain(name, SLO_S, rate_rps, (module,)), OPTIONS, priority)
+
+
+def rates(plans: Sequence[Plan]) -> dict[str, float]:
+    return {chain.chain: chain.rate_rps for plan in plans for chain in plan.chains}
+
+
+def test_where_machines_suffice_every_chain_is_planned_whole() -> None:
+    plans = plan_by_priority([wanted("a", 40, 0), wanted("b", 40, 3)], {"gpu": 2})
+    assert rates(plans) == {"a": 40, "b": 40}
+    assert all(chain.wanted is None for plan in plans for chain in plan.chains)
+
+
+def test_the_most_urgent_are_whole_the_next_share_the_rest_and_the_last_get_nothing() -> None:
+    asked = [wanted("last", 40, 2), wanted("b1", 40, 1), wanted("a", 60, 0), wanted("b2", 20, 1)]
+    plans = plan_by_priority(asked, {"gpu": 2.25})
+    found = rates(plans)
+    assert [plan.chains[0].chain for plan in plans] == ["last", "b1", "a", "b2"]
+    assert found["a"] == 60
+    assert found["b1"] / 40 == pytest.approx(found["b2"] / 20), "equal priorities, equal shares"
+    assert found["b1"] + found["b2"] == pytest.approx(30, rel=0.05)
+    assert found["last"] == pytest.approx(LEAST_SHARE * 40)
+    shed = {c.chain: c.wanted.rate_rps for p in plans for c in p.chains if c.wanted}
+    assert shed == {"last": 40, "b1": 40, "b2": 20}
+    whole = Plan("optimal", "fractional", tuple(chain for plan in plans for chain in plan.chains))
+    ((needed, present),) = shortage(whole, [Site("s", "gpu", 2)]).values()
+    assert needed == pytest.approx(4.0, rel=0.1) and present == 2, "what all would need"
+
+
+def test_what_is_left_of_dearer_hardware_is_used() -> None:
+    plans = plan_by_priority(
+        [wanted("a", 40, 0, "gpu", "big"), wanted("b", 40, 1, "gpu", "big")], {"gpu": 1, "big": 1}
+    )
+    assert rates(plans) == {"a": 40, "b": 40}
+    (b,) = plans[1].chains
+    assert {a.hardware for m in b.modules for a in m.allocations} == {"big"}
+
+
+def test_a_chain_that_no_machine_can_serve_in_time_is_an_error_as_ever() -> None:
+    slow = wanted("a", 40, 1)
+    slow = Wanted(PlannedChain("a", 0.05, 40, slow.chain.modules), OPTIONS, 1)
+    with pytest.raises(PlanError):
+        plan_by_priority([wanted("b", 40, 0), slow], {"gpu": 1})
+
+
+def test_when_a_machine_is_lost_the_lowest_priority_is_shed_in_virtual_time() -> None:
+    rate_rps, lost_s, until_s = 30.0, 10.0, 30.0
+    asked = [wanted("high", rate_rps, 0), wanted("low", rate_rps, 1)]
+    durations = {name: {"gpu": Durations(POINTS)} for name in ("high", "low")}
+    rows = (TensorSpec("rows", "UINT8", (1,)),)
+    out = (TensorSpec("y", "UINT8", (1,)),)
+    bounds = {
+        each.chain.name: blank_chain(
+            Chain(
+                each.chain.name,
+                SLO_S,
+                (TensorSpec("x", "UINT8", (1,)),),
+                (Module(each.chain.name, each.chain.name, {"x": Source(None, "x")}),),
+                {"y": Source(each.chain.name, "y")},
+                priority=each.priority,
+                rate_rps=rate_rps,
+            ),
+            {each.chain.name: 8},
+        )
+        for each in asked
+    }
+
+    def follow(at_s: float, machines: int) -> tuple[Plan, list[Stimulus]]:
+        parts = plan_by_priority(asked, {"gpu": machines})
+        plan = Plan("optimal", "fractional", tuple(c for p in parts for c in p.chains))
+        routes = [route_chain(b, plan.chain(name), durations) for name, b in bounds.items()]
+        return plan, [Install(at_s, route) for route in routes]
+
+    before, install = follow(0.0, 2)
+    after, install_again = follow(lost_s + 1.0, 1)
+    assert rates([before]) == {"high": 30, "low": 30}
+    assert rates([after])["high"] == 30 and rates([after])["low"] < 15
+
+    met: Counter[tuple[str, bool]] = Counter()
+    refused: Counter[str] = Counter()
+    came: dict[int, tuple[str, float]] = {}
+
+    def watch(due_s: float, now_s: float, event: Event, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Answer | Fail):
+                chain, at_s = came[action.request]
+                late = at_s > lost_s + 1.0
+                if isinstance(action, Answer) and now_s - at_s <= SLO_S:
+                    met[chain, late] += 1
+                elif late:
+                    refused[chain] += 1
+
+    models = ["high", "low"]
+    instances = place(before, [Site("m0", "gpu", 1), Site("m1", "gpu", 1)], models)
+    world = World(
+        [SimMachine(name, "gpu", 1, held) for name, held in instances.items()],
+        durations,
+        BlankModels({name: ModelSpec(name, 8, rows, out) for name in models}),
+        observers=(watch,),
+    )
+    rng = Random(5)
+    stimuli: list[Stimulus] = [*install, Crash(lost_s, "m1"), *install_again]
+    arrivals = sorted(
+        (at_s, name)
+        for name in models
+        for at_s in poisson(rate_rps, int(rate_rps * until_s), rng)
+        if at_s < until_s
+    )
+    inputs = {name: {"x": Tensor("x", "UINT8", (1,), b"\0")} for name in models}
+    for number, (at_s, name) in enumerate(arrivals, start=1):
+        came[number] = (name, at_s)
+        stimuli.append(Arrive(at_s, number, name, inputs[name], SLO_S))
+    world.run(stimuli)
+    late = Counter(name for name, at_s in came.values() if at_s > lost_s + 1.0)
+    assert met["high", True] >= 0.97 * late["high"], (met, late)
+    assert 0 < met["low", True] < 0.6 * late["low"], (met, late)
+    assert refused["low"] > 0.3 * late["low"] and refused["high"] < 0.03 * late["high"]
