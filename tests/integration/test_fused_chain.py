@@ -111,5 +111,5 @@ def test_what_the_server_observed_is_what_suggestions_rest_on(fused: Paceline) -
     """After the tests before: three pages a run, six lines on two of them."""
     observed = from_server(fused.address)
     assert observed.rates_rps["ocr"] > 0
-    assert observed.fan_outs["ocr", "front"] == 1.0
+    assert not observed.fan_outs, "three requests are too few to believe their fan-out"
     assert observed.rows_rps["ocr_lines"] > observed.rates_rps["ocr"]
