@@ -42,10 +42,12 @@ def fused(ocr_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         compile_model(group.sources, directory, root / "blocks", options, group=group)
     text = re.sub(r"(?m)^slo_ms: \d+", f"slo_ms: {GENEROUS_SLO_MS}", FUSED_CHAIN.read_text("utf-8"))
     (root / "ocr.yaml").write_text(text, encoding="utf-8")
-    server = Paceline(
-        root / "state",
-        ["--model-repository", str(root / "models"), "--chains", str(root / "ocr.yaml")],
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PACELINE_BLOCKS_LEDGER", str(root / "ledger"))  # not that of others here
+        server = Paceline(
+            root / "state",
+            ["--model-repository", str(root / "models"), "--chains", str(root / "ocr.yaml")],
+        )
     try:
         yield server.wait_ready(OCR_START_TIMEOUT_S)
     finally:
