@@ -37,8 +37,8 @@ from paceline.core.errors import ConfigError
 from paceline.core.profile import Profiles
 
 MIB = 1 << 20
-PROCESS_BYTES = 18 * MIB
-"""A model's process of its own with its interpreter, proportionally: docs/benchmarks/blocks.md."""
+PROCESS_BYTES = 40 * MIB
+"""What a process less saves (PSS), with interpreter and libraries: docs/benchmarks/blocks.md."""
 _NEARLY_ALWAYS = 0.9  # of the requests, observed
 _SELDOM = 0.5  # of a model's rows that are the group's
 _UNLIKE = 4.0  # best batch sizes that differ by more than this do not go together
