@@ -110,11 +110,8 @@ def test_a_member_that_refuses_a_request_is_named(fused: Paceline) -> None:
 
 
 def test_what_the_server_observed_is_what_suggestions_rest_on(fused: Paceline) -> None:
-    """Its fan-outs are learned from more pages than one: until then the chain file's count."""
-    with fused.client() as client:
-        client.infer("ocr", [image_input(ocr_images.lines())], client_timeout=TIMEOUT_S)
+    """After the tests before: three pages a run, six lines on two of them."""
     observed = from_server(fused.address)
     assert observed.rates_rps["ocr"] > 0
-    assert observed.rows_rps["ocr_lines"] > observed.rates_rps["ocr"]  # six lines on the page
-    chain = read_chain(FUSED_CHAIN)
-    assert observed.fan_out(chain, chain.module("front")) == 1.0
+    assert not observed.fan_outs, "three requests are too few to believe their fan-out"
+    assert observed.rows_rps["ocr_lines"] > observed.rates_rps["ocr"]

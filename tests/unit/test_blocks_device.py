@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.blocks_models import conv
+from tests.blocks_models import conv, written
 
 from paceline.blocks.backend import device
 from paceline.blocks.backend.blockmodel import BlockModel
@@ -135,3 +135,15 @@ def test_a_gpu_that_is_not_there_is_a_clear_load_error(tmp_path: Path) -> None:
     model.close()
     with pytest.raises(SettingsError, match="parameter device is 'gpu': give cpu, cuda or cuda:N"):
         read_settings({**parameters, "device": {"string_value": "gpu"}}, tmp_path)
+
+
+def test_graphs_for_a_gpu_have_no_layout_of_the_cpu(tmp_path: Path) -> None:
+    """Matrices in panels are what a kernel of the CPU reads (four axes); on a GPU they stay two."""
+    source = written(tmp_path, "bert")
+    axes = {}
+    for kind in ("cpu", "cuda"):
+        options = Options(measure=False, device=kind)
+        made = compile_model({"": source}, tmp_path / kind, tmp_path / "blocks", options)
+        (member,) = made.model.manifest.members
+        axes[kind] = {len(weight.shape) for block in member.blocks for weight in block.weights}
+    assert 4 in axes["cpu"] and 4 not in axes["cuda"]
