@@ -197,8 +197,6 @@ class _Compiler:
     def _faithful(self, told: str, name: str, source: Source, optimised: Optimised) -> Member:
         """The member as finely divided as gives what ONNX Runtime gives for the whole graph."""
         for panels, tiled, divided in _WAYS:
-            if panels and self._options.device != "cpu":
-                continue  # panels are what a kernel of the CPU reads
             prepared = prepare(
                 optimised, self._options, panels=panels, tiled=tiled, divided=divided
             )
