@@ -95,14 +95,21 @@ class RemoteSource:
 
     def _open(self, digest: str, size_bytes: int) -> MappedObject:
         path = self._store.path(digest)
-        if not path.is_file():
-            part = _Part(self._cache / "tmp" / "fetch" / digest, size_bytes)
-            if path.is_file():  # renamed meanwhile: ours is another, empty one
-                part.remove()
-            else:
-                self._parts[digest] = part
-                path = part.path
-        return MappedObject(path, size_bytes)
+        if path.is_file():
+            return MappedObject(path, size_bytes)
+        part = _Part(self._cache / "tmp" / "fetch" / digest, size_bytes)
+        if path.is_file():  # renamed meanwhile: ours is another, empty one
+            part.remove()
+            return MappedObject(path, size_bytes)
+        try:
+            opened = MappedObject(part.path, size_bytes)
+        except PoolError:
+            part.close()
+            if path.is_file():  # renamed since we looked: ours is what was completed
+                return MappedObject(path, size_bytes)
+            raise
+        self._parts[digest] = part
+        return opened
 
     def graph(self, digest: str, size_bytes: int) -> Path:
         path = self._store.path(digest)
