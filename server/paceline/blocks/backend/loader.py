@@ -23,7 +23,7 @@ from .window import Span, Step, Window
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 8.0
 _AHEAD = 2
-"""Spans that were received and wait to be hashed and written."""
+"""Spans that were received and wait to be hashed."""
 TURN_S = 0.02
 """Steps that follow each other within this time are one turn: a turn costs about 0.3 ms."""
 
