@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).resolve().parents[2]
 MIDDLE = 4352
-"""Of the layers' widths: 80 MiB of weights a model, ten chunks: one more or less decides nothing."""
+"""Of the layers' widths: 80 MiB of weights a model, in ten chunks: one does not decide."""
 LINK_MB_S = 16
 
 
