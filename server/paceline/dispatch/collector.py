@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from paceline.core.values import value
-from paceline.dispatch.machines import Machine, MachinePool
+from paceline.dispatch.holders import Machine
+from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.queue import Entry, ModuleQueue, Order, Piece
 from paceline.dispatch.route import ModuleRoute
 
@@ -69,12 +70,10 @@ class Collector(Protocol):
         """
         ...
 
-    def offer(self, pool: MachinePool, now_s: float) -> Offer | None:
-        """The batch to launch next, or None."""
-        ...
-
-    def next_offer_s(self, pool: MachinePool, now_s: float) -> float | None:
-        """When time alone could make it offer something; None if only an event can."""
+    def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
+        """The batch to launch next; or when time alone could make it offer one (inf: only an event
+        can).
+        """
         ...
 
     def launched(self, offer: Offer) -> None:

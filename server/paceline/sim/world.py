@@ -189,7 +189,8 @@ class World:
         machine = started.machine
         if machine.share < 1.0 and not machine.withdrawn:
             # The rest of its time belongs to others: it is back when its share is right again.
-            self._handle(due_s, MachineUp(machine.name, machine.hardware, 0, machine.instances))
+            rests = MachineUp(machine.name, machine.hardware, 0, machine.instances)
+            self._handle(due_s, rests, settled=False)
             rest_s = started.took_s * (1.0 - machine.share) / machine.share
             self._push(self.now_s + rest_s, machine.up())
         if isinstance(event, BatchDone):
