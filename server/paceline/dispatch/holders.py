@@ -161,8 +161,9 @@ class Holders:
         if idle >= most:
             lane.idle = most
         else:
+            # A machine that lost slots has to end as many batches before one can start.
             lane.idle = max(0, idle)
-            lane.ends_s = sorted(machine.ends_s.values())[: most - idle]
+            lane.ends_s = sorted(machine.ends_s.values())[max(0, -idle) : most - idle]
             for end_s in lane.ends_s:
                 insort(self._ends_s, end_s)
         self._idle += lane.idle
