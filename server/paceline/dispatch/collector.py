@@ -59,15 +59,15 @@ class Collector(Protocol):
         ...
 
     def queues(self) -> Iterator[ModuleQueue]:
-        """Every queue it has, for expiry and for looking."""
+        """Every queue it has, for looking."""
         ...
 
-    def doomed(self, pool: MachinePool, now_s: float) -> list[Entry]:
-        """Take out entries that would be late even if launched now, in a batch worth its time.
+    def late(self, pool: MachinePool, now_s: float) -> list[Entry]:
+        """Take out entries that cannot be in time any more."""
+        ...
 
-        Behind a full batch's worth of rows, an entry past its launch-by time could only be saved
-        by a smaller batch, at the cost of those behind it, which then are late in turn.
-        """
+    def next_expiry_s(self) -> float:
+        """The last instant at which a launch is in time for every entry; inf without any."""
         ...
 
     def offer(self, pool: MachinePool, now_s: float) -> Offer | float:

@@ -297,6 +297,8 @@ class Dispatcher:
     def _settle(self, now_s: float, actions: list[Action]) -> None:
         """Give up what is late, launch what can go, and say when to look again."""
         waiting = self._waiting
+        if self._wake_s < inf and not waiting.changed(now_s):
+            return
         for entry in waiting.late(now_s):
             error = too_late(entry.stage.route, now_s, entry.run.submit.deadline_s)
             self._fail(entry.run, error, now_s, actions)

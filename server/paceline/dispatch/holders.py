@@ -75,14 +75,12 @@ class Machine:
 class Holders:
     """All machines that hold one model; see the module docstring."""
 
-    __slots__ = ("_ends_s", "_free", "_idle", "_quarantined", "lanes", "model", "stale", "version")
+    __slots__ = ("_ends_s", "_free", "_idle", "_quarantined", "lanes", "model", "stale")
 
     def __init__(self, model: str) -> None:
         self.model = model
         self.lanes: dict[str, tuple[Machine, Lane]] = {}
         """By the machine's name."""
-        self.version = 0
-        """Another one whenever a machine with the model changed in any way."""
         self.stale: dict[str, None] = {}
         """Machines that changed since the last question (an ordered set)."""
         self._free: list[Rank] = []

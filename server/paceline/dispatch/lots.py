@@ -51,9 +51,12 @@ class _Lots:
     def ended(self, lot: int) -> None:
         self._lots[lot].running -= 1
 
-    def doomed(self, pool: MachinePool, now_s: float) -> list[Entry]:
-        """The published policies have no such rule."""
-        return []
+    def late(self, pool: MachinePool, now_s: float) -> list[Entry]:
+        """What has expired; the published policies have no other rule."""
+        return [entry for lot in self._lots for entry in lot.queue.expired(now_s)]
+
+    def next_expiry_s(self) -> float:
+        return min(lot.queue.next_expiry_s() for lot in self._lots)
 
     def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
         best: Offer | None = None

@@ -55,7 +55,9 @@ class MachinePool:
         """By model; none that no machine holds."""
         self._sharing: dict[str, frozenset[str]] = {}
         """What `sharing` found, until machines come, go or get other models."""
-        self._versions = 0
+        self.versions: dict[str, int] = {}
+        """By model: another number whenever a machine that holds it changed in any way."""
+        self._changes = 0
         self.slots = 0
         """Batches that can run at a time in all."""
 
@@ -99,11 +101,6 @@ class MachinePool:
     def all(self) -> tuple[Machine, ...]:
         """Machines that are up, by name."""
         return tuple(machine for _, machine in sorted(self._machines.items()))
-
-    def version(self, model: str) -> int:
-        """Another number whenever machines that hold `model` changed in any way."""
-        holders = self._holders.get(model)
-        return holders.version if holders is not None else 0
 
     def free(
         self, model: str, now_s: float, but: frozenset[tuple[str, int]] = frozenset()
@@ -211,9 +208,8 @@ class MachinePool:
         """What was known of the models that it holds is so no more."""
         if not machine.up:
             return
-        self._versions += 1
-        name, version, holders = machine.name, self._versions, self._holders
+        self._changes += 1
+        name, holders, versions = machine.name, self._holders, self.versions
         for model in machine.lanes:
-            own = holders[model]
-            own.version = version
-            own.stale[name] = None
+            versions[model] = self._changes
+            holders[model].stale[name] = None

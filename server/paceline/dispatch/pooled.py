@@ -39,8 +39,13 @@ class Pooled:
     def queues(self) -> Iterator[ModuleQueue]:
         yield self._queue
 
-    def doomed(self, pool: MachinePool, now_s: float) -> list[Entry]:
-        gone: list[Entry] = []
+    def late(self, pool: MachinePool, now_s: float) -> list[Entry]:
+        """What has expired, and what would be late even if launched now, in a batch worth its time.
+
+        Behind a full batch's worth of rows, an entry past its launch-by time could only be saved
+        by a smaller batch, at the cost of those behind it, which then are late in turn.
+        """
+        gone = self._queue.expired(now_s)
         while (head := self._queue.head()) is not None and now_s > head.launch_by_s + TIE_S:
             machine = self._machine(pool, head, now_s)
             if machine is None:
@@ -54,6 +59,9 @@ class Pooled:
             gone.append(head)
         return gone
 
+    def next_expiry_s(self) -> float:
+        return self._queue.next_expiry_s()
+
     def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
         first = self._first(pool, now_s)
         if first is None:
@@ -65,8 +73,9 @@ class Pooled:
         if not closed:
             unsafe_s = self._unsafe_s(pool, machine, rows, size, now_s)
             if unsafe_s > 0:
+                safe_s = nextafter(now_s + unsafe_s, inf)
                 probe_s = pool.next_probe_s(self.route.model, now_s)
-                return min(head.launch_by_s, nextafter(now_s + unsafe_s, inf), probe_s)
+                return min(head.launch_by_s, safe_s, probe_s)
         return Offer(self._queue, head, machine, _in_time(head, machine, rows, now_s), closed)
 
     def launched(self, offer: Offer) -> None:

@@ -26,7 +26,7 @@ class Stage:
     look_s: float = -inf
     """When time alone could change that; -inf where other rows wait since."""
     version: int = -1
-    """Of the machines that were seen then (`MachinePool.version`)."""
+    """Of the machines that were seen then (`MachinePool.versions`)."""
 
     def ahead_of(self, priority: int) -> float:
         """Rows that go before one of this priority."""

@@ -56,14 +56,20 @@ class Waiting:
             self._active = dict.fromkeys(waiting)
         return waiting
 
+    def changed(self, now_s: float) -> bool:
+        """Whether any collector has to be asked again."""
+        versions = self._pool.versions
+        for stage in self._active:
+            if now_s >= stage.look_s or stage.version != versions.get(stage.route.model, 0):
+                return True
+        return False
+
     def late(self, now_s: float) -> Iterator[Entry]:
         """Takes out what cannot be in time any more."""
+        versions = self._pool.versions
         for stage in self._active:
-            if now_s < stage.look_s and stage.version == self._pool.version(stage.route.model):
-                continue
-            for queue in stage.collector.queues():
-                yield from queue.expired(now_s)
-            yield from stage.collector.doomed(self._pool, now_s)
+            if now_s >= stage.look_s or stage.version != versions.get(stage.route.model, 0):
+                yield from stage.collector.late(self._pool, now_s)
 
     def look_s(self) -> float:
         """When time alone changes something: a batch may go, or is late. After `choose` found
@@ -73,13 +79,12 @@ class Waiting:
 
     def choose(self, now_s: float) -> Choice | None:
         """The next batch to launch."""
-        pool = self._pool
+        versions = self._pool.versions
         best: Choice | None = None
         for stage in self._active:
-            collector = stage.collector
-            if not collector.rows:
+            if not stage.collector.rows:
                 continue
-            version = pool.version(stage.route.model)
+            version = versions.get(stage.route.model, 0)
             if now_s >= stage.look_s or stage.version != version:
                 stage.version = version
                 self._ask(stage, now_s)
@@ -102,11 +107,9 @@ class Waiting:
             stage.look_s = inf
             return
         stage.offer = None
-        for queue in stage.collector.queues():
-            # Just behind the last instant at which a launch would still be in time.
-            if (expiry_s := queue.next_expiry_s()) is not None:
-                answer = min(answer, nextafter(expiry_s, inf))
-        stage.look_s = answer
+        # Just behind the last instant at which a launch would still be in time.
+        expiry_s = nextafter(stage.collector.next_expiry_s(), inf)
+        stage.look_s = expiry_s if expiry_s < answer else answer
 
     def _aged(self, best: Choice, now_s: float) -> Choice | None:
         """A batch for the request that has waited longest behind more urgent ones."""

@@ -290,7 +290,7 @@ class _Search:
         if self._how.arrivals.trace is None and total > MOST_REQUESTS:
             raise ConfigError(
                 f"verifying these chains takes {total} requests at a time, more than "
-                f"{MOST_REQUESTS}; verify fewer together, or use --no-verify",
+                f"{MOST_REQUESTS}; lower it, verify fewer together, or use --no-verify",
                 key="attainment",
             )
         found = {

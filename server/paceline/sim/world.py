@@ -137,12 +137,16 @@ class World:
     def _step(self, due_s: float, seq: int, item: Stimulus | Started | Event) -> None:
         if isinstance(item, Started):
             self._finish(due_s, item)
+        elif isinstance(item, MachineUp):
+            machine = self.backend.machines[item.machine]
+            if machine.alive and not machine.withdrawn:
+                self._handle(due_s, item)
+        elif isinstance(item, Arrive):
+            self._arrive(due_s, item)
         elif isinstance(item, Tick):
             if self._wake == (due_s, seq):
                 self._wake = None
                 self._handle(due_s, item)
-        elif isinstance(item, Arrive):
-            self._arrive(due_s, item)
         elif isinstance(item, Settled):
             self._settling = False
             self._handle(due_s, item)
@@ -248,9 +252,6 @@ class World:
                 self._handle(due_s, InstallChain(item.route))
             case Remove():
                 self._handle(due_s, RemoveChain(item.chain))
-            case MachineUp():
-                if machines[item.machine].alive and not machines[item.machine].withdrawn:
-                    self._handle(due_s, item)
             case MachineDown():
                 if not machines[item.machine].alive:
                     self._handle(due_s, item)
