@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paceline.core.chain import Module, Source
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan, Plan
 from paceline.runtime.placement import Site, place
 
@@ -34,3 +35,11 @@ def test_instances_are_spread_over_the_machines_of_the_planned_hardware() -> Non
     sites = [Site("a", "gpu", 4), Site("b", "gpu", 4), Site("c", "cpu", 4)]
     placed = place(planned(wide=2.4), sites, ["wide"])
     assert {name: counts["wide"] for name, counts in placed.items()} == {"a": 3, "b": 3, "c": 1}
+
+
+def test_each_batch_of_a_run_finds_an_instance_of_every_member() -> None:
+    members = tuple(Module(name, name, {"x": Source(None, "x")}) for name in ("wide", "narrow"))
+    run = Module("wide+narrow", "run", {"x": Source(None, "x")}, members=members)
+    plan = planned(run=1.0, wide=2.4)
+    placed = place(plan, [Site("a", "gpu", 8)], ["wide", "narrow", "other"], [run])
+    assert placed["a"] == {"run": 3, "narrow": 3, "wide": 8, "other": 1}

@@ -1,5 +1,7 @@
 """The controller: which chains are served, by which models, under which plan.
 
+Chains are known twice: as declared (`catalogue`) and as the plan in force serves them (`served`).
+
 Implements `core.ports.Control`. Invariant: a change is bound, profiled, planned and loaded before
 anything of it is installed, so a change that fails has changed nothing a request can see; one
 change runs at a time.
@@ -33,16 +35,14 @@ from paceline.planner.replan import Proposal, Replanning, Traffic
 from paceline.runtime.catalogue import Catalogue
 from paceline.runtime.engine import Engine
 from paceline.runtime.machines import Machine, Machines
-from paceline.runtime.placement import Share, place, shortage
+from paceline.runtime.placement import Share, shortage
 from paceline.runtime.provisioning import Provisioning, Step
 from paceline.runtime.replanning import Replanner
+from paceline.runtime.served import SETTLE_S, Provision, ServedChains
 from paceline.runtime.statistics import Statistics
 from paceline.runtime.status import describe
 
 logger = logging.getLogger(__name__)
-
-SETTLE_S = 60.0
-"""How long an unload waits for requests that were accepted before."""
 
 _LOADS_AT_ONCE = 4
 _WATCH_INTERVAL_S = 1.0
@@ -94,6 +94,9 @@ class Controller:
         self.replanner = Replanner(self, rules or Replanning())
         self._started = False
         self._changing = asyncio.Lock()
+        self._served = ServedChains(
+            engine, self.machines, self._provisioning, self._catalogue, self._changing
+        )
 
     # -- life -------------------------------------------------------------------------------
 
@@ -132,12 +135,17 @@ class Controller:
                 await self.machines.grow_to(
                     {name: dict.fromkeys(self._catalogue.loaded(), 1)}, first=True
                 )
-                used = [m.spec for bound in self._catalogue.declared() for m in bound.modules]
-                await self._provisioning.profile(used)
+                await self._served.join(name)
+                await self._provisioning.profile(self._catalogue.declared())
             except BaseException:
                 await self.machines.remove(name, timeout_s=0.0)
                 raise
             self.machines.announce(name)
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        await self._served.close()
+        await self.machines.close()
 
     async def leave(self, name: str, *, timeout_s: float) -> bool:
         """Use a Triton no more; False when its batches did not end within `timeout_s`."""
@@ -158,6 +166,10 @@ class Controller:
     def callables(self) -> tuple[BoundChain, ...]:
         """See `core.ports.Control.callables`."""
         return self._catalogue.callables()
+
+    def served(self) -> tuple[BoundChain, ...]:
+        """The chains of `callables` as they are dispatched: with their runs."""
+        return self._served.callable()
 
     @property
     def ready(self) -> bool:
@@ -234,9 +246,8 @@ class Controller:
             chains = tuple(c for c in self._plan.chains if c.chain != chain)
             self._plan = replace(self._plan, chains=chains)
             if chains:
-                self._plan = self._provisioning.solve(
-                    self.chains(), self._catalogue.models, self._traffic
-                )
+                served = [bound.chain for bound in self.served()]
+                self._plan = self._provisioning.solve(served, self._catalogue.models, self._traffic)
             return True
 
     def chains(self) -> tuple[Chain, ...]:
@@ -246,14 +257,11 @@ class Controller:
     async def plan(self, chains: Sequence[Chain]) -> Plan:
         """See `core.ports.Control.plan`. Profiles models that were not profiled yet."""
         async with self._changing:
-            served = self._catalogue.with_chains(chains)
-            bound = self._catalogue.bind(served)
-            await self._provisioning.profile(m.spec for b in bound.values() for m in b.modules)
-            return self._provisioning.solve(
-                served,
-                self._catalogue.models,
-                self._provisioning.expected(served, chains, self._traffic),
-            )
+            declared = self._catalogue.with_chains(chains)
+            bound = self._catalogue.bind(declared)
+            await self._provisioning.profile(bound.values())
+            traffic = self._provisioning.expected(declared, chains, self._traffic)
+            return self._served.solve(declared, traffic)[1]
 
     async def replan(self, proposal: Proposal, worth: Callable[[Plan, Plan, float], bool]) -> bool:
         """Plan the served chains for `proposal.traffic`, and follow that plan if it is `worth` it
@@ -275,17 +283,17 @@ class Controller:
             await self._replan(traffic, lambda before, after, cost: True)
 
     async def _replan(self, traffic: Traffic, worth: Callable[[Plan, Plan, float], bool]) -> bool:
-        chains, models = self.chains(), dict(self._catalogue.models)
-        plan = await asyncio.to_thread(self._provisioning.solve, chains, models, traffic)
-        placed = place(plan, self.machines.usable(), self._catalogue.loaded())
-        if not worth(self._plan, plan, self._provisioning.transition_cost(placed)):
+        chains = [bound for bound in self.callables() if not bound.direct]
+        provision = await self._served.provide(
+            chains, traffic, worth=lambda plan, cost: worth(self._plan, plan, cost)
+        )
+        if provision is None:
             return False
-        await self.machines.grow_to(placed)
-        self._install([b for b in self.callables() if not b.direct], plan)
+        self._install(chains, provision)
         self._traffic = traffic
         if self._memory is not None:
-            self._memory.keep_traffic(self._traffic, chains)
-        await self.machines.shrink_to(placed)
+            self._memory.keep_traffic(self._traffic, self.chains())
+        await self.machines.shrink_to(provision.placed)
         return True
 
     def machines_up(self) -> frozenset[str]:
@@ -372,27 +380,30 @@ class Controller:
         """Serve `chains` too, and those `gone` no more. `as_declared` (left out: `chains`) are
         planned for what their files say, all others for the traffic known.
         """
-        served = self._catalogue.with_chains(chains, gone=gone)
-        bound = self._catalogue.bind(served)
-        await self._provisioning.profile(m.spec for b in bound.values() for m in b.modules)
+        declared = self._catalogue.with_chains(chains, gone=gone)
+        bound = self._catalogue.bind(declared)
+        await self._provisioning.profile(bound.values())
         traffic = self._provisioning.expected(
-            served, chains if as_declared is None else as_declared, self._traffic
+            declared, chains if as_declared is None else as_declared, self._traffic
         )
-        plan = self._provisioning.solve(served, self._catalogue.models, traffic)
-        placed = place(plan, self.machines.usable(), self._catalogue.loaded())
-        await self.machines.grow_to(placed, first=not self._started)
+        self._provisioning.refused.clear()
+        provision = await self._served.provide(
+            list(bound.values()), traffic, first=not self._started
+        )
+        assert provision is not None, "it was not asked what it is worth"
         if self._memory is not None and remember:
             self._memory.changed(chains, ())
         for name in gone:
             if self._catalogue.get(name) is not None:
                 self._remove(name)
-        self._install(bound.values(), plan)
+        self._install(bound.values(), provision)
         self._traffic = traffic
-        await self.machines.shrink_to(placed)
-        return plan
+        await self.machines.shrink_to(provision.placed)
+        return provision.plan
 
     def _remove(self, chain: str) -> None:
         self._catalogue.remove(chain)
+        self._served.remove(chain)
         self._engine.remove(chain)
 
     def _check_changeable(self) -> None:
@@ -403,12 +414,14 @@ class Controller:
                 key="--workers",
             )
 
-    def _install(self, chains: Collection[BoundChain], plan: Plan) -> None:
+    def _install(self, chains: Collection[BoundChain], provision: Provision) -> None:
         """The moment a change becomes visible; nothing in here can fail or wait."""
-        self._plan = plan
-        durations = self._provisioning.durations(self._catalogue.models)
+        plan = self._plan = provision.plan
         for bound in chains:
             self._catalogue.add(bound)
+        models = [m.spec.name for bound in provision.chains for m in bound.modules]
+        durations = self._provisioning.durations(models)
+        for bound in provision.chains:
             self._engine.install(
                 route_chain(bound, plan.chain(bound.name), durations, workers=self._share.count)
             )
@@ -417,6 +430,7 @@ class Controller:
                 self.machines.announce(site.name)
         self.machines.announce_up()
         self.machines.keep(bound.chain for bound in chains)
+        self._served.install(provision.chains)
 
     # -- models -----------------------------------------------------------------------------
 
