@@ -37,9 +37,11 @@ def test_instances_are_spread_over_the_machines_of_the_planned_hardware() -> Non
     assert {name: counts["wide"] for name, counts in placed.items()} == {"a": 3, "b": 3, "c": 1}
 
 
-def test_each_batch_of_a_run_finds_an_instance_of_every_member() -> None:
+def test_members_of_a_run_get_its_instances_and_bursts_of_it_the_slots_of_all_members() -> None:
     members = tuple(Module(name, name, {"x": Source(None, "x")}) for name in ("wide", "narrow"))
     run = Module("wide+narrow", "run", {"x": Source(None, "x")}, members=members)
-    plan = planned(run=1.0, wide=2.4)
-    placed = place(plan, [Site("a", "gpu", 8)], ["wide", "narrow", "other"], [run])
-    assert placed["a"] == {"run": 3, "narrow": 3, "wide": 8, "other": 1}
+    models = ["wide", "narrow", "other"]
+    placed = place(planned(run=1.0, wide=2.4), [Site("a", "gpu", 16)], models, [run])
+    assert placed["a"] == {"run": 11, "narrow": 3, "wide": 8, "other": 1}
+    placed = place(planned(run=0.01), [Site("a", "gpu", 16), Site("b", "gpu", 1)], models, [run])
+    assert (placed["a"]["run"], placed["b"]["run"]) == (2, 1)

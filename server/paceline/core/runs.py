@@ -35,7 +35,11 @@ def modules_in(name: str) -> list[str]:
 
 
 def runs_of(chain: Chain) -> tuple[Module, ...]:
-    """The runs of `chain`, each as long as possible and as one module, in topological order."""
+    """The runs of `chain`, each as long as possible and as one module, in topological order; none
+    where its file wants none.
+    """
+    if chain.runs == "off":
+        return ()
     exposed = {source.module for source in chain.outputs.values()}
     runs: dict[str, list[Module]] = {}
     for module in chain.modules:

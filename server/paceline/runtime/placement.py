@@ -58,7 +58,8 @@ def place(
 ) -> dict[str, dict[str, int]]:
     """Instances by site and model, for all `models` and those of `runs`.
 
-    A run's are batches at a time: each of them finds an instance of every member.
+    Those of a run are batches at a time. Its members get as many more as the run was planned for;
+    a burst of it may use as many slots as its members would apart, one after the other in Triton.
 
     >>> from paceline.core.plan import Allocation, ChainPlan, ModulePlan
     >>> module = ModulePlan("m", "net", 10, 0, 1, 1, (Allocation("cpu", 4, 0.5, 1.25, 1.0),))
@@ -80,6 +81,10 @@ def place(
         for index, site in enumerate(homes):
             share = wanted // len(homes) + (index < wanted % len(homes))
             placed[site.name][model] = max(1, min(share, site.slots))
+    for site in ordered:
+        counts = placed[site.name]
+        for run, made_of in members.items():
+            counts[run] = min(site.slots, sum(counts[model] for model in made_of))
     return placed
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 from paceline.core.bind import BoundChain
-from paceline.core.chain import Chain, Module
+from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
@@ -105,7 +105,7 @@ class Provisioning:
                 rows = await machine.profiler.measure(spec, hardware, on_progress=progress)
             self.profiles = self.profiles.merged(rows)
         round_trips_s = {name: m.round_trip_s for name, m in by_hardware.items()}
-        for run in (run for bound in chains for run in _runs_of(bound.chain)):
+        for run in (run for bound in chains for run in runs_of(bound.chain)):
             rows = run_rows(run, self.profiles, round_trips_s)
             known = self.profiles.hardware_of(run.model)
             self.profiles = self.profiles.merged(r for r in rows if r.hardware not in known)
@@ -113,7 +113,7 @@ class Provisioning:
     def assumed(self, chains: Iterable[Chain]) -> Traffic:
         """Traffic as the chain files and the profile say it is."""
         chains = list(chains)
-        models = {m.model for c in chains for m in (*c.modules, *_runs_of(c))}
+        models = {m.model for c in chains for m in (*c.modules, *runs_of(c))}
         return Traffic(
             {chain.name: chain.rate_rps or ASSUMED_RATE_RPS for chain in chains},
             {(c.name, m.name): m.fan_out for c in chains for m in c.modules},
@@ -172,7 +172,7 @@ class Provisioning:
     def _cheapest(self, chain: Chain, specs: Mapping[str, ModelSpec], traffic: Traffic) -> Chain:
         runs = [
             run
-            for run in _runs_of(chain)
+            for run in runs_of(chain)
             if run.model not in self.refused
             and run_spec(run, specs) is not None
             and self.profiles.hardware_of(run.model)
@@ -259,10 +259,6 @@ class Provisioning:
                     overhead_s,
                 ),
             )
-
-
-def _runs_of(chain: Chain) -> tuple[Module, ...]:
-    return runs_of(chain) if chain.runs == "auto" else ()
 
 
 def _slowed(profiles: Profiles, slowdowns: Mapping[tuple[str, str], float]) -> Profiles:
