@@ -120,7 +120,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             eviction=settings.eviction, paced=settings.pace_loads
         )
         stack.push_async_callback(engine.close)
-        stack.push_async_callback(controller.machines.close)
+        stack.push_async_callback(controller.close)
         web = await start_web(
             controller, metrics.registry, host=settings.host, port=settings.http_port
         )

@@ -99,6 +99,7 @@ def blank_chain(chain: Chain, batch_limits: Mapping[str, int]) -> BoundChain:
             {"rows": rows, **after},
             for_each=rows if _varies(module) else None,
             fan_out=module.fan_out,
+            members=module.members,
         )
         modules.append(blank)
     names = {f"rows_{m.name}" for m in chain.modules if _varies(m)}

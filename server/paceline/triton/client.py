@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -219,11 +220,24 @@ class TritonClient:
             for line in response.models
         )
 
-    async def load(self, model: str, *, config: str = "", timeout_s: float) -> None:
-        """RepositoryModelLoad; `config` (JSON) replaces the whole configuration, and sticks."""
+    async def load(
+        self,
+        model: str,
+        *,
+        config: str = "",
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        timeout_s: float,
+    ) -> None:
+        """RepositoryModelLoad; `config` (JSON) replaces the whole configuration, and sticks.
+
+        `files` by `file:` and their path are the whole model directory, instead of one on disk.
+        Names of 256 characters and more abort Triton 2.51.
+        """
         request = service_pb2.RepositoryModelLoadRequest(model_name=model)
         if config:
             request.parameters["config"].string_param = config
+        for name, content in files.items():
+            request.parameters[name].bytes_param = content
         await self._call(self._stub.RepositoryModelLoad, request, timeout_s)
 
     async def unload(self, model: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
