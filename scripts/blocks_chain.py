@@ -86,9 +86,7 @@ def prepared(work: Path) -> list[Way]:
         chain = read_chain(CHAIN)
         for name, modules in GROUPS.items():
             group = read_group(group_of(chain, modules, [], name), [source])
-            compile_model(
-                group.sources, fused / name, work / "blocks", Options(measure=False), group=group
-            )
+            compile_model(group.sources, fused / name, work / "blocks", Options(), group=group)
     return [Way("separate", plain, CHAIN), Way("fused", fused, FUSED)]
 
 
