@@ -68,6 +68,10 @@ def main() -> None:
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
             )
+        if name == "fuse":
+            command.add_argument(
+                "--at", nargs="+", choices=("triton", "paceline"), default=("triton", "paceline")
+            )
         if name == "cgroup":
             command.add_argument("--limit-mib", type=int, required=True, help="of the cgroup")
     child = commands.add_parser("child")  # one measurement in a process of its own

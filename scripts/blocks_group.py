@@ -32,7 +32,7 @@ def print_fuse(bench: Bench, arguments: argparse.Namespace) -> None:
     if models == ["ocr"]:
         from scripts.blocks_chain import print_ocr
 
-        print_ocr(bench.work, arguments.repeats)
+        print_ocr(bench.work, arguments.repeats, arguments.at)
         return
     repository = bench.work / "fuse" / "models"
     options = Options(measure=False)
