@@ -165,10 +165,24 @@ class Manifest:
     members: tuple[Member, ...]
     chunks: Mapping[str, Chunks]
     """Of tables: a part can be used once its own hash was found right."""
+    activations: Mapping[int, int]
+    """Bytes beside weights that a process needs, by batch size; {} if that was not measured."""
     wiring: Wiring | None
     """How they, and Python models beside them, are one: of a fused chain."""
     document: Mapping[str, Any]
     """All of it as read, for what has no attribute here."""
+
+    def activation_bytes(self, rows: int) -> int:
+        """For batches of up to `rows`: on the line through the two nearest sizes measured."""
+        sizes = sorted(self.activations)
+        if not sizes:
+            return 0
+        if len(sizes) == 1:
+            return self.activations[sizes[0]]
+        upper = next((size for size in sizes[1:] if size >= rows), sizes[-1])
+        lower = sizes[sizes.index(upper) - 1]
+        first, last = self.activations[lower], self.activations[upper]
+        return max(first, first + (last - first) * (rows - lower) // (upper - lower))
 
 
 def cpu_features(cpuinfo: str | None = None) -> tuple[str, ...]:
@@ -346,6 +360,10 @@ def _manifest(document: Any) -> Manifest:
         chunks={
             name: _chunks(entry, objects[_checked(name)])
             for name, entry in document.get("chunks", {}).items()
+        },
+        activations={
+            int(rows): _count(size, "activations")
+            for rows, size in document.get("activations", {}).items()
         },
         wiring=wiring,
         document=document,
