@@ -119,8 +119,8 @@ def cold(method: str, onnx: str, directory: str, url: str, fresh: str) -> dict[s
         url = f"{url}/{pool}" if url else ""
         kept = in_order(Path(directory), url, stages, optimise=method == "in-order")
     else:
-        skeleton.Session.__init__ = stages.timed("construct", skeleton.Session.__init__)
-        skeleton.Session.run = stages.timed("compute", skeleton.Session.run)
+        skeleton.Session.__init__ = stages.timed("construct", skeleton.Session.__init__)  # type: ignore[method-assign]
+        skeleton.Session.run = stages.timed("compute", skeleton.Session.run)  # type: ignore[method-assign]
         extra = {"pool": f"{url}/blocks", "cache": fresh} if url else {}
         model = open_model(Path(directory), **extra)
         names = [tensor.name for tensor in model.members[0].outputs]

@@ -31,12 +31,12 @@ def fetch(front: Paceline, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def sample(text: str, name: str, absent: float | None = None, **labels: str) -> float:
+def sample(text: str, name: str, /, *absent: float, **labels: str) -> float:
     """One value of a metrics page; `absent` where it is not there."""
     wanted = ",".join(f'{key}="{value}"' for key, value in labels.items())
     found = re.search(rf"^{re.escape(f'{name}{{{wanted}}}')} (\S+)$", text, re.MULTILINE)
-    if found is None and absent is not None:
-        return absent
+    if found is None and absent:
+        return absent[0]
     assert found is not None, f"no {name}{{{wanted}}}"
     return float(found[1])
 
