@@ -287,7 +287,7 @@ async def _start(
         )
         stack.push_async_callback(remote.close)
         await remote.start()
-        is_back = _never
+        is_back: Callable[[], Awaitable[bool]] = _never
     else:
         is_back = await _start_local(settings, controller, fleet, stack, events)
     try:
