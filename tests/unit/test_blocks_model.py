@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +35,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         onnx = write_mlp(root / f"{name}.onnx", layers=LAYERS, head_seed=head)
         compiled(root / "models", name, {"": onnx})
     compiled(root / "models", "table", {"": write_embedding(root / "table.onnx")})
+    both = {name: root / f"{name}.onnx" for name in ("mlp", "sibling")}
+    compiled(root / "models", "fused", both)
     return root / "models"
 
 
@@ -114,6 +117,35 @@ def test_budget_and_load_shift_under_concurrent_requests(opened: Open, repositor
         thread.join()
     assert not failures
     assert sum(model.loader.held_bytes for model in models.values()) <= 5 * 2**20
+
+
+class Together:
+    """Sessions that compute once two threads are at it; without the other one they fail."""
+
+    def __init__(self, runs: Any) -> None:
+        self._runs = runs
+        self._barrier = threading.Barrier(2)
+
+    def run(self, block: int, values: list[Any]) -> list[Any]:
+        self._barrier.wait(30)
+        results: list[Any] = self._runs.run(block, values)
+        return results
+
+
+def test_members_compute_at_the_same_time(opened: Open, repository: Path) -> None:
+    """Every block of one waits until the other one has begun a block, too."""
+    model = opened("fused")
+    model._runs = Together(model._runs)
+    x = np.random.default_rng(0).standard_normal((2, WIDTH), dtype=np.float32)
+    with ThreadPoolExecutor(2) as threads:
+        answers = {
+            name: threads.submit(model.infer, name, {f"{name}/x": x}, [f"{name}/y"])
+            for name in ("mlp", "sibling")
+        }
+    for name, answer in answers.items():
+        plain = ort.InferenceSession(repository.parent / f"{name}.onnx").run(None, {"x": x})[0]
+        got = answer.result()[f"{name}/y"]
+        np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

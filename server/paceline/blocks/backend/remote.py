@@ -19,6 +19,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .manifest import Chunks, Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
 from .mapping import MappedObject
@@ -121,25 +124,26 @@ class RemoteSource:
         return self._store.verified(digest, size_bytes)
 
     def fetch(self, span: Span) -> Callable[[], None] | None:
-        """Receives; the rest is to hash and to write, beside the reception of the next span."""
+        """Receives and writes; the rest is to hash, beside the reception of the next span."""
         opened = self._objects[span.name]
         part = self._parts.get(span.name)
         size = min(span.size_bytes, opened.size_bytes - span.offset)  # spans are whole pages
         if part is not None and not (
             span.offset == 0 and self._came_from_elsewhere(span.name, part)
         ):
-            text = self._remote.read(f"objects/{span.name}", span.offset, size)
-            return partial(self._store_span, span, part, text)
+            self._download(span.name, part, span.offset, size)
+            return partial(self._finish_span, span, part, size)
         if part is None and span.offset == 0:
             self.check(span.name)
         opened.populate(span.offset, size)
         return None
 
-    def _store_span(self, span: Span, part: _Part, text: bytes) -> None:
-        part.write(span.offset, text)
+    def _finish_span(self, span: Span, part: _Part, size_bytes: int) -> None:
+        opened = self._objects[span.name]
+        opened.populate(span.offset, size_bytes)
+        part.add_to_hash(span.offset, opened.view(span.offset, size_bytes, np.uint8, -1))
         if span.last:
             self._complete(span.name, part)
-        self._objects[span.name].populate(span.offset, len(text))
 
     def check(self, digest: str) -> None:
         if digest in self._right:
@@ -222,7 +226,10 @@ class RemoteSource:
         os.close(self._directory)
 
     def _download(self, digest: str, part: _Part, offset: int, size_bytes: int) -> None:
-        part.write(offset, self._remote.read(f"objects/{digest}", offset, size_bytes))
+        def write(position: int, piece: memoryview) -> None:
+            part.write(offset + position, piece)
+
+        self._remote.copy(f"objects/{digest}", offset, size_bytes, write)
 
     def _complete(self, digest: str, part: _Part) -> None:
         """Checks the whole; what is wrong is fetched once more, then given up."""
@@ -234,6 +241,7 @@ class RemoteSource:
                 self._settler.add(digest)
                 return
             if attempt + 1 < _HASH_ATTEMPTS:
+                part.forget_hash()
                 self._download(digest, part, 0, part.size_bytes)
         part.release()
         raise PoolError(f"object {digest}: the store has other bytes under this name")
@@ -406,16 +414,25 @@ class _Part:
     def release(self) -> None:
         fcntl.flock(self._handle, fcntl.LOCK_UN)
 
-    def write(self, offset: int, text: bytes | memoryview) -> None:
+    def write(self, offset: int, text: memoryview) -> None:
         try:
-            os.pwrite(self._handle, text, offset)
+            while text:
+                count = os.pwrite(self._handle, text, offset)
+                text, offset = text[count:], offset + count
         except OSError as error:
             raise PoolError(f"cache {self.path}: {error.strerror}") from None
+
+    def add_to_hash(self, offset: int, written: Any) -> None:
+        """Bytes of the file, in order from the first on or of no use."""
         if offset == 0:
             self._hash, self._hashed_bytes = hashlib.sha256(), 0
         if offset == self._hashed_bytes:
-            self._hash.update(text)
-            self._hashed_bytes += len(text)
+            self._hash.update(written)
+            self._hashed_bytes += len(written)
+
+    def forget_hash(self) -> None:
+        """Something was written again."""
+        self._hash, self._hashed_bytes = hashlib.sha256(), 0
 
     def hash(self) -> str:
         """Of the file; what came in order was hashed on the way."""

@@ -11,17 +11,25 @@ import http.client
 import random
 import ssl
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from .manifest import MAX_MANIFEST_BYTES, PoolError
+
+T = TypeVar("T")
 
 TIMEOUT_S = 10.0
 ATTEMPTS = 5
 FIRST_PAUSE_S = 0.1
 """Doubles from one attempt to the next: 1.5 s in all before a store is given up."""
+_PIECE_BYTES = 1 << 20
+"""What stays in a core's cache from its reception until it is written."""
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
+
+
+Write = Callable[[int, memoryview], None]
+"""Takes bytes and their position, the first's being 0."""
 
 
 class Store(Protocol):
@@ -29,6 +37,12 @@ class Store(Protocol):
 
     def read(self, key: str, offset: int, size_bytes: int) -> bytes:
         """Exactly these bytes of `key`. Raises PoolError."""
+
+    def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
+        """Hands these bytes over in pieces, each gone when `write` returns. Raises PoolError.
+
+        After a failure that may pass they come again from the first on.
+        """
 
     def all(self, key: str) -> bytes:
         """The whole of a small file. Raises PoolError."""
@@ -65,6 +79,7 @@ class HttpStore:
         if not parts.hostname:
             raise PoolError(f"pool {url}: no host")
         self._path = parts.path.rstrip("/")
+        self._piece = memoryview(bytearray(_PIECE_BYTES))
         if parts.scheme == "https":
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
                 parts.hostname, parts.port, timeout=TIMEOUT_S, context=ssl.create_default_context()
@@ -75,33 +90,60 @@ class HttpStore:
             )
 
     def read(self, key: str, offset: int, size_bytes: int) -> bytes:
-        wanted = f"bytes={offset}-{offset + size_bytes - 1}"
-        return _persist(
-            f"{self._url}/{key}", lambda: self._get(key, {"Range": wanted}, size_bytes, offset)
-        )
+        def take(answer: http.client.HTTPResponse) -> bytes:
+            body = answer.read(size_bytes)
+            if len(body) != size_bytes:
+                raise _Passing(f"{len(body)} bytes instead of {size_bytes}")
+            return body
+
+        return self._range(key, offset, size_bytes, take)
+
+    def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
+        def take(answer: http.client.HTTPResponse) -> None:
+            position = 0
+            while position < size_bytes:
+                count = answer.readinto(self._piece[: size_bytes - position])
+                if not count:
+                    raise _Passing(f"{position} bytes instead of {size_bytes}")
+                write(position, self._piece[:count])
+                position += count
+
+        self._range(key, offset, size_bytes, take)
 
     def all(self, key: str) -> bytes:
-        return _persist(f"{self._url}/{key}", lambda: self._get(key, {}, None, 0))
+        return _persist(
+            f"{self._url}/{key}",
+            lambda: self._get(key, {}, 0, lambda answer: answer.read(MAX_MANIFEST_BYTES)),
+        )
 
     def close(self) -> None:
         self._connection.close()
 
-    def _get(self, key: str, headers: dict[str, str], size_bytes: int | None, offset: int) -> bytes:
+    def _range(
+        self, key: str, offset: int, size_bytes: int, take: Callable[[http.client.HTTPResponse], T]
+    ) -> T:
+        headers = {"Range": f"bytes={offset}-{offset + size_bytes - 1}"}
+        return _persist(f"{self._url}/{key}", lambda: self._get(key, headers, offset, take))
+
+    def _get(
+        self,
+        key: str,
+        headers: Mapping[str, str],
+        offset: int,
+        take: Callable[[http.client.HTTPResponse], T],
+    ) -> T:
         try:
             self._connection.request("GET", f"{self._path}/{quote(key)}", headers=headers)
             answer = self._connection.getresponse()
-            most = MAX_MANIFEST_BYTES if size_bytes is None else size_bytes
             if answer.status in (200, 206):
                 # A server that ignores ranges sends everything: usable only from the start.
                 if answer.status == 200 and offset:
                     raise PoolError("the store answers range requests with the whole file")
-                body = answer.read(most)
-                if answer.status == 200 and size_bytes is not None:
+                taken = take(answer)
+                if not answer.isclosed():
                     self._connection.close()  # the rest of it is not wanted
-                if size_bytes is not None and len(body) != size_bytes:
-                    raise _Passing(f"{len(body)} bytes instead of {size_bytes}")
-                return body
-            answer.read(most)
+                return taken
+            answer.read(MAX_MANIFEST_BYTES)
         except PoolError:
             self._connection.close()
             raise
@@ -141,6 +183,9 @@ class S3Store:
         wanted = {"Range": f"bytes={offset}-{offset + size_bytes - 1}"}
         return _persist(f"{self._url}/{key}", lambda: self._get(key, wanted, size_bytes))
 
+    def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
+        write(0, memoryview(self.read(key, offset, size_bytes)))
+
     def all(self, key: str) -> bytes:
         return _persist(f"{self._url}/{key}", lambda: self._get(key, {}, None))
 
@@ -164,7 +209,7 @@ class S3Store:
         return body
 
 
-def _persist(what: str, attempt: Callable[[], bytes]) -> bytes:
+def _persist(what: str, attempt: Callable[[], T]) -> T:
     pause_s = FIRST_PAUSE_S
     for number in range(1, ATTEMPTS + 1):
         try:

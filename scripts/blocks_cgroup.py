@@ -1,0 +1,127 @@
+"""The budget under a memory cgroup, which counts the page cache; `bench_blocks.py cgroup`.
+
+Without --limit-mib the limit is the budget (weights by the ratio, and activations) and what a
+process with the model's sessions, but no weights and no run, takes by itself. Cgroups of version 1:
+those of version 2 have no controllers where this was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scripts.blocks_measure import (
+    WARM_UP_RUNS,
+    Bench,
+    drop_page_cache,
+    feed_of,
+    in_child,
+    open_model,
+    plain_feed,
+    plain_session,
+)
+
+from paceline.blocks.backend.settings import MIB
+
+SLACK_MIB = 6
+"""For what the kernel charges ahead."""
+SETTLED_S = 2.0
+
+
+def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
+    print(
+        "| model | weights / budget | limit MiB | how | median ms | most memory MiB | limit hits |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for model in arguments.models:
+        weights_bytes = bench.manifest(model).weights_bytes
+        for ratio in arguments.ratios:
+            manifest = bench.manifest(model, weights_bytes / ratio)
+            directory = bench.compiled(model, weights_bytes / ratio)
+            budget_mib = (weights_bytes / ratio + manifest.activation_bytes(1)) / MIB
+            within = {"memory_budget_mib": f"{budget_mib}"}
+            job = {"onnx": "", "directory": str(directory), "repeats": arguments.repeats}
+            limit_mib = arguments.limit_mib
+            if limit_mib is None:
+                drop_page_cache(bench.work)
+                with cgroup() as group:
+                    held = in_child(bench, group, do="idle", directory=str(directory), **within)
+                    beside_mib = most_mib(group) - held["held_mib"]
+                limit_mib = math.ceil(budget_mib + beside_mib + SLACK_MIB)
+            for how, onnx, parameters in (
+                ("plain", str(bench.onnx(model)), {}),
+                ("blocks, paged by the kernel", "", {}),
+                (f"blocks, budget {budget_mib:.0f} MiB", "", within),
+            ):
+                drop_page_cache(bench.work)
+                with cgroup(limit_mib) as group:
+                    job["onnx"] = onnx
+                    result = in_child(bench, group, do="limited", **job, parameters=parameters)
+                    peak_mib = most_mib(group)
+                    hits = int((group / "memory.failcnt").read_text())
+                took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
+                print(
+                    f"| {model} | {ratio:g} ({weights_bytes / ratio / MIB:.0f} MiB) | {limit_mib} "
+                    f"| {how} | {took} | {peak_mib:.0f} | {hits} |",
+                    flush=True,
+                )
+
+
+def most_mib(group: Path) -> float:
+    return int((group / "memory.max_usage_in_bytes").read_text()) / MIB
+
+
+def idle(directory: str, memory_budget_mib: str) -> dict[str, float]:
+    """What is held of the weights in a process that runs nothing, its sessions made."""
+    model = open_model(Path(directory), memory_budget_mib=memory_budget_mib)
+    time.sleep(SETTLED_S)
+    held_mib = model.loader.held_bytes / MIB
+    model.close()
+    return {"held_mib": held_mib}
+
+
+def limited(
+    onnx: str, directory: str, parameters: dict[str, str], repeats: int
+) -> dict[str, float]:
+    """Median of a run in a process whose memory is limited."""
+    if onnx:
+        session = plain_session(Path(onnx))
+        run: Callable[[], Any] = partial(session.run, None, plain_feed(session, Path(onnx).stem))
+        model = None
+    else:
+        model = open_model(Path(directory), **parameters)
+        names = [tensor.name for tensor in model.members[0].outputs]
+        run = partial(model.infer, "", feed_of(model, 1), names, 1)
+    times = []
+    for number in range(WARM_UP_RUNS + repeats):
+        began_s = time.perf_counter()
+        run()
+        if number >= WARM_UP_RUNS:
+            times.append(time.perf_counter() - began_s)
+    if model is not None:
+        model.close()
+    return {"median_s": statistics.median(times)}
+
+
+@contextmanager
+def cgroup(limit_mib: int | None = None) -> Iterator[Path]:
+    """A child of this process's memory cgroup, removed in the end."""
+    own = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    (place,) = (line.split(":")[2] for line in own if line.split(":")[1] == "memory")
+    group = Path(f"/sys/fs/cgroup/memory{place}", f"blocks-{os.getpid()}")
+    group.mkdir()
+    try:
+        if limit_mib is not None:
+            (group / "memory.limit_in_bytes").write_text(str(limit_mib * MIB))
+        yield group
+    finally:
+        (group / "memory.force_empty").write_text("0")
+        group.rmdir()

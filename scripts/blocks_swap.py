@@ -1,0 +1,89 @@
+"""Latency within a budget against resident; `bench_blocks.py swap`.
+
+The budget is the weights' bytes by the ratio, and what a batch's activations take beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scripts.blocks_measure import (
+    WARM_UP_RUNS,
+    Bench,
+    feed_of,
+    in_child,
+    open_model,
+    plain_names,
+    plain_session,
+)
+
+from paceline.blocks.backend.settings import MIB
+
+
+def print_swap(bench: Bench, arguments: argparse.Namespace) -> None:
+    print(
+        "| model | weights / budget | batch | activations MiB "
+        "| resident ms | warm | cold | peak MiB | pinned |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for model in arguments.models:
+        weights_bytes = bench.manifest(model).weights_bytes
+        for ratio in arguments.ratios:
+            manifest = bench.manifest(model, weights_bytes / ratio)
+            directory = bench.compiled(model, weights_bytes / ratio)
+            for batch in arguments.batches:
+                weights_mib = weights_bytes / ratio / MIB
+                activations_mib = manifest.activation_bytes(batch) / MIB
+                result = in_child(
+                    bench,
+                    do="swap",
+                    onnx=str(bench.onnx(model)),
+                    directory=str(directory),
+                    budget_mib=weights_mib + activations_mib,
+                    batch=batch,
+                    repeats=arguments.repeats,
+                )
+                print(
+                    f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {batch} "
+                    f"| {activations_mib:.0f} "
+                    f"| {1e3 * result['plain']:.0f} | {result['keep'] / result['plain']:.2f} "
+                    f"| {result['drop'] / result['plain']:.2f} | {result['peak_bytes'] / MIB:.0f} "
+                    f"| {result['pinned']} |",
+                    flush=True,
+                )
+
+
+def swap(onnx: str, directory: str, budget_mib: float, batch: int, repeats: int) -> dict[str, Any]:
+    """Medians of plain ONNX Runtime and of the budgeted model, warm and cold, in turn."""
+    plain = plain_session(Path(onnx))
+    times: dict[str, list[float]] = {"plain": [], "keep": [], "drop": []}
+    peak_bytes = pinned = 0
+    # One budgeted model at a time: they map the same pages, and neither may drop for the other.
+    for cache in ("keep", "drop"):
+        model = open_model(Path(directory), memory_budget_mib=f"{budget_mib}", page_cache=cache)
+        names = [tensor.name for tensor in model.members[0].outputs]
+        feed = feed_of(model, batch)
+        plain_feed = plain_names(model, feed)
+        expected = plain.run(None, plain_feed)
+        for _ in range(WARM_UP_RUNS):
+            got = model.infer("", feed, names, batch)
+        for name, want in zip(names, expected, strict=True):
+            np.testing.assert_allclose(got[name], want, rtol=1e-3, atol=1e-3)
+        for _ in range(repeats):
+            began_s = time.perf_counter()
+            plain.run(None, plain_feed)
+            middle_s = time.perf_counter()
+            model.infer("", feed, names, batch)
+            times["plain"].append(middle_s - began_s)
+            times[cache].append(time.perf_counter() - middle_s)
+        peak_bytes = max(peak_bytes, model.loader.peak_bytes)
+        assert model.budget is not None and model.budget.plan is not None
+        pinned = len(model.budget.plan.pinned)
+        model.close()
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    return {**middle, "peak_bytes": peak_bytes, "pinned": pinned}
