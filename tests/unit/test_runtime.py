@@ -322,6 +322,8 @@ async def test_a_run_is_loaded_after_its_members_also_on_a_triton_that_joins_or_
     await found.grow_to({"m": wanted})
     assert list(repository.loaded) == ["echo", "more", "a-run"]
     assert found.placed["m"] == wanted and found.holds("m") == "echo"
+    with pytest.raises(ResidencyError, match="no model of a repository"):
+        await found.load("a-run")
     repository.loaded.clear()
     found.down("m")
     await found.up("m")

@@ -79,7 +79,9 @@ class ModelRepository(Protocol):
         ...
 
     def compose(self, run: Module, spec: ModelSpec) -> None:
-        """From now on `run`'s model can be loaded, declared as `spec`, where its members are."""
+        """From now on `run`'s model can be loaded, declared as `spec`, where its members are;
+        until it is unloaded.
+        """
         ...
 
     async def load(self, model: str, *, instances: int) -> None:

@@ -44,9 +44,9 @@ class Machine:
     """One Triton as the controller uses it.
 
     `overhead_s` is what the front and the network add to every execution there, measured (p95), and
-    `round_trip_s` the least that a call takes;
-    `budget_bytes` bounds what its models may take, which `memory` tells; `restart` ends a Triton
-    of ours, which is then started again; `links` are what it loads through, where that is divided.
+    `round_trip_s` the least that a call takes; `budget_bytes` bounds what its models may take,
+    which `memory` tells; `restart` ends a Triton of ours, which is then started again; `links` are
+    what it loads through, where that is divided.
     """
 
     site: Site
@@ -201,6 +201,8 @@ class Machines:
 
         Raises ResidencyError, ConfigError.
         """
+        if model in self._runs:
+            raise ResidencyError(f"{model!r} is part of a chain, no model of a repository")
         if self.residence.engaged:
             return await self.residence.introduce(model)
         spec: ModelSpec | None = None

@@ -156,7 +156,8 @@ class TritonRepository:
         await self._load(model, config_json(with_instances(config, instances)))
 
     async def unload(self, model: str) -> None:
-        """See `ModelRepository.unload`. A model that is not loaded is fine."""
+        """See `ModelRepository.unload`. A model that is not loaded is fine; a run is forgotten."""
+        self._runs.pop(model, None)
         try:
             await self._client.unload(model)
         except BackendError as error:
