@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnxruntime as ort
@@ -119,8 +120,9 @@ def cold(method: str, onnx: str, directory: str, url: str, fresh: str) -> dict[s
         url = f"{url}/{pool}" if url else ""
         kept = in_order(Path(directory), url, stages, optimise=method == "in-order")
     else:
-        skeleton.Session.__init__ = stages.timed("construct", skeleton.Session.__init__)  # type: ignore[method-assign]
-        skeleton.Session.run = stages.timed("compute", skeleton.Session.run)  # type: ignore[method-assign]
+        made, run = skeleton.Session.__init__, skeleton.Session.run
+        mock.patch.object(skeleton.Session, "__init__", stages.timed("construct", made)).start()
+        mock.patch.object(skeleton.Session, "run", stages.timed("compute", run)).start()
         extra = {"pool": f"{url}/blocks", "cache": fresh} if url else {}
         model = open_model(Path(directory), **extra)
         names = [tensor.name for tensor in model.members[0].outputs]
@@ -269,9 +271,9 @@ def served(root: Path, mbps: float) -> Iterator[str]:
 
 
 def download(url: str, onnx: Path, target: Path) -> Path:
-    """The model's two files, as a server that loads from a store does first."""
+    """The model's files, as a server that loads from a store does first."""
     store = HttpStore(f"{url}/onnx")
-    for path in (onnx, onnx.with_suffix(".bin")):
+    for path in filter(Path.is_file, (onnx, onnx.with_suffix(".bin"))):
         size = path.stat().st_size
         with (target / path.name).open("wb") as file:
             for offset in range(0, size, 8 * MIB):

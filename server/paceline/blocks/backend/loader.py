@@ -243,7 +243,9 @@ class Loader:
             if self._turn_since_s is None:
                 self._turns.begin(self._waited_for)
                 self._turn_since_s = began_s = time.perf_counter()
-            for span in step.fetch:
+            for span, after in zip(step.fetch, (*step.fetch[1:], None), strict=True):
+                if after is not None:
+                    self._source.expect(after)
                 rest = self._source.fetch(span)
                 moved += span.size_bytes
                 if rest is not None:

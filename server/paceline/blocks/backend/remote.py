@@ -123,6 +123,13 @@ class RemoteSource:
             self._write(path, text)
         return self._store.verified(digest, size_bytes)
 
+    def expect(self, span: Span) -> None:
+        size = min(span.size_bytes, self._objects[span.name].size_bytes - span.offset)
+        part = self._parts.get(span.name)
+        # Not what others fetch now, or have fetched.
+        if part is not None and part.try_lock() and not self._store.path(span.name).is_file():
+            self._remote.expect(f"objects/{span.name}", span.offset, size)
+
     def fetch(self, span: Span) -> Callable[[], None] | None:
         """Receives and writes; the rest is to hash, beside the reception of the next span."""
         opened = self._objects[span.name]

@@ -11,7 +11,7 @@ import http.client
 import random
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -37,6 +37,9 @@ class Store(Protocol):
 
     def read(self, key: str, offset: int, size_bytes: int) -> bytes:
         """Exactly these bytes of `key`. Raises PoolError."""
+
+    def expect(self, key: str, offset: int, size_bytes: int) -> None:
+        """What the `copy` after the next one is going to ask for."""
 
     def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
         """Hands these bytes over in pieces, each gone when `write` returns. Raises PoolError.
@@ -71,7 +74,11 @@ def channel(url: str) -> str:
 
 
 class HttpStore:
-    """Range requests over one connection that is kept."""
+    """Range requests over two connections that are kept.
+
+    The next request goes out on one while the answer comes on the other: a store takes a while to
+    answer, and the link would be idle meanwhile.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -80,14 +87,12 @@ class HttpStore:
             raise PoolError(f"pool {url}: no host")
         self._path = parts.path.rstrip("/")
         self._piece = memoryview(bytearray(_PIECE_BYTES))
-        if parts.scheme == "https":
-            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=TIMEOUT_S, context=ssl.create_default_context()
-            )
-        else:
-            self._connection = http.client.HTTPConnection(
-                parts.hostname, parts.port, timeout=TIMEOUT_S
-            )
+        self._connection, self._spare = (
+            _connection(parts.scheme, parts.hostname, parts.port) for _ in range(2)
+        )
+        self._expected: tuple[str, str] | None = None
+        self._asked: tuple[str, str] | None = None
+        """The key and the range that the spare connection was asked for."""
 
     def read(self, key: str, offset: int, size_bytes: int) -> bytes:
         def take(answer: http.client.HTTPResponse) -> bytes:
@@ -97,6 +102,9 @@ class HttpStore:
             return body
 
         return self._range(key, offset, size_bytes, take)
+
+    def expect(self, key: str, offset: int, size_bytes: int) -> None:
+        self._expected = (key, _range(offset, size_bytes))
 
     def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
         def take(answer: http.client.HTTPResponse) -> None:
@@ -113,27 +121,50 @@ class HttpStore:
     def all(self, key: str) -> bytes:
         return _persist(
             f"{self._url}/{key}",
-            lambda: self._get(key, {}, 0, lambda answer: answer.read(MAX_MANIFEST_BYTES)),
+            lambda: self._get(key, "", 0, lambda answer: answer.read(MAX_MANIFEST_BYTES)),
         )
 
     def close(self) -> None:
         self._connection.close()
+        self._spare.close()
+
+    def _ask_ahead(self, now: tuple[str, str]) -> None:
+        expected, self._expected = self._expected, None
+        if expected is None or expected == now:
+            return
+        if self._asked is not None:
+            self._spare.close()  # nobody took its answer
+        key, wanted = self._asked = expected
+        try:
+            self._spare.request("GET", self._target(key), headers={"Range": wanted})
+        except (OSError, http.client.HTTPException):
+            self._spare.close()
+            self._asked = None
+
+    def _target(self, key: str) -> str:
+        return f"{self._path}/{quote(key)}"
 
     def _range(
         self, key: str, offset: int, size_bytes: int, take: Callable[[http.client.HTTPResponse], T]
     ) -> T:
-        headers = {"Range": f"bytes={offset}-{offset + size_bytes - 1}"}
-        return _persist(f"{self._url}/{key}", lambda: self._get(key, headers, offset, take))
+        wanted = _range(offset, size_bytes)
+        return _persist(f"{self._url}/{key}", lambda: self._get(key, wanted, offset, take))
 
     def _get(
         self,
         key: str,
-        headers: Mapping[str, str],
+        wanted: str,
         offset: int,
         take: Callable[[http.client.HTTPResponse], T],
     ) -> T:
         try:
-            self._connection.request("GET", f"{self._path}/{quote(key)}", headers=headers)
+            if self._asked == (key, wanted):
+                self._asked = None
+                self._connection, self._spare = self._spare, self._connection
+            else:
+                headers = {"Range": wanted} if wanted else {}
+                self._connection.request("GET", self._target(key), headers=headers)
+            self._ask_ahead((key, wanted))
             answer = self._connection.getresponse()
             if answer.status in (200, 206):
                 # A server that ignores ranges sends everything: usable only from the start.
@@ -180,8 +211,10 @@ class S3Store:
         self._failures = (botocore.exceptions.BotoCoreError, OSError)
 
     def read(self, key: str, offset: int, size_bytes: int) -> bytes:
-        wanted = {"Range": f"bytes={offset}-{offset + size_bytes - 1}"}
+        wanted = {"Range": _range(offset, size_bytes)}
         return _persist(f"{self._url}/{key}", lambda: self._get(key, wanted, size_bytes))
+
+    def expect(self, key: str, offset: int, size_bytes: int) -> None: ...
 
     def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
         write(0, memoryview(self.read(key, offset, size_bytes)))
@@ -207,6 +240,17 @@ class S3Store:
         if size_bytes is not None and len(body) != size_bytes:
             raise _Passing(f"{len(body)} bytes instead of {size_bytes}")
         return body
+
+
+def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
+    if scheme == "https":
+        context = ssl.create_default_context()
+        return http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
+    return http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+
+
+def _range(offset: int, size_bytes: int) -> str:
+    return f"bytes={offset}-{offset + size_bytes - 1}"
 
 
 def _persist(what: str, attempt: Callable[[], T]) -> T:
