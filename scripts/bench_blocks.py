@@ -58,7 +58,7 @@ def main() -> None:
     for name, what in (
         ("swap", "latency within a budget against resident"),
         ("cold", "time to first output"),
-        ("share", "a second model with the same backbone"),
+        ("share", "ten models with one backbone"),
         ("fuse", "a group of models as one, on a real Triton and through Paceline"),
         ("served", "cold starts and swapping through Paceline"),
         ("cgroup", "the budget under a memory cgroup, which counts the page cache (version 1)"),
