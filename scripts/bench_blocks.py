@@ -7,6 +7,7 @@
     .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --ratios 5.81
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse resnet50 squeezenet densenet121
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse ocr    # the example's chain
+    .venv/bin/python scripts/bench_blocks.py --work DIR served vit_b16    # through Paceline
 
 Models are made by scripts/make_models.py and compiled into DIR on first use (some GB of disk). Each
 prints a table for docs/benchmarks/blocks.md. Everything in one row ran interleaved in one process
@@ -29,6 +30,7 @@ from scripts.blocks_cgroup import idle, limited, print_cgroup
 from scripts.blocks_cold import cold, print_cold
 from scripts.blocks_group import print_fuse
 from scripts.blocks_measure import RATIOS, Bench
+from scripts.blocks_served import print_served
 from scripts.blocks_share import print_share, share
 from scripts.blocks_swap import print_swap, swap
 
@@ -37,6 +39,7 @@ PARTS: Mapping[str, Callable[[Bench, argparse.Namespace], None]] = {
     "cold": print_cold,
     "share": print_share,
     "fuse": print_fuse,
+    "served": print_served,
     "cgroup": print_cgroup,
 }
 CHILDREN: Mapping[str, Callable[..., dict[str, Any]]] = {
@@ -55,8 +58,9 @@ def main() -> None:
     for name, what in (
         ("swap", "latency within a budget against resident"),
         ("cold", "time to first output"),
-        ("share", "a second model with the same backbone"),
-        ("fuse", "a group of models as one, on a real Triton"),
+        ("share", "ten models with one backbone"),
+        ("fuse", "a group of models as one, on a real Triton and through Paceline"),
+        ("served", "cold starts and swapping through Paceline"),
         ("cgroup", "the budget under a memory cgroup, which counts the page cache (version 1)"),
     ):
         command = commands.add_parser(name, help=what)
@@ -69,6 +73,10 @@ def main() -> None:
         if name == "cold":
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
+            )
+        if name == "fuse":
+            command.add_argument(
+                "--at", nargs="+", choices=("triton", "paceline"), default=("triton", "paceline")
             )
         if name == "cgroup":
             command.add_argument("--limit-mib", type=int, help="of the cgroup")

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,10 @@ class Way:
     chain: Path
 
 
-def print_ocr(work: Path, repeats: int) -> None:
+def print_ocr(work: Path, repeats: int, places: Sequence[str]) -> None:
     ways = prepared(work / "ocr")
-    for part, measure in (("on Triton alone", alone), ("through Paceline", through)):
+    for place in places:
+        part, measure = PLACES[place]
         measured: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
         for _ in range(repeats):
             for way in ways:
@@ -86,9 +87,7 @@ def prepared(work: Path) -> list[Way]:
         chain = read_chain(CHAIN)
         for name, modules in GROUPS.items():
             group = read_group(group_of(chain, modules, [], name), [source])
-            compile_model(
-                group.sources, fused / name, work / "blocks", Options(measure=False), group=group
-            )
+            compile_model(group.sources, fused / name, work / "blocks", Options(), group=group)
     return [Way("separate", plain, CHAIN), Way("fused", fused, FUSED)]
 
 
@@ -187,6 +186,12 @@ async def _asked(address: str, pid: int) -> dict[str, float]:
         "processes": len(stubs),
         "PSS MiB": sum(stub.memory_full_info().pss for stub in stubs) / MIB,
     }
+
+
+PLACES: Mapping[str, tuple[str, Callable[[Path, Way], dict[str, float]]]] = {
+    "triton": ("on Triton alone", alone),
+    "paceline": ("through Paceline", through),
+}
 
 
 async def run_chain(

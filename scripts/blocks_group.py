@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from google.protobuf import text_format
 from scripts.blocks_measure import Bench, drop_page_cache, filled
+from scripts.blocks_served import print_group, write_plain
 
 from paceline.blocks.backend.settings import MIB
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
-from paceline.blocks.repository import read_config
 from paceline.core.ports import ModelCall
 from paceline.core.tensor import BatchTensor
 from paceline.triton.client import TritonClient
@@ -32,8 +30,15 @@ def print_fuse(bench: Bench, arguments: argparse.Namespace) -> None:
     if models == ["ocr"]:
         from scripts.blocks_chain import print_ocr
 
-        print_ocr(bench.work, arguments.repeats)
+        print_ocr(bench.work, arguments.repeats, arguments.at)
         return
+    if "triton" in arguments.at:
+        print_on_triton(bench, models, arguments.repeats)
+    if "paceline" in arguments.at:
+        print_group(bench, models, arguments.repeats)
+
+
+def print_on_triton(bench: Bench, models: Sequence[str], repeats: int) -> None:
     repository = bench.work / "fuse" / "models"
     options = Options(measure=False)
     pool = bench.work / "fuse" / "blocks"
@@ -49,7 +54,7 @@ def print_fuse(bench: Bench, arguments: argparse.Namespace) -> None:
         "blocks, fused": ["group"],
     }
     results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    for _ in range(arguments.repeats):
+    for _ in range(repeats):
         for way, names in ways.items():
             drop_page_cache(bench.work)
             results[way].append(asyncio.run(group_on_triton(bench.work, repository, names)))
@@ -61,20 +66,6 @@ def print_fuse(bench: Bench, arguments: argparse.Namespace) -> None:
             f"| {way} | {1e3 * middle['ready_s']:.0f} | {middle['pss_mib']:.0f} "
             f"| {middle['private_mib']:.0f} | {1e3 * middle['all_s']:.0f} |"
         )
-
-
-def write_plain(directory: Path, compiled: Path, onnx: Path) -> None:
-    """The same tensors for the backend `onnxruntime`, which reads the ONNX file itself."""
-    config = read_config(compiled / "config.pbtxt")
-    config.name, config.backend = directory.name, "onnxruntime"
-    config.parameters.clear()
-    (directory / "1").mkdir(parents=True, exist_ok=True)
-    for source in (onnx, onnx.with_suffix(".bin")):
-        link = directory / "1" / ("model.onnx" if source == onnx else source.name)
-        if source.exists() and not link.exists():
-            os.link(source, link)
-    text = text_format.MessageToString(config)
-    (directory / "config.pbtxt").write_text(text, encoding="utf-8")
 
 
 async def group_on_triton(work: Path, repository: Path, names: Sequence[str]) -> dict[str, float]:

@@ -1,12 +1,13 @@
-"""A second model with the same backbone; `bench_blocks.py share`."""
+"""Ten models with one backbone, which differ in their heads; `bench_blocks.py share`."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 from scripts.blocks_measure import (
@@ -23,52 +24,73 @@ from scripts.blocks_measure import (
 
 from paceline.blocks.repository import compiled_model
 
+MODELS = 10
+
 
 def print_share(bench: Bench, arguments: argparse.Namespace) -> None:
-    print("| model | first: ms, MiB read | second: ms, MiB read | plain second ms | private MiB |")
-    print("|---|---|---|---|---|")
+    print(
+        "| model | first: ms, MiB read | second | third to tenth, each | plain, each "
+        "| private MiB of all ten | plain, each |\n|---|---|---|---|---|---|---|"
+    )
     for model in arguments.models:
-        directories = [bench.compiled(name) for name in (model, f"{model}@1")]
-        onnx = str(bench.onnx(f"{model}@1"))
-        results = []
+        names = [model, *(f"{model}@{head}" for head in range(1, MODELS))]
+        directories = [str(bench.compiled(name)) for name in names]
+        results: list[dict[str, Any]] = []
         for _ in range(arguments.repeats):
             drop_page_cache(bench.work)
-            results.append(
-                in_child(
-                    bench, do="share", directories=[str(path) for path in directories], onnx=onnx
-                )
-            )
-        middle = {key: statistics.median(result[key] for result in results) for key in results[0]}
+            onnx = str(bench.onnx(names[1]))
+            results.append(in_child(bench, do="share", directories=directories, onnx=onnx))
+        cells = [_middle(results, 0, 1), _middle(results, 1, 2), _middle(results, 2, MODELS)]
+        plain_ms = 1e3 * statistics.median(result["plain_s"] for result in results)
+        private, plain = (
+            statistics.median(result[key] for result in results)
+            for key in ("private_mib", "plain_mib")
+        )
         print(
-            f"| {model} | {1e3 * middle['first_s']:.0f}, {middle['first_mib']:.0f} "
-            f"| {1e3 * middle['second_s']:.0f}, {middle['second_mib']:.1f} "
-            f"| {1e3 * middle['plain_s']:.0f} | {middle['private_mib']:.0f} |",
+            f"| {model} | {' | '.join(cells)} | {plain_ms:.0f} | {private:.0f} | {plain:.0f} |",
             flush=True,
         )
 
 
-def share(directories: Sequence[str], onnx: str) -> dict[str, float]:
-    """Two models with one backbone, one after the other, from a cold disk."""
+def _middle(results: Sequence[Mapping[str, Any]], first: int, end: int) -> str:
+    """Milliseconds and MiB read of a model: medians over these models and all repeats."""
+    took_s, read_mib = (
+        statistics.median(value for result in results for value in result[key][first:end])
+        for key in ("took_s", "read_mib")
+    )
+    return f"{1e3 * took_s:.0f}, {read_mib:.1f}"
+
+
+def share(directories: Sequence[str], onnx: str) -> dict[str, Any]:
+    """Models with one backbone, one after the other, from a cold disk, each with a run."""
     warm_up()
     before = private_mib()
-    result = {}
-    models = []
-    for label, directory in zip(("first", "second"), directories, strict=True):
-        found = compiled_model(Path(directory))
+    took_s, read_mib, models = [], [], []
+    for directory in map(Path, directories):
+        found = compiled_model(directory)
         assert found is not None
         cached = cached_mib(found.pool)
         began_s = time.perf_counter()
-        model = open_model(Path(directory))
+        model = open_model(directory)
         assert model.loader.wait_complete(60)
         model.infer("", feed_of(model, 1), [model.members[0].outputs[0].name], 1)
-        result[f"{label}_s"] = time.perf_counter() - began_s
-        result[f"{label}_mib"] = cached_mib(found.pool) - cached
+        took_s.append(time.perf_counter() - began_s)
+        read_mib.append(cached_mib(found.pool) - cached)
         models.append(model)
-    result["private_mib"] = private_mib() - before
+    shared = private_mib()
     began_s = time.perf_counter()
-    session = ort.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(onnx, options, ["CPUExecutionProvider"])
     session.run(None, plain_names(models[1], feed_of(models[1], 1)))
-    result["plain_s"] = time.perf_counter() - began_s
+    plain_s = time.perf_counter() - began_s
+    plain_mib = private_mib() - shared
     for model in models:
         model.close()
-    return result
+    return {
+        "took_s": took_s,
+        "read_mib": read_mib,
+        "private_mib": shared - before,
+        "plain_s": plain_s,
+        "plain_mib": plain_mib,
+    }

@@ -3,6 +3,7 @@
 
     .venv/bin/python scripts/check_blocks.py                      # all; about ten minutes
     .venv/bin/python scripts/check_blocks.py resnet50 ocr_detect  # some of them
+    .venv/bin/python scripts/check_blocks.py a/model.onnx         # any other
 
 Per model and budget (none; weights / 2.32, / 3.5, / 5.81): blocks in turn against the whole
 compiled graph, bit for bit, at batch 1 and 3; and both against the source in a plain session, as
@@ -43,6 +44,8 @@ TOO_LARGE = ("mlp_2gb",)  # a plain session of it needs 2.3 GiB more
 
 def source_of(name: str, cache: Path) -> Path:
     """The model's file; made, or from the wheel that has it."""
+    if name.endswith(".onnx"):
+        return Path(name)
     if name not in NETWORKS:
         return make(name, cache / "models")
     wheel = importlib.util.find_spec("rapidocr_onnxruntime")
@@ -73,10 +76,11 @@ def check(name: str, factor: float, cache: Path) -> bool:
     external = source.with_suffix(".bin")
     size = (external if external.is_file() else source).stat().st_size
     budget_mib = max(1, int(size / factor / MIB)) if factor else None
-    told = f"{name:14}{f'{budget_mib} MiB' if budget_mib else 'none':>10}"
+    label = Path(name).stem
+    told = f"{label:14}{f'{budget_mib} MiB' if budget_mib else 'none':>10}"
     try:
         options = Options(budget_mib=budget_mib, measure=False)
-        directory = cache / "repository" / name
+        directory = cache / "repository" / label
         model = compile_model({"": source}, directory, cache / "blocks", options).model
     except ConfigError as error:
         print(f"{told}  refused: {error}")
@@ -111,8 +115,8 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "paceline")
     arguments = parser.parse_args()
     for name in arguments.models:
-        if name not in known:
-            parser.error(f"no model {name!r}: use {', '.join(known)}")
+        if name not in known and not (name.endswith(".onnx") and Path(name).is_file()):
+            parser.error(f"no model {name!r}: use a file or {', '.join(known)}")
     print("model             budget  blocks  largest MiB   exact  to plain")
     good = [
         check(name, factor, arguments.cache)

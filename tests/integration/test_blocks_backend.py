@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-import psutil
 import pytest
 import pytest_asyncio
 from tests.integration.blocks_models import (
     VOCABULARY,
-    WIDTH,
     compiled,
     write_argmax,
     write_embedding,
     write_mlp,
 )
+from tests.integration.blocks_triton import batch, connected, infer, plain, started
 
 from paceline.blocks.backend.ledger import Ledger
-from paceline.blocks.backend.manifest import ObjectStore
-from paceline.blocks.repository import compiled_model
 from paceline.core.errors import BackendError, ErrorKind, ResidencyError
 from paceline.core.ports import ModelCall
 from paceline.core.tensor import BatchTensor
-from paceline.triton.client import TritonClient
-from paceline.triton.launcher import LocalTriton, LocalTritonSettings
+from paceline.triton.launcher import LocalTriton
 from paceline.triton.repository import TritonRepository
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
@@ -70,58 +62,15 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def triton(
     repository: Path, ledger: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[LocalTriton]:
-    """Whose backend keeps its ledger away from those of others; it is gone in the end."""
-    before = os.environ.get("PACELINE_BLOCKS_LEDGER")
-    os.environ["PACELINE_BLOCKS_LEDGER"] = str(ledger)
-    settings = LocalTritonSettings(
-        state_directory=tmp_path_factory.mktemp("triton"),
-        model_repositories=(repository,),
-        stop_timeout_s=0.5,
-    )
-    try:
-        async with LocalTriton(settings) as local:
-            yield local
-    finally:
-        del os.environ["PACELINE_BLOCKS_LEDGER"]
-        if before is not None:
-            os.environ["PACELINE_BLOCKS_LEDGER"] = before
+    async with started(repository, tmp_path_factory.mktemp("triton"), ledger) as local:
+        yield local
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def models(triton: LocalTriton, repository: Path) -> AsyncIterator[TritonRepository]:
     """What a test loads is unloaded behind it."""
-    client = await TritonClient.connect(triton.url, name="m1")
-    yield TritonRepository(client, (repository,))
-    served = TritonRepository(client, (repository,))
-    loaded = {state.name for state in await served.index() if state.state == "READY"}
-    await asyncio.gather(*(served.unload(name) for name in sorted(loaded)))
-    await client.close()
-
-
-def batch(rows: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).standard_normal((rows, WIDTH), dtype=np.float32)
-
-
-async def infer(
-    models: TritonRepository,
-    model: str,
-    feed: Mapping[str, np.ndarray[Any, Any]],
-    outputs: tuple[str, ...] = ("y",),
-) -> list[np.ndarray[Any, Any]]:
-    datatypes = {"float32": "FP32", "int64": "INT64"}
-    inputs = tuple(
-        BatchTensor(name, datatypes[array.dtype.name], array.shape, (array.tobytes(),))
-        for name, array in feed.items()
-    )
-    got = await models.client.execute(ModelCall(model, inputs, outputs), timeout_s=30)
-    return [np.frombuffer(tensor.data, np.float32).reshape(tensor.shape) for tensor in got]
-
-
-def plain(repository: Path, name: str, feed: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    result: np.ndarray[Any, Any] = ort.InferenceSession(repository.parent / f"{name}.onnx").run(
-        None, feed
-    )[0]
-    return result
+    async with connected(triton, repository) as connection:
+        yield connection
 
 
 async def test_outputs_are_those_of_the_model_with_and_without_a_budget(
@@ -236,99 +185,3 @@ async def test_what_cannot_be_is_a_load_error_that_says_what_to_change(
 ) -> None:
     with pytest.raises(ResidencyError, match=said):
         await models.load(model, instances=1)
-
-
-def weights_of(repository: Path, model: str) -> list[Path]:
-    found = compiled_model(repository / model)
-    assert found is not None
-    store = ObjectStore(found.pool)
-    blocks = found.manifest.members[0].blocks
-    return [store.path(weight.object) for block in blocks for weight in block.weights]
-
-
-@dataclass
-class Damaged:
-    """A model, and an object of it that no other model uses."""
-
-    path: Path
-    right: bytes
-
-    def write(self, text: bytes) -> None:
-        """With the modification time that it had."""
-        status = self.path.stat()
-        self.path.chmod(0o644)
-        self.path.write_bytes(text)
-        os.utime(self.path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-    def remove(self) -> None:
-        self.path.unlink()
-
-
-@pytest.fixture
-def damaged(repository: Path) -> Iterator[Damaged]:
-    onnx = write_mlp(repository.parent / "damaged.onnx", layers=4, seed=77)
-    compiled(repository, "damaged", {"": onnx}, budget_mib=None)
-    path = weights_of(repository, "damaged")[-1]
-    right = path.read_bytes()
-    yield Damaged(path, right)
-    path.write_bytes(right)
-
-
-async def test_bytes_that_were_altered_are_never_computed_with(
-    models: TritonRepository, damaged: Damaged
-) -> None:
-    """And the model heals with its pool."""
-    damaged.write(damaged.right[:-1] + bytes([damaged.right[-1] ^ 1]))
-    await models.load("damaged", instances=1)
-    for _ in range(2):
-        with pytest.raises(BackendError, match=r"altered \(its hash is another\)"):
-            await infer(models, "damaged", {"x": batch(1)})
-    damaged.write(damaged.right)
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                await infer(models, "damaged", {"x": batch(1)})
-                break
-            except BackendError:
-                await asyncio.sleep(0.1)
-
-
-async def test_truncated_and_missing_objects_are_load_errors(
-    models: TritonRepository, damaged: Damaged
-) -> None:
-    size = len(damaged.right)
-    damaged.write(damaged.right[:-4096])
-    with pytest.raises(ResidencyError, match=rf"{size - 4096} bytes instead of {size}"):
-        await models.load("damaged", instances=1)
-    damaged.remove()
-    with pytest.raises(ResidencyError, match=rf"{damaged.path.name}: missing; compile the model"):
-        await models.load("damaged", instances=1)
-
-
-async def test_a_stub_killed_in_a_swap_disturbs_nobody_and_leaves_nothing(
-    models: TritonRepository, triton: LocalTriton, ledger: Path
-) -> None:
-    """The other one gets its share of the budget, the ledger forgets it, and it can come back."""
-    await asyncio.gather(*(models.load(name, instances=1) for name in ("first", "second")))
-    (expected,) = await infer(models, "second", {"x": batch(1)})
-    assert triton.pid is not None
-    stubs = psutil.Process(triton.pid).children(recursive=True)
-    (victim,) = [stub for stub in stubs if any("first" in word for word in stub.cmdline())]
-    running = [asyncio.create_task(infer(models, "first", {"x": batch(8, i)})) for i in range(3)]
-    await asyncio.sleep(0.02)
-    victim.kill()
-    answers = await asyncio.gather(*running, return_exceptions=True)
-    assert all(isinstance(answer, list | BackendError) for answer in answers)
-    mine = Ledger("test", directory=ledger)
-    try:
-        async with asyncio.timeout(30):
-            while True:
-                (got,) = await infer(models, "second", {"x": batch(1)})
-                np.testing.assert_array_equal(got, expected)
-                rows = [row for row in mine.rows().values() if row.group == "pair"]
-                if [row.limit_bytes for row in rows] == [6 * 2**20 + 1]:
-                    break  # all it can use
-    finally:
-        mine.close()
-    await models.repair("first", instances=1)
-    assert len(await infer(models, "first", {"x": batch(2)})) == 1

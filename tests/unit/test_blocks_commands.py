@@ -73,6 +73,7 @@ def test_compile_then_show_from_the_shell(tmp_path: Path) -> None:
         (["compile", "a/b=x.onnx"], "'a/b' is no name of a model"),
         (["compile", "x.onnx", "--fuse", "a b"], "'a b' is no name of a model"),
         (["compile", "x.onnx"], "x.onnx: not an ONNX file"),
+        (["show", "x.onnx"], "run `paceline blocks compile x.onnx`, then `paceline blocks show x`"),
         (["show", "nobody"], "no model 'nobody' in model_repository"),
         (["show"], "model_repository: no such directory"),
         (["show", "."], "no model compiled into blocks is here"),

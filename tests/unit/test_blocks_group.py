@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from tests.blocks_models import conv
 
-from paceline.blocks.backend.batching import RequestError
+from paceline.blocks.backend.batching import RequestError, rows_of
 from paceline.blocks.backend.manifest import Member, PoolError, parse
 from paceline.blocks.backend.wired import StepError, WiredModel
 from paceline.blocks.backend.wiring import Wiring, parse_wiring
@@ -320,6 +321,20 @@ def test_arrays_go_from_member_to_member_as_they_are(parts: tuple[Wiring, Blocks
     assert np.shares_memory(scale.asked[0][0]["photo"], IMAGE)
     assert rank.asked[0][0]["x"].shape == (100,) and rank.asked[0][0]["x"][0] == 2 * 3 * 32 * 32
     assert blocks.asked == [("embed", 1)]
+
+
+@pytest.mark.parametrize("batching", [True, False])
+def test_a_group_without_batches_runs_a_member_once(
+    parts: tuple[Wiring, Blocks], batching: bool
+) -> None:
+    """Whatever the length of the first axis, which is no batch's, of what the request brings."""
+    wiring, blocks = parts
+    blocks.members = [replace(member, batching=batching) for member in blocks.members]
+    scale = Hosted(image=np.full((1, 3, 32, 32), 2, np.float32))
+    model = WiredModel(wiring, blocks, {"scale": scale, "rank": Hosted(y=np.arange(5))})
+    call = model.call(0, {"photo": IMAGE, "limit": LIMIT}, ["rank/y"])
+    model.infer("", call.feed, call.outputs, rows_of(call))
+    assert rows_of(call) == 3 and blocks.asked == [("embed", 1)]
 
 
 def test_only_what_is_asked_for_is_computed(parts: tuple[Wiring, Blocks]) -> None:

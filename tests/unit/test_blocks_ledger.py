@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.blocks.backend.ledger import Ledger
+from paceline.blocks.backend.ledger import FORMAT, Ledger, Row
 from paceline.blocks.backend.manifest import PoolError
 from paceline.blocks.backend.shares import Claim, divide
 from paceline.blocks.backend.turns import Load, asked, began, ended, next_load, weight
@@ -139,7 +140,7 @@ def test_a_budget_that_is_too_full_or_contradicts_is_refused(directory: Path) ->
 _VICTIM = """
 import sys, time
 from pathlib import Path
-from paceline.blocks.backend.ledger import Ledger
+from paceline.blocks.backend.ledger import FORMAT, Ledger, Row
 from paceline.blocks.backend.shares import Claim
 ledger = Ledger("disk", directory=Path(sys.argv[1]))
 ledger.join("g", 50 << 20, 10 << 20)
@@ -194,3 +195,30 @@ def test_turns_pass_from_one_to_the_next(directory: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(moved) == ["a"] * 20 + ["b"] * 20
+
+
+def test_another_version_of_the_table_is_neither_read_nor_removed(tmp_path: Path) -> None:
+    """Its files lie beside ours, also when we are the last to leave."""
+    directory = tmp_path / "ledger"
+    directory.mkdir(mode=0o700)
+    theirs = {directory / f"{kind}-{FORMAT + 1}" for kind in ("table", "fresh", "lock")}
+    for path in theirs:
+        path.write_text("of rows that we do not understand", encoding="utf-8")
+    mine = Ledger("disk", directory=directory)
+    mine.join("g", 50 * MIB, 10 * MIB)
+    assert len(mine.rows()) == 1
+    (directory / f"fresh-{FORMAT}").write_text("of one that was killed", encoding="utf-8")
+    mine.close()
+    assert set(directory.iterdir()) == theirs
+
+
+def test_the_tables_format_changes_with_its_rows() -> None:
+    """Whoever adds, drops or renames a field here raises `ledger.FORMAT`, and this number."""
+    kinds = (Row, Load, Claim)
+    fields = [" ".join(field.name for field in dataclasses.fields(kind)) for kind in kinds]
+    assert (FORMAT, *fields) == (
+        1,
+        "pid started bell load group total_bytes limit_bytes claim model loading_bytes moved_bytes",
+        "channel virtual weight waiting holding_since_s share",
+        "curve rate_rps weight",
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,8 +19,9 @@ from tests.integration.blocks_models import VOCABULARY, WIDTH, compiled, write_e
 
 from paceline.blocks.backend import store
 from paceline.blocks.backend.blockmodel import BlockModel
-from paceline.blocks.backend.manifest import PoolError
+from paceline.blocks.backend.manifest import ObjectStore, PoolError
 from paceline.blocks.backend.settings import SettingsError, read_settings
+from paceline.blocks.measure import BlockRunner
 from paceline.blocks.repository import compiled_model
 
 LAYERS = 24
@@ -34,6 +38,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         onnx = write_mlp(root / f"{name}.onnx", layers=LAYERS, head_seed=head)
         compiled(root / "models", name, {"": onnx})
     compiled(root / "models", "table", {"": write_embedding(root / "table.onnx")})
+    both = {name: root / f"{name}.onnx" for name in ("mlp", "sibling")}
+    compiled(root / "models", "fused", both)
     return root / "models"
 
 
@@ -59,6 +65,10 @@ def opened(
     for model in models:
         model.close()
     assert not (tmp_path / "ledger").exists()
+
+
+def batch_of(rows: int) -> Any:
+    return np.random.default_rng(rows).standard_normal((rows, WIDTH), dtype=np.float32)
 
 
 def check(model: BlockModel, repository: Path, name: str = "mlp", seed: int = 0) -> None:
@@ -114,6 +124,72 @@ def test_budget_and_load_shift_under_concurrent_requests(opened: Open, repositor
         thread.join()
     assert not failures
     assert sum(model.loader.held_bytes for model in models.values()) <= 5 * 2**20
+
+
+@pytest.mark.parametrize("budget_mib", [None, "4", "2.32", "1.03"])
+def test_requests_while_a_model_loads_get_the_bits_of_the_whole_graph(
+    opened: Open, repository: Path, budget_mib: str | None
+) -> None:
+    """The first requests of a fresh model, from four threads at once, and those after them."""
+    found = compiled_model(repository / "mlp")
+    assert found is not None
+    (member,) = found.manifest.members
+    runner = BlockRunner(ObjectStore(found.pool), found.manifest.objects)
+    batches = [batch_of(rows) for rows in (1, 2, 5, 8)]
+    expected = [runner.run(member, {"x": x}, whole=True)["y"] for x in batches]
+    model = opened("mlp", **({"memory_budget_mib": budget_mib} if budget_mib else {}))
+    with ThreadPoolExecutor(len(batches)) as threads:
+        for _ in range(3):
+            answers = [threads.submit(model.infer, "", {"x": x}, ["y"], len(x)) for x in batches]
+            for answer, want in zip(answers, expected, strict=True):
+                np.testing.assert_array_equal(answer.result()["y"], want)
+
+
+def test_a_pool_is_only_read(opened: Open, repository: Path) -> None:
+    """Loading and running a model writes nothing there but which objects were verified."""
+    pool = repository.parent / "blocks"
+
+    def there() -> dict[str, tuple[int, int]]:
+        files = (path for path in pool.rglob("*") if path.is_file())
+        return {
+            str(path): (path.stat().st_mtime_ns, path.stat().st_size)
+            for path in files
+            if not path.is_relative_to(pool / "verified")
+        }
+
+    before = there()
+    for parameters in ({}, {"memory_budget_mib": "2"}):
+        check(opened("mlp", **parameters), repository)
+    assert there() == before
+
+
+class Together:
+    """Sessions that compute once two threads are at it; without the other one they fail."""
+
+    def __init__(self, runs: Any) -> None:
+        self._runs = runs
+        self._barrier = threading.Barrier(2)
+
+    def run(self, block: int, values: list[Any]) -> list[Any]:
+        self._barrier.wait(30)
+        results: list[Any] = self._runs.run(block, values)
+        return results
+
+
+def test_members_compute_at_the_same_time(opened: Open, repository: Path) -> None:
+    """Every block of one waits until the other one has begun a block, too."""
+    model = opened("fused")
+    model._runs = Together(model._runs)
+    x = batch_of(2)
+    with ThreadPoolExecutor(2) as threads:
+        answers = {
+            name: threads.submit(model.infer, name, {f"{name}/x": x}, [f"{name}/y"])
+            for name in ("mlp", "sibling")
+        }
+    for name, answer in answers.items():
+        plain = ort.InferenceSession(repository.parent / f"{name}.onnx").run(None, {"x": x})[0]
+        got = answer.result()[f"{name}/y"]
+        np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +396,25 @@ def test_a_full_disk_is_a_load_error_and_leaves_nothing(
     with pytest.raises(PoolError, match="6 MiB are to be fetched and 5 MiB are free: make room"):
         opened("mlp", pool=pool.url, cache=str(tmp_path / "cache"))
     assert not list((tmp_path / "cache" / "tmp" / "fetch").iterdir())
+
+
+def test_a_disk_that_is_too_small_is_a_load_error(
+    opened: Open, pool: RemotePool, tmp_path: Path
+) -> None:
+    """A file system of 4 MiB for a model of 6."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)]
+    if subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("no permission to mount")
+    try:
+        with pytest.raises(PoolError, match=r"6 MiB are to be fetched and \d MiB are free: make"):
+            opened("mlp", pool=pool.url, cache=str(disk / "cache"))
+        assert not list((disk / "cache" / "tmp" / "fetch").iterdir())
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_what_a_killed_fetch_left_is_taken_over(

@@ -166,6 +166,12 @@ def test_rows_of_a_batch_go_back_to_their_requests() -> None:
         batching.split(calls, {"y": joined[:5]})
 
 
+def test_a_member_without_a_batch_axis_has_one_row() -> None:
+    calls = [batching.Call(number, "a", {"x": array(3)}, ("y",)) for number in range(2)]
+    assert batching.rows_together(calls, {"a": True}) == 6
+    assert batching.rows_together(calls[:1], {"a": False}) == 1
+
+
 def test_a_request_without_an_input_says_which() -> None:
     with pytest.raises(batching.RequestError, match="lacks the input of member 'b' b/x"):
         batching.calls_of(0, FUSED, {"a/x": array(1)}, ["b/y"])

@@ -292,6 +292,13 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _place(text: str, repositories: list[Path]) -> Path:
+    if Path(text).is_file():
+        (name,) = _named([text])
+        raise ConfigError(
+            f"a file, not a compiled model: run `paceline blocks compile {text}`, "
+            f"then `paceline blocks show {name}`",
+            where=text,
+        )
     if "/" in text or Path(text).is_dir():
         return Path(text)
     for repository in repositories:

@@ -150,14 +150,14 @@ def demand(
                 parents=module.parents,
                 configurations=configurations(module),
                 overhead_s=overhead_s,
-                memory_bytes=_memory_bytes(profiles, module.model),
+                memory_bytes=memory_bytes(profiles, module.model),
             )
             for module in chain.modules
         ),
     )
 
 
-def _memory_bytes(profiles: Profiles, model: str) -> dict[str, int]:
+def memory_bytes(profiles: Profiles, model: str) -> dict[str, int]:
     """The most that any measured batch size of `model` needs, by hardware, where known."""
     found: dict[str, int] = {}
     for row in profiles.rows:

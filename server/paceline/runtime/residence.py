@@ -78,12 +78,12 @@ class Residence:
         if self.engaged:
             return
         self.engaged = True
-        placed = self._machines.placed
+        placed = {name: self._machines.models_on(name) for name in self._machines.named()}
         for model in sorted({model for held in placed.values() for model in held}):
             self._declare(model)
-        for name in self._machines.named():
-            if self._machines.is_up(name) or not placed[name]:
-                self._up(name, placed[name])
+        for name, held in placed.items():
+            if self._machines.is_up(name) or not held:
+                self._up(name, held)
         self._engine.lease(self)
         self._spawn(self._measure_again(), "measure models")
 
@@ -471,7 +471,7 @@ class Residence:
     async def _measure_again(self) -> None:
         while True:
             await asyncio.sleep(MEASURE_EVERY_S)
-            placed = {name: sorted(held) for name, held in self._machines.placed.items()}
+            placed = {n: sorted(self._machines.models_on(n)) for n in self._machines.placed}
             for name, models in sorted(placed.items()):
                 for model in models:
                     await self._measure(name, model)

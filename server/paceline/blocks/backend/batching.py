@@ -75,6 +75,11 @@ def rows_of(call: Call) -> int:
     return len(array) if array is not None and array.ndim else 1
 
 
+def rows_together(batch: Sequence[Call], batching: Mapping[str, bool]) -> int:
+    """Length of their batch axis; 1 of a member that has none, whose first axis is its own."""
+    return sum(map(rows_of, batch)) if batching[batch[0].member] else 1
+
+
 def join(batch: Sequence[Call]) -> dict[str, Any]:
     """The feed of all of them together."""
     if len(batch) == 1:

@@ -5,6 +5,8 @@ A transaction locks the table (flock, which the kernel undoes when a process is 
 the rows of processes that are gone, and replaces the file in one rename: a process that is killed
 anywhere leaves the table as it was. Processes that must act are woken through sockets of the
 abstract namespace, which end with their owners. The last to leave removes everything.
+Files are named after `FORMAT`: another version of Paceline keeps a table of its own beside this
+one, and neither reads, refuses or removes the other's. What is shared out is so per version.
 
 Invariant of a group: the limits in force never sum to more than its budget. A limit is raised only
 by what others have given up, and given up only when the pages are gone.
@@ -29,6 +31,9 @@ from .manifest import PoolError
 from .shares import Claim, divide
 from .turns import Load, asked, began, ended, next_load, weight
 
+FORMAT = 1
+"""Of the table: one more whenever `Row`, `Load` or `Claim`, or what they mean, change."""
+_TABLE, _FRESH, _LOCK = (f"{name}-{FORMAT}" for name in ("table", "fresh", "lock"))
 _ENVIRONMENT = "PACELINE_BLOCKS_LEDGER"
 _MAX_BYTES = 1 << 20
 _RETRY_S = 0.1
@@ -215,8 +220,8 @@ class Ledger:
             mine = rows.pop(self._name, None)
             others = [row for row in rows.values() if mine is not None and row.group == mine.group]
             if not rows:
-                for path in self._directory.iterdir():
-                    path.unlink(missing_ok=True)
+                for name in (_TABLE, _FRESH, _LOCK):
+                    (self._directory / name).unlink(missing_ok=True)
         for row in others:
             ring(row.bell)
         with contextlib.suppress(OSError):
@@ -230,7 +235,7 @@ class Ledger:
 
 def read_rows(directory: Path) -> dict[str, Row]:
     """Everybody's as of now, to look at: no lock is taken. Raises PoolError."""
-    return _living(_read(directory / "table.json"))
+    return _living(_read(directory / _TABLE))
 
 
 def share_out(directory: Path, shares: Mapping[str, float]) -> None:
@@ -246,12 +251,12 @@ def _table(directory: Path) -> Iterator[dict[str, Row]]:
     """The rows of processes that live, written back unless an error is raised."""
     handle = _locked(directory)
     try:
-        path = directory / "table.json"
+        path = directory / _TABLE
         rows = _living(_read(path))
         yield rows
         if rows:
             text = json.dumps({name: asdict(row) for name, row in rows.items()})
-            fresh = path.with_name("table.new")
+            fresh = directory / _FRESH
             fresh.write_text(text, encoding="utf-8")
             fresh.replace(path)
     finally:
@@ -271,7 +276,7 @@ def _locked(directory: Path) -> int:
             status = directory.lstat()
             if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
                 raise PoolError(f"{directory} is not a directory of this user: remove it")
-            handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            handle = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
             if directory.parent.is_dir():
                 continue  # the last one that left has just removed it

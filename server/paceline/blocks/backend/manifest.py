@@ -256,22 +256,31 @@ class ObjectStore:
     def verified(self, digest: str, size_bytes: int) -> Path:
         """The object's path, its bytes checked. Raises PoolError if missing or altered."""
         path = self.path(digest)
+        # Two compiles at a time write what both found missing: the later copy takes the place of
+        # the earlier, which may be the one that is being read.
+        if not any(self._is_verified(path, digest, size_bytes) for _ in range(2)):
+            raise PoolError(f"{path}: changed while it was read")
+        return path
+
+    def _is_verified(self, path: Path, digest: str, size_bytes: int) -> bool:
+        """False if the file was changed or replaced meanwhile."""
         with self._open(path) as file:
-            state = _state(os.fstat(file.fileno()))
-            if os.fstat(file.fileno()).st_size != size_bytes:
+            status = os.fstat(file.fileno())
+            state = _state(status)
+            if status.st_size != size_bytes:
                 raise PoolError(
-                    f"{path}: {os.fstat(file.fileno()).st_size} bytes instead of {size_bytes}; "
+                    f"{path}: {status.st_size} bytes instead of {size_bytes}; "
                     "compile the model again"
                 )
             if self._verified.get(digest) == state or self._marker(digest) == state:
                 self._verified[digest] = state
-                return path
+                return True
             if hash_file(file) != digest:
                 raise PoolError(f"{path}: altered (its hash is another); compile the model again")
             if _state(os.fstat(file.fileno())) != state:
-                raise PoolError(f"{path}: changed while it was read")
+                return False
         self.mark_verified(digest, state)
-        return path
+        return True
 
     def mark_verified(self, digest: str, state: str | None = None) -> None:
         """Remembers that the object as it is now (or was in `state`) has the right bytes."""

@@ -106,7 +106,7 @@ class TritonPythonModel:
     def _compute(self, batch: Sequence[batching.Call], answers: _Answers) -> None:
         """Together if they can run together, else each for itself."""
         try:
-            rows = sum(map(batching.rows_of, batch))
+            rows = batching.rows_together(batch, self._batching)
             results = self._model.infer(
                 batch[0].member, batching.join(batch), batch[0].outputs, rows
             )

@@ -64,11 +64,12 @@ class WiredModel:
     def infer(
         self, member: str, feed: Mapping[str, Any], outputs: Sequence[str], rows: int = 1
     ) -> dict[str, Any]:
-        """Arrays of `outputs`; `member` is "", the whole.
+        """Arrays of `outputs`; `member` is "", the whole, whose `rows` count if it batches.
 
         Raises RequestError or StepError that name the step which failed.
         """
         plan = self._wiring.needed(outputs, feed)
+        rows = rows if self._axes else 1
         uses = Counter(value for planned in plan for value in planned.takes.values())
         uses.update(outputs)
         values = {GIVEN + n if GIVEN + n in uses else n: array for n, array in feed.items()}

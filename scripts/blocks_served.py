@@ -1,0 +1,197 @@
+"""Cold starts and swapping as clients of Paceline see them; `bench_blocks.py served`, `fuse`.
+
+Every way to serve the same networks is a chain of its own on one `paceline serve`, which unloads
+what has been idle for half a second. In turn, `repeats` times: everything is unloaded, the page
+cache dropped, and a request finds its models cold; then come requests one after another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil
+import tritonclient.grpc as triton
+from google.protobuf import text_format
+from scripts.bench_residency import served, until_cold
+from scripts.blocks_measure import RATIOS, Bench, drop_page_cache, filled
+
+from paceline.blocks.backend.settings import MIB
+from paceline.blocks.compile import compile_model
+from paceline.blocks.member import Options
+from paceline.blocks.repository import read_config
+from paceline.core.model import ModelSpec
+from paceline.triton.client import TritonClient
+from paceline.triton.repository import TritonRepository
+
+_KEEP_ALIVE_S = 0.5
+_WARM = 5
+_GIVE_UP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """`models` of a repository that answer a request together."""
+
+    name: str
+    models: Sequence[str]
+
+
+def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
+    """A model at a time: plain, as blocks, as blocks within budgets."""
+    print("| model | way | cold ms | then ms | PSS MiB |\n|---|---|---|---|---|")
+    for model in arguments.models:
+        repository = bench.work / "served" / model / "models"
+        manifest = bench.manifest(model)
+        beside_bytes = manifest.activation_bytes(1)
+        budgets = {
+            ratio: (manifest.weights_bytes / ratio + beside_bytes) / MIB for ratio in RATIOS[::2]
+        }
+        ways = {"blocks": f"{model}_blocks"}
+        write_blocks(bench, {"": model}, repository / f"{model}_blocks", None)
+        for ratio, budget in budgets.items():
+            name = f"{model}_{budget:.0f}mib"
+            write_blocks(bench, {"": model}, repository / name, int(budget))
+            ways[f"blocks, budget {budget:.0f} MiB ({ratio:g})"] = name
+        write_plain(
+            repository / f"{model}_plain", repository / f"{model}_blocks", bench.onnx(model)
+        )
+        ways = {"plain": f"{model}_plain", **ways}
+        rows = measured(
+            bench, repository, [Way(name, [way]) for name, way in ways.items()], arguments.repeats
+        )
+        for name, row in rows.items():
+            print(f"| {model} | {name} | {_cells(row)} |", flush=True)
+
+
+def print_group(bench: Bench, models: Sequence[str], repeats: int) -> None:
+    """Models that every request needs, side by side: plain, as blocks, fused."""
+    repository = bench.work / "served" / "group" / "models"
+    for model in models:
+        write_blocks(bench, {"": model}, repository / f"{model}_blocks", None)
+        blocks, plain = (repository / f"{model}_{kind}" for kind in ("blocks", "plain"))
+        write_plain(plain, blocks, bench.onnx(model))
+    write_blocks(bench, {f"m_{model}": model for model in models}, repository / "fused", None)
+    ways = [
+        Way("plain, one each", [f"{model}_plain" for model in models]),
+        Way("blocks, one each", [f"{model}_blocks" for model in models]),
+        Way("blocks, fused", ["fused"]),
+    ]
+    print("| group through Paceline | cold ms | then ms | PSS MiB |\n|---|---|---|---|")
+    for name, row in measured(bench, repository, ways, repeats).items():
+        print(f"| {name} | {_cells(row)} |", flush=True)
+
+
+def write_blocks(
+    bench: Bench, members: Mapping[str, str], directory: Path, budget_mib: int | None
+) -> None:
+    options = Options(budget_mib=budget_mib, max_batch=1, measure=False)
+    sources = {name: bench.onnx(model) for name, model in members.items()}
+    compile_model(sources, directory, bench.work / "blocks", options)
+    for name in filter(None, members):  # its own name, which nobody asks for here
+        shutil.rmtree(directory.parent / name, ignore_errors=True)
+
+
+def write_plain(directory: Path, compiled: Path, onnx: Path) -> None:
+    """The same tensors for the backend `onnxruntime`, which reads the ONNX file itself."""
+    config = read_config(compiled / "config.pbtxt")
+    assert config is not None
+    config.name, config.backend = directory.name, "onnxruntime"
+    config.parameters.clear()
+    (directory / "1").mkdir(parents=True, exist_ok=True)
+    for source in (onnx, onnx.with_suffix(".bin")):
+        link = directory / "1" / ("model.onnx" if source == onnx else source.name)
+        if source.exists() and not link.exists():
+            os.link(source, link)
+    text = text_format.MessageToString(config)
+    (directory / "config.pbtxt").write_text(text, encoding="utf-8")
+
+
+def measured(
+    bench: Bench, repository: Path, ways: Sequence[Way], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Medians by way: milliseconds to the first answer, then of an answer; memory after it."""
+    specs = asyncio.run(_declared(repository, [name for way in ways for name in way.models]))
+    found: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
+    with tempfile.TemporaryDirectory(dir=bench.work) as made:
+        work = Path(made)
+        arguments = ["--model-repository", str(repository)]
+        for number, way in enumerate(ways):
+            file = work / f"way{number}.yaml"
+            file.write_text(_chain(f"way{number}", [specs[name] for name in way.models]), "utf-8")
+            arguments += ["--chains", str(file)]
+        with (
+            served(work, arguments) as (target, _),
+            grpc.insecure_channel(target) as channel,
+            triton.InferenceServerClient(target) as client,
+        ):
+            for _ in range(repeats):
+                for number, way in enumerate(ways):
+                    inputs = _inputs([specs[name] for name in way.models])
+                    until_cold(channel)
+                    drop_page_cache(bench.work)
+                    found[way.name].append(_asked(client, f"way{number}", inputs))
+    return {
+        name: {key: statistics.median(one[key] for one in rows) for key in rows[0]}
+        for name, rows in found.items()
+    }
+
+
+def _asked(client: Any, chain: str, inputs: Sequence[Any]) -> dict[str, float]:
+    took_s = []
+    for _ in range(1 + _WARM):
+        began_s = time.perf_counter()
+        client.infer(chain, inputs, client_timeout=_GIVE_UP_S)
+        took_s.append(time.perf_counter() - began_s)
+    server = psutil.Process()
+    stubs = (one for one in server.children(recursive=True) if "backend_stub" in one.name())
+    pss = sum(stub.memory_full_info().pss for stub in stubs)
+    return {"cold": 1e3 * took_s[0], "then": 1e3 * statistics.median(took_s[1:]), "pss": pss / MIB}
+
+
+async def _declared(repository: Path, names: Sequence[str]) -> dict[str, ModelSpec]:
+    models = TritonRepository(TritonClient("127.0.0.1:1"), (repository,))
+    return {name: models.declaration(name) for name in names}
+
+
+def _chain(name: str, specs: Sequence[ModelSpec]) -> str:
+    """A chain of models side by side: all their inputs and outputs are its own."""
+    lines = [f"chain: {name}", "slo_ms: 60000", "rate_rps: 0.1", f"keep_alive_s: {_KEEP_ALIVE_S}"]
+    numbered = [(i, j, t) for i, spec in enumerate(specs) for j, t in enumerate(spec.inputs)]
+    lines += ["inputs:"]
+    for i, j, tensor in numbered:
+        lines += [f"  x{i}_{j}: {{dtype: {tensor.datatype}, shape: {list(tensor.shape)}}}"]
+    lines += ["modules:"]
+    for i, spec in enumerate(specs):
+        lines += [f"  m{i}:", f"    model: {spec.name}", "    inputs:"]
+        lines += [f'      "{t.name}": inputs.x{i}_{j}' for k, j, t in numbered if k == i]
+    lines += ["outputs:"]
+    for i, spec in enumerate(specs):
+        lines += [f'  y{i}_{j}: "m{i}.{tensor.name}"' for j, tensor in enumerate(spec.outputs)]
+    return "\n".join(lines) + "\n"
+
+
+def _inputs(specs: Sequence[ModelSpec]) -> list[Any]:
+    given = []
+    for i, spec in enumerate(specs):
+        for j, tensor in enumerate(spec.inputs):
+            array = filled(tensor.name, tensor.datatype, tensor.shape)
+            sent = triton.InferInput(f"x{i}_{j}", list(array.shape), tensor.datatype)
+            sent.set_data_from_numpy(np.ascontiguousarray(array))
+            given.append(sent)
+    return given
+
+
+def _cells(row: Mapping[str, float]) -> str:
+    return " | ".join(f"{value:.0f}" for value in row.values())

@@ -1,0 +1,115 @@
+"""A real Triton that serves blocks models, and what tests ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import psutil
+from tests.integration.blocks_models import WIDTH
+
+from paceline.blocks.backend.manifest import ObjectStore
+from paceline.blocks.repository import read_config
+from paceline.core.ports import ModelCall
+from paceline.core.tensor import BatchTensor
+from paceline.triton.client import TritonClient
+from paceline.triton.launcher import LocalTriton, LocalTritonSettings
+from paceline.triton.repository import TritonRepository
+
+
+@asynccontextmanager
+async def started(repository: Path, state: Path, ledger: Path) -> AsyncIterator[LocalTriton]:
+    """Whose backend keeps its ledger away from those of others; it is gone in the end."""
+    before = os.environ.get("PACELINE_BLOCKS_LEDGER")
+    os.environ["PACELINE_BLOCKS_LEDGER"] = str(ledger)
+    settings = LocalTritonSettings(
+        state_directory=state, model_repositories=(repository,), stop_timeout_s=0.5
+    )
+    try:
+        async with LocalTriton(settings) as local:
+            yield local
+    finally:
+        del os.environ["PACELINE_BLOCKS_LEDGER"]
+        if before is not None:
+            os.environ["PACELINE_BLOCKS_LEDGER"] = before
+
+
+@asynccontextmanager
+async def connected(triton: LocalTriton, repository: Path) -> AsyncIterator[TritonRepository]:
+    """What is loaded through it is unloaded behind it."""
+    client = await TritonClient.connect(triton.url, name="m1")
+    models = TritonRepository(client, (repository,))
+    yield models
+    loaded = {state.name for state in await models.index() if state.state == "READY"}
+    await asyncio.gather(*(models.unload(name) for name in sorted(loaded)))
+    await client.close()
+
+
+def batch(rows: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).standard_normal((rows, WIDTH), dtype=np.float32)
+
+
+async def infer(
+    models: TritonRepository,
+    model: str,
+    feed: Mapping[str, np.ndarray[Any, Any]],
+    outputs: tuple[str, ...] = ("y",),
+) -> list[np.ndarray[Any, Any]]:
+    datatypes = {"float32": "FP32", "int64": "INT64"}
+    inputs = tuple(
+        BatchTensor(name, datatypes[array.dtype.name], array.shape, (array.tobytes(),))
+        for name, array in feed.items()
+    )
+    got = await models.client.execute(ModelCall(model, inputs, outputs), timeout_s=30)
+    return [np.frombuffer(tensor.data, np.float32).reshape(tensor.shape) for tensor in got]
+
+
+def plain(repository: Path, name: str, feed: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """What plain ONNX Runtime computes."""
+    result: np.ndarray[Any, Any] = ort.InferenceSession(repository.parent / f"{name}.onnx").run(
+        None, feed
+    )[0]
+    return result
+
+
+def weights_of(repository: Path, model: str, member: int = 0) -> list[Path]:
+    """Objects of the model's weights, in the order in which they are loaded."""
+    config = read_config(repository / model / "config.pbtxt")
+    assert config is not None
+    store = ObjectStore(repository.parent / "blocks")
+    manifest = store.manifest(config.parameters["manifest"].string_value)
+    blocks = manifest.members[member].blocks
+    return [store.path(weight.object) for block in blocks for weight in block.weights]
+
+
+def stub_of(triton: LocalTriton, model: str) -> psutil.Process:
+    """The process of a model with one instance."""
+    assert triton.pid is not None
+    children = psutil.Process(triton.pid).children(recursive=True)
+    stubs = (one for one in children if not ended(one))
+    (stub,) = (one for one in stubs if f"{model}_0_0" in one.cmdline())
+    return stub
+
+
+def ended(process: psutil.Process) -> bool:
+    """A zombie has ended: it runs nothing and holds nothing, but its parent has not asked yet."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def mappers(directory: Path) -> list[int]:
+    """Processes that have a file under this directory mapped."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (process / "maps").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue  # gone, or going
+        if f"{directory}/" in text:
+            found.append(int(process.name))
+    return found
