@@ -79,6 +79,7 @@ def main() -> None:
                 "--at", nargs="+", choices=("triton", "paceline"), default=("triton", "paceline")
             )
         if name == "cgroup":
+            command.add_argument("--batch", type=int, default=1)
             command.add_argument("--limit-mib", type=int, help="of the cgroup")
     child = commands.add_parser("child")  # one measurement in a process of its own
     child.add_argument("job", type=json.loads)

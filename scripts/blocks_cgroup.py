@@ -38,17 +38,23 @@ SETTLED_S = 2.0
 
 def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
     print(
-        "| model | weights / budget | limit MiB | how | median ms | most memory MiB | limit hits |"
+        "| model | weights / budget | batch | limit MiB | how | median ms | most MiB | limit hits |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for model in arguments.models:
         weights_bytes = bench.manifest(model).weights_bytes
         for ratio in arguments.ratios:
             manifest = bench.manifest(model, weights_bytes / ratio)
             directory = bench.compiled(model, weights_bytes / ratio)
-            budget_mib = (weights_bytes / ratio + manifest.activation_bytes(1)) / MIB
+            weights_mib = weights_bytes / ratio / MIB
+            activations_mib = manifest.activation_bytes(arguments.batch) / MIB
+            budget_mib = weights_mib + activations_mib
             within = {"memory_budget_mib": f"{budget_mib}"}
-            job = {"onnx": "", "directory": str(directory), "repeats": arguments.repeats}
+            job: dict[str, Any] = {
+                "directory": str(directory),
+                "batch": arguments.batch,
+                "repeats": arguments.repeats,
+            }
             limit_mib = arguments.limit_mib
             if limit_mib is None:
                 drop_page_cache(bench.work)
@@ -69,8 +75,8 @@ def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
                     hits = int((group / "memory.failcnt").read_text())
                 took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
                 print(
-                    f"| {model} | {ratio:g} ({weights_bytes / ratio / MIB:.0f} MiB) | {limit_mib} "
-                    f"| {how} | {took} | {peak_mib:.0f} | {hits} |",
+                    f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {arguments.batch} "
+                    f"| {limit_mib} | {how} | {took} | {peak_mib:.0f} | {hits} |",
                     flush=True,
                 )
 
@@ -89,17 +95,18 @@ def idle(directory: str, memory_budget_mib: str) -> dict[str, float]:
 
 
 def limited(
-    onnx: str, directory: str, parameters: dict[str, str], repeats: int
+    onnx: str, directory: str, parameters: dict[str, str], batch: int, repeats: int
 ) -> dict[str, float]:
     """Median of a run in a process whose memory is limited."""
     if onnx:
         session = plain_session(Path(onnx))
-        run: Callable[[], Any] = partial(session.run, None, plain_feed(session, Path(onnx).stem))
+        given = plain_feed(session, Path(onnx).stem, batch)
+        run: Callable[[], Any] = partial(session.run, None, given)
         model = None
     else:
         model = open_model(Path(directory), **parameters)
         names = [tensor.name for tensor in model.members[0].outputs]
-        run = partial(model.infer, "", feed_of(model, 1), names, 1)
+        run = partial(model.infer, "", feed_of(model, batch), names, batch)
     times = []
     for number in range(WARM_UP_RUNS + repeats):
         began_s = time.perf_counter()

@@ -28,9 +28,9 @@ from paceline.blocks.backend.settings import MIB
 def print_swap(bench: Bench, arguments: argparse.Namespace) -> None:
     print(
         "| model | weights / budget | batch | activations MiB "
-        "| resident ms | warm | cold | peak MiB | pinned |"
+        "| resident ms | warm | cold | pinned |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for model in arguments.models:
         weights_bytes = bench.manifest(model).weights_bytes
         for ratio in arguments.ratios:
@@ -52,8 +52,7 @@ def print_swap(bench: Bench, arguments: argparse.Namespace) -> None:
                     f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {batch} "
                     f"| {activations_mib:.0f} "
                     f"| {1e3 * result['plain']:.0f} | {result['keep'] / result['plain']:.2f} "
-                    f"| {result['drop'] / result['plain']:.2f} | {result['peak_bytes'] / MIB:.0f} "
-                    f"| {result['pinned']} |",
+                    f"| {result['drop'] / result['plain']:.2f} | {result['pinned']} |",
                     flush=True,
                 )
 
@@ -62,7 +61,7 @@ def swap(onnx: str, directory: str, budget_mib: float, batch: int, repeats: int)
     """Medians of plain ONNX Runtime and of the budgeted model, warm and cold, in turn."""
     plain = plain_session(Path(onnx))
     times: dict[str, list[float]] = {"plain": [], "keep": [], "drop": []}
-    peak_bytes = pinned = 0
+    pinned = 0
     # One budgeted model at a time: they map the same pages, and neither may drop for the other.
     for cache in ("keep", "drop"):
         model = open_model(Path(directory), memory_budget_mib=f"{budget_mib}", page_cache=cache)
@@ -81,9 +80,8 @@ def swap(onnx: str, directory: str, budget_mib: float, batch: int, repeats: int)
             model.infer("", feed, names, batch)
             times["plain"].append(middle_s - began_s)
             times[cache].append(time.perf_counter() - middle_s)
-        peak_bytes = max(peak_bytes, model.loader.peak_bytes)
         assert model.budget is not None and model.budget.plan is not None
         pinned = len(model.budget.plan.pinned)
         model.close()
     middle = {name: statistics.median(values) for name, values in times.items()}
-    return {**middle, "peak_bytes": peak_bytes, "pinned": pinned}
+    return {**middle, "pinned": pinned}

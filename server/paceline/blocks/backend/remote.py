@@ -17,7 +17,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from .store import Store
 from .window import CHUNK_BYTES, Span
 
 _HASH_ATTEMPTS = 2
-_RUNS = 16
-"""Most requests for the rows of a batch: each costs a round trip."""
+_RUNS = 64
+"""Most requests for the rows of a batch: each costs half a round trip, two being under way."""
 _GAP_BYTES = 512 << 10
 _SETTLE_S = 0.5
 """So long nothing must have come before the disk is kept busy."""
@@ -189,12 +189,16 @@ class RemoteSource:
                 return  # complete meanwhile
             if not part.chunks and self._came_from_elsewhere(digest, part):
                 return
-            for run in _runs(set(wanted) - part.chunks, self._chunks[digest].size_bytes):
-                self._fetch_chunks(digest, part, run)
+            runs = list(_runs(set(wanted) - part.chunks, self._chunks[digest].size_bytes))
+            for run, after in zip_longest(runs, runs[1:]):
+                self._fetch_chunks(digest, part, run, after)
 
-    def _fetch_chunks(self, digest: str, part: _Part, run: range) -> None:
+    def _fetch_chunks(self, digest: str, part: _Part, run: range, after: range | None) -> None:
         size, hashes = self._chunks[digest].size_bytes, self._chunks[digest].digests
         first, stop = run.start * size, min(run.stop * size, part.size_bytes)
+        if after is not None:
+            start, end = after.start * size, min(after.stop * size, part.size_bytes)
+            self._remote.expect(f"objects/{digest}", start, end - start)
         for _ in range(_HASH_ATTEMPTS):
             text = memoryview(self._remote.read(f"objects/{digest}", first, stop - first))
             pieces = [text[start : start + size] for start in range(0, len(text), size)]
