@@ -25,7 +25,7 @@ import psutil
 import tritonclient.grpc as triton
 from google.protobuf import text_format
 from scripts.bench_residency import served, until_cold
-from scripts.blocks_measure import RATIOS, Bench, drop_page_cache, filled
+from scripts.blocks_measure import RATIOS, WARM_UP_RUNS, Bench, drop_page_cache, filled
 
 from paceline.blocks.backend.settings import MIB
 from paceline.blocks.compile import compile_model
@@ -150,14 +150,18 @@ def measured(
 
 def _asked(client: Any, chain: str, inputs: Sequence[Any]) -> dict[str, float]:
     took_s = []
-    for _ in range(1 + _WARM):
+    for _ in range(1 + WARM_UP_RUNS + _WARM):
         began_s = time.perf_counter()
         client.infer(chain, inputs, client_timeout=_GIVE_UP_S)
         took_s.append(time.perf_counter() - began_s)
     server = psutil.Process()
     stubs = (one for one in server.children(recursive=True) if "backend_stub" in one.name())
     pss = sum(stub.memory_full_info().pss for stub in stubs)
-    return {"cold": 1e3 * took_s[0], "then": 1e3 * statistics.median(took_s[1:]), "pss": pss / MIB}
+    return {
+        "cold": 1e3 * took_s[0],
+        "then": 1e3 * statistics.median(took_s[-_WARM:]),
+        "pss": pss / MIB,
+    }
 
 
 async def _declared(repository: Path, names: Sequence[str]) -> dict[str, ModelSpec]:

@@ -226,7 +226,7 @@ def _cost(made: Offline, *, slo_factor: float = 1.0, rate_factor: float = 1.0) -
         for chain in made.chains
     ]
     try:
-        return plan_with(changed, made.options, made.headroom).cost_per_hour
+        return plan_with(changed, replace(made.options, bound=False), made.headroom).cost_per_hour
     except PlanError:
         return float("inf")
 

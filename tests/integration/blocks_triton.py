@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 from paceline.triton.repository import TritonRepository
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def started(repository: Path, state: Path, ledger: Path) -> AsyncIterator[LocalTriton]:
     """Whose backend keeps its ledger away from those of others; it is gone in the end."""
     before = os.environ.get("PACELINE_BLOCKS_LEDGER")
@@ -40,7 +40,7 @@ async def started(repository: Path, state: Path, ledger: Path) -> AsyncIterator[
             os.environ["PACELINE_BLOCKS_LEDGER"] = before
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def connected(triton: LocalTriton, repository: Path) -> AsyncIterator[TritonRepository]:
     """What is loaded through it is unloaded behind it."""
     client = await TritonClient.connect(triton.url, name="m1")
@@ -89,12 +89,14 @@ def weights_of(repository: Path, model: str, member: int = 0) -> list[Path]:
 
 
 def stub_of(triton: LocalTriton, model: str) -> psutil.Process:
-    """The process of a model with one instance."""
+    """The process of a model with one instance; of one that was loaded again, the latest."""
     assert triton.pid is not None
-    children = psutil.Process(triton.pid).children(recursive=True)
-    stubs = (one for one in children if not ended(one))
-    (stub,) = (one for one in stubs if f"{model}_0_0" in one.cmdline())
-    return stub
+    stubs = []
+    for one in psutil.Process(triton.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it is ending
+            if f"{model}_0_0" in one.cmdline():
+                stubs.append(one)
+    return max(stubs, key=lambda one: one.create_time())
 
 
 def ended(process: psutil.Process) -> bool:

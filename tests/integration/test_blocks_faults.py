@@ -185,13 +185,15 @@ async def test_a_stub_killed_in_a_load_disturbs_nobody_and_leaves_nothing(
     request = asyncio.create_task(infer(models, "slow", {"x": x}))
     assert await asyncio.to_thread(store.waiting.wait, 30)
     victim = stub_of(triton, "slow")
-    assert mappers(cache) == [victim.pid] and rows_of(ledger, victim)
+    await becomes(lambda: mappers(cache) == [victim.pid])
+    assert rows_of(ledger, victim)
 
     victim.kill()
     with pytest.raises(BackendError, match="slow"):
         await request
     await becomes(partial(ended, victim))
-    assert mappers(cache) == [] and rows_of(ledger, victim) == []
+    await becomes(lambda: mappers(cache) == [])
+    assert rows_of(ledger, victim) == []
     for path in (cache / "objects").glob("[0-9a-f]" * 64):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
     (got,) = await infer(models, "first", {"x": x})
@@ -202,7 +204,7 @@ async def test_a_stub_killed_in_a_load_disturbs_nobody_and_leaves_nothing(
     (got,) = await infer(models, "slow", {"x": x})
     np.testing.assert_allclose(got, plain(repository, "slow", {"x": x}), rtol=1e-4, atol=1e-6)
     await models.unload("slow")
-    assert list((cache / "tmp" / "fetch").iterdir()) == []
+    await becomes(lambda: list((cache / "tmp" / "fetch").iterdir()) == [])
 
 
 async def test_a_stub_killed_in_a_swap_disturbs_nobody_and_leaves_nothing(
@@ -235,7 +237,7 @@ async def test_a_stub_killed_in_a_swap_disturbs_nobody_and_leaves_nothing(
     await becomes(partial(ended, victim))
     assert rows_of(ledger, victim) == []
     other = stub_of(triton, "second")
-    assert mappers(repository.parent / "blocks") == [other.pid]
+    await becomes(lambda: mappers(repository.parent / "blocks") == [other.pid])
     async with asyncio.timeout(30):
         while [row.limit_bytes for row in rows_of(ledger, other)] != [5 * 2**20]:
             (got,) = await infer(models, "second", {"x": batch(1)})

@@ -50,6 +50,7 @@ class Repository:
     refused: set[str] = field(default_factory=set)
     loaded: dict[str, int] = field(default_factory=dict)
     composed: set[str] = field(default_factory=set)
+    unloaded: list[str] = field(default_factory=list)
 
     async def index(self) -> tuple[ModelState, ...]:
         return ()
@@ -71,6 +72,7 @@ class Repository:
 
     async def unload(self, model: str) -> None:
         del self.loaded[model]
+        self.unloaded.append(model)
 
     async def repair(self, model: str, *, instances: int) -> None:
         raise AssertionError("nothing breaks here")
@@ -95,23 +97,25 @@ class Server:
         self.provisioning = Provisioning(
             self.machines, {"cpu": Hardware("cpu", 1.0)}, Options(), lambda step: None
         )
+        self.changing = asyncio.Lock()
         self.served = ServedChains(
-            self.engine, self.machines, self.provisioning, self.catalogue, asyncio.Lock()
+            self.engine, self.machines, self.provisioning, self.catalogue, self.changing
         )
 
     async def provide(self, chain: Chain) -> Provision:
         """`chain`, planned, loaded and installed."""
-        declared: BoundChain = bind(chain, SPECS)
-        await self.provisioning.profile([declared])
-        traffic = self.provisioning.assumed([chain])
-        provision = await self.served.provide([declared], traffic, first=True)
-        assert provision is not None
-        self.catalogue.add(declared)
-        (bound,) = provision.chains
-        self.engine.install(route_chain(bound, provision.plan.chain(chain.name)))
-        self.machines.announce("m")
-        self.served.install(provision.chains)
-        return provision
+        async with self.changing:
+            declared: BoundChain = bind(chain, SPECS)
+            await self.provisioning.profile([declared])
+            traffic = self.provisioning.assumed([chain])
+            provision = await self.served.provide([declared], traffic, first=True)
+            assert provision is not None
+            self.catalogue.add(declared)
+            (bound,) = provision.chains
+            self.engine.install(route_chain(bound, provision.plan.chain(chain.name)))
+            self.machines.announce("m")
+            self.served.install(provision.chains)
+            return provision
 
 
 def modules(provision: Provision) -> list[str]:
@@ -176,7 +180,7 @@ async def test_a_run_that_is_wanted_again_before_it_went_stays() -> None:
         await server.provide(replace(CHAIN, runs=runs))
     for task in [t for t in asyncio.all_tasks() if t.get_name() == f"unload {RUN.model}"]:
         await task
-    assert repository.loaded == {"one": 1, "two": 1, RUN.model: 1}
+    assert repository.loaded == {"one": 1, "two": 1, RUN.model: 1} and not repository.unloaded
     server.served.remove("pair")
     (going,) = [t for t in asyncio.all_tasks() if t.get_name() == f"unload {RUN.model}"]
     await going

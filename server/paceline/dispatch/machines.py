@@ -56,7 +56,7 @@ class MachinePool:
         self._sharing: dict[str, frozenset[str]] = {}
         """What `sharing` found, until machines come, go or get other models."""
         self.versions: dict[str, int] = {}
-        """By model: another number whenever a machine that holds it changed in any way."""
+        """By model that some machine holds: another number whenever one of them changed at all."""
         self._changes = 0
         self.slots = 0
         """Batches that can run at a time in all."""
@@ -92,7 +92,7 @@ class MachinePool:
             holders = self._holders[model]
             holders.remove(machine)
             if not holders.lanes:
-                del self._holders[model]
+                del self._holders[model], self.versions[model]
 
     def get(self, name: str) -> Machine | None:
         """A machine that is up."""

@@ -110,7 +110,7 @@ class _Search:
     ) -> None:
         self._chains = chains
         self._demands = demands
-        self._options = options
+        self._options = replace(options, bound=False)
         self._profiles = profiles
         self._how = how
         self._progress = progress
