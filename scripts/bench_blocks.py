@@ -4,7 +4,7 @@
     .venv/bin/python scripts/bench_blocks.py --work DIR swap vit_b16 bert_base
     .venv/bin/python scripts/bench_blocks.py --work DIR cold resnet50 --link-mbps 0 1000 200
     .venv/bin/python scripts/bench_blocks.py --work DIR share vit_b16
-    .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --limit-mib 170
+    .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --ratios 5.81
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse resnet50 squeezenet densenet121
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse ocr    # the example's chain
     .venv/bin/python scripts/bench_blocks.py --work DIR served vit_b16    # through Paceline
@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.blocks_cgroup import limited, print_cgroup
+from scripts.blocks_cgroup import idle, limited, print_cgroup
 from scripts.blocks_cold import cold, print_cold
 from scripts.blocks_group import print_fuse
 from scripts.blocks_measure import RATIOS, Bench
@@ -47,6 +47,7 @@ CHILDREN: Mapping[str, Callable[..., dict[str, Any]]] = {
     "cold": cold,
     "share": share,
     "limited": limited,
+    "idle": idle,
 }
 
 
@@ -67,6 +68,7 @@ def main() -> None:
         command.add_argument("--repeats", type=int, default=5)
         if name == "swap":
             command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+        if name in ("swap", "cgroup"):
             command.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
         if name == "cold":
             command.add_argument(
@@ -77,7 +79,8 @@ def main() -> None:
                 "--at", nargs="+", choices=("triton", "paceline"), default=("triton", "paceline")
             )
         if name == "cgroup":
-            command.add_argument("--limit-mib", type=int, required=True, help="of the cgroup")
+            command.add_argument("--batch", type=int, default=1)
+            command.add_argument("--limit-mib", type=int, help="of the cgroup")
     child = commands.add_parser("child")  # one measurement in a process of its own
     child.add_argument("job", type=json.loads)
     arguments = parser.parse_args()

@@ -9,10 +9,10 @@ Runs side by side, on this machine, in interleaved repeats:
   dynamic     the same with Triton's dynamic batching
   ensemble    three of those as a Triton ensemble
   paceline-1  `paceline serve`, a chain of one such model
-  paceline-3  a chain of three
-  run-3       a chain of one that is an ensemble of the same three, made by hand: what executing
-              a chain of three at once would give (decision 0023)
-  protobuf-1  (--protobuf) paceline-1 without the raw-bytes path and shared memory
+  paceline-3  a chain of three, executed at once (`runs: auto`)
+  apart-3     the same chain, module by module (`runs: off`)
+  naive       the front as one writes it first, for one model: grpc.aio, protobuf objects,
+              tritonclient.grpc.aio, no shared memory; Triton batches dynamically
 
 For each tensor size, call type and number of requests in flight: median latency, requests/s, and
 CPU time per request of the front process alone (of the echo servers; of all of Triton's processes
@@ -45,6 +45,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import psutil
 import uvloop
 from rich.console import Console
@@ -55,6 +56,8 @@ from paceline.core.errors import PacelineError
 from paceline.database import connect
 from paceline.triton.client import TritonClient
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
+from paceline.v1.control_pb2 import StatusRequest
+from paceline.v1.control_pb2_grpc import ControlStub
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -63,7 +66,7 @@ from scripts.gateway_report import Cell, Results, report  # noqa: E402
 SIZES = {"64B": 64, "600KB": 600_000, "5MB": 5_000_000}
 MAX_BATCH = 32
 READY_TIMEOUT_S = 180.0
-FRONTED = ("paceline-1", "paceline-3", "run-3", "protobuf-1")
+FRONTED = ("paceline-1", "paceline-3", "apart-3")
 
 _IDENTITY = """
 import triton_python_backend_utils as pb_utils
@@ -121,12 +124,16 @@ def write_ensemble(root: Path, name: str, elements: int) -> None:
 
 
 def write_chains(root: Path, elements: int) -> None:
-    """`one` (model a), `three` (a, b, c), `run` (their ensemble): planned for less than they see,
-    which they are served all the same."""
+    """`one` (model a), `three` and `apart` (a, b, c): planned for less than they see, which they
+    are served all the same."""
     root.mkdir()
-    for name, models in (("one", "a"), ("three", "abc"), ("run", ("at_once",))):
+    for name, models, runs in (
+        ("one", "a", "off"),
+        ("three", "abc", "auto"),
+        ("apart", "abc", "off"),
+    ):
         lines = [
-            f"chain: {name}\nslo_ms: 120000\nrate_rps: 20\narrivals: uniform",
+            f"chain: {name}\nslo_ms: 120000\nrate_rps: 20\narrivals: uniform\nruns: {runs}",
             f"inputs: {{x: {{dtype: UINT8, shape: [{elements}]}}}}\nmodules:",
         ]
         source = "inputs.x"
@@ -195,7 +202,6 @@ async def peers(
     """Every case, up and ready, with tensors of one size."""
     write_repository(work / "models", size_bytes)
     write_chains(work / "chains", size_bytes)
-    write_ensemble(work / "models", "at_once", size_bytes)
     write_ensemble(work / "ensembles", "abc", size_bytes)
     payload = random.Random(size_bytes).randbytes(size_bytes)
     made: dict[str, Peer] = {}
@@ -227,36 +233,43 @@ async def peers(
         add("triton", triton.url, "plain", True, lambda: family(triton.pid))
         add("dynamic", triton.url, "a", True, lambda: family(triton.pid))
         add("ensemble", triton.url, "abc", True, lambda: family(triton.pid))
-        for kind in ("paceline", "protobuf") if options.protobuf else ("paceline",):
-            target, front = await start_front(work, kind, options, stack)
-            pid = (front.pid,)
-            add(f"{kind}-1", target, "one", False, lambda pid=pid: pid)
-            if kind == "paceline":
-                add("paceline-3", target, "three", False, lambda pid=pid: pid)
-                add("run-3", target, "run", False, lambda pid=pid: pid)
+        port = free_port()
+        naive = stack.enter_context(
+            process(
+                [
+                    *(sys.executable, HERE / "gateway_load.py", "naive", "--port", str(port)),
+                    *("--triton", triton.url, "--model", "a"),
+                ]
+            )
+        )
+        add("naive", f"127.0.0.1:{port}", "a", True, lambda: (naive.pid,))
+        target, front = await start_front(work, options, stack)
+        for case, chain in (("paceline-1", "one"), ("paceline-3", "three"), ("apart-3", "apart")):
+            add(case, target, chain, False, lambda: (front.pid,))
+        await check_forms(target)
         yield made
 
 
 async def start_front(
-    work: Path, kind: str, options: argparse.Namespace, stack: AsyncExitStack
+    work: Path, options: argparse.Namespace, stack: AsyncExitStack
 ) -> tuple[str, subprocess.Popen[str]]:
     """`paceline serve` with a local Triton of its own.
 
     Started twice: what the first one measured of the models on this noisy machine decides the
     batch sizes of the plan, so it is replaced by the same figures every time.
     """
-    state = work / f"{kind}-state"
+    state = work / "paceline-state"
     command: list[str | Path] = [
-        *(sys.executable, HERE / "gateway_load.py", kind, "serve"),
+        *(sys.executable, HERE / "gateway_load.py", "paceline", "serve"),
         *("--model-repository", work / "models", "--chains", work / "chains"),
         *("--state-dir", state, "--http-port", "0", "--slots", str(options.slots)),
         # The plan stays the same for every case.
         *("--replan-window-s", "0"),
     ]
     with ExitStack() as first:
-        await _serve(command, work / f"{kind}-profiling.log", first)
+        await _serve(command, work / "profiling.log", first)
     pin_profiles(state)
-    return await _serve(command, work / f"{kind}.log", stack)
+    return await _serve(command, work / "paceline.log", stack)
 
 
 async def _serve(
@@ -269,6 +282,21 @@ async def _serve(
     )
     await until_ready(f"127.0.0.1:{port}", "three", front, log_path.read_text)
     return f"127.0.0.1:{port}", front
+
+
+async def check_forms(target: str) -> None:
+    """The cases are what they are called: one chain is served at once, the other is not."""
+    async with grpc.aio.insecure_channel(target) as channel:
+        status = await ControlStub(channel).Status(StatusRequest())
+    served = {"three": "ma+mb+mc", "apart": "ma mb mc", "one": "ma"}
+    found = {
+        chain: " ".join(
+            m["module"] for m in json.loads(status.json)["modules"] if m["chain"] == chain
+        )
+        for chain in served
+    }
+    if found != served:
+        raise SystemExit(f"chains are served as {found}, not as {served}")
 
 
 def pin_profiles(state: Path) -> None:
@@ -339,10 +367,10 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  scripts/bench_gateway.py --quick\n"
-        "  scripts/bench_gateway.py --sizes 600KB --in-flight 1 32 --protobuf\n"
+        "  scripts/bench_gateway.py --sizes 600KB --in-flight 1 32\n"
         "  scripts/bench_gateway.py --markdown figures.md     # everything; about 20 minutes\n",
     )
-    every = ("echo", "own", "triton", "dynamic", "ensemble", *FRONTED)
+    every = ("echo", "own", "naive", "triton", "dynamic", "ensemble", *FRONTED)
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -374,7 +402,6 @@ def arguments() -> argparse.Namespace:
         default=os.cpu_count() or 1,
         help="batches Paceline executes at a time (default: the cores, as `paceline serve`)",
     )
-    parser.add_argument("--protobuf", action="store_true", help="also measure the protobuf path")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write every measurement there"

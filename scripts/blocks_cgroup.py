@@ -1,11 +1,14 @@
 """The budget under a memory cgroup, which counts the page cache; `bench_blocks.py cgroup`.
 
-Cgroups of version 1: those of version 2 have no controllers where this was written.
+Without --limit-mib the limit is the budget (weights by the ratio, and activations) and what a
+process with the model's sessions, but no weights and no run, takes by itself. Cgroups of version 1:
+those of version 2 have no controllers where this was written.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -15,70 +18,95 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 from scripts.blocks_measure import (
-    RATIOS,
     WARM_UP_RUNS,
     Bench,
     drop_page_cache,
     feed_of,
-    filled,
     in_child,
     open_model,
+    plain_feed,
+    plain_session,
 )
 
 from paceline.blocks.backend.settings import MIB
 
+SLACK_MIB = 6
+"""For what the kernel charges ahead."""
+SETTLED_S = 2.0
+
 
 def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
-    print("| model | limit MiB | how | median ms | most memory MiB | limit hits |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| model | weights / budget | batch | limit MiB | how | median ms | most MiB | limit hits |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for model in arguments.models:
-        budget_mib = bench.weights_bytes(model) / MIB / max(RATIOS)
-        directory = bench.compiled(model, int(budget_mib))
-        for how, extra in (
-            ("plain", {}),
-            ("blocks, paged by the kernel", {}),
-            (f"blocks, budget {budget_mib:.0f} MiB", {"memory_budget_mib": f"{budget_mib}"}),
-        ):
-            drop_page_cache(bench.work)
-            with cgroup(arguments.limit_mib) as group:
-                result = in_child(
-                    bench,
-                    group,
-                    do="limited",
-                    onnx=str(bench.onnx(model)) if how == "plain" else "",
-                    directory=str(directory),
-                    parameters=extra,
-                    repeats=arguments.repeats,
+        weights_bytes = bench.manifest(model).weights_bytes
+        for ratio in arguments.ratios:
+            manifest = bench.manifest(model, weights_bytes / ratio)
+            directory = bench.compiled(model, weights_bytes / ratio)
+            weights_mib = weights_bytes / ratio / MIB
+            activations_mib = manifest.activation_bytes(arguments.batch) / MIB
+            budget_mib = weights_mib + activations_mib
+            within = {"memory_budget_mib": f"{budget_mib}"}
+            job: dict[str, Any] = {
+                "directory": str(directory),
+                "batch": arguments.batch,
+                "repeats": arguments.repeats,
+            }
+            limit_mib = arguments.limit_mib
+            if limit_mib is None:
+                drop_page_cache(bench.work)
+                with cgroup() as group:
+                    held = in_child(bench, group, do="idle", directory=str(directory), **within)
+                    beside_mib = most_mib(group) - held["held_mib"]
+                limit_mib = math.ceil(budget_mib + beside_mib + SLACK_MIB)
+            for how, onnx, parameters in (
+                ("plain", str(bench.onnx(model)), {}),
+                ("blocks, paged by the kernel", "", {}),
+                (f"blocks, budget {budget_mib:.0f} MiB", "", within),
+            ):
+                drop_page_cache(bench.work)
+                with cgroup(limit_mib) as group:
+                    job["onnx"] = onnx
+                    result = in_child(bench, group, do="limited", **job, parameters=parameters)
+                    peak_mib = most_mib(group)
+                    hits = int((group / "memory.failcnt").read_text())
+                took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
+                print(
+                    f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {arguments.batch} "
+                    f"| {limit_mib} | {how} | {took} | {peak_mib:.0f} | {hits} |",
+                    flush=True,
                 )
-                peak = int((group / "memory.max_usage_in_bytes").read_text()) / MIB
-                hits = int((group / "memory.failcnt").read_text())
-            took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
-            print(
-                f"| {model} | {arguments.limit_mib} | {how} | {took} | {peak:.0f} | {hits} |",
-                flush=True,
-            )
+
+
+def most_mib(group: Path) -> float:
+    return int((group / "memory.max_usage_in_bytes").read_text()) / MIB
+
+
+def idle(directory: str, memory_budget_mib: str) -> dict[str, float]:
+    """What is held of the weights in a process that runs nothing, its sessions made."""
+    model = open_model(Path(directory), memory_budget_mib=memory_budget_mib)
+    time.sleep(SETTLED_S)
+    held_mib = model.loader.held_bytes / MIB
+    model.close()
+    return {"held_mib": held_mib}
 
 
 def limited(
-    onnx: str, directory: str, parameters: dict[str, str], repeats: int
+    onnx: str, directory: str, parameters: dict[str, str], batch: int, repeats: int
 ) -> dict[str, float]:
     """Median of a run in a process whose memory is limited."""
     if onnx:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        session = ort.InferenceSession(onnx, options, ["CPUExecutionProvider"])
-        feed = {
-            node.name: filled(node.name, node.type, [1, *node.shape[1:]])
-            for node in session.get_inputs()
-        }
-        run: Callable[[], Any] = partial(session.run, None, feed)
+        session = plain_session(Path(onnx))
+        given = plain_feed(session, Path(onnx).stem, batch)
+        run: Callable[[], Any] = partial(session.run, None, given)
         model = None
     else:
         model = open_model(Path(directory), **parameters)
         names = [tensor.name for tensor in model.members[0].outputs]
-        run = partial(model.infer, "", feed_of(model, 1), names, 1)
+        run = partial(model.infer, "", feed_of(model, batch), names, batch)
     times = []
     for number in range(WARM_UP_RUNS + repeats):
         began_s = time.perf_counter()
@@ -91,14 +119,15 @@ def limited(
 
 
 @contextmanager
-def cgroup(limit_mib: int) -> Iterator[Path]:
+def cgroup(limit_mib: int | None = None) -> Iterator[Path]:
     """A child of this process's memory cgroup, removed in the end."""
     own = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     (place,) = (line.split(":")[2] for line in own if line.split(":")[1] == "memory")
     group = Path(f"/sys/fs/cgroup/memory{place}", f"blocks-{os.getpid()}")
     group.mkdir()
     try:
-        (group / "memory.limit_in_bytes").write_text(str(limit_mib * MIB))
+        if limit_mib is not None:
+            (group / "memory.limit_in_bytes").write_text(str(limit_mib * MIB))
         yield group
     finally:
         (group / "memory.force_empty").write_text("0")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +14,23 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from scripts.make_models import make
+from scripts.prepare_models import NETWORKS
 
 from paceline.blocks.backend.blockmodel import BlockModel
+from paceline.blocks.backend.manifest import Manifest, Tensor
 from paceline.blocks.backend.settings import MIB, read_settings
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
 from paceline.blocks.repository import compiled_model
 
 SCRIPTS = Path(__file__).resolve().parent
+ITEMS = {
+    "ocr_detect": (1, 3, 736, 1472),
+    "ocr_classify": (1, 3, 48, 192),
+    "ocr_recognize": (1, 3, 48, 320),
+}
+"""A page, a line: what axes of unknown length are."""
 RATIOS = (2.32, 3.5, 5.81)
 """Weights to budget."""
 WARM_UP_RUNS = 4
@@ -33,38 +44,48 @@ class Bench:
         self.work = work
 
     def onnx(self, model: str) -> Path:
+        """One of make_models.py, or a network of the OCR example."""
         path = self.work / "onnx" / f"{model.replace('@', '_')}.onnx"
-        if not path.is_file():
-            command = [sys.executable, str(SCRIPTS / "make_models.py"), "--out", str(path.parent)]
-            subprocess.run([*command, model], check=True, stdout=sys.stderr)
-        return path
+        if path.is_file():
+            return path
+        path.parent.mkdir(exist_ok=True)
+        if model in NETWORKS:
+            wheel = importlib.util.find_spec("rapidocr_onnxruntime")
+            assert wheel is not None and wheel.origin is not None, "run scripts/setup"
+            shutil.copyfile(Path(wheel.origin).parent / "models" / NETWORKS[model], path)
+            return path
+        return make(model, path.parent)
 
-    def compiled(self, model: str, budget_mib: int | None = None) -> Path:
-        """Its directory; compiled for a budget the blocks are smaller."""
-        name = model.replace("@", "_") + (f"_{budget_mib}" if budget_mib else "")
+    def compiled(self, model: str, budget_bytes: float | None = None) -> Path:
+        """Its directory; compiled for a small budget, the blocks are smaller."""
+        name, budget_mib = model.replace("@", "_"), None
+        if budget_bytes is not None:
+            # Budgets that are divided alike are one compile.
+            piece_mib = Options(budget_mib=int(budget_bytes / MIB)).piece_bytes // MIB
+            if piece_mib < Options().piece_bytes // MIB:
+                name, budget_mib = f"{name}_{piece_mib}", 2 * piece_mib
         directory = self.work / "models" / name
-        if not (directory / "config.pbtxt").is_file():
-            options = Options(budget_mib=budget_mib, measure=False)
-            compile_model({"": self.onnx(model)}, directory, self.work / "blocks", options)
+        shapes = {"x": ITEMS[model]} if model in ITEMS else {}
+        options = Options(budget_mib=budget_mib, shapes=shapes)
+        compile_model({"": self.onnx(model)}, directory, self.work / "blocks", options)
         return directory
 
     def uncompiled(self, model: str) -> Path:
         """Blocks of the graph as it came, in a pool of their own: what PISeL has to start from."""
         directory = self.work / "raw" / "models" / model
-        if not (directory / "config.pbtxt").is_file():
-            level = ort.GraphOptimizationLevel
-            best, level.ORT_ENABLE_ALL = level.ORT_ENABLE_ALL, level.ORT_DISABLE_ALL
-            try:
-                options = Options(measure=False, panels=False)
-                compile_model({"": self.onnx(model)}, directory, self.work / "raw/blocks", options)
-            finally:
-                level.ORT_ENABLE_ALL = best
+        level = ort.GraphOptimizationLevel
+        best, level.ORT_ENABLE_ALL = level.ORT_ENABLE_ALL, level.ORT_DISABLE_ALL
+        try:
+            options = Options(measure=False, panels=False)
+            compile_model({"": self.onnx(model)}, directory, self.work / "raw/blocks", options)
+        finally:
+            level.ORT_ENABLE_ALL = best
         return directory
 
-    def weights_bytes(self, model: str) -> int:
-        found = compiled_model(self.compiled(model))
+    def manifest(self, model: str, budget_bytes: float | None = None) -> Manifest:
+        found = compiled_model(self.compiled(model, budget_bytes))
         assert found is not None
-        return found.manifest.weights_bytes
+        return found.manifest
 
 
 def in_child(bench: Bench, group: Path | None = None, **job: Any) -> dict[str, Any]:
@@ -99,8 +120,27 @@ def open_model(directory: Path, **parameters: str) -> BlockModel:
 
 def feed_of(model: BlockModel, batch: int) -> dict[str, Any]:
     return {
-        tensor.name: filled(tensor.name, tensor.dtype, [batch, *tensor.shape[1:]])
+        tensor.name: filled(tensor.name, tensor.dtype, item_of(model.manifest, batch, tensor))
         for tensor in model.members[0].inputs
+    }
+
+
+def item_of(manifest: Manifest, batch: int, tensor: Tensor) -> list[int]:
+    """Its shape in a batch."""
+    source = Path(manifest.document["sources"][0]["file"]).stem
+    return [batch, *ITEMS.get(source, tensor.shape)[1:]]
+
+
+def plain_session(onnx: Path) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(onnx, options, ["CPUExecutionProvider"])
+
+
+def plain_feed(session: ort.InferenceSession, model: str, batch: int = 1) -> dict[str, Any]:
+    return {
+        node.name: filled(node.name, node.type, [batch, *ITEMS.get(model, node.shape)[1:]])
+        for node in session.get_inputs()
     }
 
 

@@ -53,7 +53,11 @@ def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
     print("| model | way | cold ms | then ms | PSS MiB |\n|---|---|---|---|---|")
     for model in arguments.models:
         repository = bench.work / "served" / model / "models"
-        budgets = {ratio: bench.weights_bytes(model) / MIB / ratio for ratio in RATIOS[::2]}
+        manifest = bench.manifest(model)
+        beside_bytes = manifest.activation_bytes(1)
+        budgets = {
+            ratio: (manifest.weights_bytes / ratio + beside_bytes) / MIB for ratio in RATIOS[::2]
+        }
         ways = {"blocks": f"{model}_blocks"}
         write_blocks(bench, {"": model}, repository / f"{model}_blocks", None)
         for ratio, budget in budgets.items():

@@ -1,4 +1,7 @@
-"""Latency within a budget against resident; `bench_blocks.py swap`."""
+"""Latency within a budget against resident; `bench_blocks.py swap`.
+
+The budget is the weights' bytes by the ratio, and what a batch's activations take beside them.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +12,56 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-from scripts.blocks_measure import WARM_UP_RUNS, Bench, feed_of, in_child, open_model, plain_names
+from scripts.blocks_measure import (
+    WARM_UP_RUNS,
+    Bench,
+    feed_of,
+    in_child,
+    open_model,
+    plain_names,
+    plain_session,
+)
 
 from paceline.blocks.backend.settings import MIB
 
 
 def print_swap(bench: Bench, arguments: argparse.Namespace) -> None:
-    print("| model | weights / budget | batch | resident ms | warm | cold | peak MiB | pinned |")
+    print(
+        "| model | weights / budget | batch | activations MiB "
+        "| resident ms | warm | cold | pinned |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for model in arguments.models:
-        weights = bench.weights_bytes(model)
+        weights_bytes = bench.manifest(model).weights_bytes
         for ratio in arguments.ratios:
-            budget_mib = weights / MIB / ratio
-            directory = bench.compiled(model, int(budget_mib))
+            manifest = bench.manifest(model, weights_bytes / ratio)
+            directory = bench.compiled(model, weights_bytes / ratio)
             for batch in arguments.batches:
+                weights_mib = weights_bytes / ratio / MIB
+                activations_mib = manifest.activation_bytes(batch) / MIB
                 result = in_child(
                     bench,
                     do="swap",
                     onnx=str(bench.onnx(model)),
                     directory=str(directory),
-                    budget_mib=budget_mib,
+                    budget_mib=weights_mib + activations_mib,
                     batch=batch,
                     repeats=arguments.repeats,
                 )
                 print(
-                    f"| {model} | {ratio:g} ({budget_mib:.0f} MiB) | {batch} "
+                    f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {batch} "
+                    f"| {activations_mib:.0f} "
                     f"| {1e3 * result['plain']:.0f} | {result['keep'] / result['plain']:.2f} "
-                    f"| {result['drop'] / result['plain']:.2f} | {result['peak_bytes'] / MIB:.0f} "
-                    f"| {result['pinned']} |",
+                    f"| {result['drop'] / result['plain']:.2f} | {result['pinned']} |",
                     flush=True,
                 )
 
 
 def swap(onnx: str, directory: str, budget_mib: float, batch: int, repeats: int) -> dict[str, Any]:
     """Medians of plain ONNX Runtime and of the budgeted model, warm and cold, in turn."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    plain = ort.InferenceSession(onnx, options, ["CPUExecutionProvider"])
+    plain = plain_session(Path(onnx))
     times: dict[str, list[float]] = {"plain": [], "keep": [], "drop": []}
-    peak_bytes = pinned = 0
+    pinned = 0
     # One budgeted model at a time: they map the same pages, and neither may drop for the other.
     for cache in ("keep", "drop"):
         model = open_model(Path(directory), memory_budget_mib=f"{budget_mib}", page_cache=cache)
@@ -67,9 +80,8 @@ def swap(onnx: str, directory: str, budget_mib: float, batch: int, repeats: int)
             model.infer("", feed, names, batch)
             times["plain"].append(middle_s - began_s)
             times[cache].append(time.perf_counter() - middle_s)
-        peak_bytes = max(peak_bytes, model.loader.peak_bytes)
         assert model.budget is not None and model.budget.plan is not None
         pinned = len(model.budget.plan.pinned)
         model.close()
     middle = {name: statistics.median(values) for name, values in times.items()}
-    return {**middle, "peak_bytes": peak_bytes, "pinned": pinned}
+    return {**middle, "pinned": pinned}

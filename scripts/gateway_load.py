@@ -1,12 +1,13 @@
-"""The other processes of `bench_gateway.py`: load generator, bare gRPC echo server, front server.
+"""The other processes of `bench_gateway.py`: load generator, bare gRPC echo servers, front servers.
 
 `load` reads one JSON object a line (see `Load`), keeps `in_flight` requests outstanding for
 `duration_s` and answers with one JSON line: latencies, rate, and the CPU time that the processes
 in `pids` used meanwhile. `echo` answers every message with itself: what grpc.aio costs at least;
 `own` does so on Paceline's server.
 Both work on serialized messages; the generator's own work is the same for whatever it measures.
-`paceline` and `protobuf` take the arguments of the `paceline` command: the product as it is, and
-without its fast paths (protobuf objects for every message, no shared memory).
+`naive` is the front server as one writes it first: grpc.aio's server, protobuf objects,
+`tritonclient.grpc.aio`, no shared memory; Triton batches. `paceline` takes the arguments of the
+`paceline` command.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import psutil
 import uvloop
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc.aio import InferenceServerClient, InferInput
 
 from paceline.rpc.listener import GrpcServer
-from paceline.triton.client import TritonClient
 
 SERVICE = "inference.GRPCInferenceService"
 UNLIMITED = (
@@ -70,13 +72,6 @@ class Observed:
         if now_s >= self.begin_s:
             self.latencies_s.append(now_s - sent_s)
             self.first.set()
-
-
-class SlowClient(TritonClient):
-    """Batches through grpc.aio, without shared memory."""
-
-    def __init__(self, url: str, *, name: str = "") -> None:
-        super().__init__(url, name=name, fast=False)
 
 
 async def measure(load: Load) -> dict[str, float]:
@@ -212,15 +207,53 @@ async def _echo(port: int) -> None:
     await server.wait_for_termination()
 
 
-def _front(arguments: list[str], *, fast: bool) -> None:
-    """`paceline ARGUMENTS`; not `fast`: protobuf objects and grpc.aio for every message."""
-    import paceline.cli
-    from paceline import serving
-    from paceline.rpc.server import start_grpc
+class _Naive(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Every request to one model, by itself."""
 
-    if not fast:
-        slow = {"start_grpc": partial(start_grpc, raw=False), "TritonClient": SlowClient}
-        vars(serving).update(slow)
+    def __init__(self, client: Any, model: str) -> None:
+        self._client, self._model = client, model
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        (given,) = request.inputs
+        tensor = InferInput(given.name, list(given.shape), given.datatype)
+        data = np.frombuffer(request.raw_input_contents[0], np.uint8)
+        tensor.set_data_from_numpy(data.reshape(given.shape))
+        made = (await self._client.infer(self._model, [tensor])).as_numpy("y")
+        response = service_pb2.ModelInferResponse(model_name=request.model_name, id=request.id)
+        response.outputs.add(name="y", datatype=given.datatype, shape=made.shape)
+        response.raw_output_contents.append(made.tobytes())
+        return response
+
+    async def ModelStreamInfer(self, requests: AsyncIterator[Any], context: Any) -> None:
+        """Answers in the order of the requests, which are under way at once."""
+        begun: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue()
+
+        async def begin() -> None:
+            async with asyncio.TaskGroup() as group:
+                async for request in requests:
+                    begun.put_nowait(group.create_task(self.ModelInfer(request, context)))
+            begun.put_nowait(None)
+
+        async with asyncio.TaskGroup() as both:
+            both.create_task(begin())
+            while (task := await begun.get()) is not None:
+                answer = service_pb2.ModelStreamInferResponse(infer_response=await task)
+                await context.write(answer)
+
+
+async def _naive(port: int, triton: str, model: str) -> None:
+    server = grpc.aio.server(options=UNLIMITED)
+    async with InferenceServerClient(triton) as client:
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Naive(client, model), server)
+        server.add_insecure_port(f"127.0.0.1:{port}")
+        await server.start()
+        await server.wait_for_termination()
+
+
+def _front(arguments: list[str]) -> None:
+    """`paceline ARGUMENTS`."""
+    import paceline.cli
+
     sys.argv = ["paceline", *arguments]
     paceline.cli.main()
 
@@ -229,16 +262,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("role", choices=("load", "echo", "own", "paceline", "protobuf"))
-    parser.add_argument("--port", type=int, default=0, help="where `echo` and `own` listen")
+    parser.add_argument("role", choices=("load", "echo", "own", "naive", "paceline"))
+    parser.add_argument("--port", type=int, default=0, help="where the others but `load` listen")
+    parser.add_argument("--triton", default="", help="`naive`: whom it asks")
+    parser.add_argument("--model", default="", help="`naive`: for what")
     options, rest = parser.parse_known_args()
-    if options.role in ("paceline", "protobuf"):
-        _front(rest, fast=options.role == "paceline")
+    if options.role == "paceline":
+        _front(rest)
         return
     roles: dict[str, Callable[[], Awaitable[None]]] = {
         "load": _serve_load,
         "echo": lambda: _echo(options.port),
         "own": lambda: _own(options.port),
+        "naive": lambda: _naive(options.port, options.triton, options.model),
     }
 
     async def run() -> None:

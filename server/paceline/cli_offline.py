@@ -214,6 +214,7 @@ def simulate(
         rates_of_plan,
         rates_of_trace,
         run_offline,
+        runs_of_plan,
     )
     from paceline.simulating import plot as draw
 
@@ -241,6 +242,7 @@ def simulate(
         overhead_s=overhead_ms / 1e3,
         assumed_rps=assumed_rps,
         dispatch=dispatch,  # type: ignore[arg-type]
+        with_runs=runs_of_plan(plan_file) if plan_file is not None else lambda chain: None,
     )
     with Working() as working:
         if plan_file is not None:

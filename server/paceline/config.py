@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from paceline.core.chain import Chain, Dispatch, Module, Source
+from paceline.core.chain import Chain, Dispatch, Module, Runs, Source
 from paceline.core.errors import ConfigError
 from paceline.core.profile import Hardware, ProfileRow, Profiles
 from paceline.core.tensor import TensorSpec
@@ -60,6 +60,7 @@ class _ChainFile(_Strict):
     priority: int = 0
     keep_alive_s: float | None = None
     dispatch: Dispatch = "pooled"
+    runs: Runs = "off"
     description: str = ""
 
 
@@ -95,6 +96,8 @@ def chain_document(chain: Chain) -> str:
         priority=chain.priority,
         keep_alive_s=chain.keep_alive_s,
         dispatch=chain.dispatch,
+        # Left out where it says nothing: what was kept before there was such a key is the same.
+        runs=chain.runs if chain.runs != "off" else None,
         inputs={t.name: {"dtype": t.datatype, "shape": list(t.shape)} for t in chain.inputs},
         modules={
             m.name: given(
@@ -300,6 +303,7 @@ def _to_chain(parsed: _ChainFile) -> Chain:
         priority=parsed.priority,
         keep_alive_s=parsed.keep_alive_s,
         dispatch=parsed.dispatch,
+        runs=parsed.runs,
         description=parsed.description,
     )
 

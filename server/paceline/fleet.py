@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from time import perf_counter
@@ -211,22 +212,31 @@ async def connected_machine(
     """A Triton that answers, as the controller uses it; `process` where we run it ourselves."""
     repository = TritonRepository(client, model_repositories)
     profiler = TritonProfiler(repository, cache_directory=state_directory, local=local)
-    overhead_s = await _overhead_s(client)
+    took_s = await _probe(client)
+    machine = Machine(
+        site,
+        repository,
+        profiler,
+        overhead_s=percentile(took_s, 0.95),
+        round_trip_s=min(took_s),
+        budget_bytes=budget_bytes,
+    )
     sizes = Measurements(state_directory)
     if process is None:
-        memory = GuessedMemory(repository, sizes, blocks_of)
-        return Machine(site, repository, profiler, overhead_s, budget_bytes, memory)
-    memory = ProcessMemory(repository, sizes, lambda: process.pid, blocks_of, GpuMemory.find())
-    restart = process.restart
-    links = BlockLinks(lambda: process.pid)
-    return Machine(site, repository, profiler, overhead_s, budget_bytes, memory, restart, links)
+        return replace(machine, memory=GuessedMemory(repository, sizes, blocks_of))
+    return replace(
+        machine,
+        memory=ProcessMemory(repository, sizes, lambda: process.pid, blocks_of, GpuMemory.find()),
+        restart=process.restart,
+        links=BlockLinks(lambda: process.pid),
+    )
 
 
-async def _overhead_s(client: TritonClient) -> float:
-    """p95 of an empty call through our loop and the network to that Triton."""
+async def _probe(client: TritonClient) -> list[float]:
+    """What empty calls through our loop and the network to that Triton take."""
     took_s = []
     for _ in range(_OVERHEAD_PROBES):
         started_s = perf_counter()
         await client.live()
         took_s.append(perf_counter() - started_s)
-    return percentile(took_s, 0.95)
+    return took_s

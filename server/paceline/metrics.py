@@ -1,20 +1,22 @@
 """What Prometheus scrapes: Triton's names where Triton has the number, `paceline_` for the rest.
 
-Invariant: a request costs two increments on children that are bound once per chain; everything
-else is read from `Control` when it is scraped, so that no number is kept twice. Base units
+Invariant: a request costs three additions to its chain's own numbers, which become Prometheus's
+when they are scraped (its counters, with their locks, cost ten times as much); everything else is
+read from `Control` then, so that no number is kept twice. On the event loop's thread. Base units
 (seconds, ratios) as Prometheus wants them, except in Triton's own metrics (microseconds).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
     GCCollector,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
 )
@@ -33,7 +35,7 @@ BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 OUTCOMES = ("met", "missed", "failed", "rejected")
 
 
-class Metrics:
+class Metrics(Collector):
     """The process's metrics. `watch` adds what `Control` knows."""
 
     def __init__(self) -> None:
@@ -41,20 +43,8 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        self._requests = Counter(
-            "paceline_requests",
-            "Requests by chain and outcome: met or missed their deadline, failed, rejected.",
-            ("chain", "outcome"),
-            registry=self.registry,
-        )
-        self._latency = Histogram(
-            "paceline_request_duration_seconds",
-            "Time from a request's arrival to its answer.",
-            ("chain",),
-            buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
-        )
-        self._chains: dict[str, _ChainMetrics] = {}
+        self._chains: defaultdict[str, _ChainCounts] = defaultdict(_ChainCounts)
+        self.registry.register(self)
 
     def watch(self, control: Control) -> None:
         """Export what `control` knows at every scrape."""
@@ -62,29 +52,46 @@ class Metrics:
 
     def observe(self, timeline: Timeline) -> None:
         """Count one ended request."""
-        chain = self._chains.get(timeline.chain)
-        if chain is None:
-            chain = self._chains[timeline.chain] = _ChainMetrics(
-                timeline.chain, self._requests, self._latency
-            )
-        chain.observe(timeline)
-
-
-class _ChainMetrics:
-    """One chain's children, looked up once."""
-
-    __slots__ = ("_latency", "_outcomes")
-
-    def __init__(self, chain: str, requests: Any, latency: Any) -> None:
-        self._outcomes = {o: requests.labels(chain=chain, outcome=o) for o in OUTCOMES}
-        self._latency = latency.labels(chain=chain)
-
-    def observe(self, timeline: Timeline) -> None:
+        chain = self._chains[timeline.chain]
         if timeline.error:
-            self._outcomes["rejected" if timeline.rejected else "failed"].inc()
+            chain.outcomes["rejected" if timeline.rejected else "failed"] += 1
             return
-        self._outcomes["met" if timeline.met else "missed"].inc()
-        self._latency.observe(timeline.latency_s)
+        latency_s = timeline.latency_s
+        chain.outcomes["met" if timeline.met else "missed"] += 1
+        chain.latencies[bisect_left(LATENCY_BUCKETS_S, latency_s)] += 1
+        chain.latency_s += latency_s
+
+    def collect(self) -> Iterable[Metric]:
+        """See Collector."""
+        requests = CounterMetricFamily(
+            "paceline_requests",
+            "Requests by chain and outcome: met or missed their deadline, failed, rejected.",
+            labels=("chain", "outcome"),
+        )
+        latency = HistogramMetricFamily(
+            "paceline_request_duration_seconds",
+            "Time from a request's arrival to its answer.",
+            labels=("chain",),
+        )
+        edges = (*map(str, LATENCY_BUCKETS_S), "+Inf")
+        for name, chain in sorted(self._chains.items()):
+            for outcome, count in chain.outcomes.items():
+                requests.add_metric((name, outcome), count)
+            within = accumulate(chain.latencies)
+            latency.add_metric((name,), list(zip(edges, within, strict=True)), chain.latency_s)
+        yield requests
+        yield latency
+
+
+class _ChainCounts:
+    """What is counted of one chain; `latencies` by bucket, the last for all above."""
+
+    __slots__ = ("latencies", "latency_s", "outcomes")
+
+    def __init__(self) -> None:
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.latencies = [0] * (len(LATENCY_BUCKETS_S) + 1)
+        self.latency_s = 0.0
 
 
 class ControlCollector(Collector):

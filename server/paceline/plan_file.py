@@ -115,6 +115,11 @@ def planned_rates(path: Path) -> dict[str, float]:
     return {chain.chain: chain.rate_rps for chain in _parsed(path).chains}
 
 
+def planned_modules(path: Path) -> dict[str, list[str]]:
+    """The modules of each chain in this file."""
+    return {chain.chain: [m.module for m in chain.modules] for chain in _parsed(path).chains}
+
+
 def _parsed(path: Path) -> _PlanFile:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:

@@ -17,7 +17,9 @@ from paceline.core.chain import Chain, Dispatch
 from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, Profiles
+from paceline.core.runs import merge, runs_of
 from paceline.planner.problem import Options, PlannedChain, demand
+from paceline.planner.runs import pays, run_rows
 from paceline.planner.solve import solve
 from paceline.sim.headroom import Headroom, Verification, plan_with
 from paceline.sim.search import Progress, verified
@@ -61,7 +63,7 @@ class Cheaper:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What files and options ask to be planned."""
+    """What files and options ask to be planned; chains with runs have those merged."""
 
     declared: tuple[Chain, ...]
     chains: tuple[PlannedChain, ...]
@@ -81,10 +83,12 @@ def read_demand(
     overhead_s: float = 0.0,
     assumed_rps: Callable[[str], float | None] = lambda chain: None,
     dispatch: Dispatch | None = None,
+    with_runs: Callable[[str], bool | None] = lambda chain: None,
 ) -> Demand:
     """Read the files. Raises ConfigError.
 
     `assumed_rps` is the rate of a chain that declares none; `dispatch` replaces what is declared.
+    `with_runs` says whether a chain is planned with its runs (None: where that costs no more).
     """
     prices = read_hardware(hardware)
     measured = read_profiles(profiles, prices)
@@ -102,7 +106,6 @@ def read_demand(
             slo_s=chain.slo_s if slo_ms is None else slo_ms / 1e3,
             dispatch=dispatch or chain.dispatch,
         )
-        declared.append(changed)
         rate = rate_rps if rate_rps is not None else chain.rate_rps
         if rate is None:
             rate = assumed_rps(chain.name)
@@ -119,13 +122,48 @@ def read_demand(
                 where=chain.where("rate_rps") if rate_rps is None else f"chain {chain.name}",
             )
         try:
-            demands.append(demand(changed, rate, measured, prices, {}, overhead_s))
+            form = _form(changed, rate, measured, prices, overhead_s, options, with_runs)
         except ConfigError as error:
             where = error.where or chain.where(error.key)
             raise ConfigError(error.message, key=error.key, where=where) from None
+        declared.append(form.chain)
+        demands.append(form.planned)
+        measured = form.profiles
     memory = {name: kind.memory_bytes for name, kind in prices.items() if kind.memory_bytes}
     used = replace(options, memory_bytes=memory)
     return Demand(tuple(declared), tuple(demands), used, measured, prices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A chain as it is to be served, and the profiles with what its runs take."""
+
+    chain: Chain
+    planned: PlannedChain
+    profiles: Profiles
+
+
+def _form(
+    chain: Chain,
+    rate_rps: float,
+    profiles: Profiles,
+    prices: Mapping[str, Hardware],
+    overhead_s: float,
+    options: Options,
+    with_runs: Callable[[str], bool | None],
+) -> _Form:
+    """With its runs or without. Raises ConfigError."""
+    form = _Form(chain, demand(chain, rate_rps, profiles, prices, {}, overhead_s), profiles)
+    # Files do not tell whether there is a round trip in their durations: none is taken off.
+    known = [(run, rows) for run in runs_of(chain) if (rows := run_rows(run, profiles, {}))]
+    if not known:
+        return form
+    profiles = profiles.merged(row for _, rows in known for row in rows)
+    merged = merge(chain, [run for run, _ in known])
+    planned = demand(merged, rate_rps, profiles, prices, {}, overhead_s)
+    chosen = with_runs(chain.name)
+    together = pays(form.planned, planned, options) if chosen is None else chosen
+    return _Form(merged, planned, profiles) if together else form
 
 
 def plan_offline(
@@ -188,7 +226,7 @@ def _cost(made: Offline, *, slo_factor: float = 1.0, rate_factor: float = 1.0) -
         for chain in made.chains
     ]
     try:
-        return plan_with(changed, made.options, made.headroom).cost_per_hour
+        return plan_with(changed, replace(made.options, bound=False), made.headroom).cost_per_hour
     except PlanError:
         return float("inf")
 

@@ -12,7 +12,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from paceline.config import parse_chain, read_chains, read_hardware
 from paceline.core.chain import Chain
-from paceline.core.errors import ConfigError, PacelineError
+from paceline.core.errors import ConfigError, PacelineError, ResidencyError
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.discovery import TritonTarget
@@ -48,6 +48,12 @@ logger = logging.getLogger(__name__)
 LOCAL = "local"
 LOCAL_HARDWARE = "cpu"
 """The name and hardware of the machine that Paceline starts itself."""
+
+MOST_STARTS = 3
+"""How often loading and planning begins when our own Triton dies while it lasts."""
+NOTICED_WITHIN_S = 1.0
+BACK_WITHIN_S = 120.0
+"""How long it is waited, after a failure, for the end of its process and for the next one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +126,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             eviction=settings.eviction, paced=settings.pace_loads
         )
         stack.push_async_callback(engine.close)
-        stack.push_async_callback(controller.machines.close)
+        stack.push_async_callback(controller.close)
         web = await start_web(
             controller, metrics.registry, host=settings.host, port=settings.http_port
         )
@@ -281,20 +287,39 @@ async def _start(
         )
         stack.push_async_callback(remote.close)
         await remote.start()
+        is_back: Callable[[], Awaitable[bool]] = _never
     else:
-        await _start_local(settings, controller, fleet, stack, events)
+        is_back = await _start_local(settings, controller, fleet, stack, events)
     try:
-        plan = await controller.start(chains)
+        plan = await _start_chains(controller, chains, is_back)
     except PacelineError as error:
         if all(chain in declared for chain in chains):
             raise
         names = {chain.name for chain in chains}
         in_files = tuple(chain for chain in declared if chain.name in names)
         logger.error("of the chains only those in files are served: %s", error)
-        plan = await controller.start(in_files)
+        plan = await _start_chains(controller, in_files, is_back)
     if remote is not None:
         remote.follow()
     return plan
+
+
+async def _start_chains(
+    controller: Controller, chains: Sequence[Chain], is_back: Callable[[], Awaitable[bool]]
+) -> Plan:
+    """`Controller.start`, and once more where our Triton died under it."""
+    for _ in range(MOST_STARTS - 1):
+        try:
+            return await controller.start(chains)
+        except ResidencyError as error:
+            if not await is_back():
+                raise
+            logger.warning("starting over: %s", error)
+    return await controller.start(chains)
+
+
+async def _never() -> bool:
+    return False
 
 
 async def _start_local(
@@ -303,18 +328,36 @@ async def _start_local(
     fleet: TritonFleet,
     stack: AsyncExitStack,
     events: Events,
-) -> None:
+) -> Callable[[], Awaitable[bool]]:
+    """Bring up a Triton of our own. What is returned tells, after something has failed, whether
+    that is because it died; then it is back, with the models that it had."""
     client: TritonClient | None = None
+    died, back = asyncio.Event(), asyncio.Event()
 
     async def on_down(reason: str) -> None:
         logger.error("the local Triton stopped (%s); restarting it", reason)
+        back.clear()
+        died.set()
         controller.machines.down(LOCAL)
 
     async def on_up(url: str) -> None:
         assert client is not None
-        await client.retarget(url)
-        await controller.machine_up(LOCAL)
-        logger.warning("the local Triton is back, models loaded")
+        try:
+            await client.retarget(url)
+            await controller.machine_up(LOCAL)
+            logger.warning("the local Triton is back, models loaded")
+        finally:
+            back.set()
+
+    async def is_back() -> bool:
+        try:
+            # A connection that breaks is noticed before the process's end.
+            await asyncio.wait_for(died.wait(), NOTICED_WITHIN_S)
+            await asyncio.wait_for(back.wait(), BACK_WITHIN_S)
+        except TimeoutError:
+            return False
+        died.clear()
+        return True
 
     triton = local_triton(settings, events)
     triton.on_down, triton.on_up = on_down, on_up
@@ -334,6 +377,7 @@ async def _start_local(
             process=triton,
         )
     )
+    return is_back
 
 
 def local_triton(settings: ServeSettings, events: Events) -> LocalTriton:

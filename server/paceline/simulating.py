@@ -14,7 +14,8 @@ from typing import Any
 from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError
 from paceline.core.plan import Plan
-from paceline.plan_file import planned_rates, read_plan
+from paceline.core.runs import modules_in
+from paceline.plan_file import planned_modules, planned_rates, read_plan
 from paceline.planner.replan import Replanning
 from paceline.planning import Demand, Offline, save_figure
 from paceline.sim import workload
@@ -88,6 +89,15 @@ def rates_of_plan(path: Path) -> Callable[[str], float | None]:
         return planned_rates(path).get(chain)
 
     return rate_rps
+
+
+def runs_of_plan(path: Path) -> Callable[[str], bool]:
+    """Whether a chain was planned with runs in this file."""
+
+    def with_runs(chain: str) -> bool:
+        return any(len(modules_in(name)) > 1 for name in planned_modules(path).get(chain, ()))
+
+    return with_runs
 
 
 @dataclass(frozen=True, slots=True)

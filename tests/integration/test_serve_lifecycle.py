@@ -243,6 +243,24 @@ def test_a_killed_triton_comes_back_and_serves_without_a_restart_of_paceline(
     assert server.stop() == 0
 
 
+def test_a_triton_killed_while_its_models_are_measured_is_no_reason_not_to_start(
+    models: Path, start_paceline: Start, tmp_path: Path
+) -> None:
+    chain = tmp_path / "calm.yaml"
+    chain.write_text(CHAIN, encoding="utf-8")
+    server = start_paceline("--model-repository", str(models), "--chains", str(chain))
+    server.wait_line(r"loading slow \(1/1\)")
+    victim = server.triton_process()
+    victim.kill()
+    server.wait_ready()
+    assert "starting over" in server.said
+    with inference(server) as stub:
+        after = stub.ModelInfer(slow_request("calm"), timeout=TIMEOUT_S)
+        assert len(after.raw_output_contents) == 1
+    assert server.triton_process().pid != victim.pid
+    assert server.stop() == 0
+
+
 def test_a_killed_model_process_is_replaced_and_nobody_hears_of_an_unknown_model(
     models: Path, start_paceline: Start
 ) -> None:

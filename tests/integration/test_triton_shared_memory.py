@@ -10,6 +10,7 @@ import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc.aio
 import pytest
 import pytest_asyncio
 from tests.integration.models import write_model
@@ -17,9 +18,12 @@ from tests.integration.models import write_model
 from paceline.core.errors import BackendError, ErrorKind
 from paceline.core.ports import ModelCall
 from paceline.core.tensor import BatchTensor, Tensor
-from paceline.triton.client import TritonClient
+from paceline.triton.client import CHANNEL_OPTIONS, TritonClient
+from paceline.triton.execution import Execution
+from paceline.triton.http2 import Http2Transport
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 from paceline.triton.shared_memory import DIRECTORY
+from paceline.triton.transport import GrpcTransport
 
 pytestmark = pytest.mark.integration
 
@@ -102,7 +106,7 @@ def regions() -> list[str]:
 def pool_of(client: TritonClient) -> tuple[int, int]:
     """(regions made, bytes held)."""
     pool = client.shared_memory
-    assert pool is not None and pool.on
+    assert pool.on
     return pool.regions, pool.size_bytes
 
 
@@ -160,15 +164,18 @@ async def test_a_failed_call_gives_its_regions_back(client: TritonClient) -> Non
     assert pool_of(client)[0] == 1
 
 
-async def test_without_shared_memory_messages_carry_the_same(server: LocalTriton) -> None:
+async def test_without_shared_memory_messages_carry_the_same(
+    server: LocalTriton, client: TritonClient
+) -> None:
+    """By either transport; the client makes sure that the model is loaded."""
     x = random.Random(5).randbytes(3 * SIZE)
-    for fast in (False, True):
-        client = TritonClient(server.url, fast=fast)
-        await client.load("cut", timeout_s=60)
-        if client.shared_memory is not None:
-            client.shared_memory.on = False
-        check(await client.execute(call(x, 2 * SIZE), timeout_s=30), x, 2 * SIZE)
-        await client.close()
+    channel = grpc.aio.insecure_channel(server.url, options=CHANNEL_OPTIONS)
+    for transport in (Http2Transport(server.url), GrpcTransport(channel)):
+        execution = Execution(transport, None, lambda: GrpcTransport(channel))
+        tensors = await execution.run(call(x, 2 * SIZE), 30)
+        check((tensors["size"], tensors["y"]), x, 2 * SIZE)
+        await execution.close()
+    await channel.close(None)
 
 
 async def test_closing_returns_the_memory_to_the_machine(server: LocalTriton) -> None:

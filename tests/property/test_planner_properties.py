@@ -146,6 +146,8 @@ def test_no_plan_costs_less_than_its_lower_bound(chain: PlannedChain, options: O
     plan = planned(chain, options)
     if plan is not None:
         assert plan.cost_per_hour >= plan.lower_bound_per_hour * (1 - ROUNDING)
+        without = planned(chain, replace(options, bound=False))
+        assert without == replace(plan, lower_bound_per_hour=0.0), "nothing depends on the bound"
 
 
 Switch = Callable[[Options, bool], Options]

@@ -156,7 +156,7 @@ def test_fused_members_share_and_keep_their_own_tensors(tmp_path: Path) -> None:
 
 def test_the_configuration_says_what_triton_needs(tmp_path: Path) -> None:
     """Backend, types, shapes without the batch axis, where manifest and pool are."""
-    outcome = _compile(tmp_path, written(tmp_path, "bert"), Options(budget_mib=8, max_batch=16))
+    outcome = _compile(tmp_path, written(tmp_path, "bert"), Options(budget_mib=16, max_batch=16))
     config = text_format.Parse(
         (tmp_path / "repo" / "bert" / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
     )
@@ -167,7 +167,7 @@ def test_the_configuration_says_what_triton_needs(tmp_path: Path) -> None:
     assert {key: value.string_value for key, value in config.parameters.items()} == {
         "manifest": outcome.model.digest,
         "pool": "../../pool",
-        "memory_budget_mib": "8",
+        "memory_budget_mib": "16",
     }
     assert (tmp_path / "repo" / "bert" / "1").is_dir()
 

@@ -258,6 +258,21 @@ def test_compiles_at_the_same_time_share_a_pool(tmp_path: Path) -> None:
     assert list((pool / "tmp").iterdir()) == []
 
 
+def test_writers_that_come_and_go_leave_each_other_alone(tmp_path: Path) -> None:
+    """Each sweeps what killed ones left, and must not take what another has just begun for that."""
+    code = """
+from paceline.blocks.pool import PoolWriter
+for step in range(100):
+    with PoolWriter(source) as writer:
+        writer.add_bytes(bytes([step]) * 4096)
+"""
+    pool = tmp_path / "pool"
+    processes = [_process(code, pool, tmp_path, tmp_path) for _ in range(4)]
+    assert [_wait(process) for process in processes] == [0] * 4
+    assert _check_pool(pool) == 100
+    assert list((pool / "tmp").iterdir()) == []
+
+
 def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     """The disk takes half of the largest object only (a limit on the size of files)."""
     source = written(tmp_path, "conv")
@@ -326,5 +341,6 @@ def test_the_features_that_count_are_read_from_the_first_cpu() -> None:
 
 
 def _wait(process: subprocess.Popen[str]) -> int:
-    process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
+    print(errors)  # why, if the code is not what was expected
     return process.returncode

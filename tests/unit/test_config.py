@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from paceline.config import (
+    chain_document,
     parse_chain,
     read_chains,
     read_hardware,
@@ -61,6 +62,13 @@ def test_a_chain_file_becomes_a_chain_in_topological_order_and_seconds() -> None
     assert chain.module("recognize").for_each == Source("detect", "crops")
 
 
+def test_a_chain_without_runs_is_written_down_as_before_there_were_any() -> None:
+    chain = parse_chain(OCR)
+    assert chain.runs == "off" and '"runs"' not in chain_document(chain)
+    joined = parse_chain(OCR.replace("slo_ms: 800", "slo_ms: 800\nruns: auto"))
+    assert joined.runs == "auto" and parse_chain(chain_document(joined)) == joined
+
+
 def test_binding_slices_the_fanned_out_tensor_and_gathers_the_output() -> None:
     bound = bind(parse_chain(OCR), MODELS)
     read = bound.modules[1]
@@ -72,6 +80,7 @@ def test_binding_slices_the_fanned_out_tensor_and_gathers_the_output() -> None:
     ("old", "new", "message"),
     [
         ("slo_ms: 800\n", "", "ocr.yaml:1: slo_ms: is missing"),
+        ("slo_ms: 800", "slo_ms: 800\nruns: on", "ocr.yaml:3: runs: "),
         ("slo_ms: 800", "slo_ms: 0", "ocr.yaml:2: slo_ms: must be above 0"),
         ("slo_ms: 800", "slo_ms: .nan", "ocr.yaml:2: slo_ms: must be above 0"),
         ("slo_ms: 800", "slo_ms: fast", "ocr.yaml:2: slo_ms: input should be a valid number"),

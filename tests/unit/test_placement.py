@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paceline.core.chain import Module, Source
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan, Plan
 from paceline.runtime.placement import Site, place
 
@@ -34,3 +35,13 @@ def test_instances_are_spread_over_the_machines_of_the_planned_hardware() -> Non
     sites = [Site("a", "gpu", 4), Site("b", "gpu", 4), Site("c", "cpu", 4)]
     placed = place(planned(wide=2.4), sites, ["wide"])
     assert {name: counts["wide"] for name, counts in placed.items()} == {"a": 3, "b": 3, "c": 1}
+
+
+def test_members_of_a_run_get_its_instances_and_bursts_of_it_the_slots_of_all_members() -> None:
+    members = tuple(Module(name, name, {"x": Source(None, "x")}) for name in ("wide", "narrow"))
+    run = Module("wide+narrow", "run", {"x": Source(None, "x")}, members=members)
+    models = ["wide", "narrow", "other"]
+    placed = place(planned(run=1.0, wide=2.4), [Site("a", "gpu", 16)], models, [run])
+    assert placed["a"] == {"run": 11, "narrow": 3, "wide": 8, "other": 1}
+    placed = place(planned(run=0.01), [Site("a", "gpu", 16), Site("b", "gpu", 1)], models, [run])
+    assert (placed["a"]["run"], placed["b"]["run"]) == (2, 1)

@@ -217,6 +217,14 @@ def test_the_bound_is_rounded_up_to_a_sum_of_whole_machines() -> None:
     assert least_price(0.7, [1.0]) == 1.0
 
 
+def test_a_plan_is_the_same_without_its_bound() -> None:
+    chains = [chain(f"c{i}", random.Random(i), 3.0 * 4**i) for i in range(4)]
+    plan = solve(chains, MACHINE)
+    assert plan.lower_bound_per_hour > 0
+    without = solve(chains, replace(MACHINE, bound=False))
+    assert without == replace(plan, lower_bound_per_hour=0.0)
+
+
 def test_the_packing_is_published_as_machines_with_shares() -> None:
     plan = solve([chain("c", random.Random(1))], MACHINE)
     published = plan.as_json()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import pytest
 
+from paceline.core.bind import bind
 from paceline.core.chain import Chain, Dispatch, Module, Source
 from paceline.core.model import ModelSpec
 from paceline.core.profile import Hardware, ProfileRow
+from paceline.core.runs import runs_of
 from paceline.core.tensor import TensorSpec
 from paceline.dispatch.learned import LearnedDuration
 from paceline.planner.problem import Options
+from paceline.planner.replan import Traffic
 from paceline.runtime.machines import Machine, Machines
 from paceline.runtime.placement import Site
 from paceline.runtime.provisioning import Provisioning
@@ -25,12 +29,14 @@ class Rented:
     """What provisioning asks of the machines."""
 
     overhead_s: float = 0.003
+    round_trip_s: float = 0.001
+    site: Site = field(default_factory=lambda: Site("t4.0", "t4", 4))
 
     def all(self) -> list[Machine]:
         return [cast(Machine, self)]
 
     def usable(self) -> list[Site]:
-        return [Site("t4.0", "t4", 4)]
+        return [self.site]
 
 
 SPECS = {
@@ -84,3 +90,103 @@ def test_slowdowns_are_learned_over_profiled_p95_weighted_by_batches() -> None:
         LearnedDuration("unprofiled", "t4", 1, count=99, median_s=0.01, p95_s=9.0),
     ]
     assert provisioning.slowdowns(learned) == {("asr", "t4"): pytest.approx(1.25)}
+
+
+Points = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def two(**keys: object) -> Chain:
+    """`asr`, then `answer`, with runs."""
+    modules = (
+        Module("asr", "asr", {"x": Source(None, "x")}),
+        Module("answer", "answer", {"x": Source("asr", "y")}),
+    )
+    outputs = {"y": Source("answer", "y")}
+    chain = Chain("c", 2.0, (X,), modules, outputs, rate_rps=100.0, runs="auto")
+    return replace(chain, **keys)  # type: ignore[arg-type]
+
+
+async def profiled(points: Points, chain: Chain) -> Provisioning:
+    """What is known when the models take that long, by batch size."""
+    provisioning = Provisioning(
+        cast(Machines, Rented()), {"t4": Hardware("t4", 1.0)}, Options(), lambda step: None
+    )
+    provisioning.profiles = provisioning.profiles.merged(
+        ProfileRow(name, "t4", size, took_s)
+        for name, known in points.items()
+        for size, took_s in known
+    )
+    await provisioning.profile([bind(chain, SPECS)])
+    return provisioning
+
+
+ALIKE = {"asr": ((1, 0.01), (8, 0.02)), "answer": ((1, 0.02), (8, 0.04))}
+"""Both serve most in batches of eight."""
+
+UNLIKE = {"asr": ((1, 0.01), (8, 0.02)), "answer": ((1, 0.02), (8, 0.4))}
+"""`answer` loses by batches what `asr` gains."""
+
+
+async def test_a_run_takes_what_its_models_take_less_the_round_trips_and_is_planned_as_one() -> (
+    None
+):
+    chain = two()
+    provisioning = await profiled(ALIKE, chain)
+    (served,) = provisioning.served([chain], SPECS, provisioning.assumed([chain]))
+    (run,) = served.modules
+    durations = provisioning.profiles.durations(run.model, "t4")
+    assert durations is not None
+    assert dict(durations.points) == pytest.approx({1: 0.029, 8: 0.059})
+    plan = provisioning.solve([served], SPECS, provisioning.assumed([chain]))
+    (planned,) = plan.chains[0].modules
+    assert (planned.module, planned.batch_size) == ("asr+answer", 8)
+    rows = provisioning.profiles.rows
+    await provisioning.profile([bind(chain, SPECS)])
+    assert provisioning.profiles.rows == rows, "what is known is not written down again"
+
+
+async def test_modules_stay_apart_where_their_best_batches_differ() -> None:
+    chain = two()
+    provisioning = await profiled(UNLIKE, chain)
+    (served,) = provisioning.served([chain], SPECS, provisioning.assumed([chain]))
+    assert served is chain
+
+
+@pytest.mark.parametrize("why", ["off", "refused", "one does not batch", "seen by the client"])
+async def test_modules_stay_apart_where_they_have_to(why: str) -> None:
+    chain, specs = two(), dict(SPECS)
+    if why == "off":
+        chain = two(runs="off")
+    elif why == "seen by the client":
+        outputs = {"y": Source("answer", "y"), "heard": Source("asr", "y")}
+        chain = two(outputs=outputs)
+    elif why == "one does not batch":
+        specs["asr"] = replace(specs["asr"], max_batch_size=0)
+    provisioning = await profiled(ALIKE, chain)
+    if why == "refused":
+        provisioning.refused |= {run.model for run in runs_of(chain)}
+    (served,) = provisioning.served([chain], specs, provisioning.assumed([chain]))
+    assert served is chain
+
+
+async def test_what_was_learned_of_a_run_is_planned_with_and_does_not_take_it_apart() -> None:
+    chain = two()
+    provisioning = await profiled(ALIKE, chain)
+    assumed = provisioning.assumed([chain])
+    (run,) = runs_of(chain)
+    slow = replace(assumed, slowdowns={**assumed.slowdowns, (run.model, "t4"): 2.0})
+    (served,) = provisioning.served([chain], SPECS, slow)
+    assert [m.model for m in served.modules] == [run.model]
+    cost, slow_cost = (
+        provisioning.solve([served], SPECS, traffic).cost_per_hour for traffic in (assumed, slow)
+    )
+    assert slow_cost == pytest.approx(2 * cost)
+
+
+async def test_a_run_is_executed_as_often_as_its_modules_are() -> None:
+    chain = two()
+    provisioning = await profiled(ALIKE, chain)
+    half = Traffic({"c": 100.0}, {("c", "asr"): 0.5, ("c", "answer"): 0.5})
+    (served,) = provisioning.served([chain], SPECS, half)
+    plan = provisioning.solve([served], SPECS, half)
+    assert plan.chains[0].modules[0].rate_rps == pytest.approx(50.0)

@@ -111,6 +111,21 @@ def test_a_measured_fan_out_is_planned_for() -> None:
     assert controller.traffic.rates_rps == {"ocr": 20.0}
 
 
+def test_rows_of_a_run_count_for_each_of_its_modules() -> None:
+    controller = Controller()
+    replanner = Replanner(controller, RULES)
+    asyncio.run(run(replanner, 0, range(1)))
+    spans = (
+        Span("detect+recognize", "a-run", "local", 1, 1, 0, 0, 1),
+        Span("recognize", "rec", "local", 2, 4, 1, 1, 2),
+    )
+    for _ in range(40):
+        replanner.observe(Timeline(1, "", "ocr", 0, 2, 3, spans))
+    asyncio.run(replanner.tick(1.0))
+    found = replanner.measured().fan_outs
+    assert found == {("ocr", "detect"): 1.0, ("ocr", "recognize"): 3.0}
+
+
 def test_slowdowns_count_when_they_last() -> None:
     controller = Controller()
     controller.traffic = Traffic({"ocr": 20.0}, controller.traffic.fan_outs, {("rec", "cpu"): 1.0})

@@ -81,6 +81,9 @@ class Repository:
     async def spec(self, model: str) -> ModelSpec:
         return SPECS[model]
 
+    def compose(self, run: Module, spec: ModelSpec) -> None:
+        raise AssertionError("there are no runs here")
+
     async def load(self, model: str, *, instances: int) -> None:
         self.told.append(f"load {model}")
         self.held.add(model)

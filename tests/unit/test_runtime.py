@@ -10,7 +10,8 @@ import pytest
 
 from paceline.config import parse_chain
 from paceline.core.bind import single_model_chain
-from paceline.core.errors import BackendError, ErrorKind, RequestError, ResidencyError
+from paceline.core.chain import Module, Source
+from paceline.core.errors import BackendError, ErrorKind, RequestError, ResidencyError, RunError
 from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelCall, ModelState, OnExecuted
 from paceline.core.profile import ProfileRow
@@ -70,12 +71,13 @@ class Begun(Hands):
 
 @dataclass
 class Repository:
-    """One Triton's models, by the port; `repaired` is set when a repair may end."""
+    """One Triton's models, by the port; `may_end` is set when a repair may end."""
 
     may_end: asyncio.Event = field(default_factory=asyncio.Event)
     repairs: list[str] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
     loaded: dict[str, int] = field(default_factory=dict)
+    composed: list[str] = field(default_factory=list)
 
     async def index(self) -> tuple[ModelState, ...]:
         return (ModelState("echo", "1", "READY"),)
@@ -85,6 +87,9 @@ class Repository:
 
     async def spec(self, model: str) -> ModelSpec:
         return ECHO
+
+    def compose(self, run: Module, spec: ModelSpec) -> None:
+        self.composed.append(run.model)
 
     async def load(self, model: str, *, instances: int) -> None:
         if model in self.refused:
@@ -290,6 +295,72 @@ async def test_a_triton_that_is_back_is_used_without_the_models_that_do_not_load
     with pytest.raises(ResidencyError):
         await found.up("m")
     assert not found.is_up("m") and found.placed["m"] == {"echo": 2}, "to be tried again"
+    await engine.close()
+
+
+RUN = Module(
+    "first+second",
+    "a-run",
+    {"inputs.x": Source(None, "x")},
+    members=(
+        Module("first", "echo", {"x": Source(None, "x")}),
+        Module("second", "more", {"x": Source("first", "y")}),
+    ),
+)
+"""Its model's name is before those of its members."""
+
+RUN_SPEC = ModelSpec("a-run", 4, ECHO.inputs, ECHO.outputs)
+
+
+async def test_a_run_is_loaded_after_its_members_also_on_a_triton_that_joins_or_is_back() -> None:
+    engine, repository, other = serving(Hands()), Repository(), Repository()
+    found = machines(engine, repository)
+    found.placed["m"] = {}
+    found.compose(RUN, RUN_SPEC)
+    wanted = {"a-run": 2, "echo": 2, "more": 3}
+    found.announce("m")
+    await found.grow_to({"m": wanted})
+    assert list(repository.loaded) == ["echo", "more", "a-run"]
+    assert found.placed["m"] == wanted and found.holds("m") == "echo"
+    with pytest.raises(ResidencyError, match="no model of a repository"):
+        await found.load("a-run")
+    repository.loaded.clear()
+    found.down("m")
+    await found.up("m")
+    assert list(repository.loaded) == ["echo", "more", "a-run"]
+    found.add(Machine(Site("n", "cpu", 1), other, other))
+    assert other.composed == repository.composed == ["a-run"]
+    other.refused = {"a-run"}
+    with pytest.raises(RunError) as refused:
+        await found.grow_to({"n": wanted}, first=True)
+    assert refused.value.model == "a-run"
+    await found.drop("a-run")
+    assert repository.loaded == {"echo": 2, "more": 3} and "a-run" not in found.placed["m"]
+    await engine.close()
+
+
+@pytest.mark.parametrize(("broken", "repaired"), [("a-run", ["echo", "more"]), ("more", ["more"])])
+async def test_members_and_runs_are_out_of_use_while_any_of_them_is_repaired(
+    broken: str, repaired: list[str]
+) -> None:
+    engine, repository = serving(Hands()), Repository()
+    found = machines(engine, repository)
+    found.compose(RUN, RUN_SPEC)
+    found.placed["m"] = {"a-run": 1, "echo": 1, "more": 1}
+    found.announce("m")
+    found.broken("m", broken, "in ensemble 'a-run', Stub process 'more_0_0' is not healthy.")
+    found.broken("m", broken, "is not healthy")
+    await asyncio.sleep(0)
+    (known,) = engine.dispatcher.machines()
+    out_of_use = {name for name, lane in known.lanes.items() if not lane.instances}
+    assert out_of_use == {*repaired, "a-run"}
+    await asyncio.sleep(0)
+    assert repository.repairs == repaired
+    (task,) = [t for t in asyncio.all_tasks() if t.get_name() == f"repair {broken}"]
+    repository.may_end.set()
+    await task
+    assert "a-run" in repository.loaded, "loaded again, after its members"
+    assert all(lane.instances for lane in known.lanes.values())
     await engine.close()
 
 

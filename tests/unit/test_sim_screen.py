@@ -51,6 +51,15 @@ def test_a_plan_that_misses_nothing_passes_screening_on_a_part_of_the_requests()
     assert 760 < result.requests < 1000
 
 
+def test_a_plan_passes_screening_only_when_the_run_has_lasted_long_enough() -> None:
+    screen = Screen({"c": 0.99}, {"c": 13}, all_=False, least={"c": 2000})
+    result = served(planned(120.0), screen)
+    assert screen.missed(result) == set()
+    assert 2000 <= result.requests < 2100
+    screen = Screen({"c": 0.99}, {"c": 13}, all_=False, least={"c": 2000})
+    assert screen.missed(served(planned(1.0), screen)) == {"c"}
+
+
 def test_a_plan_that_misses_much_is_rejected_after_a_few_misses() -> None:
     screen, plan = Screen({"c": 0.99}, {"c": 13}, all_=False), planned(1.0)
     result = served(plan, screen)

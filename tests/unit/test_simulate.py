@@ -130,6 +130,47 @@ def test_a_plan_that_was_written_is_read_back_as_it_was(tmp_path: Path) -> None:
         assert told["billing"] == billing and told["chains"][0]["requests"] == 1000
 
 
+RUN_CHAIN = """\
+chain: pair
+slo_ms: 500
+rate_rps: 200
+runs: auto
+inputs: {x: {dtype: FP32, shape: [4]}}
+modules:
+  first: {model: one, inputs: {x: inputs.x}}
+  second: {model: two, inputs: {x: first.y}}
+outputs: {y: second.y}
+"""
+
+
+def test_consecutive_modules_are_planned_and_replayed_at_once_where_that_costs_no_more(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "pair.yaml").write_text(RUN_CHAIN)
+    (tmp_path / "profiles.csv").write_text(
+        "model,hardware,batch_size,duration_ms,memory_mib\none,gpu,1,10,\none,gpu,8,20,\n"
+        "two,gpu,1,20,100\ntwo,gpu,8,40,100\n"
+    )
+    (tmp_path / "hardware.csv").write_text("hardware,price_per_hour,memory_mib\ngpu,1.0,16000\n")
+    profiles, hardware = (str(tmp_path / f"{name}.csv") for name in ("profiles", "hardware"))
+    priced = ("--profiles", profiles, "--hardware", hardware)
+    files = (str(tmp_path / "pair.yaml"), *priced, "--format", "json")
+    written = CliRunner().invoke(app, ["plan", *files, "--no-verify"]).stdout
+    (chain,) = json.loads(written)["chains"]
+    assert [module["module"] for module in chain["modules"]] == ["first+second"]
+    (used,) = chain["modules"][0]["allocations"]
+    assert (used["batch_size"], used["duration_ms"]) == (8, 60.0)
+    (tmp_path / "plan.json").write_text(written)
+    options = ("--plan", str(tmp_path / "plan.json"), "--seconds", "5", "--seed", "1")
+    told = json.loads(CliRunner().invoke(app, ["simulate", *files, *options]).stdout)
+    assert [m["module"] for m in told["modules"]] == ["first+second"]
+    assert told["modules"][0]["rows"] == told["chains"][0]["requests"] == 1000
+    apart = written.replace("first+second", "first")
+    (tmp_path / "plan.json").write_text(apart)
+    refused = CliRunner().invoke(app, ["simulate", *files, *options]).exception
+    assert isinstance(refused, ConfigError) and "other modules" in refused.message
+
+
 def test_the_text_form_tells_attainment_queueing_new_plans_and_the_course(tmp_path: Path) -> None:
     text = run("simulate", "--trace", str(step(tmp_path)), "--scale-to-rps", "0", "--replan")
     for word in ("attained", "goodput/s", "queue ms", "rows waiting", "new plans", "course", "t4"):

@@ -8,7 +8,6 @@ that has the member's name already keeps it.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from paceline.blocks.pool import disk_errors, locked_directory, sweep, sync_directory, write_file
+from paceline.blocks.pool import disk_errors, staged, sync_directory, write_file
 from paceline.blocks.repository import CONFIG_FILE, CompiledModel, read_config
 
 _HEADER = (
@@ -30,16 +29,13 @@ def publish_members(model: CompiledModel, names: Mapping[str, str]) -> dict[str,
 
     `names`: what a member is called as a model.
     """
-    taken = {}
     repository = model.directory.parent
     fused = read_config(model.directory / CONFIG_FILE)
-    for member, name in names.items():
-        directory = repository / name
-        if _is_free(directory, fused.name):
-            _publish(directory, _HEADER + text_format.MessageToString(_config(fused, member, name)))
-        else:
-            taken[member] = name
-    return taken
+    return {
+        member: name
+        for member, name in names.items()
+        if not _publish(repository / name, fused, _config(fused, member, name))
+    }
 
 
 def _config(fused: Any, member: str, name: str) -> Any:
@@ -68,20 +64,18 @@ def _is_free(directory: Path, fused: str) -> bool:
     return [step.model_name for step in config.ensemble_scheduling.step] == [fused]
 
 
-def _publish(directory: Path, text: str) -> None:
-    repository, prefix = directory.parent, f".paceline-{directory.name}-"
-    with disk_errors(repository):
-        sweep(repository, prefix)
-        stage, lock = locked_directory(repository, prefix)
-        try:
-            (stage / "1").mkdir()
-            write_file(stage / CONFIG_FILE, text)
-            if (directory / CONFIG_FILE).exists():
-                (stage / CONFIG_FILE).replace(directory / CONFIG_FILE)
-            else:
-                shutil.rmtree(directory, ignore_errors=True)  # empty: nothing else is free
-                stage.rename(directory)
-            sync_directory(repository)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-            os.close(lock)
+def _publish(directory: Path, fused: Any, config: Any) -> bool:
+    """Writes the alias; false if another model is there."""
+    repository = directory.parent
+    with disk_errors(repository), staged(repository) as stage:
+        if not _is_free(directory, fused.name):
+            return False
+        (stage / "1").mkdir()
+        write_file(stage / CONFIG_FILE, _HEADER + text_format.MessageToString(config))
+        if (directory / CONFIG_FILE).exists():
+            (stage / CONFIG_FILE).replace(directory / CONFIG_FILE)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)  # empty: nothing else is free
+            stage.rename(directory)
+        sync_directory(repository)
+    return True

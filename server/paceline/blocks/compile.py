@@ -18,10 +18,11 @@ from typing import Any, Protocol
 
 import onnxruntime as ort
 
-from paceline.blocks import measure
+from paceline.blocks import activations, measure
 from paceline.blocks.aliases import publish_members
 from paceline.blocks.backend.manifest import (
     FORMAT,
+    Manifest,
     Member,
     ObjectStore,
     PoolError,
@@ -37,7 +38,7 @@ from paceline.blocks.repository import CompiledModel, compiled_model, is_ours, p
 from paceline.blocks.source import Optimised, Source, examine, optimise
 from paceline.core.errors import ConfigError
 
-COMPILER = 4
+COMPILER = 5
 """Raised whenever the same input would give another result."""
 
 _MEASURED_BATCHES = (1, 8)
@@ -113,8 +114,10 @@ def compile_model(
         document = compiler.document(members, examined, key)
         if wiring is not None:
             document["wiring"] = wiring
+        document["activations"] = compiler.activations(document)
         text = json.dumps(document, indent=1).encode()
         manifest = parse(text, "the manifest that was just made")
+        max_batch = _within_budget(manifest, options)
         digest = writer.add_manifest(text)
         writer.settle()
         publish(
@@ -122,7 +125,7 @@ def compile_model(
             manifest,
             digest,
             pool,
-            max_batch=options.max_batch,
+            max_batch=max_batch,
             budget_mib=options.budget_mib,
             warm_up=group.warm_up() if group is not None else None,
             files=group.extra_files() if group is not None else (),
@@ -152,6 +155,7 @@ class _Compiler:
         self._objects: dict[str, int] = {}
         self._chunks: dict[str, Any] = {}
         self._measured: dict[str, Any] = {}
+        self._shapes: dict[int, dict[str, Sequence[int]]] = {}
 
     def member(self, name: str, source: Source) -> Member:
         """Compiles one ONNX file."""
@@ -193,6 +197,16 @@ class _Compiler:
             ),
             "measured": self._measured or None,
         }
+
+    def activations(self, document: Mapping[str, Any]) -> dict[str, int]:
+        """Bytes beside weights by batch size, of what could be run; see `activations`."""
+        if not self._shapes:
+            return {}
+        self._progress(f"{self._model}: measuring activations")
+        path = self._pool.stage / "measured.json"
+        path.write_text(json.dumps(document), encoding="utf-8")
+        measured = activations.measured(path, self._pool.store.root, self._shapes)
+        return {str(rows): size for rows, size in measured.items()}
 
     def _faithful(self, told: str, name: str, source: Source, optimised: Optimised) -> Member:
         """The member as finely divided as gives what ONNX Runtime gives for the whole graph."""
@@ -279,6 +293,9 @@ class _Compiler:
         self._measured.setdefault("shapes", {}).update(
             (name, list(array.shape)) for name, array in feeds[1].items()
         )
+        for size, feed in feeds.items():
+            shapes_of = {name: list(array.shape) for name, array in feed.items()}
+            self._shapes.setdefault(size, {}).update(shapes_of)
         return runner.timed(member, feeds)
 
     def _check_budget(self, told: str, source: Source, member: Member) -> None:
@@ -291,6 +308,23 @@ class _Compiler:
                 f"smaller{why}; give at least --budget-mib {-(-largest // MIB)}",
                 where=str(source.path),
             )
+
+
+def _within_budget(manifest: Manifest, options: Options) -> int:
+    """The largest batch that runs within the budget. Raises ConfigError if none does."""
+    if options.budget_mib is None:
+        return options.max_batch
+    room = options.budget_mib * MIB - manifest.largest_block_bytes
+    fitting = [
+        rows for rows in range(1, options.max_batch + 1) if manifest.activation_bytes(rows) <= room
+    ]
+    if not fitting:
+        least = -(-(manifest.largest_block_bytes + manifest.activation_bytes(1)) // MIB)
+        raise ConfigError(
+            f"{manifest.model}: its largest block and its activations need {least} MiB; "
+            f"give at least --budget-mib {least}"
+        )
+    return fitting[-1]
 
 
 def _cache_key(

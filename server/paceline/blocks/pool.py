@@ -23,6 +23,7 @@ from paceline.blocks.backend.manifest import EXTERNAL, ObjectStore, PoolError
 from paceline.core.errors import ResidencyError
 
 _STALE_MARKER_S = 3600.0
+_STAGED = ".paceline-"
 MIB = 1 << 20
 
 
@@ -40,9 +41,9 @@ class PoolWriter:
             for name in ("objects", "manifests", "verified", "tmp"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             (self.root / "objects" / EXTERNAL).touch(exist_ok=True)
-            sweep(self.root / "tmp")
+            _sweep(self.root / "tmp")
             self._sweep_markers()
-            self.stage, self._lock = locked_directory(self.root / "tmp")
+            self.stage, self._lock = _locked_directory(self.root / "tmp")
         return self
 
     def __exit__(
@@ -99,23 +100,46 @@ class PoolWriter:
                     path.unlink()
 
 
-def locked_directory(parent: Path, prefix: str = "") -> tuple[Path, int]:
+@contextlib.contextmanager
+def staged(repository: Path) -> Iterator[Path]:
+    """A new directory within `repository`, to be renamed to its place; gone on exit.
+
+    One compile at a time publishes into a repository, however many there are, so that whatever
+    is staged there before was left behind by one that was killed.
+    """
+    lock = os.open(repository, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in repository.glob(f"{_STAGED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        stage = repository / f"{_STAGED}{secrets.token_hex(8)}"
+        stage.mkdir()
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _locked_directory(parent: Path) -> tuple[Path, int]:
     """A new directory and the lock on it, a descriptor to close when it is gone."""
     while True:
-        path = parent / f"{prefix}{secrets.token_hex(8)}"
+        path = parent / secrets.token_hex(8)
         path.mkdir()
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        # A sweeper may have been faster than the lock.
+        # A sweeper may be faster than the lock, and even than the opening.
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(handle).st_ino:
-                return path, handle
-        os.close(handle)
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(handle).st_ino:
+                    return path, handle
+            os.close(handle)
 
 
-def sweep(parent: Path, prefix: str = "") -> None:
-    """Removes the directories of `locked_directory` whose owner is gone."""
-    for path in parent.glob(f"{prefix}*"):
+def _sweep(parent: Path) -> None:
+    """Removes the directories of `_locked_directory` whose owner is gone."""
+    for path in parent.iterdir():
         with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:

@@ -18,13 +18,12 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from paceline.blocks.backend.manifest import Manifest, ObjectStore, PoolError, Tensor
-from paceline.blocks.pool import disk_errors, locked_directory, sweep, sync_directory, write_file
+from paceline.blocks.pool import disk_errors, staged, sync_directory, write_file
 from paceline.core.errors import ConfigError, ResidencyError
 
 BACKEND = "paceline_blocks"
 ONNX_BACKENDS = ("onnxruntime", "onnxruntime_onnx")
 CONFIG_FILE = "config.pbtxt"
-_STAGE_PREFIX = ".paceline-"
 _NOTE = "The model is in the block pool that ../config.pbtxt names: `paceline blocks show`.\n"
 
 
@@ -144,10 +143,7 @@ def publish(
     repository = directory.parent
     with disk_errors(repository):
         repository.mkdir(parents=True, exist_ok=True)
-        prefix = f"{_STAGE_PREFIX}{directory.name}-"
-        sweep(repository, prefix)
-        stage, lock = locked_directory(repository, prefix)
-        try:
+        with staged(repository) as stage:
             config = config_text(
                 manifest,
                 digest,
@@ -166,9 +162,6 @@ def publish(
             _move(stage, directory)
             sync_directory(directory)
             sync_directory(repository)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-            os.close(lock)
 
 
 def config_text(

@@ -83,6 +83,9 @@ def as_json(shown: Sharing) -> dict[str, Any]:
                 "weights_bytes": sum(shown.weights[name].values()),
                 "own_bytes": shown.own_bytes(name),
                 "largest_block_bytes": model.manifest.largest_block_bytes,
+                "activations_bytes": {
+                    str(rows): size for rows, size in model.manifest.activations.items()
+                },
                 "shared_bytes": {
                     other: count
                     for other in shown.models
@@ -151,7 +154,7 @@ def _blocks_table(shown: Sharing, name: str, model: CompiledModel) -> Table:
 
 def _models_table(shown: Sharing) -> Table:
     table = Table(title="models", title_justify="left", box=None, caption_justify="left")
-    for title in ("model", "blocks", "MiB", "own MiB", "largest block MiB"):
+    for title in ("model", "blocks", "MiB", "own MiB", "largest block MiB", "activations MiB"):
         table.add_column(title, justify="left" if title == "model" else "right")
     table.add_column("shares")
     for name, model in shown.models.items():
@@ -166,6 +169,7 @@ def _models_table(shown: Sharing) -> Table:
             f"{sum(shown.weights[name].values()) / MIB:.1f}",
             f"{shown.own_bytes(name) / MIB:.1f}",
             f"{model.manifest.largest_block_bytes / MIB:.1f}",
+            f"{model.manifest.activation_bytes(1) / MIB:.1f}" if model.manifest.activations else "",
             ", ".join(shares),
         )
     table.caption = (

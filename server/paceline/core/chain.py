@@ -23,6 +23,8 @@ ARRIVALS = ("poisson", "uniform")
 ON_ERROR = ("fail", "skip")
 Dispatch = Literal["pooled", "throughput-cost", "round-robin"]
 DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
+Runs = Literal["auto", "off"]
+RUNS: tuple[Runs, ...] = get_args(Runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class Module:
     """One DNN of a chain.
 
     `for_each` runs it once per item on axis 0 of that tensor; `when` only if that one-element
-    BOOL is true. `fan_out` is the expected number of executions per chain request.
+    BOOL is true. `fan_out` is the expected number of executions per chain request. A module with
+    `members` is a run (`core.runs`): those modules, executed at once.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Module:
     when: Source | None = None
     fan_out: float = 1.0
     on_error: str = "fail"
+    members: tuple[Module, ...] = ()
     sources: tuple[Source, ...] = field(init=False, repr=False, compare=False)
     """Everything it waits for."""
     parents: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -87,6 +91,7 @@ class Chain:
     priority: int = 0
     keep_alive_s: float | None = None
     dispatch: Dispatch = "pooled"
+    runs: Runs = "off"
     description: str = field(default="", compare=False)
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where keys stand in the file it came from: `modules.a.model` at `ocr.yaml:12`."""
@@ -134,6 +139,8 @@ def _check_scalars(chain: Chain) -> None:
         raise ConfigError(f"must be one of {', '.join(ARRIVALS)}", key="arrivals")
     if chain.dispatch not in DISPATCHES:
         raise ConfigError(f"must be one of {', '.join(DISPATCHES)}", key="dispatch")
+    if chain.runs not in RUNS:
+        raise ConfigError(f"must be one of {', '.join(RUNS)}", key="runs")
     if chain.priority < 0:
         raise ConfigError("must be 0 (most urgent) or more", key="priority")
     if not chain.modules:
@@ -145,7 +152,7 @@ def _check_scalars(chain: Chain) -> None:
 def _check_names(chain: Chain) -> None:
     for module in chain.modules:
         key = f"modules.{module.name}"
-        if not NAME.fullmatch(module.name) or "." in module.name:
+        if not module.members and (not NAME.fullmatch(module.name) or "." in module.name):
             raise ConfigError(f"{module.name!r} is not a module name", key=key)
         if module.name == "inputs":
             raise ConfigError(

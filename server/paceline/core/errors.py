@@ -47,6 +47,14 @@ class LoadTimeoutError(ResidencyError):
     """A load took too long: whether it still comes, and what it holds, nobody knows."""
 
 
+class RunError(ResidencyError):
+    """Modules that are to be executed at once cannot be, on some Triton; `model` is the run's."""
+
+    def __init__(self, message: str, *, model: str) -> None:
+        self.model = model
+        super().__init__(message)
+
+
 class ErrorKind(Enum):
     """Why a request failed; `rpc.status` maps each to one gRPC code."""
 

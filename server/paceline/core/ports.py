@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from paceline.core.bind import BoundChain
-from paceline.core.chain import Chain
+from paceline.core.chain import Chain, Module
 from paceline.core.errors import BackendError, RequestError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
@@ -76,6 +76,12 @@ class ModelRepository(Protocol):
 
     async def spec(self, model: str) -> ModelSpec:
         """Declaration of a loaded model. Raises ResidencyError when it is not loaded."""
+        ...
+
+    def compose(self, run: Module, spec: ModelSpec) -> None:
+        """From now on `run`'s model can be loaded, declared as `spec`, where its members are;
+        until it is unloaded.
+        """
         ...
 
     async def load(self, model: str, *, instances: int) -> None:

@@ -199,7 +199,7 @@ class Admission:
             return 0.0, 1
         rows = stage.ahead_of(priority)
         batches, joined = divmod(int(rows + _NOTHING_ROWS), route.full_rows)
-        if batches == 0 and len(self._busy) <= 1 and pool.any_free(route.model, now_s):
+        if batches == 0 and len(self._busy) <= 1 and pool.free(route.model, now_s):
             return 0.0, joined + 1
         free_s = pool.free_at_s(route.model, now_s)
         if not free_s:

@@ -9,7 +9,7 @@ from paceline.core.errors import BackendError
 from paceline.core.request import Span
 from paceline.core.tensor import ITEM_BYTES, Tensor, split_rows
 from paceline.core.values import value
-from paceline.dispatch.machines import Machine
+from paceline.dispatch.holders import Machine
 from paceline.dispatch.queue import Piece
 from paceline.dispatch.stage import Stage
 

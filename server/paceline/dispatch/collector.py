@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from paceline.core.values import value
-from paceline.dispatch.machines import Machine, MachinePool
+from paceline.dispatch.holders import Machine
+from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.queue import Entry, ModuleQueue, Order, Piece
 from paceline.dispatch.route import ModuleRoute
 
@@ -58,23 +59,21 @@ class Collector(Protocol):
         ...
 
     def queues(self) -> Iterator[ModuleQueue]:
-        """Every queue it has, for expiry and for looking."""
+        """Every queue it has, for looking."""
         ...
 
-    def doomed(self, pool: MachinePool, now_s: float) -> list[Entry]:
-        """Take out entries that would be late even if launched now, in a batch worth its time.
+    def late(self, pool: MachinePool, now_s: float) -> list[Entry]:
+        """Take out entries that cannot be in time any more."""
+        ...
 
-        Behind a full batch's worth of rows, an entry past its launch-by time could only be saved
-        by a smaller batch, at the cost of those behind it, which then are late in turn.
+    def next_expiry_s(self) -> float:
+        """The last instant at which a launch is in time for every entry; inf without any."""
+        ...
+
+    def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
+        """The batch to launch next; or when time alone could make it offer one (inf: only an event
+        can).
         """
-        ...
-
-    def offer(self, pool: MachinePool, now_s: float) -> Offer | None:
-        """The batch to launch next, or None."""
-        ...
-
-    def next_offer_s(self, pool: MachinePool, now_s: float) -> float | None:
-        """When time alone could make it offer something; None if only an event can."""
         ...
 
     def launched(self, offer: Offer) -> None:

@@ -47,8 +47,9 @@ from paceline.dispatch.events import (
     TooCold,
     Wake,
 )
+from paceline.dispatch.holders import Machine
 from paceline.dispatch.learned import LearnedDuration
-from paceline.dispatch.machines import HangLimits, Machine, MachinePool
+from paceline.dispatch.machines import HangLimits, MachinePool
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
 from paceline.dispatch.refusals import never_entered, too_late
 from paceline.dispatch.route import ChainRoute
@@ -288,7 +289,7 @@ class Dispatcher:
             self._per_chain[chain] = left
         self._admission.ended(run.ticket)
         for entry in run.entries:
-            entry.stage.collector.discard(entry)
+            self._waiting.discard(entry)
         run.entries.clear()
 
     # -- launching --------------------------------------------------------------------------
@@ -296,12 +297,14 @@ class Dispatcher:
     def _settle(self, now_s: float, actions: list[Action]) -> None:
         """Give up what is late, launch what can go, and say when to look again."""
         waiting = self._waiting
+        if self._wake_s < inf and not waiting.changed(now_s):
+            return
         for entry in waiting.late(now_s):
             error = too_late(entry.stage.route, now_s, entry.run.submit.deadline_s)
             self._fail(entry.run, error, now_s, actions)
         while (choice := waiting.choose(now_s)) is not None:
             actions.append(self._execute(*choice, now_s))
-        at_s = waiting.look_s(now_s)
+        at_s = waiting.look_s()
         if at_s < self._wake_s:
             self._wake_s = at_s
             actions.append(Wake(at_s))

@@ -90,7 +90,7 @@ class RemoveChain:
     chain: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class MachineUp:
     """A machine can execute: `slots` batches at a time, of each model at most its instances."""
 

@@ -51,27 +51,25 @@ class _Lots:
     def ended(self, lot: int) -> None:
         self._lots[lot].running -= 1
 
-    def doomed(self, pool: MachinePool, now_s: float) -> list[Entry]:
-        """The published policies have no such rule."""
-        return []
+    def late(self, pool: MachinePool, now_s: float) -> list[Entry]:
+        """What has expired; the published policies have no other rule."""
+        return [entry for lot in self._lots for entry in lot.queue.expired(now_s)]
 
-    def offer(self, pool: MachinePool, now_s: float) -> Offer | None:
-        offers = [
-            offer
-            for index in range(len(self._lots))
-            if (offer := self._lot_offer(index, pool, now_s)) is not None and offer.closed
-        ]
-        return min(offers, key=lambda offer: offer.rank, default=None)
+    def next_expiry_s(self) -> float:
+        return min(lot.queue.next_expiry_s() for lot in self._lots)
 
-    def next_offer_s(self, pool: MachinePool, now_s: float) -> float | None:
-        due = [
-            offer.head.launch_by_s
-            for index in range(len(self._lots))
-            if (offer := self._lot_offer(index, pool, now_s)) is not None
-        ]
-        if not due and self.rows and (probe_s := pool.next_probe_s(self.route.model, now_s)):
-            due.append(probe_s)
-        return min(due, default=None)
+    def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
+        best: Offer | None = None
+        look_s = pool.next_probe_s(self.route.model, now_s)
+        for index in range(len(self._lots)):
+            offer = self._lot_offer(index, pool, now_s)
+            if offer is None:
+                continue
+            if not offer.closed:
+                look_s = min(look_s, offer.head.launch_by_s)
+            elif best is None or offer.rank < best.rank:
+                best = offer
+        return look_s if best is None else best
 
     def _lot_offer(self, index: int, pool: MachinePool, now_s: float) -> Offer | None:
         """The lot's next batch if a machine could take it, closed or not."""
@@ -80,10 +78,9 @@ class _Lots:
         if head is None:
             return None
         free = pool.free(self.route.model, now_s, head.failed_on)
-        free = [machine for machine in free if machine.hardware == lot.hardware]
-        if not free:
+        machine = next((m for _, _, m in free if m.hardware == lot.hardware), None)
+        if machine is None:
             return None
-        machine = min(free, key=lambda m: (m.busy, m.name))
         closed = now_s >= head.launch_by_s or lot.queue.rows_like(head, lot.size) >= lot.size
         return Offer(lot.queue, head, machine, lot.size, closed, index)
 

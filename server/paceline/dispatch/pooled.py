@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from math import inf, nextafter
 
 from paceline.dispatch.collector import TIE_S, Offer
-from paceline.dispatch.machines import Machine, MachinePool
+from paceline.dispatch.holders import Machine
+from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.queue import Entry, ModuleQueue
 from paceline.dispatch.route import ModuleRoute
 
@@ -37,8 +39,13 @@ class Pooled:
     def queues(self) -> Iterator[ModuleQueue]:
         yield self._queue
 
-    def doomed(self, pool: MachinePool, now_s: float) -> list[Entry]:
-        gone: list[Entry] = []
+    def late(self, pool: MachinePool, now_s: float) -> list[Entry]:
+        """What has expired, and what would be late even if launched now, in a batch worth its time.
+
+        Behind a full batch's worth of rows, an entry past its launch-by time could only be saved
+        by a smaller batch, at the cost of those behind it, which then are late in turn.
+        """
+        gone = self._queue.expired(now_s)
         while (head := self._queue.head()) is not None and now_s > head.launch_by_s + TIE_S:
             machine = self._machine(pool, head, now_s)
             if machine is None:
@@ -52,26 +59,24 @@ class Pooled:
             gone.append(head)
         return gone
 
-    def offer(self, pool: MachinePool, now_s: float) -> Offer | None:
+    def next_expiry_s(self) -> float:
+        return self._queue.next_expiry_s()
+
+    def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
         first = self._first(pool, now_s)
         if first is None:
-            return None
+            return pool.next_probe_s(self.route.model, now_s)
         head, machine = first
         size = self.route.batch_size(machine.hardware)
         rows = self._queue.rows_like(head, size)
         closed = rows >= size or now_s >= head.launch_by_s
-        if not closed and self._unsafe_s(pool, machine, rows, now_s) > 0:
-            return None
+        if not closed:
+            unsafe_s = self._unsafe_s(pool, machine, rows, size, now_s)
+            if unsafe_s > 0:
+                safe_s = nextafter(now_s + unsafe_s, inf)
+                probe_s = pool.next_probe_s(self.route.model, now_s)
+                return min(head.launch_by_s, safe_s, probe_s)
         return Offer(self._queue, head, machine, _in_time(head, machine, rows, now_s), closed)
-
-    def next_offer_s(self, pool: MachinePool, now_s: float) -> float | None:
-        first = self._first(pool, now_s)
-        if first is None:
-            return pool.next_probe_s(self.route.model, now_s) if self._queue.rows else None
-        head, machine = first
-        rows = self._queue.rows_like(head, self.route.batch_size(machine.hardware))
-        unsafe_s = self._unsafe_s(pool, machine, rows, now_s)
-        return min(head.launch_by_s, nextafter(now_s + unsafe_s, inf))
 
     def launched(self, offer: Offer) -> None:
         """Nothing to keep."""
@@ -96,12 +101,17 @@ class Pooled:
     def _machine(self, pool: MachinePool, head: Entry, now_s: float) -> Machine | None:
         """Planned hardware first, then the machine that is the least busy."""
         free = pool.free(self.route.model, now_s, head.failed_on)
-        if len(free) <= 1:
-            return free[0] if free else None
+        if not free:
+            return None
         planned = self.route.batch_sizes
-        return min(free, key=lambda m: (m.hardware not in planned, m.busy, m.name))
+        for _, _, machine in free:
+            if machine.hardware in planned:
+                return machine
+        return free[0][2]
 
-    def _unsafe_s(self, pool: MachinePool, machine: Machine, rows: int, now_s: float) -> float:
+    def _unsafe_s(
+        self, pool: MachinePool, machine: Machine, rows: int, size: int, now_s: float
+    ) -> float:
         """How long until an early launch might delay no full batch to come; 0 when it does not.
 
         When nobody else will be busy by the end of the early batch, waiting would not help: that
@@ -110,23 +120,34 @@ class Pooled:
         expected_s = pool.expected_s(machine, self.route, rows)
         if self.route.rate_rps <= 0 or expected_s is None:
             return 0.0
-        fill_s = self.route.batch_size(machine.hardware) / self.route.rate_rps
+        fill_s = size / self.route.rate_rps
         others_s = pool.free_at_s(self.route.model, now_s)[1:]
         if not others_s or others_s[-1] - now_s <= fill_s:
             return 0.0
         own_s = now_s + expected_s
-        free_s = sorted([own_s, *others_s])
-        if free_s[-1] == own_s:
-            free_s.pop()
-        late_s = (at - now_s - j * fill_s for j, at in enumerate(free_s, start=1))
-        if max(late_s, default=0.0) <= TIE_S:
+        before = bisect_right(others_s, own_s)
+        free_s = others_s
+        if before < len(others_s):
+            free_s = [*others_s[:before], own_s, *others_s[before:]]
+        for j, at_s in enumerate(free_s, start=1):
+            if at_s - now_s - j * fill_s > TIE_S:
+                break
+        else:
             return 0.0
         # It changes when another machine is early enough in its place, or passes this one.
-        changes_s = [
-            at - j * fill_s - now_s for i, at in enumerate(others_s) for j in (i + 1, i + 2)
-        ]
-        changes_s += [at - own_s for at in others_s]
-        return min((wait_s for wait_s in changes_s if wait_s > TIE_S), default=inf)
+        soonest_s = inf
+        full_s = now_s
+        for at_s in others_s:
+            full_s += fill_s
+            wait_s = at_s - full_s
+            if TIE_S < wait_s - fill_s < soonest_s:
+                soonest_s = wait_s - fill_s
+            elif TIE_S < wait_s < soonest_s:
+                soonest_s = wait_s
+        for at_s in others_s[before:]:
+            if at_s - own_s > TIE_S:
+                return min(soonest_s, at_s - own_s)
+        return soonest_s
 
 
 def _in_time(head: Entry, machine: Machine, rows: int, now_s: float) -> int:

@@ -219,11 +219,15 @@ class ModuleQueue:
                 gone.append(entry)
         return gone
 
-    def next_expiry_s(self) -> float | None:
-        """When `expired` next has something to say."""
-        while self._expiry and not self._expiry[0][2].waiting:
-            heapq.heappop(self._expiry)
-        return self._expiry[0][0] if self._expiry else None
+    def next_expiry_s(self) -> float:
+        """Behind which instant `expired` next has something to say; inf for none."""
+        expiry = self._expiry
+        while expiry:
+            latest_s, _, entry = expiry[0]
+            if entry.alive and entry.rows > entry.taken:
+                return latest_s
+            heapq.heappop(expiry)
+        return inf
 
     def _forget_taken(self) -> None:
         """What is taken must not keep its tensors alive here."""
@@ -237,9 +241,10 @@ class ModuleQueue:
 
     def _bucket_head(self, key: Hashable) -> Entry | None:
         heap = self._buckets[key].heap
-        while heap and not heap[0][1].waiting:
+        while heap:
+            entry = heap[0][1]
+            if entry.alive and entry.rows > entry.taken:
+                return entry
             heapq.heappop(heap)
-        if not heap:
-            del self._buckets[key]
-            return None
-        return heap[0][1]
+        del self._buckets[key]
+        return None

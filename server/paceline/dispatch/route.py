@@ -45,8 +45,14 @@ class ModuleRoute:
     """Durations there; None when unknown."""
     model: str = field(init=False)
     name: str = field(init=False)
+    _limit: int = field(init=False, repr=False, compare=False)
+    _sizes: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        limit = self.bound.spec.row_limit
+        sizes = {hardware: min(size, limit) for hardware, size in self.batch_sizes.items()}
+        object.__setattr__(self, "_limit", limit)
+        object.__setattr__(self, "_sizes", sizes)
         costs = [
             (known.at(self.batch_size(hardware)) / self.batch_size(hardware), hardware)
             for hardware, known in self.durations.items()
@@ -60,8 +66,7 @@ class ModuleRoute:
 
     def batch_size(self, hardware: str) -> int:
         """Rows per batch on `hardware`: the plan's, or all the model takes when unplanned."""
-        limit = self.bound.spec.row_limit
-        return min(self.batch_sizes.get(hardware, limit), limit)
+        return self._sizes.get(hardware, self._limit)
 
     def best_s(self, rows: int) -> float:
         """Profiled duration of a batch on the hardware where a row costs least; 0 if unknown."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
-from paceline.dispatch.collector import Collector
+from paceline.dispatch.collector import Collector, Offer
 from paceline.dispatch.policy import collector
 from paceline.dispatch.route import ChainRoute, ModuleRoute
 
@@ -14,11 +15,18 @@ class Stage:
     """A module's waiting rows under one route, and what is on its way to it.
 
     `ahead` is `admission`'s: rows of admitted requests that were not launched yet, by priority.
+    What follows is `waiting`'s.
     """
 
     route: ModuleRoute
     collector: Collector
     ahead: dict[int, float] = field(default_factory=dict)
+    offer: Offer | None = None
+    """The batch to launch next, as `waiting` last saw it."""
+    look_s: float = -inf
+    """When time alone could change that; -inf where other rows wait since."""
+    version: int = -1
+    """Of the machines that were seen then (`MachinePool.versions`)."""
 
     def ahead_of(self, priority: int) -> float:
         """Rows that go before one of this priority."""

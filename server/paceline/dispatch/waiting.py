@@ -4,6 +4,9 @@ Of the batches that collectors would launch the most urgent goes: closed batches
 and launch-by time (earliest deadline first). So that low priority is not starved for ever, one
 launch in `AGED_EVERY` goes to a request that has waited `AGED_AFTER_S`, if there is one behind more
 urgent ones.
+
+A collector is asked again only where its rows or machines changed since, or the instant has come at
+which time alone may change its answer: with many modules most events concern one or two of them.
 """
 
 from __future__ import annotations
@@ -37,7 +40,14 @@ class Waiting:
 
     def add(self, stage: Stage) -> None:
         """It got rows."""
+        stage.look_s = -inf
         self._active[stage] = None
+
+    def discard(self, entry: Entry) -> None:
+        """A request has ended: forget what waits of it."""
+        stage = entry.stage
+        stage.look_s = -inf
+        stage.collector.discard(entry)
 
     def stages(self) -> list[Stage]:
         """Stages with rows."""
@@ -46,47 +56,67 @@ class Waiting:
             self._active = dict.fromkeys(waiting)
         return waiting
 
+    def changed(self, now_s: float) -> bool:
+        """Whether any collector has to be asked again."""
+        versions = self._pool.versions
+        for stage in self._active:
+            if now_s >= stage.look_s or stage.version != versions.get(stage.route.model, 0):
+                return True
+        return False
+
     def late(self, now_s: float) -> Iterator[Entry]:
         """Takes out what cannot be in time any more."""
-        for stage in self.stages():
-            gone = [entry for queue in stage.collector.queues() for entry in queue.expired(now_s)]
-            gone += stage.collector.doomed(self._pool, now_s)
-            yield from gone
+        versions = self._pool.versions
+        for stage in self._active:
+            if now_s >= stage.look_s or stage.version != versions.get(stage.route.model, 0):
+                yield from stage.collector.late(self._pool, now_s)
 
-    def look_s(self, now_s: float) -> float:
-        """When time alone changes something: a batch may go, or is late."""
-        at_s = inf
-        for stage in self.stages():
-            # Just behind the last instant at which a launch would still be in time.
-            for queue in stage.collector.queues():
-                if (expiry_s := queue.next_expiry_s()) is not None:
-                    at_s = min(at_s, nextafter(expiry_s, inf))
-            if (offer_s := stage.collector.next_offer_s(self._pool, now_s)) is not None:
-                at_s = min(at_s, offer_s)
-        return at_s
+    def look_s(self) -> float:
+        """When time alone changes something: a batch may go, or is late. After `choose` found
+        nothing more.
+        """
+        return min((stage.look_s for stage in self.stages()), default=inf)
 
     def choose(self, now_s: float) -> Choice | None:
         """The next batch to launch."""
+        versions = self._pool.versions
         best: Choice | None = None
         for stage in self._active:
             if not stage.collector.rows:
                 continue
-            offer = stage.collector.offer(self._pool, now_s)
+            version = versions.get(stage.route.model, 0)
+            if now_s >= stage.look_s or stage.version != version:
+                stage.version = version
+                self._ask(stage, now_s)
+            offer = stage.offer
             if offer is not None and (best is None or offer.rank < best[1].rank):
                 best = (stage, offer)
         if best is None:
             return None
         self._launches += 1
         if self._launches % AGED_EVERY == 0:
-            return self._aged(best, now_s) or best
+            best = self._aged(best, now_s) or best
+        best[0].look_s = -inf
         return best
+
+    def _ask(self, stage: Stage, now_s: float) -> None:
+        """What the collector would launch now, or else when to ask it again."""
+        answer = stage.collector.offer(self._pool, now_s)
+        if isinstance(answer, Offer):
+            stage.offer = answer
+            stage.look_s = inf
+            return
+        stage.offer = None
+        # Just behind the last instant at which a launch would still be in time.
+        expiry_s = nextafter(stage.collector.next_expiry_s(), inf)
+        stage.look_s = expiry_s if expiry_s < answer else answer
 
     def _aged(self, best: Choice, now_s: float) -> Choice | None:
         """A batch for the request that has waited longest behind more urgent ones."""
         aged: Entry | None = None
         found: Choice | None = None
         for stage in self.stages():
-            offer = stage.collector.offer(self._pool, now_s)
+            offer = stage.offer
             oldest = offer.queue.oldest() if offer is not None else None
             if offer is None or oldest is None or now_s - oldest.queued_s < AGED_AFTER_S:
                 continue

@@ -26,6 +26,7 @@ _RENEW_WINDOW_BYTES = 1 << 26
 _HIGH_WATER_BYTES = 1 << 20
 _USER_TIMEOUT_MS = 20_000
 _EMPTY = memoryview(b"")
+_UNUSUAL_HEADERS = frames.PADDED | frames.PRIORITIZED
 
 
 class ReadBuffer:
@@ -198,6 +199,23 @@ class Connection(Writer, asyncio.BufferedProtocol):
                     self._data_stream, self._data_left = open_, size
                     self._data_ends = ends
                 continue
+            if self._greeted and self._block is None and end - begin >= size:
+                # The two that come with every message, of the many that `_frame` knows.
+                if (
+                    kind == frames.HEADERS
+                    and flags & frames.END_HEADERS
+                    and not flags & _UNUSUAL_HEADERS
+                    and stream
+                    and size <= self._takes_header_bytes
+                    and size <= self._takes_frame_bytes
+                ):
+                    at = begin + size
+                    self.on_block(stream, bool(flags & frames.END_STREAM), bytes(view[begin:at]))
+                    continue
+                if kind == frames.WINDOW_UPDATE and size == 4:
+                    at = begin + 4
+                    self._window_update(stream, frames.word(data, begin) & frames.MAX_WINDOW, 4)
+                    continue
             taken = self._frame(kind, flags, stream, size, begin, end)
             if taken < 0:
                 break

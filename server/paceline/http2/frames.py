@@ -108,7 +108,7 @@ def goaway(last_stream: int, code: int, why: str = "") -> bytes:
     return header(GOAWAY, 0, 0, len(payload)) + payload
 
 
-def word(payload: bytes, at: int = 0) -> int:
+def word(payload: bytes | bytearray, at: int = 0) -> int:
     """The 32-bit number at an offset. Raises ProtocolError where it is cut off."""
     if len(payload) < at + 4:
         raise ProtocolError(ErrorCode.FRAME_SIZE_ERROR, "a frame is too short")

@@ -110,7 +110,8 @@ def whole_machines(chains: Sequence[PlannedChain], options: Options) -> Plan:
     }
     factors = dict.fromkeys(kinds, 1.0)
     optima = [_fractional(chain, _frontiers(chain, kinds, factors)) for chain in chains]
-    bound = least_cost(chains, {name: kind.price_per_hour for name, kind in kinds.items()})
+    prices = {name: kind.price_per_hour for name, kind in kinds.items()}
+    bound = least_cost(chains, prices) if options.bound else 0.0
     hints = [best.latencies_s for best in optima]
     for _ in range(ROUNDS):
         best: tuple[list[_Served], Packing, float] | None = None

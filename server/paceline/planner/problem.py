@@ -84,7 +84,8 @@ class Options:
     nothing to switch off.
 
     `billing` "machine" plans whole machines that modules share, at most `machine_limits` of each
-    hardware, each with `memory_bytes` (left out: no limit).
+    hardware, each with `memory_bytes` (left out: no limit). Without `bound` the plan's lower bound
+    is left at 0: nothing else depends on it, and it takes a good part of the time.
     """
 
     policy: str = "harpagon"
@@ -97,6 +98,7 @@ class Options:
     billing: Billing = "fractional"
     machine_limits: Mapping[str, int] = field(default_factory=dict)
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    bound: bool = True
 
     def __post_init__(self) -> None:
         if self.billing not in BILLINGS:
@@ -150,14 +152,14 @@ def demand(
                 parents=module.parents,
                 configurations=configurations(module),
                 overhead_s=overhead_s,
-                memory_bytes=_memory_bytes(profiles, module.model),
+                memory_bytes=memory_bytes(profiles, module.model),
             )
             for module in chain.modules
         ),
     )
 
 
-def _memory_bytes(profiles: Profiles, model: str) -> dict[str, int]:
+def memory_bytes(profiles: Profiles, model: str) -> dict[str, int]:
     """The most that any measured batch size of `model` needs, by hardware, where known."""
     found: dict[str, int] = {}
     for row in profiles.rows:

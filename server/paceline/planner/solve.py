@@ -89,15 +89,18 @@ def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:
 
 def _solve_chain(chain: PlannedChain, options: Options) -> tuple[ChainPlan, float]:
     graph = graph_of(chain)
-    frontiers = [Frontier.of(m.configurations, m.rate_rps, m.overhead_s) for m in chain.modules]
-    best = optimum(graph, frontiers, chain.slo_s)
+    best = None
+    if options.bound or options.policy == "optimal":
+        frontiers = [Frontier.of(m.configurations, m.rate_rps, m.overhead_s) for m in chain.modules]
+        best = optimum(graph, frontiers, chain.slo_s)
     if options.policy != "optimal":
         schedules = HEURISTICS[options.policy](chain, options)
     elif best is not None:
         schedules = optimal_schedules(chain, best)
     else:
         raise infeasible(chain, graph, [frontier.least_s for frontier in frontiers])
-    return chain_plan(chain, graph, schedules), best.bound_per_hour if best else 0.0
+    bound = best.bound_per_hour if best is not None and options.bound else 0.0
+    return chain_plan(chain, graph, schedules), bound
 
 
 def optimal_schedules(chain: PlannedChain, best: Optimum) -> list[Schedule]:

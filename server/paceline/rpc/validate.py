@@ -8,7 +8,7 @@ so that clients which match on them keep working. Cost: a few dictionary look-up
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from paceline.core.bind import BoundChain
@@ -22,6 +22,7 @@ _BATCH_AXIS_NOTE = (
     "docs for more info on max_batch_size."
 )
 _LENGTH_BYTES = 4
+_KEPT_ACCEPTED = 256
 
 VERSION = "1"
 """Chains have one version, as a model directory with nothing but `1/` has."""
@@ -38,6 +39,10 @@ class Signature:
     max_batch_size: int
     version: str
     """The one that answers when the client names none: the latest."""
+    accepted: set[tuple[tuple[str, str, tuple[int, ...]], ...]] = field(
+        default_factory=set, compare=False, repr=False
+    )
+    """Names, datatypes and shapes that have been found right before."""
 
     @classmethod
     def of(cls, bound: BoundChain) -> Signature:
@@ -65,7 +70,25 @@ def check_outputs(signature: Signature, names: Sequence[str]) -> None:
 
 def check_inputs(signature: Signature, tensors: Sequence[Tensor], request_id: str) -> None:
     """Raises RequestError(INVALID) with Triton's message for the first thing that is wrong."""
-    prefix = f"[request id: {request_id or '<id_unknown>'}] "
+    heads = tuple([(tensor.name, tensor.datatype, tensor.shape) for tensor in tensors])
+    if heads not in signature.accepted:
+        _check_heads(signature, tensors, request_id)
+        if len(signature.accepted) >= _KEPT_ACCEPTED:
+            signature.accepted.clear()
+        signature.accepted.add(heads)
+    for tensor in tensors:
+        sizes = byte_size_error(tensor)
+        if sizes is not None:
+            raise _error(_byte_size_message(signature.name, tensor, sizes, _prefix(request_id)))
+
+
+def _prefix(request_id: str) -> str:
+    return f"[request id: {request_id or '<id_unknown>'}] "
+
+
+def _check_heads(signature: Signature, tensors: Sequence[Tensor], request_id: str) -> None:
+    """Everything but whether the bytes fill the shapes."""
+    prefix = _prefix(request_id)
     _check_names(signature, tensors, prefix)
     if signature.max_batch_size > 0:
         _check_batch_axis(signature, tensors, prefix)
@@ -84,9 +107,6 @@ def check_inputs(signature: Signature, tensors: Sequence[Tensor], request_id: st
                 f"'{signature.name}'. Expected {_dims(spec.shape)}, got {_dims(tensor.shape)}. "
                 f"{note}"
             )
-        sizes = byte_size_error(tensor)
-        if sizes is not None:
-            raise _error(_byte_size_message(signature.name, tensor, sizes, prefix))
 
 
 def _check_names(signature: Signature, tensors: Sequence[Tensor], prefix: str) -> None:

@@ -1,5 +1,7 @@
 """The controller: which chains are served, by which models, under which plan.
 
+Chains are known twice: as declared (`catalogue`) and as the plan in force serves them (`served`).
+
 Implements `core.ports.Control`. Invariant: a change is bound, profiled, planned and loaded before
 anything of it is installed, so a change that fails has changed nothing a request can see; one
 change runs at a time.
@@ -14,7 +16,7 @@ from dataclasses import replace
 from time import time
 from typing import Any, Protocol
 
-from paceline.core.bind import BoundChain, bind, single_model_chain
+from paceline.core.bind import BoundChain
 from paceline.core.chain import Chain
 from paceline.core.errors import (
     ConfigError,
@@ -23,7 +25,6 @@ from paceline.core.errors import (
     RequestError,
     ResidencyError,
 )
-from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
 from paceline.core.ports import ModelState, ModelStatistics
 from paceline.core.profile import Hardware
@@ -31,18 +32,17 @@ from paceline.core.request import Timeline
 from paceline.dispatch.route import route_chain
 from paceline.planner.problem import Options
 from paceline.planner.replan import Proposal, Replanning, Traffic
+from paceline.runtime.catalogue import Catalogue
 from paceline.runtime.engine import Engine
 from paceline.runtime.machines import Machine, Machines
-from paceline.runtime.placement import Share, place, shortage
+from paceline.runtime.placement import Share, shortage
 from paceline.runtime.provisioning import Provisioning, Step
 from paceline.runtime.replanning import Replanner
+from paceline.runtime.served import SETTLE_S, Provision, ServedChains
 from paceline.runtime.statistics import Statistics
 from paceline.runtime.status import describe
 
 logger = logging.getLogger(__name__)
-
-SETTLE_S = 60.0
-"""How long an unload waits for requests that were accepted before."""
 
 _LOADS_AT_ONCE = 4
 _WATCH_INTERVAL_S = 1.0
@@ -88,15 +88,15 @@ class Controller:
             self.machines, hardware, options or Options(), self._on_step
         )
         self._memory = memory
-        self._models: dict[str, ModelSpec] = {}
-        self._failed: dict[str, str] = {}
-        self._bound: dict[str, BoundChain] = {}
-        self._withdrawn: set[str] = set()
+        self._catalogue = Catalogue()
         self._plan = self._provisioning.nothing
         self._traffic = Traffic()
         self.replanner = Replanner(self, rules or Replanning())
         self._started = False
         self._changing = asyncio.Lock()
+        self._served = ServedChains(
+            engine, self.machines, self._provisioning, self._catalogue, self._changing
+        )
 
     # -- life -------------------------------------------------------------------------------
 
@@ -132,13 +132,20 @@ class Controller:
             self.machines.add(machine)
             try:
                 await self.machines.adopt([name])
-                await self.machines.grow_to({name: dict.fromkeys(self._loaded(), 1)}, first=True)
-                used = [m.spec for b in self._bound.values() if not b.direct for m in b.modules]
-                await self._provisioning.profile(used)
+                await self.machines.grow_to(
+                    {name: dict.fromkeys(self._catalogue.loaded(), 1)}, first=True
+                )
+                await self._served.join(name)
+                await self._provisioning.profile(self._catalogue.declared())
             except BaseException:
                 await self.machines.remove(name, timeout_s=0.0)
                 raise
             self.machines.announce(name)
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        await self._served.close()
+        await self.machines.close()
 
     async def leave(self, name: str, *, timeout_s: float) -> bool:
         """Use a Triton no more; False when its batches did not end within `timeout_s`."""
@@ -154,25 +161,15 @@ class Controller:
 
     def callable(self, name: str, version: str = "") -> BoundChain:
         """See `core.ports.Control.callable`."""
-        bound = self._bound.get(name)
-        if bound is None:
-            if name in self._failed:
-                message = f"Request for unknown model: '{name}' has no available versions"
-                raise RequestError(ErrorKind.NOT_READY, message)
-            message = f"Request for unknown model: '{name}' is not found"
-            raise RequestError(ErrorKind.UNKNOWN_MODEL, message)
-        versions = bound.modules[0].spec.versions if bound.direct else ("1",)
-        if version and version not in versions:
-            message = f"Request for unknown model: '{name}' version {version} is not found"
-            raise RequestError(ErrorKind.UNKNOWN_MODEL, message)
-        if name in self._withdrawn:
-            message = f"Request for unknown model: '{name}' has no available versions"
-            raise RequestError(ErrorKind.NOT_READY, message)
-        return bound
+        return self._catalogue.callable(name, version)
 
     def callables(self) -> tuple[BoundChain, ...]:
         """See `core.ports.Control.callables`."""
-        return tuple(b for name, b in sorted(self._bound.items()) if name not in self._withdrawn)
+        return self._catalogue.callables()
+
+    def served(self) -> tuple[BoundChain, ...]:
+        """The chains of `callables` as they are dispatched: with their runs."""
+        return self._served.callable()
 
     @property
     def ready(self) -> bool:
@@ -183,30 +180,18 @@ class Controller:
         return self._engine.draining
 
     def repository_index(self) -> tuple[ModelState, ...]:
-        """Chains first, then models."""
-        chains: list[ModelState] = []
-        models: list[ModelState] = []
-        for name, bound in sorted(self._bound.items()):
-            gone = name in self._withdrawn
-            state = ModelState(
-                name, "1", "UNAVAILABLE" if gone else "READY", "unloaded" if gone else ""
-            )
-            (models if bound.direct else chains).append(state)
-        models += [
-            ModelState(name, "1", "UNAVAILABLE", reason)
-            for name, reason in sorted(self._failed.items())
-        ]
-        return (*chains, *models)
+        """See `core.ports.Control.repository_index`."""
+        return self._catalogue.index()
 
     async def load(self, name: str) -> None:
         """See `core.ports.Control.load`."""
         self._check_changeable()
         self._refuse_when_draining()
         async with self._changing:
-            bound = self._bound.get(name)
+            bound = self._catalogue.get(name)
             if bound is None or bound.direct:
                 await self._load_model(name)
-            elif name in self._withdrawn:
+            elif self._catalogue.is_withdrawn(name):
                 await self._apply([bound.chain])
 
     async def unload(self, name: str) -> None:
@@ -214,22 +199,16 @@ class Controller:
         self._check_changeable()
         self._refuse_when_draining()
         async with self._changing:
-            bound = self._bound.get(name)
-            if bound is None or name in self._withdrawn:
+            bound = self._catalogue.get(name)
+            if bound is None or self._catalogue.is_withdrawn(name):
                 return
-            if bound.direct:
-                users = sorted(
-                    b.name
-                    for b in self._bound.values()
-                    if not b.direct and any(m.spec.name == name for m in b.modules)
+            if bound.direct and (users := self._catalogue.users(name)):
+                raise RequestError(
+                    ErrorKind.INVALID,
+                    f"failed to unload '{name}', it is used by chain '{users[0]}'; "
+                    "delete the chain first",
                 )
-                if users:
-                    raise RequestError(
-                        ErrorKind.INVALID,
-                        f"failed to unload '{name}', it is used by chain '{users[0]}'; "
-                        "delete the chain first",
-                    )
-            self._withdrawn.add(name)
+            self._catalogue.withdraw(name)
             self._engine.remove(name)
             if bound.direct:
                 await self._unload_model(name)
@@ -258,7 +237,7 @@ class Controller:
         self._check_changeable()
         self._refuse_when_draining()
         async with self._changing:
-            bound = self._bound.get(chain)
+            bound = self._catalogue.get(chain)
             if bound is None or bound.direct:
                 return False
             if self._memory is not None:
@@ -267,22 +246,22 @@ class Controller:
             chains = tuple(c for c in self._plan.chains if c.chain != chain)
             self._plan = replace(self._plan, chains=chains)
             if chains:
-                self._plan = self._provisioning.solve(self.chains(), self._models, self._traffic)
+                served = [bound.chain for bound in self.served()]
+                self._plan = self._provisioning.solve(served, self._catalogue.models, self._traffic)
             return True
 
     def chains(self) -> tuple[Chain, ...]:
         """See `core.ports.Control.chains`."""
-        return tuple(bound.chain for bound in self.callables() if not bound.direct)
+        return self._catalogue.chains()
 
     async def plan(self, chains: Sequence[Chain]) -> Plan:
         """See `core.ports.Control.plan`. Profiles models that were not profiled yet."""
         async with self._changing:
-            served = self._merged(chains)
-            bound = [self._bind(chain) for chain in served]
-            await self._provisioning.profile(m.spec for b in bound for m in b.modules)
-            return self._provisioning.solve(
-                served, self._models, self._provisioning.expected(served, chains, self._traffic)
-            )
+            declared = self._catalogue.with_chains(chains)
+            bound = self._catalogue.bind(declared)
+            await self._provisioning.profile(bound.values())
+            traffic = self._provisioning.expected(declared, chains, self._traffic)
+            return self._served.solve(declared, traffic)[1]
 
     async def replan(self, proposal: Proposal, worth: Callable[[Plan, Plan, float], bool]) -> bool:
         """Plan the served chains for `proposal.traffic`, and follow that plan if it is `worth` it
@@ -304,17 +283,17 @@ class Controller:
             await self._replan(traffic, lambda before, after, cost: True)
 
     async def _replan(self, traffic: Traffic, worth: Callable[[Plan, Plan, float], bool]) -> bool:
-        chains, models = self.chains(), dict(self._models)
-        plan = await asyncio.to_thread(self._provisioning.solve, chains, models, traffic)
-        placed = place(plan, self.machines.usable(), self._loaded())
-        if not worth(self._plan, plan, self._provisioning.transition_cost(placed)):
+        chains = [bound for bound in self.callables() if not bound.direct]
+        provision = await self._served.provide(
+            chains, traffic, worth=lambda plan, cost: worth(self._plan, plan, cost)
+        )
+        if provision is None:
             return False
-        await self.machines.grow_to(placed)
-        self._install({chain.name: self._bound[chain.name] for chain in chains}, plan)
+        self._install(chains, provision)
         self._traffic = traffic
         if self._memory is not None:
-            self._memory.keep_traffic(self._traffic, chains)
-        await self.machines.shrink_to(placed)
+            self._memory.keep_traffic(self._traffic, self.chains())
+        await self.machines.shrink_to(provision.placed)
         return True
 
     def machines_up(self) -> frozenset[str]:
@@ -342,11 +321,11 @@ class Controller:
     def statistics(self, name: str = "", version: str = "") -> tuple[ModelStatistics, ...]:
         """See `core.ports.Control.statistics`."""
         if name:
-            bound = self._bound.get(name)
-            if bound is None or (version and version != "1"):
+            known = self._catalogue.get(name) is not None
+            if not known or (version and version != "1"):
                 message = f"requested model '{name}' is not available"
                 raise RequestError(ErrorKind.INVALID, message)
-        names = [name] if name else sorted(self._bound)
+        names = [name] if name else self._catalogue.names()
         return tuple(self._statistics.snapshot(n, "1") for n in names)
 
     def status(self) -> dict[str, Any]:
@@ -377,7 +356,7 @@ class Controller:
 
     def observe(self, timeline: Timeline) -> None:
         """Count one ended request."""
-        bound = self._bound.get(timeline.chain)
+        bound = self._catalogue.get(timeline.chain)
         direct = bound.direct if bound is not None else False
         if bound is not None:
             self._statistics.observe_request(timeline, direct=direct, wall_ms=int(time() * 1e3))
@@ -401,28 +380,30 @@ class Controller:
         """Serve `chains` too, and those `gone` no more. `as_declared` (left out: `chains`) are
         planned for what their files say, all others for the traffic known.
         """
-        served = [chain for chain in self._merged(chains) if chain.name not in gone]
-        bound = {chain.name: self._bind(chain) for chain in served}
-        await self._provisioning.profile(m.spec for b in bound.values() for m in b.modules)
+        declared = self._catalogue.with_chains(chains, gone=gone)
+        bound = self._catalogue.bind(declared)
+        await self._provisioning.profile(bound.values())
         traffic = self._provisioning.expected(
-            served, chains if as_declared is None else as_declared, self._traffic
+            declared, chains if as_declared is None else as_declared, self._traffic
         )
-        plan = self._provisioning.solve(served, self._models, traffic)
-        placed = place(plan, self.machines.usable(), self._loaded())
-        await self.machines.grow_to(placed, first=not self._started)
+        self._provisioning.refused.clear()
+        provision = await self._served.provide(
+            list(bound.values()), traffic, first=not self._started
+        )
+        assert provision is not None, "it was not asked what it is worth"
         if self._memory is not None and remember:
             self._memory.changed(chains, ())
         for name in gone:
-            if name in self._bound:
+            if self._catalogue.get(name) is not None:
                 self._remove(name)
-        self._install(bound, plan)
+        self._install(bound.values(), provision)
         self._traffic = traffic
-        await self.machines.shrink_to(placed)
-        return plan
+        await self.machines.shrink_to(provision.placed)
+        return provision.plan
 
     def _remove(self, chain: str) -> None:
-        del self._bound[chain]
-        self._withdrawn.discard(chain)
+        self._catalogue.remove(chain)
+        self._served.remove(chain)
         self._engine.remove(chain)
 
     def _check_changeable(self) -> None:
@@ -433,52 +414,23 @@ class Controller:
                 key="--workers",
             )
 
-    def _loaded(self) -> list[str]:
-        return sorted(name for name in self._models if name not in self._withdrawn)
-
-    def _merged(self, chains: Sequence[Chain]) -> list[Chain]:
-        served = {chain.name: chain for chain in self.chains()}
-        for chain in chains:
-            if chain.name in self._models:
-                raise ConfigError(
-                    f"{chain.name!r} is a model of the repository; name the chain otherwise",
-                    key="chain",
-                )
-            served[chain.name] = chain
-        return [served[name] for name in sorted(served)]
-
-    def _bind(self, chain: Chain) -> BoundChain:
-        for module in chain.modules:
-            if (reason := self._failed.get(module.model)) is not None:
-                raise ResidencyError(
-                    f"chain {chain.name!r} needs model {module.model!r}, "
-                    f"which could not be loaded: {reason}"
-                )
-            if module.model in self._withdrawn:
-                raise ResidencyError(
-                    f"chain {chain.name!r} needs model {module.model!r}, which was unloaded: "
-                    "load it first"
-                )
-        try:
-            return bind(chain, self._models)
-        except ConfigError as error:
-            raise ConfigError(error.message, key=error.key, where=chain.where(error.key)) from None
-
-    def _install(self, bound: Mapping[str, BoundChain], plan: Plan) -> None:
+    def _install(self, chains: Collection[BoundChain], provision: Provision) -> None:
         """The moment a change becomes visible; nothing in here can fail or wait."""
-        self._plan = plan
-        durations = self._provisioning.durations(self._models)
-        for name, chain in bound.items():
-            self._bound[name] = chain
-            self._withdrawn.discard(name)
+        plan = self._plan = provision.plan
+        for bound in chains:
+            self._catalogue.add(bound)
+        models = [m.spec.name for bound in provision.chains for m in bound.modules]
+        durations = self._provisioning.durations(models)
+        for bound in provision.chains:
             self._engine.install(
-                route_chain(chain, plan.chain(name), durations, workers=self._share.count)
+                route_chain(bound, plan.chain(bound.name), durations, workers=self._share.count)
             )
         if not self._started:
             for site in self.machines.sites():
                 self.machines.announce(site.name)
         self.machines.announce_up()
-        self.machines.keep(chain.chain for chain in bound.values())
+        self.machines.keep(bound.chain for bound in chains)
+        self._served.install(provision.chains)
 
     # -- models -----------------------------------------------------------------------------
 
@@ -510,20 +462,15 @@ class Controller:
         """Load on every machine and make it callable; RequestError in Triton's words."""
         try:
             spec = await self.machines.load(name)
-            bound = single_model_chain(spec)
+            bound = self._catalogue.add_model(spec)
         except (ResidencyError, ConfigError) as error:
             if not await self.machines.exists(name):
                 message = f"Request for unknown model: '{name}' is not found"
                 raise RequestError(ErrorKind.UNKNOWN_MODEL, message) from None
-            # Triton goes on serving a model whose reload failed.
-            if name not in self._bound:
-                self._failed[name] = str(error)
+            self._catalogue.model_failed(name, str(error))
             raise RequestError(ErrorKind.BACKEND, str(error)) from None
-        self._failed.pop(name, None)
-        self._models[name] = spec
-        self._bound[name] = bound
-        self._withdrawn.discard(name)
-        self._engine.install(route_chain(bound, None, self._provisioning.durations(self._models)))
+        durations = self._provisioning.durations(self._catalogue.models)
+        self._engine.install(route_chain(bound, None, durations))
         self.machines.announce_up()
 
     async def _unload_model(self, name: str) -> None:

@@ -376,12 +376,11 @@ class Engine:
         except Exception:
             # `execute` tells why, where it fails as well.
             logger.exception("beginning %s on %s", call.model, machine)
-        task = asyncio.get_running_loop().create_task(self._execute(action))
+        task = asyncio.get_running_loop().create_task(self._execute(action, started_s))
         self._executions.add(task)
         task.add_done_callback(self._executions.discard)
 
-    async def _execute(self, action: Execute) -> None:
-        started_s = self._now_s()
+    async def _execute(self, action: Execute, started_s: float) -> None:
         try:
             outcome: tuple[Tensor, ...] | BackendError = await self._executor.execute(
                 action.machine, action.call, timeout_s=action.timeout_s

@@ -1,22 +1,23 @@
 """The Tritons behind the server: which models each holds, whether it is up, repairing what breaks.
 
 Invariant: the engine is only told of instances that are loaded; `placed` is what Triton was asked
-for last. Not concurrent: the controller makes one change at a time (repairs are of one model, and
-take that model out of use while they last).
+for last; what a run is made of is loaded before it. Not concurrent: the controller makes one change
+at a time (repairs are of one model and its runs, and take them out of use while they last).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
+from typing import Protocol
 
-from paceline.core.chain import Chain
-from paceline.core.errors import ResidencyError
+from paceline.core.chain import Chain, Module
+from paceline.core.errors import ResidencyError, RunError
 from paceline.core.model import ModelSpec
 from paceline.core.ports import LoadLinks, ModelMemory, ModelRepository, Profiler
 from paceline.runtime.engine import Engine
@@ -32,19 +33,27 @@ _REPAIRABLE = ("is not healthy", "deadline exceeded")
 """What a batch's failure says when the model's own process is dead or hangs."""
 
 
+class _Load(Protocol):
+    """`ModelRepository.load` or `.repair`."""
+
+    async def __call__(self, model: str, *, instances: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """One Triton as the controller uses it.
 
-    `overhead_s` is what the front and the network add to every execution there, measured;
-    `budget_bytes` bounds what its models may take, which `memory` tells; `restart` ends a Triton
-    of ours, which is then started again; `links` are what it loads through, where that is divided.
+    `overhead_s` is what the front and the network add to every execution there, measured (p95), and
+    `round_trip_s` the least that a call takes; `budget_bytes` bounds what its models may take,
+    which `memory` tells; `restart` ends a Triton of ours, which is then started again; `links` are
+    what it loads through, where that is divided.
     """
 
     site: Site
     repository: ModelRepository
     profiler: Profiler
     overhead_s: float = 0.0
+    round_trip_s: float = 0.0
     budget_bytes: float = inf
     memory: ModelMemory | None = None
     restart: Callable[[], None] | None = None
@@ -59,7 +68,9 @@ class Machines:
         self._share = share
         self._machines: dict[str, Machine] = {}
         self._up: set[str] = set()
-        self._repairing: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._repairing: dict[frozenset[tuple[str, str]], asyncio.Task[None]] = {}
+        """Repairs by the models on machines that are not used while they last."""
+        self._runs: dict[str, tuple[Module, ModelSpec]] = {}
         self.placed: dict[str, dict[str, int]] = {}
         """Instances by machine and model."""
         self._load_s: dict[tuple[str, str], float] = {}
@@ -70,6 +81,8 @@ class Machines:
         """One more Triton; nothing is sent to it before `announce`."""
         self._machines[machine.site.name] = machine
         self.placed[machine.site.name] = {}
+        for run, spec in self._runs.values():
+            machine.repository.compose(run, spec)
         if self.residence.engaged:
             self.residence.machine_up(machine.site.name, {})
         elif machine.budget_bytes != inf:
@@ -105,8 +118,13 @@ class Machines:
         """Unload what chains with a keep-alive do not use. Several workers share their machines:
         none of them knows what the others use, so that nothing is unloaded there.
         """
-        if self._share.count == 1 and any(chain.keep_alive_s is not None for chain in chains):
+        if self.come_and_go(chains):
             self.residence.engage()
+
+    def come_and_go(self, chains: Iterable[Chain]) -> bool:
+        """Whether models come and go once these chains are served."""
+        kept = self._share.count == 1 and any(c.keep_alive_s is not None for c in chains)
+        return kept or self.residence.engaged
 
     def using(self, model: str, name: str) -> AbstractAsyncContextManager[None]:
         """That model is loaded on that Triton while the block runs. Raises ResidencyError."""
@@ -138,7 +156,11 @@ class Machines:
 
     def holds(self, name: str) -> str | None:
         """A model that should be loaded on a Triton, to ask it for; None if it holds none."""
-        return min(self.placed[name], default=None)
+        return min(self.models_on(name), default=None)
+
+    def models_on(self, name: str) -> dict[str, int]:
+        """Instances of what a Triton should have, the runs made of it left out."""
+        return {m: count for m, count in self.placed[name].items() if m not in self._runs}
 
     def has(self, name: str, model: str) -> bool:
         """Whether a Triton should have that model."""
@@ -151,7 +173,7 @@ class Machines:
         instances = {
             model: self._share.of(count)
             for model, count in self.placed[name].items()
-            if (name, model) not in self._repairing
+            if not self._is_repaired(name, model)
         }
         self._engine.machine_up(name, site.hardware, self._share.of(site.slots), instances)
 
@@ -179,6 +201,8 @@ class Machines:
 
         Raises ResidencyError, ConfigError.
         """
+        if model in self._runs:
+            raise ResidencyError(f"{model!r} is part of a chain, no model of a repository")
         if self.residence.engaged:
             return await self.residence.introduce(model)
         spec: ModelSpec | None = None
@@ -204,7 +228,8 @@ class Machines:
     async def grow_to(self, placed: Placed, *, first: bool = False) -> None:
         """Load what is missing of these counts on every Triton that is up (`first`: on all).
 
-        Requests are sent to it from the next `announce` on. Raises ResidencyError.
+        Requests are sent to it from the next `announce` on. Raises ResidencyError, for a run
+        RunError.
         """
         if self.residence.engaged:
             self.residence.want(placed)
@@ -212,9 +237,9 @@ class Machines:
         for name in self._machines:
             if not first and name not in self._up:
                 continue
-            for model, instances in sorted(placed.get(name, {}).items()):
-                if self.placed[name].get(model, 0) < instances:
-                    await self._load(name, model, instances)
+            for model in self._in_order(placed.get(name, ())):
+                if self.placed[name].get(model, 0) < placed[name][model]:
+                    await self._load(name, model, placed[name][model])
 
     async def shrink_to(self, placed: Placed) -> None:
         """Give up what is above these counts, after requests have stopped being sent to it.
@@ -249,9 +274,49 @@ class Machines:
 
     async def _load(self, name: str, model: str, instances: int) -> None:
         started = perf_counter()
-        await self._machines[name].repository.load(model, instances=instances)
+        try:
+            await self._machines[name].repository.load(model, instances=instances)
+        except ResidencyError as error:
+            if model not in self._runs:
+                raise
+            raise RunError(str(error), model=model) from None
         self._load_s[name, model] = perf_counter() - started
         self.placed[name][model] = instances
+
+    # -- runs -------------------------------------------------------------------------------
+
+    def compose(self, run: Module, spec: ModelSpec) -> None:
+        """From now on `run`'s model, declared as `spec`, can be loaded wherever its members are."""
+        self._runs[run.model] = run, spec
+        for machine in self._machines.values():
+            machine.repository.compose(run, spec)
+
+    async def drop(self, model: str) -> None:
+        """Unload a run; nothing is sent to it any more. What Triton does not give up stays there,
+        unused and without memory of its own.
+        """
+        for name, machine in self._machines.items():
+            if self.placed[name].pop(model, None) is None or name not in self._up:
+                continue
+            self.announce(name)
+            try:
+                await machine.repository.unload(model)
+            except ResidencyError as error:
+                logger.warning("%s keeps %s: %s", name, model, error)
+        del self._runs[model]
+
+    def _in_order(self, models: Iterable[str]) -> list[str]:
+        """Runs after what they are made of."""
+        return sorted(models, key=lambda model: (model in self._runs, model))
+
+    def _runs_with(self, name: str, models: Collection[str]) -> list[str]:
+        """Runs on a Triton that are one of `models` or made of any of them."""
+        return [
+            model
+            for model, (run, _) in sorted(self._runs.items())
+            if model in self.placed[name]
+            and any(made in models for made in (model, *(m.model for m in run.members)))
+        ]
 
     # -- what goes wrong --------------------------------------------------------------------
 
@@ -275,9 +340,9 @@ class Machines:
         placed = self.placed[name]
         repository = self._machines[name].repository
         failures: dict[str, ResidencyError] = {}
-        for model, instances in sorted(placed.items()):
+        for model in self._in_order(placed):
             try:
-                await repository.load(model, instances=instances)
+                await repository.load(model, instances=placed[model])
             except ResidencyError as error:
                 logger.error("model %s did not load again on %s: %s", model, name, error)
                 failures[model] = error
@@ -293,11 +358,17 @@ class Machines:
         Triton that is gone altogether comes back through `up`.
         """
         dead = any(words in reason for words in _REPAIRABLE)
-        if not dead or name not in self._up or (name, model) in self._repairing:
+        if not dead or name not in self._up or self._is_repaired(name, model):
             return
         logger.warning("model %s on %s is broken (%s); loading it afresh", model, name, reason)
-        task = asyncio.create_task(self._repair(name, model), name=f"repair {model}")
-        self._repairing[name, model] = task
+        # A run does not tell which of its members it was: all of them are loaded afresh.
+        members = self._runs[model][0].members if model in self._runs else ()
+        afresh = sorted({member.model for member in members} or {model})
+        runs = self._runs_with(name, [model, *afresh])
+        unused = frozenset((name, each) for each in (*afresh, *runs))
+        self._repairing[unused] = asyncio.create_task(
+            self._repair(name, afresh, runs, unused), name=f"repair {model}"
+        )
         self.announce(name)
 
     async def close(self) -> None:
@@ -308,15 +379,36 @@ class Machines:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _repair(self, name: str, model: str) -> None:
-        """No batch is sent to the model while this lasts, so that none is lost to a probe."""
+    async def _repair(
+        self,
+        name: str,
+        models: Sequence[str],
+        runs: Sequence[str],
+        unused: frozenset[tuple[str, str]],
+    ) -> None:
+        """No batch is sent to them while this lasts, so that none is lost to a probe."""
         try:
-            async with self.residence.lock(name, model):
-                if (instances := self.placed[name].get(model)) is not None:
-                    await self._machines[name].repository.repair(model, instances=instances)
-        except ResidencyError as error:
-            logger.error("model %s on %s could not be repaired: %s", model, name, error)
+            async with AsyncExitStack() as held:
+                for model in sorted((*models, *runs)):
+                    await held.enter_async_context(self.residence.lock(name, model))
+                repository = self._machines[name].repository
+                repair, load = repository.repair, repository.load
+                await asyncio.gather(*(self._again(name, model, repair) for model in models))
+                for run in runs:
+                    await self._again(name, run, load)
         finally:
-            del self._repairing[name, model]
+            del self._repairing[unused]
             if name in self._up:
                 self.announce(name)
+
+    async def _again(self, name: str, model: str, load: _Load) -> None:
+        """Load a model that a Triton should have."""
+        if (instances := self.placed[name].get(model)) is None:
+            return
+        try:
+            await load(model, instances=instances)
+        except ResidencyError as error:
+            logger.error("model %s on %s could not be repaired: %s", model, name, error)
+
+    def _is_repaired(self, name: str, model: str) -> bool:
+        return any((name, model) in unused for unused in self._repairing)

@@ -10,10 +10,12 @@ Every model has at least one on every machine, so that it can be called wherever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
+from types import MappingProxyType
 
+from paceline.core.chain import Module
 from paceline.core.plan import Plan
 
 _EPSILON = 1e-6
@@ -48,8 +50,16 @@ class Share:
         return max(1, whole // self.count + (self.index < whole % self.count))
 
 
-def place(plan: Plan, sites: Iterable[Site], models: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Instances by site and model, for all `models`.
+def place(
+    plan: Plan,
+    sites: Iterable[Site],
+    models: Iterable[str],
+    runs: Iterable[Module] = (),
+) -> dict[str, dict[str, int]]:
+    """Instances by site and model, for all `models` and those of `runs`.
+
+    Those of a run are batches at a time. Its members get as many more as the run was planned for;
+    a burst of it may use as many slots as its members would apart, one after the other in Triton.
 
     >>> from paceline.core.plan import Allocation, ChainPlan, ModulePlan
     >>> module = ModulePlan("m", "net", 10, 0, 1, 1, (Allocation("cpu", 4, 0.5, 1.25, 1.0),))
@@ -60,9 +70,10 @@ def place(plan: Plan, sites: Iterable[Site], models: Iterable[str]) -> dict[str,
     {'a': {'net': 3}}
     """
     ordered = sorted(sites, key=lambda site: site.name)
-    models = sorted(models)
+    members = {run.model: sorted({member.model for member in run.members}) for run in runs}
+    models = sorted({*models, *members})
     placed = {site.name: dict.fromkeys(models, 1) for site in ordered}
-    for (model, hardware), machines in sorted(_machines(plan).items()):
+    for (model, hardware), machines in sorted(_machines(plan, members).items()):
         homes = [site for site in ordered if site.hardware == hardware]
         if not homes or model not in models:
             continue
@@ -70,6 +81,10 @@ def place(plan: Plan, sites: Iterable[Site], models: Iterable[str]) -> dict[str,
         for index, site in enumerate(homes):
             share = wanted // len(homes) + (index < wanted % len(homes))
             placed[site.name][model] = max(1, min(share, site.slots))
+    for site in ordered:
+        counts = placed[site.name]
+        for run, made_of in members.items():
+            counts[run] = min(site.slots, sum(counts[model] for model in made_of))
     return placed
 
 
@@ -89,12 +104,15 @@ def shortage(plan: Plan, sites: Iterable[Site]) -> dict[str, tuple[float, int]]:
     }
 
 
-def _machines(plan: Plan) -> Mapping[tuple[str, str], float]:
-    """Machines by (model, hardware), over all chains."""
+def _machines(
+    plan: Plan, members: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Mapping[tuple[str, str], float]:
+    """Machines by (model, hardware), over all chains; those of a run for its `members` as well."""
     total: dict[tuple[str, str], float] = {}
     for chain in plan.chains:
         for module in chain.modules:
             for allocation in module.allocations:
-                key = (module.model, allocation.hardware)
-                total[key] = total.get(key, 0.0) + allocation.machines
+                for model in (module.model, *members.get(module.model, ())):
+                    key = (model, allocation.hardware)
+                    total[key] = total.get(key, 0.0) + allocation.machines
     return total

@@ -6,18 +6,21 @@ and every profiled (model, hardware), so that what is measured later can be comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
+from paceline.core.bind import BoundChain
 from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
 from paceline.core.profile import Durations, Hardware, Profiles
+from paceline.core.runs import merge, modules_in, run_spec, runs_of
 from paceline.dispatch.learned import LearnedDuration
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.replan import Traffic
+from paceline.planner.runs import pays, run_rows
 from paceline.planner.scarce import Wanted, plan_by_priority
 from paceline.runtime.machines import Machine, Machines, Placed
 
@@ -58,6 +61,8 @@ class Provisioning:
         self._options = options
         self._on_step = on_step
         self.profiles = Profiles()
+        self.refused: set[str] = set()
+        """Models of runs that some Triton did not load: they are planned for no more."""
 
     @property
     def nothing(self) -> Plan:
@@ -76,9 +81,11 @@ class Provisioning:
                 key="hardware",
             )
 
-    async def profile(self, specs: Iterable[ModelSpec]) -> None:
-        """Measure what was not measured yet, one model after the other, once per hardware."""
-        wanted = {spec.name: spec for spec in specs}
+    async def profile(self, chains: Collection[BoundChain]) -> None:
+        """Measure the models that were not measured yet, one after the other, once per hardware;
+        what runs take follows from that.
+        """
+        wanted = {module.spec.name: module.spec for bound in chains for module in bound.modules}
         by_hardware: dict[str, Machine] = {}
         for machine in self._machines.all():
             by_hardware.setdefault(machine.site.hardware, machine)
@@ -97,11 +104,16 @@ class Provisioning:
             async with self._machines.using(name, machine.site.name):
                 rows = await machine.profiler.measure(spec, hardware, on_progress=progress)
             self.profiles = self.profiles.merged(rows)
+        round_trips_s = {name: m.round_trip_s for name, m in by_hardware.items()}
+        for run in (run for bound in chains for run in runs_of(bound.chain)):
+            rows = run_rows(run, self.profiles, round_trips_s)
+            known = self.profiles.hardware_of(run.model)
+            self.profiles = self.profiles.merged(r for r in rows if r.hardware not in known)
 
     def assumed(self, chains: Iterable[Chain]) -> Traffic:
         """Traffic as the chain files and the profile say it is."""
         chains = list(chains)
-        models = {module.model for chain in chains for module in chain.modules}
+        models = {m.model for c in chains for m in (*c.modules, *runs_of(c))}
         return Traffic(
             {chain.name: chain.rate_rps or ASSUMED_RATE_RPS for chain in chains},
             {(c.name, m.name): m.fan_out for c in chains for m in c.modules},
@@ -147,11 +159,37 @@ class Provisioning:
             if name in placed
         )
 
+    def served(
+        self, chains: Iterable[Chain], specs: Mapping[str, ModelSpec], traffic: Traffic
+    ) -> list[Chain]:
+        """`chains` as they are cheapest under `traffic`: with their runs, or as declared.
+
+        By profiled durations, whatever was learned since: what is not executed now would be
+        compared as it was when it was. Safe on another thread: reads values only.
+        """
+        return [self._cheapest(chain, specs, traffic) for chain in chains]
+
+    def _cheapest(self, chain: Chain, specs: Mapping[str, ModelSpec], traffic: Traffic) -> Chain:
+        runs = [
+            run
+            for run in runs_of(chain)
+            if run.model not in self.refused
+            and run_spec(run, specs) is not None
+            and self.profiles.hardware_of(run.model)
+        ]
+        if not runs:
+            return chain
+        profiled = replace(traffic, slowdowns={})
+        merged = merge(chain, runs)
+        (_, apart), (_, together) = self._demands([chain, merged], specs, profiled)
+        return merged if pays(apart, together, self._options_for(chain)) else chain
+
     def solve(
         self, chains: Sequence[Chain], specs: Mapping[str, ModelSpec], traffic: Traffic
     ) -> Plan:
-        """The plan of `chains` under `traffic`; each chain under the bound of the policy by which
-        it is dispatched. Where machines do not suffice, lower priorities get what is left.
+        """The plan of `chains`, as they are `served`, under `traffic`; each chain under the bound
+        of the policy by which it is dispatched. Where machines do not suffice, lower priorities get
+        what is left.
 
         Raises PlanError. Safe on another thread: reads values only.
         """
@@ -206,7 +244,7 @@ class Provisioning:
         profiles = _slowed(self.profiles, traffic.slowdowns)
         for chain in chains:
             modules = tuple(
-                replace(module, fan_out=traffic.fan_outs[chain.name, module.name])
+                replace(module, fan_out=traffic.fan_outs[chain.name, modules_in(module.name)[0]])
                 for module in chain.modules
             )
             rate_rps = traffic.rates_rps[chain.name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from time import time
@@ -18,6 +18,7 @@ from paceline.core.chain import Chain
 from paceline.core.errors import PacelineError
 from paceline.core.plan import Plan
 from paceline.core.request import Timeline
+from paceline.core.runs import modules_in
 from paceline.planner.replan import (
     Cadence,
     Proposal,
@@ -192,7 +193,10 @@ class Replanner:
             for name in served
         }
         for counts in self._counts.values():
-            counts.estimator.observe(now_s, counts.requests, counts.answered, counts.rows)
+            rows = Counter[str]()
+            for name, count in counts.rows.items():
+                rows.update(dict.fromkeys(modules_in(name), count))
+            counts.estimator.observe(now_s, counts.requests, counts.answered, rows)
             counts.requests, counts.answered, counts.rows = 0, 0, {}
         for key, ratio in self._controller.slowdowns().items():
             known = self._slowdowns.get(key, 1.0)

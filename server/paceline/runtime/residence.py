@@ -22,32 +22,24 @@ from paceline.core.errors import (
     ResidencyError,
 )
 from paceline.core.model import ModelSpec
-from paceline.core.ports import LoadLinks
 from paceline.dispatch import ChainRoute, Entered, Passed, Reached, TooCold
 from paceline.residency import events as ev
 from paceline.residency.ledger import Footprint
 from paceline.residency.residency import Residency
 from paceline.residency.state import Limits
+from paceline.runtime.bandwidth import Bandwidth
 from paceline.runtime.engine import Engine
 from paceline.runtime.interference import Interference, Slack
 from paceline.runtime.needs import needs
+from paceline.runtime.sizes import Sizes, own_bytes_of
 
 if TYPE_CHECKING:
-    from paceline.runtime.machines import Machine, Machines
+    from paceline.runtime.machines import Machines
 
 logger = logging.getLogger(__name__)
 
-MEASURE_EVERY_S = 5.0
-"""How often sizes are measured again: models grow while they execute."""
-
 PACE_EVERY_S = 0.01
 """How often, at most, it is looked at what running requests can bear."""
-
-LINKS_EVERY_S = 0.1
-"""How often the split of load bandwidth is looked at while models are being loaded."""
-
-SIZE_TOLERANCE = 0.02
-"""A size that differs by less is no correction."""
 
 
 class Residence:
@@ -68,24 +60,25 @@ class Residence:
         self._gone: dict[str, list[asyncio.Future[None]]] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._splitting: set[str] = set()
         self._wake: asyncio.TimerHandle | None = None
         self._paced: dict[str, tuple[tuple[float, ...], float]] = {}
         self._paced_s = -inf
+        self._sizes = Sizes(machines, self.state, self._tell)
+        self._bandwidth = Bandwidth(machines, self._loading, self._tell)
 
     def engage(self) -> None:
         """From now on models come and go; what is loaded now stays for the time being."""
         if self.engaged:
             return
         self.engaged = True
-        placed = self._machines.placed
+        placed = {name: self._machines.models_on(name) for name in self._machines.named()}
         for model in sorted({model for held in placed.values() for model in held}):
             self._declare(model)
-        for name in self._machines.named():
-            if self._machines.is_up(name) or not placed[name]:
-                self._up(name, placed[name])
+        for name, held in placed.items():
+            if self._machines.is_up(name) or not held:
+                self._up(name, held)
         self._engine.lease(self)
-        self._spawn(self._measure_again(), "measure models")
+        self._spawn(self._sizes.watch(), "measure models")
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -148,7 +141,7 @@ class Residence:
             del self._granted[number]
             self._tell(ev.Leave(number))
         for name in self.state.holders(model):
-            await self._measure(name, model)
+            await self._sizes.measure(name, model)
 
     def want(self, placed: Mapping[str, Mapping[str, int]]) -> None:
         """Instances of each model that the plan would have on each machine."""
@@ -311,7 +304,8 @@ class Residence:
             match action:
                 case ev.Load():
                     self._spawn(self._load(action), f"load {action.model}")
-                    self._split(action.machine)
+                    if (following := self._bandwidth.following(action.machine)) is not None:
+                        self._spawn(following, f"follow the loads of {action.machine}")
                 case ev.Unload():
                     self._unplace(action.machine, action.model)
                     self._spawn(self._unload(action), f"unload {action.model}")
@@ -322,7 +316,7 @@ class Residence:
                 case ev.Refuse():
                     self._refuse(action)
                 case ev.Split():
-                    self._spawn(self._share_out(action), f"split {action.machine}")
+                    self._spawn(self._bandwidth.split(action), f"split {action.machine}")
                 case ev.Wake():
                     if self._wake is not None:
                         self._wake.cancel()
@@ -357,7 +351,7 @@ class Residence:
         try:
             async with self.lock(name, model):
                 await machine.repository.load(model, instances=action.instances)
-                own_bytes = await self._own_bytes(machine, model, action.instances)
+                own_bytes = await own_bytes_of(machine, model, action.instances)
         except LoadTimeoutError as error:
             logger.error("%s", error)
             self._tell(ev.LoadHung(action.operation, name, model, str(error)))
@@ -407,72 +401,7 @@ class Residence:
         assert machine.restart is not None, action
         machine.restart()
 
-    # -- load bandwidth -----------------------------------------------------------------------
-
-    def _split(self, name: str) -> None:
-        """Look after the split of a machine's links as long as it loads something."""
-        machine = self._machines.named()[name]
-        if machine.links is not None and name not in self._splitting:
-            self._splitting.add(name)
-            self._spawn(self._follow_loads(name, machine.links), f"follow the loads of {name}")
-
-    async def _follow_loads(self, name: str, links: LoadLinks) -> None:
-        try:
-            moving = True
-            while moving or self._loading(name):
-                await asyncio.sleep(LINKS_EVERY_S)
-                found = await asyncio.to_thread(links.moving)
-                told = tuple(ev.Link(link, *state) for link, state in sorted(found.items()))
-                moving = any(left for link in told for left in link.left_bytes.values())
-                self._tell(ev.Moving(name, told))
-        finally:
-            self._splitting.discard(name)
-
-    async def _share_out(self, action: ev.Split) -> None:
-        machine = self._machines.named().get(action.machine)
-        if machine is not None and machine.links is not None:
-            await asyncio.to_thread(machine.links.split, action.shares)
-
     def _changed(self, model: str) -> None:
         for waiting in self._gone.pop(model, ()):
             if not waiting.done():
                 waiting.set_result(None)
-
-    # -- sizes ------------------------------------------------------------------------------
-
-    async def _own_bytes(self, machine: Machine, model: str, instances: int) -> int | None:
-        if machine.memory is None:
-            return None
-        total = await machine.memory.measured_bytes(model)
-        return None if total is None else -(-total // instances)
-
-    async def _measure(self, name: str, model: str) -> None:
-        machine, placed = self._machines.named().get(name), self._machines.placed.get(name, {})
-        instances = placed.get(model)
-        if machine is None or instances is None:
-            return
-        own_bytes = await self._own_bytes(machine, model, instances)
-        if own_bytes is None or placed.get(model) != instances:
-            return
-        believed = self.state.models[model].footprint.own_bytes
-        if abs(own_bytes - believed) > SIZE_TOLERANCE * believed:
-            if machine.memory is not None:
-                machine.memory.remember(model, own_bytes)
-            self._tell(ev.SizeMeasured(model, own_bytes))
-
-    async def _measure_server(self, name: str) -> None:
-        machine = self._machines.named().get(name)
-        if machine is None or machine.memory is None:
-            return
-        size_bytes = await machine.memory.server_bytes()
-        if size_bytes is not None:
-            self._tell(ev.ServerMeasured(name, size_bytes))
-
-    async def _measure_again(self) -> None:
-        while True:
-            await asyncio.sleep(MEASURE_EVERY_S)
-            placed = {name: sorted(held) for name, held in self._machines.placed.items()}
-            for name, models in sorted(placed.items()):
-                for model in models:
-                    await self._measure(name, model)
-                await self._measure_server(name)

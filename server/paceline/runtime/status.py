@@ -39,7 +39,7 @@ def describe(
 ) -> dict[str, Any]:
     """A JSON-able picture of everything; `now_s` on the dispatcher's clock."""
     plan = controller.current_plan()
-    chains = [b for b in controller.callables() if not b.direct]
+    chains = controller.served()
     return {
         "version": __version__,
         "uptime_s": round(monotonic() - _STARTED_S, 1),

@@ -18,6 +18,7 @@ from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelCall
 from paceline.core.profile import Durations
 from paceline.core.tensor import Tensor
+from paceline.core.values import value
 from paceline.dispatch import BatchDone, BatchFailed, Event, Execute, MachineUp
 from paceline.sim.stimuli import Mishap
 
@@ -59,7 +60,7 @@ class SimMachine:
         return MachineUp(self.name, self.hardware, self.slots, dict(self.instances))
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Started:
     """A batch on its way: it ends at `at_s`; with an error, or as its models answer."""
 

@@ -13,7 +13,7 @@ of it takes, so that it works `share` of the time: nothing that is not paid for 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import exp
 from random import Random
 
@@ -99,6 +99,7 @@ def blank_chain(chain: Chain, batch_limits: Mapping[str, int]) -> BoundChain:
             {"rows": rows, **after},
             for_each=rows if _varies(module) else None,
             fan_out=module.fan_out,
+            members=module.members,
         )
         modules.append(blank)
     names = {f"rows_{m.name}" for m in chain.modules if _varies(m)}
@@ -124,45 +125,73 @@ def blank_chain(chain: Chain, batch_limits: Mapping[str, int]) -> BoundChain:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """How many rows a module gets: `name` is its input's, empty where it always gets one.
+
+    As many as module `over`, else `expected` on average; none where a module `below` got none.
+    """
+
+    name: str
+    below: tuple[int, ...]
+    over: int | None
+    expected: float
+
+
+def _draws(chain: Chain) -> tuple[_Draw, ...]:
+    runs = _run_probability(chain.modules)
+    places = {module.name: place for place, module in enumerate(chain.modules)}
+    found = []
+    for module in chain.modules:
+        below = [parent for parent in module.parents if runs[parent] < 1.0]
+        over = module.for_each.module if module.for_each is not None else None
+        fans_out = over is not None and chain.module(over).for_each is not None
+        found.append(
+            _Draw(
+                f"rows_{module.name}" if _varies(module) else "",
+                tuple(places[parent] for parent in below),
+                places[over] if over is not None and fans_out else None,
+                module.fan_out / min((runs[parent] for parent in below), default=1.0),
+            )
+        )
+    return tuple(found)
+
+
 class RequestInputs:
     """Draws requests of a blank chain: how many rows each module gets."""
 
     def __init__(self, chain: Chain, rng: Random) -> None:
         """`chain` as declared (not the blank one)."""
         self._rng = rng
-        self._chain = chain
         self._fixed = {"rows": Tensor("rows", "UINT8", (1,), b"\0")}
         self._known: dict[tuple[str, int], Tensor] = {}
-        self._varying = any(_varies(module) for module in chain.modules)
-        self._runs = _run_probability(chain.modules)
+        self._draws = _draws(chain)
+        self._varying = any(draw.name for draw in self._draws)
 
     def draw(self) -> Mapping[str, Tensor]:
         """One request's inputs."""
         if not self._varying:
             return self._fixed
-        rows: dict[str, int] = {}
+        rows: list[int] = []
         inputs = dict(self._fixed)
-        for module in self._chain.modules:
-            count = self._count(module, rows)
-            rows[module.name] = count
-            if _varies(module):
-                name = f"rows_{module.name}"
-                inputs[name] = self._tensor(name, count)
+        for draw in self._draws:
+            count = self._count(draw, rows)
+            rows.append(count)
+            if draw.name:
+                inputs[draw.name] = self._tensor(draw.name, count)
         return inputs
 
-    def _count(self, module: Module, rows: Mapping[str, int]) -> int:
-        below = [p for p in module.parents if self._runs[p] < 1.0]
-        if any(rows[parent] == 0 for parent in below):
-            return 0
-        if not _varies(module):
+    def _count(self, draw: _Draw, rows: Sequence[int]) -> int:
+        for parent in draw.below:
+            if rows[parent] == 0:
+                return 0
+        if not draw.name:
             return 1
-        over = module.for_each.module if module.for_each is not None else None
-        if over is not None and self._chain.module(over).for_each is not None:
-            return rows[over]
-        expected = module.fan_out / min((self._runs[p] for p in below), default=1.0)
-        if expected <= 1.0:
-            return int(self._rng.random() < expected)
-        return _poisson(expected, self._rng)
+        if draw.over is not None:
+            return rows[draw.over]
+        if draw.expected <= 1.0:
+            return int(self._rng.random() < draw.expected)
+        return _poisson(draw.expected, self._rng)
 
     def _tensor(self, name: str, count: int) -> Tensor:
         known = self._known.get((name, count))

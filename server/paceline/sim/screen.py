@@ -33,13 +33,19 @@ class Screen:
     """Asked before each request whether enough is known; `missed` is the verdict."""
 
     def __init__(
-        self, targets: Mapping[str, float], most: Mapping[str, int], *, all_: bool
+        self,
+        targets: Mapping[str, float],
+        most: Mapping[str, int],
+        *,
+        all_: bool,
+        least: Mapping[str, int] | None = None,
     ) -> None:
         """`targets` and the most misses of the whole run by chain; `all_`: every chain that
-        misses is wanted, not only whether one does.
+        misses is wanted, not only whether one does. None passes before `least` requests.
         """
         self._most = most
         self._all = all_
+        self._least = least or {}
         self._lines = {name: _line(target) for name, target in targets.items()}
         self._verdicts: dict[str, bool] = {}
 
@@ -51,7 +57,7 @@ class Screen:
             ended, missed = tally.ended[name], tally.missed[name]
             if missed > most or missed > slope * ended + CLUMPED * start:
                 self._verdicts[name] = False
-            elif missed <= slope * ended - CLUMPED * start:
+            elif missed <= slope * ended - CLUMPED * start and ended >= self._least.get(name, 0):
                 self._verdicts[name] = True
         if not self._all and False in self._verdicts.values():
             return True

@@ -40,6 +40,11 @@ WIDE = 3.0
 """Runs that miss up to so many times what they may tell how misses clump near the target."""
 SCREENED = 2
 """The search looks at one in so many of the requests that the result is confirmed with."""
+LEAST_OBJECTIVES = 30.0
+"""A confirmation lasts so many times the longest objective: for about one, a full queue makes every
+request miss, so that thousands of requests that come meanwhile are no more than one sample."""
+LEAST_SCREENED = 10.0
+"""So many objectives long is a run that screening lets pass."""
 
 GUESSES = 4
 """How many rates are tried for about the highest that is still cheaper with another objective."""
@@ -105,7 +110,7 @@ class _Search:
     ) -> None:
         self._chains = chains
         self._demands = demands
-        self._options = options
+        self._options = replace(options, bound=False)
         self._profiles = profiles
         self._how = how
         self._progress = progress
@@ -227,11 +232,15 @@ class _Search:
             return False
         self._tell("with", at)
         part = 1 if self._how.arrivals.trace else SCREENED
-        instants, seed = self._instants("search", self._requests / part)
+        instants, seed = self._instants("search", self._confirming(self._how.confidence) / part)
         most = {c.name: self._allowed(c, len(instants[c.name])) for c in self.judged}
         # Without headroom all chains that need it are wanted; later one is enough to go on.
         targets = {chain.name: chain.attainment for chain in self.judged}
-        screen = Screen(targets, most, all_=not self._needing)
+        least = {
+            demand.name: ceil(LEAST_SCREENED * demand.slo_s * demand.rate_rps)
+            for demand in self._demands
+        }
+        screen = Screen(targets, most, all_=not self._needing, least=least)
         result = self._simulated(plan, instants, seed, screen)
         missed = screen.missed(result)
         if not missed <= self._needing:
@@ -259,11 +268,15 @@ class _Search:
         self._enough = {(0, 1.0): False}
 
     def _confirming(self, confidence: float) -> int:
-        """Requests for a confirmation that sure: more than asked for where so few could not show
-        it, twice the least, so that some may miss.
+        """Requests, of the chain with the fewest, for a confirmation that sure: more than asked for
+        where it would not last long enough, or so few could not show it: twice the least, so that
+        some may miss.
         """
         strict = replace(self._how, confidence=confidence)
-        return max(self._requests, *(2 * strict.least(chain.attainment) for chain in self.judged))
+        needed = (2 * strict.least(chain.attainment) for chain in self.judged)
+        span_s = LEAST_OBJECTIVES * max(chain.slo_s for chain in self.judged)
+        lasting = ceil(span_s * min(demand.rate_rps for demand in self._demands))
+        return max(self._requests, lasting, *needed)
 
     def _instants(self, salt: str, requests: float) -> tuple[dict[str, Sequence[float]], int]:
         """Arrivals, and a seed for the rest of the run.
@@ -277,7 +290,7 @@ class _Search:
         if self._how.arrivals.trace is None and total > MOST_REQUESTS:
             raise ConfigError(
                 f"verifying these chains takes {total} requests at a time, more than "
-                f"{MOST_REQUESTS}; verify fewer together, or use --no-verify",
+                f"{MOST_REQUESTS}; lower it, verify fewer together, or use --no-verify",
                 key="attainment",
             )
         found = {

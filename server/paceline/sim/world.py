@@ -137,12 +137,16 @@ class World:
     def _step(self, due_s: float, seq: int, item: Stimulus | Started | Event) -> None:
         if isinstance(item, Started):
             self._finish(due_s, item)
+        elif isinstance(item, MachineUp):
+            machine = self.backend.machines[item.machine]
+            if machine.alive and not machine.withdrawn:
+                self._handle(due_s, item)
+        elif isinstance(item, Arrive):
+            self._arrive(due_s, item)
         elif isinstance(item, Tick):
             if self._wake == (due_s, seq):
                 self._wake = None
                 self._handle(due_s, item)
-        elif isinstance(item, Arrive):
-            self._arrive(due_s, item)
         elif isinstance(item, Settled):
             self._settling = False
             self._handle(due_s, item)
@@ -189,7 +193,8 @@ class World:
         machine = started.machine
         if machine.share < 1.0 and not machine.withdrawn:
             # The rest of its time belongs to others: it is back when its share is right again.
-            self._handle(due_s, MachineUp(machine.name, machine.hardware, 0, machine.instances))
+            rests = MachineUp(machine.name, machine.hardware, 0, machine.instances)
+            self._handle(due_s, rests, settled=False)
             rest_s = started.took_s * (1.0 - machine.share) / machine.share
             self._push(self.now_s + rest_s, machine.up())
         if isinstance(event, BatchDone):
@@ -247,9 +252,6 @@ class World:
                 self._handle(due_s, InstallChain(item.route))
             case Remove():
                 self._handle(due_s, RemoveChain(item.chain))
-            case MachineUp():
-                if machines[item.machine].alive and not machines[item.machine].withdrawn:
-                    self._handle(due_s, item)
             case MachineDown():
                 if not machines[item.machine].alive:
                     self._handle(due_s, item)

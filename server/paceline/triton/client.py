@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -73,11 +74,9 @@ class ServerIdentity:
 class TritonClient:
     """A channel to one Triton. Use inside a running event loop; `close` when done."""
 
-    def __init__(self, url: str, *, name: str = "", fast: bool = True) -> None:
-        """`fast` false sends batches through grpc.aio, without shared memory; for comparison."""
+    def __init__(self, url: str, *, name: str = "") -> None:
         self._url = checked_url(url)
         self._name = name
-        self._fast = fast
         self._open()
 
     @classmethod
@@ -107,8 +106,8 @@ class TritonClient:
         return self._name or self._url
 
     @property
-    def shared_memory(self) -> SharedMemoryPool | None:
-        """Through which large batches go; None where they never do."""
+    def shared_memory(self) -> SharedMemoryPool:
+        """Through which large batches go, while it is `on`."""
         return self._pool
 
     async def retarget(self, url: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -221,11 +220,24 @@ class TritonClient:
             for line in response.models
         )
 
-    async def load(self, model: str, *, config: str = "", timeout_s: float) -> None:
-        """RepositoryModelLoad; `config` (JSON) replaces the whole configuration, and sticks."""
+    async def load(
+        self,
+        model: str,
+        *,
+        config: str = "",
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        timeout_s: float,
+    ) -> None:
+        """RepositoryModelLoad; `config` (JSON) replaces the whole configuration, and sticks.
+
+        `files` by `file:` and their path are the whole model directory, instead of one on disk.
+        Names of 256 characters and more abort Triton 2.51.
+        """
         request = service_pb2.RepositoryModelLoadRequest(model_name=model)
         if config:
             request.parameters["config"].string_param = config
+        for name, content in files.items():
+            request.parameters[name].bytes_param = content
         await self._call(self._stub.RepositoryModelLoad, request, timeout_s)
 
     async def unload(self, model: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -237,11 +249,8 @@ class TritonClient:
         self._channel = grpc.aio.insecure_channel(self._url, options=CHANNEL_OPTIONS)
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         channel, url = self._channel, self._url
-        self._pool = None
-        if self._fast:
-            self._pool = SharedMemoryPool(self._register, self._unregister, self._registered)
-        transport = Http2Transport(url) if self._fast else GrpcTransport(channel)
-        self._execution = Execution(transport, self._pool, lambda: GrpcTransport(channel))
+        self._pool = SharedMemoryPool(self._register, self._unregister, self._registered)
+        self._execution = Execution(Http2Transport(url), self._pool, lambda: GrpcTransport(channel))
 
     async def _register(self, region: str, key: str, size_bytes: int) -> None:
         request = service_pb2.SystemSharedMemoryRegisterRequest(
@@ -427,13 +436,12 @@ _UNAVAILABLE_KINDS = (
 async def _close(
     channel: grpc.aio.Channel,
     execution: Execution,
-    pool: SharedMemoryPool | None,
+    pool: SharedMemoryPool,
     *,
     unregister: bool,
 ) -> None:
     await execution.close()
-    if pool is not None:
-        await pool.close(unregister=unregister)
+    await pool.close(unregister=unregister)
     await channel.close(None)
 
 

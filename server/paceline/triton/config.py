@@ -20,6 +20,9 @@ from paceline.core.tensor import TensorSpec
 
 CONFIG_FILE = "config.pbtxt"
 
+CONTENT = "paceline_content"
+"""The parameter of a loaded model that tells what it was loaded from."""
+
 ModelConfig = Any
 """`model_config_pb2.ModelConfig`; tritonclient ships no type information."""
 
@@ -139,6 +142,12 @@ def datatype_of(config_type: int) -> str:
     """KServe's name of a configuration's datatype, "" for none."""
     name = str(model_config_pb2.DataType.Name(config_type)).removeprefix("TYPE_")
     return {"STRING": "BYTES", "INVALID": ""}.get(name, name)
+
+
+def config_type(datatype: str) -> int:
+    """The configuration's datatype of KServe's name: `datatype_of`, the other way."""
+    name = "STRING" if datatype == "BYTES" else datatype
+    return int(model_config_pb2.DataType.Value(f"TYPE_{name}"))
 
 
 def _tensor_spec(tensor: Any, where: str, *, optional: bool = False) -> TensorSpec:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from math import inf
 from urllib.parse import unquote
 
 import grpc
@@ -30,6 +31,7 @@ from paceline.triton.transport import NO_TIMEOUT_S, CallFailed, ChannelClosed, O
 log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 20.0
+_TIMER_RESOLUTION_S = 0.001
 _KEPT_BLOCKS = 64
 _LONGEST_KEPT_BYTES = 256
 _TIMEOUT = b"\x00\x0cgrpc-timeout"
@@ -121,7 +123,7 @@ class Http2Transport:
 class _Call(Stream):
     """A call on its stream: what has come of its answer, and whom to give it to."""
 
-    __slots__ = ("_connection", "_on_answer", "headers", "inbox", "timer")
+    __slots__ = ("_connection", "_on_answer", "expires_s", "headers", "inbox", "timeout_s")
 
     def __init__(
         self, connection: _Connection, stream: int, window: int, on_answer: OnAnswer
@@ -131,7 +133,7 @@ class _Call(Stream):
         self._on_answer: OnAnswer | None = on_answer
         self.inbox = Inbox(frames.MAX_WINDOW)
         self.headers: dict[str, str] = {}
-        self.timer: asyncio.TimerHandle | None = None
+        self.timeout_s = self.expires_s = inf
 
     def received(self, data: memoryview, ended: bool) -> None:
         """See `Stream.received`."""
@@ -157,8 +159,6 @@ class _Call(Stream):
         on_answer, self._on_answer = self._on_answer, None
         if on_answer is None:
             return
-        if self.timer is not None:
-            self.timer.cancel()
         try:
             on_answer(outcome)
         except Exception:
@@ -179,6 +179,9 @@ class _Connection(Connection):
         self._peer_streams = frames.MAX_WINDOW
         self._header_blocks: dict[str, bytes] = {}
         self._known: dict[bytes, list[hpack.Header]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._expires_s = inf
+        """When the timer is set to."""
         self.usable = True
         self.lost = asyncio.Event()
 
@@ -212,9 +215,6 @@ class _Connection(Connection):
         except asyncio.CancelledError:
             self._abandon(call)
             raise
-        finally:
-            if call.timer is not None:
-                call.timer.cancel()
 
     def begin(
         self, path: str, parts: Sequence[Buffer], on_answer: OnAnswer, timeout_s: float
@@ -226,7 +226,7 @@ class _Connection(Connection):
             self.usable = False
         self._streams[call.id] = self._calls[call.id] = call
         if timeout_s < NO_TIMEOUT_S:
-            call.timer = self._loop.call_later(timeout_s, self._expired, call, timeout_s)
+            self._expect(call, timeout_s)
         size = sum(map(len, parts))
         head = frames.headers(call.id, self._header_block(path, timeout_s))
         send = self.send_at_once if len(self._calls) == 1 else self.send
@@ -294,10 +294,27 @@ class _Connection(Connection):
         timeout = f"{int(timeout_s * 1e6)}u" if fine else f"{min(int(timeout_s), 99_999_999)}S"
         return known + _TIMEOUT + bytes((len(timeout),)) + timeout.encode()
 
-    def _expired(self, call: _Call, timeout_s: float) -> None:
-        text = f"no answer within {timeout_s:g} s"
-        self._abandon(call)
-        self.fail(call, CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+    def _expect(self, call: _Call, timeout_s: float) -> None:
+        """Have the call end in time. One timer serves all calls: nearly none is ever needed."""
+        call.timeout_s = timeout_s
+        call.expires_s = self._loop.time() + timeout_s
+        if call.expires_s < self._expires_s:
+            self._set_timer(call.expires_s)
+
+    def _set_timer(self, at_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._expires_s = at_s
+        self._timer = self._loop.call_at(at_s, self._expire) if at_s < inf else None
+
+    def _expire(self) -> None:
+        """End the calls whose time is over, and wait for the next one's end."""
+        now_s = self._loop.time() + _TIMER_RESOLUTION_S
+        for call in [call for call in self._calls.values() if call.expires_s <= now_s]:
+            self._abandon(call)
+            text = f"no answer within {call.timeout_s:g} s"
+            self.fail(call, CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, text))
+        self._set_timer(min((call.expires_s for call in self._calls.values()), default=inf))
 
     def _abandon(self, call: _Call) -> None:
         """Tell the server that nobody waits for this answer any more."""
@@ -381,6 +398,7 @@ class _Connection(Connection):
         """Every call fails."""
         self.usable = False
         self.lost.set()
+        self._set_timer(inf)
         text = f"connection lost: {error}" if error else "connection closed by the server"
         for call in list(self._calls.values()):
             self.fail(call, CallFailed(grpc.StatusCode.UNAVAILABLE, text, unreachable=True))

@@ -12,7 +12,9 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
+from paceline.core.chain import Module
 from paceline.core.errors import (
     BackendError,
     ConfigError,
@@ -22,9 +24,11 @@ from paceline.core.errors import (
 )
 from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelState
+from paceline.triton import ensemble
 from paceline.triton.client import TritonClient
 from paceline.triton.config import (
     CONFIG_FILE,
+    CONTENT,
     ModelConfig,
     config_json,
     find_models,
@@ -36,9 +40,6 @@ from paceline.triton.config import (
 )
 
 logger = logging.getLogger(__name__)
-
-CONTENT = "paceline_content"
-"""The parameter of a loaded model that tells from which files it was loaded."""
 
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 0.25
@@ -60,6 +61,7 @@ class TritonRepository:
         self._directories = tuple(directories)
         self._load_timeout_s = load_timeout_s
         self._unload_timeout_s = unload_timeout_s
+        self._runs: dict[str, ModelConfig] = {}
 
     @property
     def client(self) -> TritonClient:
@@ -119,12 +121,21 @@ class TritonRepository:
                 f"model {model!r} on {self._client.name} cannot be described: {error}"
             ) from None
 
+    def compose(self, run: Module, spec: ModelSpec) -> None:
+        """See `ModelRepository.compose`."""
+        self._runs[run.model] = ensemble.ensemble_config(run, spec)
+
     async def load(self, model: str, *, instances: int) -> None:
         """See `ModelRepository.load`. Loading again with another count changes it in place.
 
-        A model that the server holds already, from the same files and as often, is adopted.
+        A model that the server holds already, from the same files and as often, is adopted; so is
+        a run's, which has no instances of its own.
         """
-        await self._load_files(model, instances, adopt=True)
+        if (run := self._runs.get(model)) is not None:
+            if not await self._holds(model, run.parameters[CONTENT].string_value, 1):
+                await self._load(model, config_json(run), ensemble.FILES)
+        else:
+            await self._load_files(model, instances, adopt=True)
 
     async def _load_files(self, model: str, instances: int, *, adopt: bool) -> None:
         if instances < 1:
@@ -145,7 +156,8 @@ class TritonRepository:
         await self._load(model, config_json(with_instances(config, instances)))
 
     async def unload(self, model: str) -> None:
-        """See `ModelRepository.unload`. A model that is not loaded is fine."""
+        """See `ModelRepository.unload`. A model that is not loaded is fine; a run is forgotten."""
+        self._runs.pop(model, None)
         try:
             await self._client.unload(model)
         except BackendError as error:
@@ -204,9 +216,13 @@ class TritonRepository:
         await self._load(model, "")
         return await self.config(model)
 
-    async def _load(self, model: str, config: str) -> None:
+    async def _load(
+        self, model: str, config: str, files: Mapping[str, bytes] = MappingProxyType({})
+    ) -> None:
         try:
-            await self._client.load(model, config=config, timeout_s=self._load_timeout_s)
+            await self._client.load(
+                model, config=config, files=files, timeout_s=self._load_timeout_s
+            )
         except BackendError as error:
             if error.kind is ErrorKind.DEADLINE:
                 raise LoadTimeoutError(

@@ -76,6 +76,7 @@ class BlockModel:
                 self.manifest.model,
                 [sum(held[name] for name in names) for names in needs],
                 tables=bool(self._tables),
+                activations=self.manifest.activation_bytes,
                 settings=settings,
                 ledger=ledger,
             )
@@ -147,11 +148,13 @@ class BlockModel:
     ) -> dict[str, Any]:
         """Arrays of the member's `outputs` from those of its inputs, by Triton's names.
 
-        Raises PoolError when weights cannot be had, and whatever ONNX Runtime raises.
+        Raises PoolError when weights cannot be had or the batch is too large for the budget, and
+        whatever ONNX Runtime raises.
         """
         if self.budget is None:
             return self._infer(member, feed, outputs, rows)
         with self._one_at_a_time:
+            self.budget.admit(rows)
             results = self._infer(member, feed, outputs, rows)
             self._trim_tables(self.budget.table_bytes)
         self.budget.ran(rows)

@@ -2,7 +2,8 @@
 
 A thread of its own looks at it when a run count is reached, when the ledger's bell rings and, with
 a shared budget, twice a second (loads shift also by ending); requests never wait for it. Of the
-budget a part is for the rows of tables that are paged in on demand, the rest is the window's.
+budget a part is for the activations of the largest batch so far (what memory a run has taken the
+process keeps), a part for the rows of tables that are paged in on demand, the rest is the window's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .ledger import Bell, Ledger, ring
 from .loader import Loader
@@ -31,18 +32,30 @@ _CURVE_POINTS = 8
 
 
 class Budget:
-    """Of one model in one process. `needs` are the bytes of each block."""
+    """Of one model in one process.
+
+    `needs` are the bytes of each block, `activations` those beside weights by size of the batch.
+    """
 
     def __init__(
-        self, name: str, needs: Sequence[int], *, tables: bool, settings: Settings, ledger: Ledger
+        self,
+        name: str,
+        needs: Sequence[int],
+        *,
+        tables: bool,
+        activations: Callable[[int], int],
+        settings: Settings,
+        ledger: Ledger,
     ) -> None:
+        self._name = name
         self._needs = needs
+        self._activations = activations
         self._settings = settings
         self._ledger = ledger
         self._blocks_share = 1 - TABLE_SHARE if tables else 1.0
-        self._floor_bytes = int(max(needs, default=0) / self._blocks_share) + 1
-        self._all_bytes = int(sum(needs) / self._blocks_share) + 1
-        self._check(name)
+        self._most_rows = 1
+        self._attending = threading.Lock()
+        self._check(1)
         self._shared = settings.shared_budget_bytes is not None
         self._bytes = 0 if self._shared else settings.memory_budget_bytes or 0
         self._rows = 1
@@ -62,24 +75,42 @@ class Budget:
     @property
     def limit_bytes(self) -> int:
         """For blocks."""
-        return int(self._bytes * self._blocks_share)
+        return int(max(self._bytes - self.activation_bytes, 0) * self._blocks_share)
+
+    @property
+    def activation_bytes(self) -> int:
+        """For batches as large as the largest so far."""
+        return self._activations(self._most_rows)
 
     @property
     def table_bytes(self) -> int:
         """For rows of tables."""
-        return self._bytes - self.limit_bytes
+        return max(self._bytes - self.activation_bytes, 0) - self.limit_bytes
 
     def start(self, loader: Loader, durations: Durations) -> None:
         """Plans, claims, and goes on doing so. Raises PoolError if a shared budget is too full."""
         self._loader = loader
         self._durations = durations
-        if self._shared:
-            assert self._settings.shared_budget_bytes is not None
-            self._ledger.join(
-                self._settings.budget_group, self._settings.shared_budget_bytes, self._floor_bytes
-            )
+        self._join()
         self._attend()
         self._thread.start()
+
+    def admit(self, rows: int) -> None:
+        """Makes room for what a batch of `rows` needs beside weights, before it runs.
+
+        Raises PoolError if there cannot be enough.
+        """
+        if rows <= self._most_rows:
+            return
+        self._check(rows)
+        before, self._most_rows = self._most_rows, rows
+        try:
+            self._join()
+        except PoolError:
+            self._most_rows = before
+            raise
+        self._attend()
+        self._loader.wait_within(self.limit_bytes)
 
     def ran(self, rows: int) -> None:
         """A run of a batch of `rows` is over."""
@@ -104,18 +135,40 @@ class Budget:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _check(self, name: str) -> None:
-        least, settings = self._floor_bytes / MIB, self._settings
+    def _floor_bytes(self, rows: int) -> int:
+        """The least that batches of `rows` run within."""
+        largest = max(self._needs, default=0)
+        return int(largest / self._blocks_share) + 1 + self._activations(rows)
+
+    def _check(self, rows: int) -> None:
+        floor, activations = self._floor_bytes(rows), self._activations(rows)
+        settings = self._settings
         for key, budget in (
             ("memory_budget_mib", settings.memory_budget_bytes),
             ("shared_budget_mib", settings.shared_budget_bytes),
         ):
-            if budget is not None and budget < self._floor_bytes:
-                raise PoolError(
-                    f"model {name!r}: {key} {budget / MIB:g} is below {least:.1f}, what its "
-                    f"largest block needs; raise it, or compile the model with "
-                    f"--budget-mib {budget / MIB:g}, which makes smaller blocks"
-                )
+            if budget is None or budget >= floor:
+                continue
+            told = f"model {self._name!r}: {key} {budget / MIB:g} is below {floor / MIB:.1f}, what "
+            if activations:
+                told += f"its largest block and the activations of a batch of {rows} need"
+            else:
+                told += "its largest block needs"
+            if rows > 1:
+                raise PoolError(f"{told}; raise it, or send smaller batches")
+            if budget <= activations:
+                raise PoolError(f"{told}; raise it")
+            raise PoolError(
+                f"{told}; raise it, or compile the model with --budget-mib "
+                f"{(budget - activations) / MIB:.3g}, which makes smaller blocks"
+            )
+
+    def _join(self) -> None:
+        if self._shared:
+            total = self._settings.shared_budget_bytes
+            assert total is not None
+            floor = self._floor_bytes(self._most_rows)
+            self._ledger.join(self._settings.budget_group, total, floor)
 
     def _work(self) -> None:
         bell: Bell = self._ledger.bell
@@ -130,10 +183,15 @@ class Budget:
                 print(f"paceline_blocks: {error}", file=sys.stderr, flush=True)
 
     def _attend(self) -> None:
+        with self._attending:
+            self._attend_alone()
+
+    def _attend_alone(self) -> None:
         rows = self._rows
         if self._shared:
             held = max(self._loader.held_bytes, self.limit_bytes)
-            held_bytes = min(int(held / self._blocks_share) + 1, max(self._bytes, held))
+            held_bytes = int(held / self._blocks_share) + 1 + self.activation_bytes
+            held_bytes = min(held_bytes, max(self._bytes, held))
             self._bytes = self._ledger.exchange(self._claim(rows), held_bytes)
         if self.limit_bytes < max(self._needs, default=0):
             self._loader.pin((), 0)  # until others have made room
@@ -142,13 +200,16 @@ class Budget:
         self._loader.pin(self.plan.pinned, self.limit_bytes)
 
     def _claim(self, rows: int) -> Claim:
-        most = min(self._all_bytes, self._settings.memory_budget_bytes or self._all_bytes)
-        step = max((most - self._floor_bytes) // _CURVE_POINTS, 1)
-        sizes = [*range(self._floor_bytes, most, step)][:_CURVE_POINTS] or [self._floor_bytes]
+        beside, floor = self.activation_bytes, self._floor_bytes(self._most_rows)
+        everything = int(sum(self._needs) / self._blocks_share) + 1 + beside
+        most = min(everything, self._settings.memory_budget_bytes or everything)
+        step = max((most - floor) // _CURVE_POINTS, 1)
+        sizes = [*range(floor, most, step)][:_CURVE_POINTS] or [floor]
         if most > sizes[-1]:
             sizes.append(most)
         curve = tuple(
-            (size, self._plan(int(size * self._blocks_share), rows).latency_s) for size in sizes
+            (size, self._plan(int((size - beside) * self._blocks_share), rows).latency_s)
+            for size in sizes
         )
         with self._lock:
             rate_rps = self._decayed(time.monotonic())

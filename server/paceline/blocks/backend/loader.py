@@ -23,7 +23,7 @@ from .window import Span, Step, Window
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 8.0
 _AHEAD = 2
-"""Spans that were received and wait to be hashed and written."""
+"""Spans that were received and wait to be hashed."""
 TURN_S = 0.02
 """Steps that follow each other within this time are one turn: a turn costs about 0.3 ms."""
 
@@ -70,6 +70,7 @@ class Loader:
         self._backoff_s = FIRST_BACKOFF_S
         self._retry_at_s = 0.0
         self._closed = False
+        self._dropping = False
         self._turn_since_s: float | None = None
         self._turn_bytes = 0
         self._peak_bytes = 0
@@ -124,6 +125,15 @@ class Loader:
     def held_bytes(self) -> int:
         with self._changed:
             return self._window.held_bytes
+
+    def wait_within(self, limit_bytes: int) -> None:
+        """Until no more than that is held; the window's limit must have been lowered to it."""
+
+        def within() -> bool:
+            return not self._dropping and self._window.held_bytes <= limit_bytes
+
+        with self._changed:  # no longer than a back-off: an error is for the run to meet
+            self._changed.wait_for(lambda: within() or self._error or self._closed)
 
     def begin(self, order: Sequence[int]) -> int:
         """A run that needs these blocks; `end` it in any case."""
@@ -213,6 +223,7 @@ class Loader:
         if self._error is not None and time.monotonic() < self._retry_at_s:
             return None
         step = self._window.next_step()
+        self._dropping = step is not None and bool(step.drop)
         self._peak_bytes = max(self._peak_bytes, self._window.held_bytes)
         return step
 
@@ -220,6 +231,10 @@ class Loader:
         for name in step.drop:
             with contextlib.suppress(OSError):  # then they stay for the kernel to drop
                 self._objects[name].drop(page_cache=not self._keep_page_cache)
+        if step.drop:
+            with self._changed:
+                self._dropping = False
+                self._changed.notify_all()
         if not step.fetch:
             return
         moved = 0
@@ -228,7 +243,9 @@ class Loader:
             if self._turn_since_s is None:
                 self._turns.begin(self._waited_for)
                 self._turn_since_s = began_s = time.perf_counter()
-            for span in step.fetch:
+            for span, after in zip(step.fetch, (*step.fetch[1:], None), strict=True):
+                if after is not None:
+                    self._source.expect(after)
                 rest = self._source.fetch(span)
                 moved += span.size_bytes
                 if rest is not None:

@@ -165,10 +165,24 @@ class Manifest:
     members: tuple[Member, ...]
     chunks: Mapping[str, Chunks]
     """Of tables: a part can be used once its own hash was found right."""
+    activations: Mapping[int, int]
+    """Bytes beside weights that a process needs, by batch size; {} if that was not measured."""
     wiring: Wiring | None
     """How they, and Python models beside them, are one: of a fused chain."""
     document: Mapping[str, Any]
     """All of it as read, for what has no attribute here."""
+
+    def activation_bytes(self, rows: int) -> int:
+        """For batches of up to `rows`: on the line through the two nearest sizes measured."""
+        sizes = sorted(self.activations)
+        if not sizes:
+            return 0
+        if len(sizes) == 1:
+            return self.activations[sizes[0]]
+        upper = next((size for size in sizes[1:] if size >= rows), sizes[-1])
+        lower = sizes[sizes.index(upper) - 1]
+        first, last = self.activations[lower], self.activations[upper]
+        return max(first, first + (last - first) * (rows - lower) // (upper - lower))
 
 
 def cpu_features(cpuinfo: str | None = None) -> tuple[str, ...]:
@@ -242,22 +256,31 @@ class ObjectStore:
     def verified(self, digest: str, size_bytes: int) -> Path:
         """The object's path, its bytes checked. Raises PoolError if missing or altered."""
         path = self.path(digest)
+        # Two compiles at a time write what both found missing: the later copy takes the place of
+        # the earlier, which may be the one that is being read.
+        if not any(self._is_verified(path, digest, size_bytes) for _ in range(2)):
+            raise PoolError(f"{path}: changed while it was read")
+        return path
+
+    def _is_verified(self, path: Path, digest: str, size_bytes: int) -> bool:
+        """False if the file was changed or replaced meanwhile."""
         with self._open(path) as file:
-            state = _state(os.fstat(file.fileno()))
-            if os.fstat(file.fileno()).st_size != size_bytes:
+            status = os.fstat(file.fileno())
+            state = _state(status)
+            if status.st_size != size_bytes:
                 raise PoolError(
-                    f"{path}: {os.fstat(file.fileno()).st_size} bytes instead of {size_bytes}; "
+                    f"{path}: {status.st_size} bytes instead of {size_bytes}; "
                     "compile the model again"
                 )
             if self._verified.get(digest) == state or self._marker(digest) == state:
                 self._verified[digest] = state
-                return path
+                return True
             if hash_file(file) != digest:
                 raise PoolError(f"{path}: altered (its hash is another); compile the model again")
             if _state(os.fstat(file.fileno())) != state:
-                raise PoolError(f"{path}: changed while it was read")
+                return False
         self.mark_verified(digest, state)
-        return path
+        return True
 
     def mark_verified(self, digest: str, state: str | None = None) -> None:
         """Remembers that the object as it is now (or was in `state`) has the right bytes."""
@@ -337,6 +360,10 @@ def _manifest(document: Any) -> Manifest:
         chunks={
             name: _chunks(entry, objects[_checked(name)])
             for name, entry in document.get("chunks", {}).items()
+        },
+        activations={
+            int(rows): _count(size, "activations")
+            for rows, size in document.get("activations", {}).items()
         },
         wiring=wiring,
         document=document,

@@ -17,8 +17,11 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from .manifest import Chunks, Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
 from .mapping import MappedObject
@@ -26,8 +29,8 @@ from .store import Store
 from .window import CHUNK_BYTES, Span
 
 _HASH_ATTEMPTS = 2
-_RUNS = 16
-"""Most requests for the rows of a batch: each costs a round trip."""
+_RUNS = 64
+"""Most requests for the rows of a batch: each costs half a round trip, two being under way."""
 _GAP_BYTES = 512 << 10
 _SETTLE_S = 0.5
 """So long nothing must have come before the disk is kept busy."""
@@ -120,26 +123,34 @@ class RemoteSource:
             self._write(path, text)
         return self._store.verified(digest, size_bytes)
 
+    def expect(self, span: Span) -> None:
+        size = min(span.size_bytes, self._objects[span.name].size_bytes - span.offset)
+        part = self._parts.get(span.name)
+        # Not what others fetch now, or have fetched.
+        if part is not None and part.try_lock() and not self._store.path(span.name).is_file():
+            self._remote.expect(f"objects/{span.name}", span.offset, size)
+
     def fetch(self, span: Span) -> Callable[[], None] | None:
-        """Receives; the rest is to hash and to write, beside the reception of the next span."""
+        """Receives and writes; the rest is to hash, beside the reception of the next span."""
         opened = self._objects[span.name]
         part = self._parts.get(span.name)
         size = min(span.size_bytes, opened.size_bytes - span.offset)  # spans are whole pages
         if part is not None and not (
             span.offset == 0 and self._came_from_elsewhere(span.name, part)
         ):
-            text = self._remote.read(f"objects/{span.name}", span.offset, size)
-            return partial(self._store_span, span, part, text)
+            self._download(span.name, part, span.offset, size)
+            return partial(self._finish_span, span, part, size)
         if part is None and span.offset == 0:
             self.check(span.name)
         opened.populate(span.offset, size)
         return None
 
-    def _store_span(self, span: Span, part: _Part, text: bytes) -> None:
-        part.write(span.offset, text)
+    def _finish_span(self, span: Span, part: _Part, size_bytes: int) -> None:
+        opened = self._objects[span.name]
+        opened.populate(span.offset, size_bytes)
+        part.add_to_hash(span.offset, opened.view(span.offset, size_bytes, np.uint8, -1))
         if span.last:
             self._complete(span.name, part)
-        self._objects[span.name].populate(span.offset, len(text))
 
     def check(self, digest: str) -> None:
         if digest in self._right:
@@ -178,12 +189,16 @@ class RemoteSource:
                 return  # complete meanwhile
             if not part.chunks and self._came_from_elsewhere(digest, part):
                 return
-            for run in _runs(set(wanted) - part.chunks, self._chunks[digest].size_bytes):
-                self._fetch_chunks(digest, part, run)
+            runs = list(_runs(set(wanted) - part.chunks, self._chunks[digest].size_bytes))
+            for run, after in zip_longest(runs, runs[1:]):
+                self._fetch_chunks(digest, part, run, after)
 
-    def _fetch_chunks(self, digest: str, part: _Part, run: range) -> None:
+    def _fetch_chunks(self, digest: str, part: _Part, run: range, after: range | None) -> None:
         size, hashes = self._chunks[digest].size_bytes, self._chunks[digest].digests
         first, stop = run.start * size, min(run.stop * size, part.size_bytes)
+        if after is not None:
+            start, end = after.start * size, min(after.stop * size, part.size_bytes)
+            self._remote.expect(f"objects/{digest}", start, end - start)
         for _ in range(_HASH_ATTEMPTS):
             text = memoryview(self._remote.read(f"objects/{digest}", first, stop - first))
             pieces = [text[start : start + size] for start in range(0, len(text), size)]
@@ -222,7 +237,10 @@ class RemoteSource:
         os.close(self._directory)
 
     def _download(self, digest: str, part: _Part, offset: int, size_bytes: int) -> None:
-        part.write(offset, self._remote.read(f"objects/{digest}", offset, size_bytes))
+        def write(position: int, piece: memoryview) -> None:
+            part.write(offset + position, piece)
+
+        self._remote.copy(f"objects/{digest}", offset, size_bytes, write)
 
     def _complete(self, digest: str, part: _Part) -> None:
         """Checks the whole; what is wrong is fetched once more, then given up."""
@@ -234,6 +252,7 @@ class RemoteSource:
                 self._settler.add(digest)
                 return
             if attempt + 1 < _HASH_ATTEMPTS:
+                part.forget_hash()
                 self._download(digest, part, 0, part.size_bytes)
         part.release()
         raise PoolError(f"object {digest}: the store has other bytes under this name")
@@ -406,16 +425,25 @@ class _Part:
     def release(self) -> None:
         fcntl.flock(self._handle, fcntl.LOCK_UN)
 
-    def write(self, offset: int, text: bytes | memoryview) -> None:
+    def write(self, offset: int, text: memoryview) -> None:
         try:
-            os.pwrite(self._handle, text, offset)
+            while text:
+                count = os.pwrite(self._handle, text, offset)
+                text, offset = text[count:], offset + count
         except OSError as error:
             raise PoolError(f"cache {self.path}: {error.strerror}") from None
+
+    def add_to_hash(self, offset: int, written: Any) -> None:
+        """Bytes of the file, in order from the first on or of no use."""
         if offset == 0:
             self._hash, self._hashed_bytes = hashlib.sha256(), 0
         if offset == self._hashed_bytes:
-            self._hash.update(text)
-            self._hashed_bytes += len(text)
+            self._hash.update(written)
+            self._hashed_bytes += len(written)
+
+    def forget_hash(self) -> None:
+        """Something was written again."""
+        self._hash, self._hashed_bytes = hashlib.sha256(), 0
 
     def hash(self) -> str:
         """Of the file; what came in order was hashed on the way."""

@@ -3,7 +3,9 @@
 The graphs were optimised by the compiler, so a session neither optimises nor repacks: it is nodes
 and pointers (Cicada's MiniLoader taken to its end). Blocks of equal `key` share one session, also
 between the members of a fused model. All sessions of the process share one arena: one each would
-keep a copy of the largest activations apiece.
+keep a copy of the largest activations apiece. It grows by large regions, of which only what is
+touched is memory: with regions as small as what is asked for, every batch larger than the ones
+before finds none that it fits (286 MiB instead of 72 after ViT-B/16 at 1, 2, ... 8).
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ DTYPES: Mapping[str, Any] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
+FIRST_REGION_BYTES = 32 << 20
+"""Later ones double."""
+REGION_TABLE_SHARE = 1 / 32
+"""Of a region's size: what ONNX Runtime keeps beside it (8 bytes for 256)."""
 _arena_lock = threading.Lock()
 _arena: list[object] = []
 
@@ -49,6 +55,9 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # A plan of a run's memory, by shape, is allocated whole beside what runs of other shapes
+        # left: twice the memory, and none of the time.
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.use_env_allocators", "1")
         _share_arena()
@@ -167,8 +176,7 @@ def _share_arena() -> None:
             memory = ort.OrtMemoryInfo(
                 "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
             )
-            # As much as is asked for, instead of the next power of two.
-            grow = ort.OrtArenaCfg({"arena_extend_strategy": 1})
+            grow = ort.OrtArenaCfg({"initial_chunk_size_bytes": FIRST_REGION_BYTES})
             ort.create_and_register_allocator(memory, grow)
             _arena.append(grow)
 

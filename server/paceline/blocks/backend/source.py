@@ -29,6 +29,9 @@ class Source(Protocol):
     def graph(self, digest: str, size_bytes: int) -> Path:
         """A graph's file, complete and checked. Raises PoolError."""
 
+    def expect(self, span: Span) -> None:
+        """What will be fetched after the next span."""
+
     def fetch(self, span: Span) -> Callable[[], None] | None:
         """Brings the span's bytes into memory. Raises PoolError; the object is then not held.
 
@@ -69,6 +72,8 @@ class LocalSource:
 
     def graph(self, digest: str, size_bytes: int) -> Path:
         return self._store.verified(digest, size_bytes)
+
+    def expect(self, span: Span) -> None: ...
 
     def fetch(self, span: Span) -> None:
         opened = self._objects[span.name]

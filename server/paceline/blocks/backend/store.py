@@ -12,16 +12,24 @@ import random
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from .manifest import MAX_MANIFEST_BYTES, PoolError
+
+T = TypeVar("T")
 
 TIMEOUT_S = 10.0
 ATTEMPTS = 5
 FIRST_PAUSE_S = 0.1
 """Doubles from one attempt to the next: 1.5 s in all before a store is given up."""
+_PIECE_BYTES = 1 << 20
+"""What stays in a core's cache from its reception until it is written."""
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
+
+
+Write = Callable[[int, memoryview], None]
+"""Takes bytes and their position, the first's being 0."""
 
 
 class Store(Protocol):
@@ -29,6 +37,15 @@ class Store(Protocol):
 
     def read(self, key: str, offset: int, size_bytes: int) -> bytes:
         """Exactly these bytes of `key`. Raises PoolError."""
+
+    def expect(self, key: str, offset: int, size_bytes: int) -> None:
+        """What the `copy` after the next one is going to ask for."""
+
+    def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
+        """Hands these bytes over in pieces, each gone when `write` returns. Raises PoolError.
+
+        After a failure that may pass they come again from the first on.
+        """
 
     def all(self, key: str) -> bytes:
         """The whole of a small file. Raises PoolError."""
@@ -57,7 +74,11 @@ def channel(url: str) -> str:
 
 
 class HttpStore:
-    """Range requests over one connection that is kept."""
+    """Range requests over two connections that are kept.
+
+    The next request goes out on one while the answer comes on the other: a store takes a while to
+    answer, and the link would be idle meanwhile.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -65,43 +86,95 @@ class HttpStore:
         if not parts.hostname:
             raise PoolError(f"pool {url}: no host")
         self._path = parts.path.rstrip("/")
-        if parts.scheme == "https":
-            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=TIMEOUT_S, context=ssl.create_default_context()
-            )
-        else:
-            self._connection = http.client.HTTPConnection(
-                parts.hostname, parts.port, timeout=TIMEOUT_S
-            )
+        self._piece = memoryview(bytearray(_PIECE_BYTES))
+        self._connection, self._spare = (
+            _connection(parts.scheme, parts.hostname, parts.port) for _ in range(2)
+        )
+        self._expected: tuple[str, str] | None = None
+        self._asked: tuple[str, str] | None = None
+        """The key and the range that the spare connection was asked for."""
 
     def read(self, key: str, offset: int, size_bytes: int) -> bytes:
-        wanted = f"bytes={offset}-{offset + size_bytes - 1}"
-        return _persist(
-            f"{self._url}/{key}", lambda: self._get(key, {"Range": wanted}, size_bytes, offset)
-        )
+        def take(answer: http.client.HTTPResponse) -> bytes:
+            body = answer.read(size_bytes)
+            if len(body) != size_bytes:
+                raise _Passing(f"{len(body)} bytes instead of {size_bytes}")
+            return body
+
+        return self._range(key, offset, size_bytes, take)
+
+    def expect(self, key: str, offset: int, size_bytes: int) -> None:
+        self._expected = (key, _range(offset, size_bytes))
+
+    def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
+        def take(answer: http.client.HTTPResponse) -> None:
+            position = 0
+            while position < size_bytes:
+                count = answer.readinto(self._piece[: size_bytes - position])
+                if not count:
+                    raise _Passing(f"{position} bytes instead of {size_bytes}")
+                write(position, self._piece[:count])
+                position += count
+
+        self._range(key, offset, size_bytes, take)
 
     def all(self, key: str) -> bytes:
-        return _persist(f"{self._url}/{key}", lambda: self._get(key, {}, None, 0))
+        return _persist(
+            f"{self._url}/{key}",
+            lambda: self._get(key, "", 0, lambda answer: answer.read(MAX_MANIFEST_BYTES)),
+        )
 
     def close(self) -> None:
         self._connection.close()
+        self._spare.close()
 
-    def _get(self, key: str, headers: dict[str, str], size_bytes: int | None, offset: int) -> bytes:
+    def _ask_ahead(self, now: tuple[str, str]) -> None:
+        expected, self._expected = self._expected, None
+        if expected is None or expected == now:
+            return
+        if self._asked is not None:
+            self._spare.close()  # nobody took its answer
+        key, wanted = self._asked = expected
         try:
-            self._connection.request("GET", f"{self._path}/{quote(key)}", headers=headers)
+            self._spare.request("GET", self._target(key), headers={"Range": wanted})
+        except (OSError, http.client.HTTPException):
+            self._spare.close()
+            self._asked = None
+
+    def _target(self, key: str) -> str:
+        return f"{self._path}/{quote(key)}"
+
+    def _range(
+        self, key: str, offset: int, size_bytes: int, take: Callable[[http.client.HTTPResponse], T]
+    ) -> T:
+        wanted = _range(offset, size_bytes)
+        return _persist(f"{self._url}/{key}", lambda: self._get(key, wanted, offset, take))
+
+    def _get(
+        self,
+        key: str,
+        wanted: str,
+        offset: int,
+        take: Callable[[http.client.HTTPResponse], T],
+    ) -> T:
+        try:
+            if self._asked == (key, wanted):
+                self._asked = None
+                self._connection, self._spare = self._spare, self._connection
+            else:
+                headers = {"Range": wanted} if wanted else {}
+                self._connection.request("GET", self._target(key), headers=headers)
+            self._ask_ahead((key, wanted))
             answer = self._connection.getresponse()
-            most = MAX_MANIFEST_BYTES if size_bytes is None else size_bytes
             if answer.status in (200, 206):
                 # A server that ignores ranges sends everything: usable only from the start.
                 if answer.status == 200 and offset:
                     raise PoolError("the store answers range requests with the whole file")
-                body = answer.read(most)
-                if answer.status == 200 and size_bytes is not None:
+                taken = take(answer)
+                if not answer.isclosed():
                     self._connection.close()  # the rest of it is not wanted
-                if size_bytes is not None and len(body) != size_bytes:
-                    raise _Passing(f"{len(body)} bytes instead of {size_bytes}")
-                return body
-            answer.read(most)
+                return taken
+            answer.read(MAX_MANIFEST_BYTES)
         except PoolError:
             self._connection.close()
             raise
@@ -138,8 +211,13 @@ class S3Store:
         self._failures = (botocore.exceptions.BotoCoreError, OSError)
 
     def read(self, key: str, offset: int, size_bytes: int) -> bytes:
-        wanted = {"Range": f"bytes={offset}-{offset + size_bytes - 1}"}
+        wanted = {"Range": _range(offset, size_bytes)}
         return _persist(f"{self._url}/{key}", lambda: self._get(key, wanted, size_bytes))
+
+    def expect(self, key: str, offset: int, size_bytes: int) -> None: ...
+
+    def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
+        write(0, memoryview(self.read(key, offset, size_bytes)))
 
     def all(self, key: str) -> bytes:
         return _persist(f"{self._url}/{key}", lambda: self._get(key, {}, None))
@@ -164,7 +242,18 @@ class S3Store:
         return body
 
 
-def _persist(what: str, attempt: Callable[[], bytes]) -> bytes:
+def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
+    if scheme == "https":
+        context = ssl.create_default_context()
+        return http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
+    return http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+
+
+def _range(offset: int, size_bytes: int) -> str:
+    return f"bytes={offset}-{offset + size_bytes - 1}"
+
+
+def _persist(what: str, attempt: Callable[[], T]) -> T:
     pause_s = FIRST_PAUSE_S
     for number in range(1, ATTEMPTS + 1):
         try:

@@ -1,0 +1,70 @@
+"""What models and tritonservers take, measured again and again: models grow while they execute."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from paceline.residency import events as ev
+from paceline.residency.residency import Residency
+
+if TYPE_CHECKING:
+    from paceline.runtime.machines import Machine, Machines
+
+MEASURE_EVERY_S = 5.0
+
+SIZE_TOLERANCE = 0.02
+"""A size that differs by less is no correction."""
+
+
+async def own_bytes_of(machine: Machine, model: str, instances: int) -> int | None:
+    """What an instance of a loaded model takes; None where nobody can tell."""
+    if machine.memory is None:
+        return None
+    total = await machine.memory.measured_bytes(model)
+    return None if total is None else -(-total // instances)
+
+
+class Sizes:
+    """Tells residency what differs from what it believes."""
+
+    def __init__(
+        self, machines: Machines, state: Residency, tell: Callable[[ev.Event], None]
+    ) -> None:
+        self._machines = machines
+        self._state = state
+        self._tell = tell
+
+    async def watch(self) -> None:
+        """Measure everything every few seconds, for ever."""
+        while True:
+            await asyncio.sleep(MEASURE_EVERY_S)
+            placed = {n: sorted(self._machines.models_on(n)) for n in self._machines.placed}
+            for name, models in sorted(placed.items()):
+                for model in models:
+                    await self.measure(name, model)
+                await self._measure_server(name)
+
+    async def measure(self, name: str, model: str) -> None:
+        """One model on one machine, if it is there."""
+        machine, placed = self._machines.named().get(name), self._machines.placed.get(name, {})
+        instances = placed.get(model)
+        if machine is None or instances is None:
+            return
+        own_bytes = await own_bytes_of(machine, model, instances)
+        if own_bytes is None or placed.get(model) != instances:
+            return
+        believed = self._state.models[model].footprint.own_bytes
+        if abs(own_bytes - believed) > SIZE_TOLERANCE * believed:
+            if machine.memory is not None:
+                machine.memory.remember(model, own_bytes)
+            self._tell(ev.SizeMeasured(model, own_bytes))
+
+    async def _measure_server(self, name: str) -> None:
+        machine = self._machines.named().get(name)
+        if machine is None or machine.memory is None:
+            return
+        size_bytes = await machine.memory.server_bytes()
+        if size_bytes is not None:
+            self._tell(ev.ServerMeasured(name, size_bytes))

@@ -1,0 +1,181 @@
+"""A budget is for activations, too: what a batch needs is measured, kept free, and enough."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.blocks_models import written
+
+from paceline.blocks.backend.blockmodel import BlockModel
+from paceline.blocks.backend.manifest import Manifest, PoolError
+from paceline.blocks.backend.settings import read_settings
+from paceline.blocks.compile import compile_model
+from paceline.blocks.member import Options
+from paceline.blocks.repository import CompiledModel
+from paceline.core.errors import ConfigError
+
+MIB = 1 << 20
+NOISE_BYTES = MIB
+"""What else in a process comes and goes: Python's own objects, a page table's slack."""
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> CompiledModel:
+    """8 MiB of weights in blocks of 1 to 2, and some MiB of activations."""
+    root = tmp_path_factory.mktemp("activations")
+    source = written(root, "bert")
+    return compile_model({"": source}, root / "repo" / "bert", root / "pool", Options(4)).model
+
+
+def settings(bert: CompiledModel, **parameters: str) -> Any:
+    texts = {"manifest": bert.digest, "pool": str(bert.pool), **parameters}
+    given = {key: {"string_value": text} for key, text in texts.items()}
+    return read_settings(given, bert.directory)
+
+
+@pytest.fixture
+def opened(
+    bert: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[int], BlockModel]]:
+    """Within a budget of so many bytes; closed in the end."""
+    monkeypatch.setenv("PACELINE_BLOCKS_LEDGER", str(tmp_path / "ledger"))
+    models = []
+
+    def opened(budget_bytes: int, key: str = "memory_budget_mib") -> BlockModel:
+        models.append(BlockModel.open(settings(bert, **{key: f"{budget_bytes / MIB}"})))
+        return models[-1].start()
+
+    yield opened
+    for model in models:
+        model.close()
+
+
+def feed_of(manifest: Manifest, rows: int) -> dict[str, Any]:
+    (member,) = manifest.members
+    return {tensor.name: np.ones((rows, *tensor.shape[1:]), np.int64) for tensor in member.inputs}
+
+
+def run(model: BlockModel, rows: int) -> Any:
+    return model.infer("", feed_of(model.manifest, rows), ["out"], rows)["out"]
+
+
+def floor_of(manifest: Manifest, rows: int) -> int:
+    """The least budget; a sixteenth is for rows of tables."""
+    return int(manifest.largest_block_bytes * 16 / 15) + 2 + manifest.activation_bytes(rows)
+
+
+@pytest.mark.parametrize("key", ["memory_budget_mib", "shared_budget_mib"])
+def test_a_larger_batch_gets_its_room_before_it_runs(
+    bert: CompiledModel, opened: Callable[..., BlockModel], key: str
+) -> None:
+    """Weights have given it up when the batch is done, and every answer is right."""
+    manifest = bert.manifest
+    budget_bytes = floor_of(manifest, 8) + MIB
+    model = opened(budget_bytes, key)
+    assert model.budget is not None
+    alone = run(model, 1)
+    before = model.budget.limit_bytes
+    for rows in (8, 3, 8):
+        np.testing.assert_array_equal(run(model, rows)[:1], alone)
+        grown = manifest.activation_bytes(8) - manifest.activation_bytes(1)
+        assert model.budget.activation_bytes == manifest.activation_bytes(8)
+        assert before - model.budget.limit_bytes == pytest.approx(grown * 15 / 16, abs=2)
+        assert model.loader.held_bytes <= model.budget.limit_bytes
+        total = model.budget.limit_bytes + model.budget.table_bytes + model.budget.activation_bytes
+        assert total <= budget_bytes
+
+
+@pytest.mark.parametrize("key", ["memory_budget_mib", "shared_budget_mib"])
+def test_a_batch_that_cannot_fit_is_refused_and_no_other(
+    bert: CompiledModel, opened: Callable[..., BlockModel], key: str
+) -> None:
+    model = opened(floor_of(bert.manifest, 2), key)
+    run(model, 2)
+    with pytest.raises(PoolError, match=rf"{key} .* is below .*activations of a batch of 3 need"):
+        run(model, 3)
+    run(model, 2)
+
+
+def test_a_budget_below_a_block_and_activations_is_refused(
+    bert: CompiledModel, opened: Callable[..., BlockModel]
+) -> None:
+    """Before anything is loaded; so is a compile for it, and larger batches are left out."""
+    with pytest.raises(PoolError, match="activations of a batch of 1 need; raise it, or compile"):
+        opened(floor_of(bert.manifest, 1) - 4096)
+
+
+def test_a_compile_offers_the_batches_that_fit(tmp_path: Path) -> None:
+    source = written(tmp_path, "bert")
+
+    def compiled(budget_mib: int) -> int:
+        options = Options(budget_mib)
+        made = compile_model({"": source}, tmp_path / "bert", tmp_path / "pool", options).model
+        room = budget_mib * MIB - made.manifest.largest_block_bytes
+        (line,) = (
+            line
+            for line in (tmp_path / "bert" / "config.pbtxt").read_text().splitlines()
+            if line.startswith("max_batch_size: ")
+        )
+        most = int(line.split()[1])
+        assert made.manifest.activation_bytes(most) <= room
+        assert most == 32 or made.manifest.activation_bytes(most + 1) > room
+        return most
+
+    assert 1 < compiled(4) < compiled(64) == 32
+    with pytest.raises(ConfigError, match="its largest block and its activations need 2 MiB"):
+        compiled(1)
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from tests.unit.test_blocks_activations import anonymous_bytes, run, settings
+from paceline.blocks.backend.blockmodel import BlockModel
+from paceline.blocks.repository import compiled_model
+
+bert = compiled_model(Path(sys.argv[1]))
+model = BlockModel.open(settings(bert, memory_budget_mib=sys.argv[2])).start()
+run(model, 1)
+before = anonymous_bytes()
+grown = []
+for rows in json.loads(sys.argv[3]):
+    run(model, rows)
+    grown.append(anonymous_bytes() - before)
+model.close()
+print(json.dumps(grown))
+"""
+
+
+def anonymous_bytes() -> int:
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        if line.startswith("RssAnon:")
+    )
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("order", [(8, 3, 5, 1, 7, 8), (1, 2, 3, 4, 5, 6, 7, 8)])
+def test_what_was_measured_is_enough_in_any_order(
+    bert: CompiledModel, tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    """A process's memory after each batch: no more than for the largest so far."""
+    manifest = bert.manifest
+    budget_mib = str(floor_of(manifest, 8) / MIB + 1)
+    command = [sys.executable, "-c", MEASURE, str(bert.directory), budget_mib, json.dumps(order)]
+    environment = {"PACELINE_BLOCKS_LEDGER": str(tmp_path / "ledger"), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment, timeout=60
+    )
+    most = 1
+    for rows, grown in zip(order, json.loads(done.stdout), strict=True):
+        most = max(most, rows)
+        reserved = manifest.activation_bytes(most) - manifest.activation_bytes(1)
+        assert grown <= reserved + NOISE_BYTES, (rows, grown, reserved)
