@@ -84,6 +84,14 @@ def test_axes_of_any_length_become_one_with_advice_and_optional_inputs_are_left_
     assert x.shape == (1, 4)
 
 
+def test_a_model_of_which_every_input_is_optional_is_measured_with_all_of_them() -> None:
+    """As fused models are, whose members can be asked one by one: no input is no request."""
+    inputs = tuple(TensorSpec(name, "FP32", (4,), optional=True) for name in ("a/x", "b/x"))
+    config = type("Config", (), {"model_warmup": ()})()
+    sample = sample_of(ModelSpec("m", 8, inputs, ()), config, None)
+    assert [tensor.name for tensor in sample.tensors] == ["a/x", "b/x"]
+
+
 def test_a_declared_sample_is_read_from_its_file_and_zeroes_are_zeroes(tmp_path: Path) -> None:
     text = (
         INPUTS

@@ -37,19 +37,18 @@ class Sample:
 
 
 def sample_of(spec: ModelSpec, config: ModelConfig, directory: Path | None) -> Sample:
-    """What to run `spec` with.
+    """What to run `spec` with: what it needs; of a model that needs no single input, all it takes.
 
     Raises ConfigError when a declared sample is unusable: unknown input, missing file, wrong size.
     """
     rng = random.Random(spec.name)
     if config.model_warmup:
         return Sample(_declared(spec, config.model_warmup[0], directory, rng))
+    needed = [wanted for wanted in spec.inputs if not wanted.optional] or spec.inputs
     tensors = tuple(
-        _random_tensor(wanted, tuple(abs(axis) for axis in wanted.shape), rng)
-        for wanted in spec.inputs
-        if not wanted.optional
+        _random_tensor(wanted, tuple(abs(axis) for axis in wanted.shape), rng) for wanted in needed
     )
-    if not any(-1 in wanted.shape for wanted in spec.inputs if not wanted.optional):
+    if not any(-1 in wanted.shape for wanted in needed):
         return Sample(tensors)
     return Sample(
         tensors,
