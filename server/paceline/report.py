@@ -39,16 +39,18 @@ def _attainment_lines(plan: Plan, found: Attainment) -> list[str]:
     extra = plan.cost_per_hour - found.without_per_hour
     kinds = " and ".join(sorted({c.arrivals for c in found.chains}))
     holds = " and ".join(f"{target:.6g}" for target in sorted({c.target for c in found.chains}))
-    if any((c.rate_factor, c.slo_factor) != (1.0, 1.0) for c in found.chains):
+    if any((c.rate_factor, c.slo_factor, c.policy) != (1.0, 1.0, "") for c in found.chains):
         share = extra / found.without_per_hour
         lines = [f"{extra:+.3g}/h ({share:.1%}) so that {holds} hold under {kinds} arrivals"]
     else:
         lines = [f"{holds} hold under {kinds} arrivals without headroom"]
     for c in found.chains:
         headroom = ""
-        if (c.rate_factor, c.slo_factor) != (1.0, 1.0):
+        if (c.rate_factor, c.slo_factor, c.policy) != (1.0, 1.0, ""):
+            by = f"by {c.policy} " if c.policy else ""
             headroom = (
-                f"; planned for {c.rate_factor:.3g}x the rate in {c.slo_factor:.2g}x the objective"
+                f"; planned {by}for {c.rate_factor:.3g}x the rate in {c.slo_factor:.2g}x the "
+                "objective"
             )
         lines.append(
             f"{c.chain}: {c.simulated:.2%} of {c.requests} simulated requests in time, "

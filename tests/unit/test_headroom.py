@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scripts.bench_planner import HARDWARE, Workloads, served
 
 from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import ConfigError, PlanError
@@ -15,7 +16,7 @@ from paceline.core.profile import Hardware, ProfileRow, Profiles
 from paceline.core.tensor import TensorSpec
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.solve import solve
-from paceline.sim.headroom import Arrivals, Headroom, Verification
+from paceline.sim.headroom import Arrivals, Headroom, Verification, plan_with
 from paceline.sim.results import ChainResult
 from paceline.sim.search import LEAST_OBJECTIVES, verified
 from paceline.sim.verify import simulate
@@ -70,6 +71,36 @@ def test_a_plan_that_misses_under_poisson_arrivals_gets_headroom_until_it_does_n
     assert plan.lower_bound_per_hour == base.lower_bound_per_hour
     (planned,) = plan.chains
     assert (planned.rate_rps, planned.slo_s, planned.modules[0].rate_rps) == (198.0, 1.0, 198.0)
+
+
+def test_a_plan_by_another_policy_counts_where_it_is_cheaper_once_verified() -> None:
+    """Workload 859 of `scripts/bench_planner.py`: Harpagon's plan costs 8 % more as planned, and
+    needs so much less headroom that it is the cheaper one."""
+    source = Workloads()
+    demand = replace(source.chain("workload 859", hardware=HARDWARE[859 % 3]), name="workload-859")
+    how = Verification(requests=4000, seed=859)
+    base = solve([demand], FRACTIONAL)
+    harpagon = solve([demand], replace(FRACTIONAL, policy="harpagon"))
+    assert base.cost_per_hour < harpagon.cost_per_hour
+    plan, headroom = verified([served(demand)], [demand], FRACTIONAL, source.profiles, how, base)
+    assert plan.attainment is not None
+    assert (plan.policy, headroom["workload-859"].policy) == ("optimal", "harpagon")
+    assert plan.attainment.tightest.at_least >= plan.attainment.tightest.target
+    assert plan.as_json()["attainment"]["policy"] == "harpagon"
+    planned_again = plan_with([demand], FRACTIONAL, headroom)
+    assert planned_again.chains == plan.chains
+
+
+def test_chains_are_planned_each_by_the_policy_of_its_headroom() -> None:
+    demands = [demanded(one(name), rate_rps) for name, rate_rps in (("a", 198.0), ("b", 50.0))]
+    plan = plan_with(demands, FRACTIONAL, {"b": Headroom(1.5, 0.9, "clipper")})
+    alone = [
+        plan_with([demands[0]], FRACTIONAL, {}),
+        plan_with([demands[1]], replace(FRACTIONAL, policy="clipper"), {"b": Headroom(1.5, 0.9)}),
+    ]
+    assert plan.chains == tuple(chain for part in alone for chain in part.chains)
+    assert plan.cost_per_hour == pytest.approx(sum(part.cost_per_hour for part in alone))
+    assert plan.policy == "optimal"
 
 
 def test_the_same_seed_gives_the_same_plan_byte_by_byte_and_what_is_published_is_complete() -> None:

@@ -107,7 +107,7 @@ class ChainAttainment:
     """What one chain attained under `arrivals` when its plan was executed in virtual time.
 
     `at_least` is the lower end of the confidence interval. It was planned for `rate_factor` times
-    its rate within `slo_factor` times its objective.
+    its rate within `slo_factor` times its objective; by `policy` where that is not the plan's.
     """
 
     chain: str
@@ -118,6 +118,7 @@ class ChainAttainment:
     requests: int
     rate_factor: float = 1.0
     slo_factor: float = 1.0
+    policy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,7 @@ def _attained_json(chain: ChainAttainment) -> dict[str, Any]:
         "at_least": _round_down(chain.at_least),
         "rate_factor": _round(chain.rate_factor),
         "slo_factor": _round(chain.slo_factor),
+        **({"policy": chain.policy} if chain.policy else {}),
     }
 
 

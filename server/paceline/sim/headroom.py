@@ -26,10 +26,13 @@ LEAST_REQUESTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """A plan for `rate_factor` times the rate, within `slo_factor` times the objective."""
+    """A plan for `rate_factor` times the rate, within `slo_factor` times the objective; by another
+    `policy` than asked for where that is the cheaper one once it is verified ("": as asked for).
+    """
 
     rate_factor: float = 1.0
     slo_factor: float = 1.0
+    policy: str = ""
 
     def of(self, chain: PlannedChain) -> PlannedChain:
         """What is planned in place of `chain`."""
@@ -107,9 +110,20 @@ def plan_with(
     chains: Sequence[PlannedChain], options: Options, headroom: Mapping[str, Headroom]
 ) -> Plan:
     """The plan with headroom by chain; its rates and objectives are those declared."""
-    plan = solve([headroom.get(chain.name, NONE).of(chain) for chain in chains], options)
-    declared = zip(plan.chains, chains, strict=True)
-    return replace(plan, chains=tuple(_declared(planned, chain) for planned, chain in declared))
+    by_policy: dict[str, list[PlannedChain]] = {}
+    for chain in chains:
+        wanted = headroom.get(chain.name, NONE)
+        by_policy.setdefault(wanted.policy or options.policy, []).append(wanted.of(chain))
+    plans = [
+        solve(own, replace(options, policy=policy)) for policy, own in sorted(by_policy.items())
+    ]
+    made = {planned.chain: planned for plan in plans for planned in plan.chains}
+    return replace(
+        plans[0],
+        policy=options.policy,
+        chains=tuple(_declared(made[chain.name], chain) for chain in chains),
+        lower_bound_per_hour=sum(plan.lower_bound_per_hour for plan in plans),
+    )
 
 
 def _declared(planned: ChainPlan, chain: PlannedChain) -> ChainPlan:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import ceil, inf, log
+from math import ceil, floor, inf, log
 from random import Random
 
 from paceline.core.chain import Chain
@@ -49,6 +49,10 @@ LEAST_SCREENED = 10.0
 GUESSES = 4
 """How many rates are tried for about the highest that is still cheaper with another objective."""
 
+ALTERNATIVES = ("harpagon",)
+"""Policies whose plans, though dearer as planned, may need less headroom than the optimum's, which
+uses up objectives and machines to the last."""
+
 Progress = Callable[[str, str], None]
 """Told the subject, and what of it is being tried."""
 
@@ -65,8 +69,10 @@ def verified(
 ) -> tuple[Plan, dict[str, Headroom]]:
     """The cheapest plan found whose chains attain their targets, and its headroom by chain.
 
-    `base` is the plan without any. Where machines are not shared each chain is verified by itself.
-    Raises PlanError when no headroom is enough, ConfigError when too few requests could show it.
+    `base` is the plan without any. Where machines are not shared each chain is verified by itself,
+    and the optimum's plan beside `ALTERNATIVES`: the cheapest verified one counts (its policy is in
+    its headroom). Raises PlanError when no headroom is enough, ConfigError when too few requests
+    could show it.
     """
     if not any(how.arrivals.judged(chain) for chain in chains):
         return base, {}
@@ -82,7 +88,11 @@ def verified(
     plans: list[Plan] = []
     for own_chains, own_demands, own_base in units:
         search = _Search(own_chains, own_demands, options, profiles, how, own_base, progress)
-        plan, headroom, shown = search.run() if search.judged else (own_base, {}, [])
+        best = search.run() if search.judged else (own_base, dict[str, Headroom](), [])
+        assert best is not None, "a search without a limit finds a plan or raises"
+        if search.judged and options.policy == "optimal" and options.billing == "fractional":
+            best = _cheapest_of(search, best)
+        plan, headroom, shown = best
         plans.append(plan)
         found |= headroom
         attained += shown
@@ -95,8 +105,27 @@ def verified(
     return whole, found
 
 
+Found = tuple[Plan, dict[str, Headroom], list[ChainAttainment]]
+"""A verified plan, the headroom that it has, and what it attained."""
+
+
+def _cheapest_of(search: _Search, best: Found) -> Found:
+    """What was found, or a plan of `ALTERNATIVES` that costs less, verified as well."""
+    for policy in ALTERNATIVES:
+        search = search.by(policy, best[0].cost_per_hour * WORTHWHILE)
+        try:
+            best = search.run() or best
+        except ConfigError:
+            # Too few requests for one more confirmation, which has to be surer than the last.
+            break
+    return best
+
+
 class _Search:
-    """Chains that are planned together, and what is known of their plans."""
+    """Chains that are planned together, and what is known of their plans.
+
+    With a `policy` of their own (other than the options') only plans below `limit` are looked for.
+    """
 
     def __init__(
         self,
@@ -107,7 +136,14 @@ class _Search:
         how: Verification,
         base: Plan,
         progress: Progress,
+        policy: str = "",
+        limit: float = inf,
+        confirmed: int = 0,
     ) -> None:
+        self._policy = policy
+        self._limit = limit
+        self._confirmed = confirmed
+        """Confirmations so far, of all policies: each makes the next one stricter."""
         self._chains = chains
         self._demands = demands
         self._options = replace(options, bound=False)
@@ -124,12 +160,28 @@ class _Search:
         self._plans: dict[tuple[int, float], Plan | None] = {}
         self._enough: dict[tuple[int, float], bool] = {}
 
-    def run(self) -> tuple[Plan, dict[str, Headroom], list[ChainAttainment]]:
-        """The cheapest verified plan."""
+    def by(self, policy: str, limit: float) -> _Search:
+        """A search for a plan by another policy that costs less than `limit`, after this one."""
+        return _Search(
+            self._chains,
+            self._demands,
+            self._options,
+            self._profiles,
+            self._how,
+            self._base,
+            self._progress,
+            policy,
+            limit,
+            self._confirmed,
+        )
+
+    def run(self) -> Found | None:
+        """The cheapest verified plan; None where there is a limit, and none below it."""
         found = self._cheapest()
-        for attempt in range(CONFIRMATIONS):
-            if found is None:
+        for _ in range(CONFIRMATIONS):
+            if found is None or self._cost(found) > self._limit:
                 break
+            attempt, self._confirmed = self._confirmed, self._confirmed + 1
             steps = 1
             plan = self._plan(found)
             if plan is not None:
@@ -152,6 +204,8 @@ class _Search:
             found = (found[0] + steps, found[1])
             if found[0] > RATE_STEPS:
                 found = None
+        if self._limit < inf:
+            return None
         raise self._unreachable()
 
     def _cheapest(self) -> tuple[int, float] | None:
@@ -164,6 +218,8 @@ class _Search:
 
     def _search(self) -> tuple[int, float] | None:
         """By bisection over the rate, for each factor of the objective that may be cheaper."""
+        if self._cost((0, 1.0)) > self._limit:
+            return None
         if self._passes((0, 1.0)):
             return (0, 1.0)
         best: tuple[int, float] | None = None
@@ -177,10 +233,13 @@ class _Search:
 
     def _least(self, factor: float, best: tuple[int, float] | None) -> tuple[int, float] | None:
         """The fewest steps that pass with this factor and cost less than `best`."""
-        if best is None:
+        limit = self._limit if best is None else self._cost(best) * WORTHWHILE
+        low: int
+        high: int | None
+        if limit == inf:
             low, high = self._first(factor)
         else:
-            most = self._cheaper_than(best, factor)
+            most = self._within(limit, factor, best[0] if best else self._about(limit, factor))
             if most is None or not self._passes((most, factor)):
                 return None
             low, high = self._below(most, factor)
@@ -191,19 +250,23 @@ class _Search:
             low, high = (low, middle) if self._passes((middle, factor)) else (middle, high)
         return high, factor
 
-    def _cheaper_than(self, best: tuple[int, float], factor: float) -> int | None:
-        """Many steps that, with this factor, still cost less than `best`; cost is nearly in
-        proportion to the rate, so that a few tries find about the most.
+    def _about(self, limit: float, factor: float) -> int:
+        """Steps that cost as much as `limit` if cost is in proportion to the rate; below 0: none
+        do."""
+        cost = self._cost((0, factor))
+        return min(RATE_STEPS, floor(log(limit / cost) / log(RATE_STEP))) if cost < inf else -1
+
+    def _within(self, limit: float, factor: float, step: int) -> int | None:
+        """About the most steps, `step` at most, that cost no more than `limit` with this factor;
+        cost is nearly in proportion to the rate, so that a few tries find them.
         """
-        limit = self._cost(best) * WORTHWHILE
-        step = best[0]
         for _ in range(GUESSES):
+            if step < 0:
+                break
             cost = self._cost((step, factor))
             if cost <= limit:
                 return step
             step -= ceil(log(cost / limit) / log(RATE_STEP)) if cost < inf else 2
-            if step < 0:
-                return None
         return None
 
     def _first(self, factor: float) -> tuple[int, int | None]:
@@ -258,7 +321,8 @@ class _Search:
         kinds = " and ".join(sorted({self._how.arrivals.of(chain) for chain in self.judged}))
         self._progress(
             f"simulating {names}{more} under {kinds} arrivals",
-            f"{what} {RATE_STEP ** at[0]:.2f}x the rate in {at[1]:.1f}x the objective",
+            f"{what} {RATE_STEP ** at[0]:.2f}x the rate in {at[1]:.1f}x the objective"
+            + (f", planned by {self._policy}" if self._policy else ""),
         )
 
     def _need(self, chains: set[str]) -> None:
@@ -353,6 +417,7 @@ class _Search:
             own.requests,
             headroom.rate_factor,
             headroom.slo_factor,
+            self._policy,
         )
 
     def _shown(self, chain: Chain, own: ChainResult, confidence: float) -> float:
@@ -368,12 +433,13 @@ class _Search:
     def _headroom(self, at: tuple[int, float]) -> dict[str, Headroom]:
         """By chain; none without any."""
         if at == (0, 1.0):
-            return {}
-        return {name: Headroom(RATE_STEP ** at[0], at[1]) for name in sorted(self._needing)}
+            return {c.name: Headroom(policy=self._policy) for c in self._chains if self._policy}
+        given = Headroom(RATE_STEP ** at[0], at[1], self._policy)
+        return dict.fromkeys(sorted(self._needing), given)
 
     def _plan(self, at: tuple[int, float]) -> Plan | None:
         """None where the objective is too short for any plan."""
-        if at == (0, 1.0):
+        if at == (0, 1.0) and not self._policy:
             return self._base
         if at not in self._plans:
             try:
