@@ -12,13 +12,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
+from tests.http_stores import StoreHandler, answering
 from tests.integration.blocks_models import compiled, write_mlp
 from tests.integration.blocks_triton import (
     batch,
@@ -76,14 +76,9 @@ class Store:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     served = Store(tmp_path_factory.mktemp("blocks"))
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(StoreHandler):
         def do_GET(self) -> None:
-            body = served.read(f"/blocks{self.path}")
-            wanted = self.headers.get("Range", f"bytes=0-{len(body) - 1}")
-            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
-            part = body[first : last + 1]
+            part = self.part(served.read(f"/blocks{self.path}"))
             try:
                 self.send_response(206 if "Range" in self.headers else 200)
                 self.send_header("Content-Length", str(len(part)))
@@ -92,18 +87,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
             except OSError:
                 self.close_connection = True  # whoever asked was killed
 
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield served
-    served.release()
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with answering(Handler) as served.url:
+        yield served
+        served.release()
 
 
 @pytest.fixture(scope="module")

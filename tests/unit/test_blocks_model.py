@@ -8,13 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from tests.http_stores import StoreHandler, answering
 from tests.integration.blocks_models import VOCABULARY, WIDTH, compiled, write_embedding, write_mlp
 
 from paceline.blocks.backend import store
@@ -236,9 +236,7 @@ class RemotePool:
 def pool(repository: Path) -> Iterator[RemotePool]:
     served = RemotePool(repository.parent / "blocks")
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(StoreHandler):
         def do_GET(self) -> None:
             if served.broken:
                 served.broken -= 1
@@ -249,10 +247,8 @@ def pool(repository: Path) -> Iterator[RemotePool]:
             body = path.read_bytes()
             if served.wrong and len(body) == served.wrong_bytes:
                 body = body[:-1] + bytes([body[-1] ^ 1])
-            wanted = self.headers.get("Range")
-            if wanted and served.ranges:
-                first, last = map(int, wanted.removeprefix("bytes=").split("-"))
-                return self.answer(206, body[first : last + 1])
+            if "Range" in self.headers and served.ranges:
+                return self.answer(206, self.part(body))
             return self.answer(200, body)
 
         def answer(self, status: int, body: bytes) -> None:
@@ -262,17 +258,8 @@ def pool(repository: Path) -> Iterator[RemotePool]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield served
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with answering(Handler) as served.url:
+        yield served
 
 
 def test_a_remote_pool_is_read_once_into_the_cache(

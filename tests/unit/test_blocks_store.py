@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tests.http_stores import StoreHandler, answering
 
 from paceline.blocks.backend import store
 from paceline.blocks.backend.manifest import PoolError
@@ -33,15 +33,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setattr(store, "FIRST_PAUSE_S", 0.001)
     served = Served()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(StoreHandler):
         def do_GET(self) -> None:
             name = self.path.lstrip("/")
             served.asked.append(name)
             served.seen[name].set()
-            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            body = CONTENTS[name][first : last + 1]
+            assert "Range" in self.headers, "a store is never asked for a whole object"
+            body = self.part(CONTENTS[name])
             self.send_response(206)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -53,17 +51,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
             except OSError:  # its answer was not wanted any more
                 self.close_connection = True
 
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield served
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with answering(Handler) as served.url:
+        yield served
 
 
 def copied(opened: HttpStore, name: str, offset: int = 0) -> bytes:
