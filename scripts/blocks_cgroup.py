@@ -42,16 +42,11 @@ def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for model in arguments.models:
-        weights_bytes = bench.manifest(model).weights_bytes
         for ratio in arguments.ratios:
-            manifest = bench.manifest(model, weights_bytes / ratio)
-            directory = bench.compiled(model, weights_bytes / ratio)
-            weights_mib = weights_bytes / ratio / MIB
-            activations_mib = manifest.activation_bytes(arguments.batch) / MIB
-            budget_mib = weights_mib + activations_mib
-            within = {"memory_budget_mib": f"{budget_mib}"}
+            budget = bench.budget(model, ratio, arguments.batch)
+            within = {"memory_budget_mib": f"{budget.mib}"}
             job: dict[str, Any] = {
-                "directory": str(directory),
+                "directory": str(budget.directory),
                 "batch": arguments.batch,
                 "repeats": arguments.repeats,
             }
@@ -59,13 +54,15 @@ def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
             if limit_mib is None:
                 drop_page_cache(bench.work)
                 with cgroup() as group:
-                    held = in_child(bench, group, do="idle", directory=str(directory), **within)
+                    held = in_child(
+                        bench, group, do="idle", directory=str(budget.directory), **within
+                    )
                     beside_mib = most_mib(group) - held["held_mib"]
-                limit_mib = math.ceil(budget_mib + beside_mib + SLACK_MIB)
+                limit_mib = math.ceil(budget.mib + beside_mib + SLACK_MIB)
             for how, onnx, parameters in (
                 ("plain", str(bench.onnx(model)), {}),
                 ("blocks, paged by the kernel", "", {}),
-                (f"blocks, budget {budget_mib:.0f} MiB", "", within),
+                (f"blocks, budget {budget.mib:.0f} MiB", "", within),
             ):
                 drop_page_cache(bench.work)
                 with cgroup(limit_mib) as group:
@@ -75,7 +72,7 @@ def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
                     hits = int((group / "memory.failcnt").read_text())
                 took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
                 print(
-                    f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {arguments.batch} "
+                    f"| {model} | {ratio:g} ({budget.weights_mib:.0f} MiB) | {arguments.batch} "
                     f"| {limit_mib} | {how} | {took} | {peak_mib:.0f} | {hits} |",
                     flush=True,
                 )

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ RATIOS = (2.32, 3.5, 5.81)
 """Weights to budget."""
 WARM_UP_RUNS = 4
 """Until the plan rests on what was measured."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A model compiled for a budget, and what that is made of."""
+
+    directory: Path
+    weights_mib: float
+    activations_mib: float
+
+    @property
+    def mib(self) -> float:
+        return self.weights_mib + self.activations_mib
 
 
 class Bench:
@@ -81,6 +95,15 @@ class Bench:
         finally:
             level.ORT_ENABLE_ALL = best
         return directory
+
+    def budget(self, model: str, ratio: float, batch: int) -> Budget:
+        """The weights' bytes by `ratio`, and what a batch's activations take beside them."""
+        weights_bytes = self.manifest(model).weights_bytes / ratio
+        return Budget(
+            self.compiled(model, weights_bytes),
+            weights_bytes / MIB,
+            self.manifest(model, weights_bytes).activation_bytes(batch) / MIB,
+        )
 
     def manifest(self, model: str, budget_bytes: float | None = None) -> Manifest:
         found = compiled_model(self.compiled(model, budget_bytes))

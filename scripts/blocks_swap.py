@@ -22,8 +22,6 @@ from scripts.blocks_measure import (
     plain_session,
 )
 
-from paceline.blocks.backend.settings import MIB
-
 
 def print_swap(bench: Bench, arguments: argparse.Namespace) -> None:
     print(
@@ -32,25 +30,21 @@ def print_swap(bench: Bench, arguments: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for model in arguments.models:
-        weights_bytes = bench.manifest(model).weights_bytes
         for ratio in arguments.ratios:
-            manifest = bench.manifest(model, weights_bytes / ratio)
-            directory = bench.compiled(model, weights_bytes / ratio)
             for batch in arguments.batches:
-                weights_mib = weights_bytes / ratio / MIB
-                activations_mib = manifest.activation_bytes(batch) / MIB
+                budget = bench.budget(model, ratio, batch)
                 result = in_child(
                     bench,
                     do="swap",
                     onnx=str(bench.onnx(model)),
-                    directory=str(directory),
-                    budget_mib=weights_mib + activations_mib,
+                    directory=str(budget.directory),
+                    budget_mib=budget.mib,
                     batch=batch,
                     repeats=arguments.repeats,
                 )
                 print(
-                    f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {batch} "
-                    f"| {activations_mib:.0f} "
+                    f"| {model} | {ratio:g} ({budget.weights_mib:.0f} MiB) | {batch} "
+                    f"| {budget.activations_mib:.0f} "
                     f"| {1e3 * result['plain']:.0f} | {result['keep'] / result['plain']:.2f} "
                     f"| {result['drop'] / result['plain']:.2f} | {result['pinned']} |",
                     flush=True,
