@@ -9,9 +9,9 @@ that took no part in the search; the same seed gives the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import ceil, floor, inf, log
+from math import ceil, inf, log
 from random import Random
 
 from paceline.core.chain import Chain
@@ -66,13 +66,14 @@ def verified(
     base: Plan,
     *,
     progress: Progress = lambda subject, detail: None,
+    alternatives: Sequence[str] = ALTERNATIVES,
 ) -> tuple[Plan, dict[str, Headroom]]:
     """The cheapest plan found whose chains attain their targets, and its headroom by chain.
 
     `base` is the plan without any. Where machines are not shared each chain is verified by itself,
-    and the optimum's plan beside `ALTERNATIVES`: the cheapest verified one counts (its policy is in
-    its headroom). Raises PlanError when no headroom is enough, ConfigError when too few requests
-    could show it.
+    and the optimum's plan beside those of `alternatives`: the cheapest verified one counts (its
+    policy is in its headroom). Raises PlanError when no headroom is enough, ConfigError when too
+    few requests could show it.
     """
     if not any(how.arrivals.judged(chain) for chain in chains):
         return base, {}
@@ -86,13 +87,17 @@ def verified(
     found: dict[str, Headroom] = {}
     attained: list[ChainAttainment] = []
     plans: list[Plan] = []
+    policies: tuple[str, ...] = ("",)
+    if options.policy == "optimal" and options.billing == "fractional":
+        policies += tuple(alternatives)
     for own_chains, own_demands, own_base in units:
-        search = _Search(own_chains, own_demands, options, profiles, how, own_base, progress)
-        best = search.run() if search.judged else (own_base, dict[str, Headroom](), [])
-        assert best is not None, "a search without a limit finds a plan or raises"
-        if search.judged and options.policy == "optimal" and options.billing == "fractional":
-            best = _cheapest_of(search, best)
-        plan, headroom, shown = best
+        if not any(how.arrivals.judged(chain) for chain in own_chains):
+            plans.append(own_base)
+            continue
+        plan, headroom, shown = _cheapest(
+            _Search(own_chains, own_demands, options, profiles, how, own_base, progress, policy)
+            for policy in policies
+        )
         plans.append(plan)
         found |= headroom
         attained += shown
@@ -109,22 +114,24 @@ Found = tuple[Plan, dict[str, Headroom], list[ChainAttainment]]
 """A verified plan, the headroom that it has, and what it attained."""
 
 
-def _cheapest_of(search: _Search, best: Found) -> Found:
-    """What was found, or a plan of `ALTERNATIVES` that costs less, verified as well."""
-    for policy in ALTERNATIVES:
-        search = search.by(policy, best[0].cost_per_hour * WORTHWHILE)
+def _cheapest(searches: Iterable[_Search]) -> Found:
+    """The cheapest plan that they find. Raises what the first one raised if none finds any."""
+    best: Found | None = None
+    refusal: PlanError | ConfigError | None = None
+    for search in searches:
         try:
-            best = search.run() or best
-        except ConfigError:
-            # Too few requests for one more confirmation, which has to be surer than the last.
-            break
+            best = search.run(inf if best is None else best[0].cost_per_hour) or best
+        except (PlanError, ConfigError) as error:
+            refusal = refusal or error
+    if best is None:
+        assert refusal is not None, "a search without a limit finds a plan or raises"
+        raise refusal
     return best
 
 
 class _Search:
-    """Chains that are planned together, and what is known of their plans.
-
-    With a `policy` of their own (other than the options') only plans below `limit` are looked for.
+    """Chains that are planned together, by `policy` if not by the options' own, and what is known
+    of their plans.
     """
 
     def __init__(
@@ -137,18 +144,18 @@ class _Search:
         base: Plan,
         progress: Progress,
         policy: str = "",
-        limit: float = inf,
-        confirmed: int = 0,
     ) -> None:
         self._policy = policy
-        self._limit = limit
-        self._confirmed = confirmed
-        """Confirmations so far, of all policies: each makes the next one stricter."""
         self._chains = chains
         self._demands = demands
         self._options = replace(options, bound=False)
         self._profiles = profiles
         self._how = how
+        self._sure = how.confidence
+        if options.billing == "fractional":
+            # The error is divided among all policies that the cheapest plan may come from, also
+            # where one is asked for alone: whether a plan passes must not depend on who asks.
+            self._sure = 1.0 - (1.0 - how.confidence) / (1 + len(ALTERNATIVES))
         self._progress = progress
         self.judged = [chain for chain in chains if how.arrivals.judged(chain)]
         self._requests = max((how.needed(c.attainment) for c in self.judged), default=0)
@@ -160,33 +167,21 @@ class _Search:
         self._plans: dict[tuple[int, float], Plan | None] = {}
         self._enough: dict[tuple[int, float], bool] = {}
 
-    def by(self, policy: str, limit: float) -> _Search:
-        """A search for a plan by another policy that costs less than `limit`, after this one."""
-        return _Search(
-            self._chains,
-            self._demands,
-            self._options,
-            self._profiles,
-            self._how,
-            self._base,
-            self._progress,
-            policy,
-            limit,
-            self._confirmed,
-        )
-
-    def run(self) -> Found | None:
-        """The cheapest verified plan; None where there is a limit, and none below it."""
+    def run(self, limit: float) -> Found | None:
+        """The cheapest verified plan; None if it would cost `limit` or more."""
+        if self._cost((0, 1.0)) >= limit:
+            return None
         found = self._cheapest()
-        for _ in range(CONFIRMATIONS):
-            if found is None or self._cost(found) > self._limit:
+        for attempt in range(CONFIRMATIONS):
+            if found is None:
                 break
-            attempt, self._confirmed = self._confirmed, self._confirmed + 1
+            if self._cost(found) >= limit:
+                return None
             steps = 1
             plan = self._plan(found)
             if plan is not None:
                 self._tell("confirming", found)
-                sure = spent(self._how.confidence, attempt)
+                sure = spent(self._sure, attempt)
                 instants, seed = self._instants(f"confirm {attempt}", self._confirming(sure))
                 most = {c.name: self._allowed(c, len(instants[c.name]), sure) for c in self.judged}
                 # More misses than that refute it; of several chains all that miss are wanted.
@@ -204,8 +199,6 @@ class _Search:
             found = (found[0] + steps, found[1])
             if found[0] > RATE_STEPS:
                 found = None
-        if self._limit < inf:
-            return None
         raise self._unreachable()
 
     def _cheapest(self) -> tuple[int, float] | None:
@@ -218,8 +211,6 @@ class _Search:
 
     def _search(self) -> tuple[int, float] | None:
         """By bisection over the rate, for each factor of the objective that may be cheaper."""
-        if self._cost((0, 1.0)) > self._limit:
-            return None
         if self._passes((0, 1.0)):
             return (0, 1.0)
         best: tuple[int, float] | None = None
@@ -233,13 +224,12 @@ class _Search:
 
     def _least(self, factor: float, best: tuple[int, float] | None) -> tuple[int, float] | None:
         """The fewest steps that pass with this factor and cost less than `best`."""
-        limit = self._limit if best is None else self._cost(best) * WORTHWHILE
         low: int
         high: int | None
-        if limit == inf:
+        if best is None:
             low, high = self._first(factor)
         else:
-            most = self._within(limit, factor, best[0] if best else self._about(limit, factor))
+            most = self._within(self._cost(best) * WORTHWHILE, factor, best[0])
             if most is None or not self._passes((most, factor)):
                 return None
             low, high = self._below(most, factor)
@@ -249,12 +239,6 @@ class _Search:
             middle = (low + high) // 2
             low, high = (low, middle) if self._passes((middle, factor)) else (middle, high)
         return high, factor
-
-    def _about(self, limit: float, factor: float) -> int:
-        """Steps that cost as much as `limit` if cost is in proportion to the rate; below 0: none
-        do."""
-        cost = self._cost((0, factor))
-        return min(RATE_STEPS, floor(log(limit / cost) / log(RATE_STEP))) if cost < inf else -1
 
     def _within(self, limit: float, factor: float, step: int) -> int | None:
         """About the most steps, `step` at most, that cost no more than `limit` with this factor;
@@ -295,7 +279,7 @@ class _Search:
             return False
         self._tell("with", at)
         part = 1 if self._how.arrivals.trace else SCREENED
-        instants, seed = self._instants("search", self._confirming(self._how.confidence) / part)
+        instants, seed = self._instants("search", self._confirming(self._sure) / part)
         most = {c.name: self._allowed(c, len(instants[c.name])) for c in self.judged}
         # Without headroom all chains that need it are wanted; later one is enough to go on.
         targets = {chain.name: chain.attainment for chain in self.judged}
@@ -381,7 +365,7 @@ class _Search:
         """The most of so many requests that may miss: the share with which the lower bound of all
         requests reaches the target, with the stated `confidence` if none is given.
         """
-        sure = confidence or self._how.confidence
+        sure = confidence or self._sure
         traced = self._how.arrivals.trace is not None
         total = requests if traced else self._confirming(sure)
         if wilson(total, total, sure)[0] < chain.attainment:
