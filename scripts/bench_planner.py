@@ -198,6 +198,9 @@ TARGET = 0.99
 VERIFIED_REQUESTS = 4000
 FRESH_EVERY = 4
 """One workload in so many is served once more, by requests that took no part in verifying it."""
+LONGER = 8
+"""Those below the target then are served so many times as long: a plan at its target is below it
+in half of all short runs."""
 RATE_BANDS = ((3.0, 30.0), (30.0, 200.0), (200.0, 1600.0))
 KINDS: Mapping[str, Options] = {
     **{policy: Options(policy=policy) for policy in POLICIES},
@@ -281,14 +284,18 @@ class Verifier:
         longest = LEAST_OBJECTIVES * self.demand.slo_s * self.demand.rate_rps
         return max(VERIFIED_REQUESTS, ceil(longest))
 
-    def share(self, plan: Plan, decided: Callable[[Tally], bool]) -> float:
-        """Attained by requests that neither search nor confirmation has seen."""
+    def share(
+        self, plan: Plan, decided: Callable[[Tally], bool] | None = None, runs: int = 1
+    ) -> float:
+        """Attained by requests that neither search nor confirmation has seen, as long as a
+        confirmation lasts, or so many times as long.
+        """
         return simulate(
             [self.chain],
             plan,
             self.profiles,
             arrivals="poisson",
-            requests=self.lasting,
+            requests=self.lasting * runs,
             seed=WORKLOADS + self._at,
             decided=decided,
         ).attainment
@@ -318,7 +325,9 @@ def attained(task: tuple[int, Sequence[str], float]) -> list[dict[str, Any]]:
                 found["at_least"] = shown.at_least
                 found["headroom"] = [shown.rate_factor, shown.slo_factor]
                 if at % FRESH_EVERY == 0:
-                    found["attained_verified"] = verifier.share(plan, lambda tally: False)
+                    found["attained_verified"] = verifier.share(plan)
+                    if found["attained_verified"] < TARGET:
+                        found["attained_longer"] = verifier.share(plan, runs=LONGER)
         results.append(found | {"took_s": process_time() - started})
     return results
 
@@ -365,7 +374,7 @@ def report_attained(results: Sequence[Mapping[str, Any]], kinds: Sequence[str]) 
     print(
         "| policy | planned | below 99 % as planned | cost of headroom, median | p90 | not "
         "verifiable | verified cost / optimal, mean | max | below 99 % once verified | the same, "
-        "fresh requests |"
+        f"fresh requests, and {LONGER} times as many |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for kind in kinds:
@@ -379,7 +388,8 @@ def report_attained(results: Sequence[Mapping[str, Any]], kinds: Sequence[str]) 
         ]
         below = mean(found["attained"] < TARGET for found in planned)
         fresh = [found["attained_verified"] for found in shown if "attained_verified" in found]
-        again = f"{sum(share < TARGET for share in fresh)} of {len(fresh)}"
+        longer = sum(found.get("attained_longer", 1.0) < TARGET for found in shown)
+        again = f"{sum(share < TARGET for share in fresh)}, {longer} of {len(fresh)}"
         print(
             f"| {kind} | {len(planned)} | {below:.0%} | {median(extra):.1%} | "
             f"{percentile(extra, 0.9):.1%} | {len(planned) - len(shown)} | {mean(ratios):.3f} | "
