@@ -70,7 +70,7 @@ def main() -> None:
             command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
         if name in ("swap", "cgroup"):
             command.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
-        if name == "cold":
+        if name in ("cold", "served"):
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
             )

@@ -2,7 +2,9 @@
 
 Every way to serve the same networks is a chain of its own on one `paceline serve`, which unloads
 what has been idle for half a second. In turn, `repeats` times: everything is unloaded, the page
-cache dropped, and a request finds its models cold; then come requests one after another.
+cache dropped, and a request finds its models cold; then come requests one after another. Behind a
+link nothing of the model is on this machine: plain's file is copied before it is loaded, on the
+clock, as whoever keeps models in a store does; blocks fetch their pool themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ import psutil
 import tritonclient.grpc as triton
 from google.protobuf import text_format
 from scripts.bench_residency import served, until_cold
+from scripts.blocks_cold import download
+from scripts.blocks_cold import served as served_link
 from scripts.blocks_measure import RATIOS, WARM_UP_RUNS, Bench, drop_page_cache, filled
 
 from paceline.blocks.backend.settings import MIB
@@ -40,39 +44,77 @@ _WARM = 5
 _GIVE_UP_S = 60.0
 
 
+def _nothing() -> None: ...
+
+
 @dataclass(frozen=True)
 class Way:
-    """`models` of a repository that answer a request together."""
+    """`models` of a repository that answer a request together.
+
+    Cold: `forget` what is still here, then on the clock `fetch` what has to be here before.
+    """
 
     name: str
     models: Sequence[str]
+    forget: Callable[[], None] = _nothing
+    fetch: Callable[[], None] = _nothing
 
 
 def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
-    """A model at a time: plain, as blocks, as blocks within budgets."""
-    print("| model | way | cold ms | then ms | PSS MiB |\n|---|---|---|---|---|")
+    """A model at a time, from the disk or from a store behind a link."""
+    print("| model | from | way | cold ms | then ms | PSS MiB |\n|---|---|---|---|---|---|")
     for model in arguments.models:
-        repository = bench.work / "served" / model / "models"
-        manifest = bench.manifest(model)
-        beside_bytes = manifest.activation_bytes(1)
-        budgets = {
-            ratio: (manifest.weights_bytes / ratio + beside_bytes) / MIB for ratio in RATIOS[::2]
-        }
-        ways = {"blocks": f"{model}_blocks"}
-        write_blocks(bench, {"": model}, repository / f"{model}_blocks", None)
-        for ratio, budget in budgets.items():
-            name = f"{model}_{budget:.0f}mib"
-            write_blocks(bench, {"": model}, repository / name, int(budget))
-            ways[f"blocks, budget {budget:.0f} MiB ({ratio:g})"] = name
-        write_plain(
-            repository / f"{model}_plain", repository / f"{model}_blocks", bench.onnx(model)
-        )
-        ways = {"plain": f"{model}_plain", **ways}
-        rows = measured(
-            bench, repository, [Way(name, [way]) for name, way in ways.items()], arguments.repeats
-        )
-        for name, row in rows.items():
-            print(f"| {model} | {name} | {_cells(row)} |", flush=True)
+        for mbps in arguments.link_mbps:
+            with served_link(bench.work, mbps) as url:
+                repository, ways = _behind(bench, model, url) if url else _on_disk(bench, model)
+                rows = measured(bench, repository, ways, arguments.repeats, dropped=not url)
+            came_from = f"{mbps:g} MB/s" if url else "disk"
+            for name, row in rows.items():
+                print(f"| {model} | {came_from} | {name} | {_cells(row)} |", flush=True)
+
+
+def _on_disk(bench: Bench, model: str) -> tuple[Path, list[Way]]:
+    """Plain, as blocks, as blocks within budgets."""
+    repository = bench.work / "served" / model / "models"
+    manifest = bench.manifest(model)
+    beside_bytes = manifest.activation_bytes(1)
+    plain, blocks = f"{model}_plain", f"{model}_blocks"
+    write_blocks(bench, {"": model}, repository / blocks, None)
+    write_plain(repository / plain, repository / blocks, bench.onnx(model))
+    ways = [Way("plain", [plain]), Way("blocks", [blocks])]
+    for ratio in RATIOS[::2]:
+        budget = (manifest.weights_bytes / ratio + beside_bytes) / MIB
+        name = f"{model}_{budget:.0f}mib"
+        write_blocks(bench, {"": model}, repository / name, int(budget))
+        ways.append(Way(f"blocks, budget {budget:.0f} MiB ({ratio:g})", [name]))
+    return repository, ways
+
+
+def _behind(bench: Bench, model: str, url: str) -> tuple[Path, list[Way]]:
+    """Plain, as blocks, both from a store that keeps the bench's directory."""
+    home = bench.work / "served" / f"{model}-remote"
+    repository, cache = home / "models", home / "cache"
+    plain, blocks = f"{model}_plain", f"{model}_blocks"
+    write_blocks(bench, {"": model}, repository / blocks, None)
+    write_plain(repository / plain, repository / blocks, bench.onnx(model))
+    config = read_config(repository / blocks / "config.pbtxt")
+    assert config is not None
+    config.parameters["pool"].string_value = f"{url}/blocks"
+    config.parameters["cache"].string_value = str(cache)
+    write_config(repository / blocks, config)
+
+    def forget() -> None:
+        shutil.rmtree(cache, ignore_errors=True)
+
+    def fetch() -> None:
+        fetched = home / "fetched"
+        fetched.mkdir(exist_ok=True)
+        first = download(url, bench.onnx(model), fetched)
+        first.rename(first.with_name("model.onnx"))
+        for path in fetched.iterdir():
+            path.replace(repository / plain / "1" / path.name)
+
+    return repository, [Way("plain", [plain], fetch=fetch), Way("blocks", [blocks], forget)]
 
 
 def print_group(bench: Bench, models: Sequence[str], repeats: int) -> None:
@@ -114,14 +156,21 @@ def write_plain(directory: Path, compiled: Path, onnx: Path) -> None:
         link = directory / "1" / ("model.onnx" if source == onnx else source.name)
         if source.exists() and not link.exists():
             os.link(source, link)
+    write_config(directory, config)
+
+
+def write_config(directory: Path, config: Any) -> None:
     text = text_format.MessageToString(config)
     (directory / "config.pbtxt").write_text(text, encoding="utf-8")
 
 
 def measured(
-    bench: Bench, repository: Path, ways: Sequence[Way], repeats: int
+    bench: Bench, repository: Path, ways: Sequence[Way], repeats: int, *, dropped: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Medians by way: milliseconds to the first answer, then of an answer; memory after it."""
+    """Medians by way: milliseconds to the first answer, then of an answer; memory after it.
+
+    `dropped`: the page cache is, before.
+    """
     specs = asyncio.run(_declared(repository, [name for way in ways for name in way.models]))
     found: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
     with tempfile.TemporaryDirectory(dir=bench.work) as made:
@@ -140,18 +189,24 @@ def measured(
                 for number, way in enumerate(ways):
                     inputs = _inputs([specs[name] for name in way.models])
                     until_cold(channel)
-                    drop_page_cache(bench.work)
-                    found[way.name].append(_asked(client, f"way{number}", inputs))
+                    if dropped:
+                        drop_page_cache(bench.work)
+                    way.forget()
+                    found[way.name].append(_asked(client, f"way{number}", inputs, way.fetch))
     return {
         name: {key: statistics.median(one[key] for one in rows) for key in rows[0]}
         for name, rows in found.items()
     }
 
 
-def _asked(client: Any, chain: str, inputs: Sequence[Any]) -> dict[str, float]:
+def _asked(
+    client: Any, chain: str, inputs: Sequence[Any], fetch: Callable[[], None]
+) -> dict[str, float]:
     took_s = []
-    for _ in range(1 + WARM_UP_RUNS + _WARM):
+    for number in range(1 + WARM_UP_RUNS + _WARM):
         began_s = time.perf_counter()
+        if not number:
+            fetch()
         client.infer(chain, inputs, client_timeout=_GIVE_UP_S)
         took_s.append(time.perf_counter() - began_s)
     server = psutil.Process()
