@@ -19,58 +19,40 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import cache
-from itertools import takewhile
-from math import ceil, floor
 from pathlib import Path
 from statistics import mean, median
-from time import process_time, time
+from time import process_time
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "server"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from paceline.config import read_hardware, read_profiles  # noqa: E402
-from paceline.core.chain import Chain, Module, Source  # noqa: E402
-from paceline.core.errors import PlanError  # noqa: E402
-from paceline.core.plan import Plan  # noqa: E402
-from paceline.core.profile import Configuration, Hardware, Profiles  # noqa: E402
-from paceline.core.tensor import TensorSpec  # noqa: E402
-from paceline.planner.assemble import graph_of  # noqa: E402
-from paceline.planner.compose import compose  # noqa: E402
-from paceline.planner.paths import Graph  # noqa: E402
-from paceline.planner.problem import Options, PlannedChain, PlannedModule  # noqa: E402
-from paceline.planner.residual import ModuleScheduler  # noqa: E402
-from paceline.planner.solve import HEURISTICS, POLICIES, solve  # noqa: E402
-from paceline.planner.split import choices  # noqa: E402
-from paceline.sim.headroom import Verification  # noqa: E402
-from paceline.sim.screen import Refuted  # noqa: E402
-from paceline.sim.search import LEAST_OBJECTIVES, verified  # noqa: E402
-from paceline.sim.tally import Tally  # noqa: E402
-from paceline.sim.verify import simulate  # noqa: E402
+from scripts.planner_poisson import KINDS, attain, report_attained
+from scripts.planner_workloads import (
+    HARDWARE,
+    OPTIMAL,
+    PLAIN,
+    SHAPES,
+    WORKLOADS,
+    Workloads,
+    percentile,
+    source,
+)
 
-WORKLOADS = 1131
-SHAPES: Mapping[str, Sequence[Sequence[int]]] = {
-    "chain of 2": ((), (0,)),
-    "chain of 3": ((), (0,), (1,)),
-    "chain of 4": ((), (0,), (1,), (2,)),
-    "fork of 2": ((), (0,), (0,)),
-    "fork of 3": ((), (0,), (0,), (0,)),
-    "tree": ((), (0,), (0,), (1,)),
-    "diamond": ((), (0,), (0,), (1, 2)),
-}
-FAN_OUTS = (0.25, 0.5, 1.0, 2.0, 3.0)
-HARDWARE = ("v100", "t4", "mixed")
+from paceline.core.errors import PlanError
+from paceline.core.profile import Configuration
+from paceline.planner.assemble import graph_of
+from paceline.planner.compose import compose
+from paceline.planner.problem import Options, PlannedChain
+from paceline.planner.residual import ModuleScheduler
+from paceline.planner.solve import HEURISTICS, POLICIES, solve
+from paceline.planner.split import choices
 
-OPTIMAL = Options(policy="optimal")
-PLAIN = Options(policy="harpagon")
 ABLATIONS: Mapping[str, Options] = {
     "round-robin dispatch": replace(PLAIN, dispatch="round-robin"),
     "two tuples": replace(PLAIN, max_tuples=2),
@@ -80,46 +62,6 @@ ABLATIONS: Mapping[str, Options] = {
     "no cost-direct": replace(PLAIN, cost_direct=False),
     "pooled dispatch": replace(PLAIN, dispatch="pooled"),
 }
-
-
-class Workloads:
-    """Where workloads draw their models from."""
-
-    def __init__(self) -> None:
-        self.profiles: Profiles = read_profiles(ROOT / "examples/data/profiles.csv")
-        self.prices = read_hardware(ROOT / "examples/data/hardware.csv")
-        self.models = sorted({row.model for row in self.profiles.rows})
-
-    def chain(
-        self, seed: str, shape: Sequence[Sequence[int]] | None = None, hardware: str = "mixed"
-    ) -> PlannedChain:
-        """The workload of this seed."""
-        rng = random.Random(seed)
-        parents = shape or SHAPES[rng.choice(sorted(SHAPES))]
-        rate_rps = 3.0 * (1600 / 3.0) ** rng.random()
-        allowed: dict[str, Hardware] = dict(self.prices)
-        if hardware != "mixed":
-            allowed = {hardware: self.prices[hardware]}
-        least = 2 if hardware == "mixed" else 1
-        models = [
-            m for m in self.models if len(set(self.profiles.hardware_of(m)) & set(allowed)) >= least
-        ]
-        modules = []
-        for i, above in enumerate(parents):
-            model = rng.choice(models)
-            fan_out = 1.0 if i == 0 else rng.choice(FAN_OUTS)
-            configurations = self.profiles.configurations(model, allowed)
-            names = tuple(f"m{parent}" for parent in above)
-            modules.append(PlannedModule(f"m{i}", model, rate_rps * fan_out, names, configurations))
-        least_s = Graph.of(parents).longest(
-            [min(c.duration_s for c in m.configurations) for m in modules]
-        )
-        return PlannedChain(seed, least_s * rng.uniform(1.2, 5.0), rate_rps, tuple(modules))
-
-
-@cache
-def _source() -> Workloads:
-    return Workloads()
 
 
 def four_kinds(chain: PlannedChain) -> PlannedChain:
@@ -161,9 +103,8 @@ def exact_split_cost(chain: PlannedChain) -> float | None:
 
 def measure(at: int) -> dict[str, Any]:
     """Everything about one workload."""
-    source = _source()
     hardware = HARDWARE[at % 3]
-    chain = source.chain(f"workload {at}", hardware=hardware)
+    chain = source().chain(f"workload {at}", hardware=hardware)
     result: dict[str, Any] = {"at": at, "hardware": hardware, "modules": len(chain.modules)}
     started = process_time()
     plan = solve([chain], OPTIMAL)
@@ -190,248 +131,8 @@ def measure_whole(chain: PlannedChain) -> dict[str, Any]:
 
 def apart(at: int) -> dict[str, Any]:
     """One workload in whole machines, and its fractional optimum."""
-    chain = _source().chain(f"workload {at}", hardware=HARDWARE[at % 3])
+    chain = source().chain(f"workload {at}", hardware=HARDWARE[at % 3])
     return {"optimal": solve([chain], OPTIMAL).cost_per_hour} | measure_whole(chain)
-
-
-TARGET = 0.99
-VERIFIED_REQUESTS = 4000
-FRESH_EVERY = 4
-"""One workload in so many is served once more, by requests that took no part in verifying it."""
-LONGER = 8
-"""Those below the target then are served so many times as long: a plan at its target is below it
-in half of all short runs."""
-RATE_BANDS = ((3.0, 30.0), (30.0, 200.0), (200.0, 1600.0))
-KINDS: Mapping[str, Options] = {
-    **{policy: Options(policy=policy) for policy in POLICIES},
-    "optimal, whole machines": replace(OPTIMAL, billing="machine"),
-}
-
-
-def served(chain: PlannedChain) -> Chain:
-    """The workload as a chain that can be executed: as many items as its rates say, on average."""
-    modules = tuple(
-        Module(
-            m.name,
-            m.model,
-            {p: Source(p, "y") for p in m.parents} or {"x": Source(None, "x")},
-            fan_out=m.rate_rps / chain.rate_rps,
-        )
-        for m in chain.modules
-    )
-    inputs = (TensorSpec("x", "UINT8", (1,)),)
-    last = {"y": Source(modules[-1].name, "y")}
-    return Chain(chain.name, chain.slo_s, inputs, modules, last, attainment=TARGET)
-
-
-class Verifier:
-    """Plans of a workload, verified under Poisson arrivals; each search is made once."""
-
-    def __init__(self, at: int) -> None:
-        self._at = at
-        self.profiles = _source().profiles
-        name = f"workload {at}"
-        demand = _source().chain(name, hardware=HARDWARE[at % 3])
-        self.demand = replace(demand, name=name.replace(" ", "-"))
-        self.chain = served(self.demand)
-        self._known: dict[tuple[str, str], Plan | None] = {}
-
-    def planned(self, options: Options) -> Plan | None:
-        """As it is planned, without headroom."""
-        try:
-            return solve([self.demand], options)
-        except PlanError:
-            return None
-
-    def verified(self, options: Options) -> Plan | None:
-        """What `paceline.sim.search.verified` finds: for the optimum the cheaper one of its own
-        plan and the one that is asked for as Harpagon's.
-        """
-        own = self._searched(options)
-        if options != OPTIMAL:
-            return own
-        other = self.planned(PLAIN)
-        if other is None or (own is not None and other.cost_per_hour >= own.cost_per_hour):
-            return own
-        found = [plan for plan in (own, self._searched(PLAIN)) if plan is not None]
-        return min(found, key=lambda plan: plan.cost_per_hour, default=None)
-
-    def _searched(self, options: Options) -> Plan | None:
-        key = options.policy, options.billing
-        if key not in self._known:
-            how = Verification(requests=VERIFIED_REQUESTS, seed=self._at)
-            base = self.planned(options)
-            try:
-                self._known[key] = (
-                    base
-                    and verified(
-                        [self.chain],
-                        [self.demand],
-                        options,
-                        self.profiles,
-                        how,
-                        base,
-                        alternatives=(),
-                    )[0]
-                )
-            except PlanError:
-                self._known[key] = None
-        return self._known[key]
-
-    @property
-    def lasting(self) -> int:
-        """Requests of a run that is as long as a confirmation."""
-        longest = LEAST_OBJECTIVES * self.demand.slo_s * self.demand.rate_rps
-        return max(VERIFIED_REQUESTS, ceil(longest))
-
-    def share(
-        self, plan: Plan, decided: Callable[[Tally], bool] | None = None, runs: int = 1
-    ) -> float:
-        """Attained by requests that neither search nor confirmation has seen, as long as a
-        confirmation lasts, or so many times as long.
-        """
-        return simulate(
-            [self.chain],
-            plan,
-            self.profiles,
-            arrivals="poisson",
-            requests=self.lasting * runs,
-            seed=WORKLOADS + self._at,
-            decided=decided,
-        ).attainment
-
-
-def attained(task: tuple[int, Sequence[str], float]) -> list[dict[str, Any]]:
-    """A workload by some policies under Poisson arrivals, as planned and verified; nothing when the
-    time (of the wall, in seconds since the epoch) is over.
-    """
-    at, kinds, until_s = task
-    if time() > until_s:
-        return []
-    verifier = Verifier(at)
-    allowed = {verifier.chain.name: floor(verifier.lasting * (1.0 - TARGET))}
-    results = []
-    for kind in kinds:
-        started = process_time()
-        options = KINDS[kind]
-        found: dict[str, Any] = {"at": at, "kind": kind, "rate_rps": verifier.demand.rate_rps}
-        if (base := verifier.planned(options)) is not None:
-            found["cost"] = base.cost_per_hour
-            found["attained"] = verifier.share(base, Refuted(allowed))
-            if (plan := verifier.verified(options)) is not None:
-                assert plan.attainment is not None
-                shown = plan.attainment.tightest
-                found["verified"] = plan.cost_per_hour
-                found["at_least"] = shown.at_least
-                found["headroom"] = [shown.rate_factor, shown.slo_factor]
-                if at % FRESH_EVERY == 0:
-                    found["attained_verified"] = verifier.share(plan)
-                    if found["attained_verified"] < TARGET:
-                        found["attained_longer"] = verifier.share(plan, runs=LONGER)
-        results.append(found | {"took_s": process_time() - started})
-    return results
-
-
-def attain(
-    count: int, kinds: Sequence[str], path: Path, minutes: float, jobs: int
-) -> list[dict[str, Any]]:
-    """So many workloads by those policies, except what the file holds, to which the rest is added.
-
-    Returns, by workload, what the file holds of it in the end, as far as it goes without gaps: that
-    the slow ones of the last few are missing must not make the rest look better.
-    """
-    # Spread over all of them, however far it gets; 700 and 1131 have no common factor.
-    order = [step * 700 % WORKLOADS for step in range(count)]
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    results = [json.loads(line) for line in lines]
-    done = {(found["at"], found["kind"]) for found in results}
-    until_s = time() + 60 * minutes
-    todo = []
-    for at in order:
-        if missing := [kind for kind in kinds if (at, kind) not in done]:
-            todo.append((at, missing, until_s))
-    with ProcessPoolExecutor(jobs) as pool, path.open("a", encoding="utf-8") as file:
-        for finished in as_completed([pool.submit(attained, task) for task in todo]):
-            for found in finished.result():
-                file.write(json.dumps(found) + "\n")
-                results.append(found)
-            file.flush()
-    by_workload: dict[int, dict[str, Any]] = {}
-    for found in results:
-        own = by_workload.setdefault(found["at"], {"at": found["at"]})
-        own["rate_rps"] = found["rate_rps"]
-        own[found["kind"]] = found if "cost" in found else None
-    whole = takewhile(lambda at: all(kind in by_workload.get(at, {}) for kind in kinds), order)
-    return [by_workload[at] for at in sorted(whole)]
-
-
-def report_attained(results: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> None:
-    """The table of plans under Poisson arrivals."""
-    print(
-        f"\n{len(results)} workloads, Poisson arrivals, {TARGET:.0%} in time with 95 % "
-        f"confidence: {VERIFIED_REQUESTS} requests or {LEAST_OBJECTIVES:g} objectives of traffic\n"
-    )
-    print(
-        "| policy | planned | below 99 % as planned | cost of headroom, median | p90 | not "
-        "verifiable | verified cost / optimal, mean | max | below 99 % once verified | the same, "
-        f"fresh requests, and {LONGER} times as many |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for kind in kinds:
-        planned = [r[kind] for r in results if r[kind] is not None]
-        shown = [found for found in planned if "verified" in found]
-        extra = [found["verified"] / found["cost"] - 1 for found in shown]
-        ratios = [
-            r[kind]["verified"] / r["optimal"]["verified"]
-            for r in results
-            if r[kind] is not None and "verified" in r[kind] and "verified" in r["optimal"]
-        ]
-        below = mean(found["attained"] < TARGET for found in planned)
-        fresh = [found["attained_verified"] for found in shown if "attained_verified" in found]
-        longer = sum(found.get("attained_longer", 1.0) < TARGET for found in shown)
-        again = f"{sum(share < TARGET for share in fresh)}, {longer} of {len(fresh)}"
-        print(
-            f"| {kind} | {len(planned)} | {below:.0%} | {median(extra):.1%} | "
-            f"{percentile(extra, 0.9):.1%} | {len(planned) - len(shown)} | {mean(ratios):.3f} | "
-            f"{max(ratios):.2f} | {sum(found['at_least'] < TARGET for found in shown)} | {again} |"
-        )
-    print("\n| cost of headroom, median | " + " | ".join(kinds) + " |")
-    print("|---" * (1 + len(kinds)) + "|")
-    for low, high in RATE_BANDS:
-        own = [r for r in results if low <= r["rate_rps"] < high]
-        cells = []
-        for kind in kinds:
-            extra = [r[kind]["verified"] / r[kind]["cost"] - 1 for r in own if _shown(r[kind])]
-            cells.append(f"{median(extra):.0%}" if extra else "-")
-        print(f"| {low:g} to {high:g} requests/s ({len(own)}) | {' | '.join(cells)} |")
-    _report_cheaper(results, kinds)
-    took_s = [sum(r[kind]["took_s"] for kind in kinds if _shown(r[kind])) for r in results]
-    print(f"\n{mean(took_s):.1f} s of CPU a workload")
-
-
-def _report_cheaper(results: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> None:
-    """How often others cost less than `optimal`, each verified."""
-    for kind in kinds:
-        ratios = [
-            r[kind]["verified"] / r["optimal"]["verified"]
-            for r in results
-            if _shown(r[kind]) and _shown(r["optimal"])
-        ]
-        if kind != "optimal" and ratios:
-            print(
-                f"\n{kind}, verified, costs less than optimal, verified, on "
-                f"{sum(ratio < 1 - 1e-9 for ratio in ratios)} of {len(ratios)} "
-                f"(by {1 - min(ratios):.0%} at most)"
-            )
-
-
-def _shown(found: Mapping[str, Any] | None) -> bool:
-    return found is not None and "verified" in found
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def report(results: Sequence[Mapping[str, Any]]) -> None:
@@ -490,7 +191,7 @@ def report_whole(results: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def timings(source: Workloads, repeats: int) -> None:
+def timings(workloads: Workloads, repeats: int) -> None:
     """Four modules on four kinds of hardware; twelve modules."""
     long_chain = tuple((i - 1,) if i else () for i in range(12))
     cases = {
@@ -504,7 +205,7 @@ def timings(source: Workloads, repeats: int) -> None:
     for name, (shape, four) in cases.items():
         times, gaps = [], []
         for i in range(repeats):
-            chain = source.chain(f"timing {i}", shape)
+            chain = workloads.chain(f"timing {i}", shape)
             chain = four_kinds(chain) if four else chain
             started = process_time()
             plan = solve([chain], OPTIMAL)
@@ -513,7 +214,7 @@ def timings(source: Workloads, repeats: int) -> None:
         print(f"| {name} | {median(times):.1f} | {percentile(times, 0.99):.1f} | {max(gaps):.3%} |")
 
 
-def together(source: Workloads, repeats: int) -> None:
+def together(workloads: Workloads, repeats: int) -> None:
     """100 chains of four modules, in whole machines."""
     shapes = [shape for shape in SHAPES.values() if len(shape) == 4]
     print("\n| 100 chains of 4 modules, whole machines | cost/h | idle | lower bound | gap | s |")
@@ -521,7 +222,7 @@ def together(source: Workloads, repeats: int) -> None:
     gaps = []
     for repeat in range(repeats):
         chains = [
-            source.chain(f"together {repeat} {i}", shapes[i % len(shapes)]) for i in range(100)
+            workloads.chain(f"together {repeat} {i}", shapes[i % len(shapes)]) for i in range(100)
         ]
         started = process_time()
         plan = solve(chains, replace(OPTIMAL, billing="machine"))
@@ -554,10 +255,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="then nothing new is begun")
     arguments = parser.parse_args()
     if arguments.together:
-        together(Workloads(), 5)
+        together(source(), 5)
         return
     if arguments.timings:
-        timings(Workloads(), 50)
+        timings(source(), 50)
         return
     if arguments.apart:
         with ProcessPoolExecutor(arguments.jobs) as pool:
@@ -565,6 +266,8 @@ def main() -> None:
         return
     if arguments.verify:
         kinds = arguments.kinds.split(";") if arguments.kinds else list(KINDS)
+        if OPTIMAL.policy not in kinds or not set(kinds) <= set(KINDS):
+            parser.error(f"--kinds takes optimal and any of {'; '.join(KINDS)}")
         attainments = attain(
             arguments.verify, kinds, arguments.results, arguments.minutes, arguments.jobs
         )
@@ -576,9 +279,8 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(measure, range(count), chunksize=5))
     report(results)
-    source = Workloads()
-    timings(source, 10 if arguments.quick else 50)
-    together(source, 1 if arguments.quick else 5)
+    timings(source(), 10 if arguments.quick else 50)
+    together(source(), 1 if arguments.quick else 5)
     if arguments.json:
         arguments.json.write_text(json.dumps(results), encoding="utf-8")
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scripts.bench_planner import HARDWARE, Workloads, served
+from scripts.planner_poisson import served
+from scripts.planner_workloads import HARDWARE, source
 
 from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import ConfigError, PlanError
@@ -76,15 +77,16 @@ def test_a_plan_that_misses_under_poisson_arrivals_gets_headroom_until_it_does_n
 def test_the_optimum_is_never_beaten_by_a_plan_that_is_verified_beside_it() -> None:
     """Workload 697 of `scripts/bench_planner.py`: Harpagon's plan costs a little more as planned,
     and needs so much less headroom that it is the cheaper one."""
-    source = Workloads()
-    demand = replace(source.chain("workload 697", hardware=HARDWARE[697 % 3]), name="workload-697")
+    demand = replace(
+        source().chain("workload 697", hardware=HARDWARE[697 % 3]), name="workload-697"
+    )
     how = Verification(requests=2000, seed=697)
     alone = replace(FRACTIONAL, policy="harpagon")
     base, harpagon = (solve([demand], options) for options in (FRACTIONAL, alone))
     assert base.cost_per_hour < harpagon.cost_per_hour
 
     def found(base: Plan, options: Options) -> tuple[Plan, dict[str, Headroom]]:
-        return verified([served(demand)], [demand], options, source.profiles, how, base)
+        return verified([served(demand)], [demand], options, source().profiles, how, base)
 
     plan, headroom = found(base, FRACTIONAL)
     assert plan.attainment is not None
