@@ -35,7 +35,10 @@ SLO_FACTORS = ((0.8,), (0.9, 1.0), (0.7, 0.6, 0.5))
 WORTHWHILE = 0.99
 """Another factor of the objective is looked at where it can cost no more than this share."""
 CONFIRMATIONS = 12
-"""How often a plan that the search found is given one more step when fresh requests refute it."""
+"""How often a plan that the search found is given more steps when fresh requests refute it."""
+PATIENCE = 7
+"""From so many refutations on each doubles the steps that are given next: in whole machines, many
+steps may change nothing."""
 WIDE = 3.0
 """Runs that miss up to so many times what they may tell how misses clump near the target."""
 SCREENED = 2
@@ -172,6 +175,7 @@ class _Search:
         if self._cost((0, 1.0)) >= limit:
             return None
         found = self._cheapest()
+        tried = RATE_STEPS
         for attempt in range(CONFIRMATIONS):
             if found is None:
                 break
@@ -196,10 +200,11 @@ class _Search:
                     found = self._cheapest()
                     continue
                 steps = _further(max(result.chain(n).requests / len(instants[n]) for n in short))
-            found = (found[0] + steps, found[1])
+                steps <<= max(0, attempt + 1 - PATIENCE)
+            tried, found = found[0], (found[0] + steps, found[1])
             if found[0] > RATE_STEPS:
-                found = None
-        raise self._unreachable()
+                break
+        raise self._unreachable(tried)
 
     def _cheapest(self) -> tuple[int, float] | None:
         """Steps of the rate and a factor of the objective that screening lets pass."""
@@ -439,12 +444,12 @@ class _Search:
         plan = self._plan(at)
         return float("inf") if plan is None else plan.cost_per_hour
 
-    def _unreachable(self) -> PlanError:
+    def _unreachable(self, steps: int) -> PlanError:
         chain = min(self.judged, key=lambda c: (c.name not in self._needing, c.name))
         return PlanError(
             f"chain {chain.name!r} does not attain {chain.attainment:.6g} under "
             f"{self._how.arrivals.of(chain)} arrivals, not even planned for "
-            f"{RATE_STEP**RATE_STEPS:.0f} times its rate; relax slo_ms or attainment",
+            f"{RATE_STEP**steps:.3g} times its rate; relax slo_ms or attainment",
             chain=chain.name,
         )
 
