@@ -143,7 +143,6 @@ def test_an_objective_that_nothing_keeps_says_which_module_lacks_how_many_ms() -
             "--arrivals: must be poisson, uniform or a trace file; there is",
         ),
         (("--window", "ipa"), "--window: selects rows of a trace; give one as --arrivals"),
-        (("--policy", "nexus", "--billing", "machine"), "billing: policy 'nexus' plans"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_write(

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 from tests.urgency import latest_s
 
-from paceline.core.errors import ConfigError, PlanError
+from paceline.core.errors import PlanError
 from paceline.core.plan import ModulePlan, Plan, Share
 from paceline.core.profile import Configuration
 from paceline.planner.cycle import Load, together
 from paceline.planner.pack import Machine, Packing, pack
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
-from paceline.planner.solve import solve
+from paceline.planner.solve import HEURISTICS, solve
 from paceline.planner.urgency import Stream
 from paceline.planner.whole_bound import least_price
 
@@ -205,9 +205,20 @@ def test_small_loads_of_many_chains_cost_less_together_than_apart() -> None:
     assert solve(chains, MACHINE).cost_per_hour <= apart / 2
 
 
-def test_only_the_optimal_policy_plans_whole_machines() -> None:
-    with pytest.raises(ConfigError, match="billing: policy 'nexus' plans fractional machines only"):
-        solve([chain("c", random.Random(1))], Options(policy="nexus", billing="machine"))
+@pytest.mark.parametrize("seed", range(8))
+def test_no_policy_is_cheaper_than_the_optimum_in_whole_machines_either(seed: int) -> None:
+    rng = random.Random(f"policies {seed}")
+    chains = [chain(f"c{i}", rng) for i in range(rng.randint(1, 3))]
+    optimal = solve(chains, MACHINE)
+    for policy in HEURISTICS:
+        try:
+            plan = solve(chains, replace(MACHINE, policy=policy))
+        except PlanError:
+            continue  # Clipper may not split an objective that others can
+        check(plan, chains, 1 << 40)
+        assert (plan.policy, optimal.policy) == (policy, "optimal")
+        assert optimal.cost_per_hour <= plan.cost_per_hour * (1 + 1e-9)
+        assert optimal.lower_bound_per_hour == plan.lower_bound_per_hour
 
 
 def test_the_bound_is_rounded_up_to_a_sum_of_whole_machines() -> None:

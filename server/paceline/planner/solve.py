@@ -22,8 +22,9 @@ do for less, whatever batch sizes it uses (`optimal`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from paceline.core.errors import ConfigError
+from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import ChainPlan, Plan
 from paceline.core.profile import Configuration
 from paceline.planner.assemble import chain_plan, graph_of, infeasible
@@ -33,10 +34,12 @@ from paceline.planner.baselines.nexus import nexus
 from paceline.planner.baselines.scrooge import scrooge
 from paceline.planner.frontier import Choice, Frontier
 from paceline.planner.harpagon import harpagon
-from paceline.planner.machines import whole_machines
+from paceline.planner.machines import MANY_CHAINS, whole_machines
 from paceline.planner.optimal import Optimum, optimum
 from paceline.planner.problem import Options, PlannedChain, PlannedModule, demand
-from paceline.planner.schedule import Placement, Schedule
+from paceline.planner.rounded import rounded
+from paceline.planner.schedule import TOLERANCE, Placement, Schedule
+from paceline.planner.whole_bound import least_cost
 
 __all__ = [
     "HEURISTICS",
@@ -72,12 +75,8 @@ def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:
             key="policy",
         )
     if options.billing == "machine":
-        if options.policy != "optimal":
-            raise ConfigError(
-                f"policy {options.policy!r} plans fractional machines only; use 'optimal'",
-                key="billing",
-            )
-        return whole_machines(chains, options)
+        plan = _whole(chains, options)
+        return replace(plan, lower_bound_per_hour=_whole_bound(chains) if options.bound else 0.0)
     planned = [_solve_chain(chain, options) for chain in chains]
     return Plan(
         policy=options.policy,
@@ -85,6 +84,37 @@ def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:
         chains=tuple(plan for plan, _ in planned),
         lower_bound_per_hour=sum(bound for _, bound in planned),
     )
+
+
+def _whole(chains: Sequence[PlannedChain], options: Options) -> Plan:
+    """In whole machines; for few chains `optimal` is no dearer than any other policy, as theirs are
+    tried as well: what is best in fractions need not leave the best loads to pack.
+    """
+    if options.policy != "optimal":
+        schedules = [HEURISTICS[options.policy](chain, options) for chain in chains]
+        return rounded(chains, schedules, options)
+    best: Plan | None = None
+    refusal: PlanError | None = None
+    try:
+        best = whole_machines(chains, options)
+    except PlanError as error:
+        refusal = error
+    for policy in HEURISTICS if len(chains) < MANY_CHAINS else ():
+        try:
+            other = _whole(chains, replace(options, policy=policy))
+        except PlanError:
+            continue
+        if best is None or other.cost_per_hour < best.cost_per_hour * (1 - TOLERANCE):
+            best = replace(other, policy="optimal")
+    if best is None:
+        assert refusal is not None
+        raise refusal
+    return best
+
+
+def _whole_bound(chains: Sequence[PlannedChain]) -> float:
+    configurations = (c for chain in chains for m in chain.modules for c in m.configurations)
+    return least_cost(chains, {c.hardware: c.price_per_hour for c in configurations})
 
 
 def _solve_chain(chain: PlannedChain, options: Options) -> tuple[ChainPlan, float]:
