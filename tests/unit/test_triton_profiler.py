@@ -16,7 +16,7 @@ from paceline.core.tensor import DATATYPES, Tensor, TensorSpec, byte_size_error,
 from paceline.database import Measurements
 from paceline.triton.config import ModelConfig, read_config, spec_of
 from paceline.triton.profile_cache import ProfileCache, content_hash, machine_identity
-from paceline.triton.profiler import Effort, _enough, batch_sizes, monotone
+from paceline.triton.profiler import Effort, _enough, batch_sizes, monotone, sampled
 from paceline.triton.samples import rows_of, sample_of
 
 
@@ -57,6 +57,27 @@ def test_measuring_ends_when_calls_agree_or_time_or_calls_are_spent() -> None:
     restless = [0.01, 0.02] * 25
     assert not _enough(restless[:49], effort)
     assert _enough(restless, effort)
+
+
+@pytest.mark.parametrize(
+    ("calls_s", "kept"),
+    [
+        ([0.7, 0.7, 0.7], slice(0, 3)),
+        ([0.7, 1.4, 0.7, 0.7, 0.7, 0.7], slice(3, 6)),
+        ([0.7, 0.7, 1.4, 0.7, 2.8, 0.7], slice(0, 3)),
+    ],
+    ids=["calls that agree", "a stall in the first round", "a model that varies by itself"],
+)
+async def test_calls_that_do_not_agree_are_made_again_and_the_calmer_round_counts(
+    calls_s: list[float], kept: slice
+) -> None:
+    left = iter(calls_s)
+
+    async def timed() -> float:
+        return next(left)
+
+    assert await sampled(timed, Effort()) == calls_s[kept]
+    assert list(left) == []
 
 
 def test_a_random_sample_fills_every_datatype_and_is_the_same_each_time() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,8 @@ class Effort:
     most_calls: int = 50
     agreement: float = 0.1
     time_s: float = 2.0
+    rounds: int = 2
+    """Where calls do not agree they are made so many times in all, and the calmest round counts."""
     longest_batch_s: float = 5.0
     """A batch that takes longer ends the growing."""
     call_timeout_s: float = 120.0
@@ -158,10 +160,7 @@ class TritonProfiler:
         for _ in range(effort.warm_up_calls):
             if await self._timed(call, size) > effort.long_s:
                 break
-        took_s: list[float] = []
-        while not _enough(took_s, effort):
-            took_s.append(await self._timed(call, size))
-        return took_s
+        return await sampled(lambda: self._timed(call, size), effort)
 
     async def _timed(self, call: ModelCall, size: int) -> float:
         self.measured_calls += 1
@@ -220,6 +219,24 @@ def monotone(durations_s: Sequence[float]) -> tuple[float, ...]:
     return tuple(repaired)
 
 
+async def sampled(timed: Callable[[], Awaitable[float]], effort: Effort) -> list[float]:
+    """What as many calls as `effort` asks for took, in seconds.
+
+    A stall of the machine makes a batch size look slow that is then never executed, so that nothing
+    would ever correct it: calls that do not agree are made again, and the calmest round counts.
+    What varies by itself does so in every round.
+    """
+    calmest: list[float] = []
+    for _ in range(effort.rounds):
+        took_s: list[float] = []
+        while not _enough(took_s, effort):
+            took_s.append(await timed())
+        calmest = min(calmest or took_s, took_s, key=lambda each: percentile(each, 0.95))
+        if _agree(calmest, effort):
+            break
+    return calmest
+
+
 def _enough(took_s: Sequence[float], effort: Effort) -> bool:
     calls = len(took_s)
     if calls < effort.least_calls:
@@ -228,6 +245,10 @@ def _enough(took_s: Sequence[float], effort: Effort) -> bool:
         return True
     if calls < effort.enough_calls:
         return False
+    return _agree(took_s, effort)
+
+
+def _agree(took_s: Sequence[float], effort: Effort) -> bool:
     return percentile(took_s, 0.95) <= (1 + effort.agreement) * percentile(took_s, 0.5)
 
 
