@@ -63,7 +63,7 @@ from scripts import slo_report, slo_workloads  # noqa: E402
 from scripts.bench_gateway import process  # noqa: E402
 from scripts.slo_control import carried  # noqa: E402
 from scripts.slo_machines import measure_machines, simulate_machines  # noqa: E402
-from scripts.slo_report import Scenario  # noqa: E402
+from scripts.slo_report import SYSTEMS, Scenario  # noqa: E402
 from scripts.slo_run import (  # noqa: E402
     ARRIVALS,
     LATE_MS,
@@ -279,7 +279,12 @@ def arguments() -> argparse.Namespace:
         help="systems that are replayed to at a time (default: %(default)s)",
     )
     parser.add_argument(
-        "--runs", action="store_true", help="Paceline's chain files say `runs: auto`"
+        "--systems",
+        nargs="+",
+        choices=[*SYSTEMS],
+        default=[system for system in SYSTEMS if system != "runs"],
+        help="split, shared: Triton's; runs: Paceline with `runs: auto` in its chain file "
+        "(default: all but runs)",
     )
     parser.add_argument(
         "--control",
@@ -304,6 +309,8 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if min(options.tightness) <= 1.0:
         parser.error("--tightness must be above 1: full batches have to fit")
+    if "pooled" not in options.systems and options.measure != ["goodput"]:
+        parser.error("--measure machines and overload compare others with --systems pooled")
     if options.virtual and "overload" in options.measure:
         parser.error("--measure overload is not made in --virtual time")
     return options

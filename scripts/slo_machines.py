@@ -27,12 +27,12 @@ from scripts.slo_run import (
     Bench,
     cell_of,
     fronts_of,
-    name_of,
     running,
     screen,
+    settings_of,
     simulate,
 )
-from scripts.slo_systems import SETTINGS, Front, Lane, Setting, possible
+from scripts.slo_systems import Front, Lane, Setting, possible
 from scripts.slo_workloads import Served, busiest_minute, trace_window
 
 LOWEST = 0.5
@@ -96,7 +96,8 @@ class Search:
     def __post_init__(self) -> None:
         self.served = _rates(self.bench, self.scenario, self.base)
         least = [ceil(each.bound - 1e-6) for each in self.served]
-        names = ["pooled", "round-robin", *(setting.name for setting in self.settings)]
+        fronts = fronts_of(self.bench, self.base, self.bench.options.machines)
+        names = [front.name for front in fronts] + [setting.name for setting in self.settings]
         most = self.bench.options.most
         self.counts = {name: Counts([n - 1 for n in least], least, most) for name in names}
 
@@ -132,7 +133,7 @@ class Search:
         for rate in range(len(self.served)):
             machines = pooled.attained[rate]
             if machines is not None and pooled.next(rate) is None:
-                names = [name_of(how) for how in self.systems(machines)]
+                names = [how.name for how in self.systems(machines)]
                 found += [
                     (machines, lane, rate)
                     for lane in names
@@ -183,8 +184,7 @@ def _rates(bench: Bench, scenario: Scenario, base: Served) -> list[Served]:
 
 def simulate_machines(bench: Bench, scenario: Scenario, base: Served) -> None:
     """In virtual time throughout; every setting of Triton is searched."""
-    settings = () if base.workload.fans_out else SETTINGS
-    search = Search(bench, bench.machines, scenario, base, settings)
+    search = Search(bench, bench.machines, scenario, base, settings_of(bench, base))
     _simulate(search)
     for machines, lane, rate in search.compared():
         _simulate_cell(search, machines, lane, rate)
@@ -206,7 +206,7 @@ def _simulate(search: Search) -> None:
 
 def _simulate_cell(search: Search, machines: int, lane: str, rate: int) -> None:
     for how in search.systems(machines):
-        if name_of(how) == lane and not search.runs(machines, lane, rate):
+        if how.name == lane and not search.runs(machines, lane, rate):
             cell = search.cell(rate, machines)
             simulate(search.bench, search.results, cell, search.served[rate], how)
 
@@ -234,7 +234,7 @@ async def _measure_fleet(search: Search, work: Path, machines: int) -> None:
     wanted = {lane for count, lane, _ in [*search.asked(), *search.compared()] if count == machines}
     if "pooled" in wanted:  # The others will be compared with it.
         wanted = set(search.counts)
-    hows = [how for how in search.systems(machines) if name_of(how) in wanted]
+    hows = [how for how in search.systems(machines) if how.name in wanted]
     fronts = [how for how in hows if isinstance(how, Front)]
     settings = [how for how in hows if isinstance(how, Setting)]
     planned = search.base.loaded(PLANNED_LOAD * machines)

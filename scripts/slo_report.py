@@ -7,7 +7,7 @@ Chosen on the measured runs themselves, that favours Triton.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from statistics import median
@@ -18,10 +18,12 @@ SYSTEMS = {
     "shared": "Triton ensemble, machines shared",
     "round-robin": "round-robin",
     "pooled": "Paceline",
+    "runs": "Paceline, `runs: auto`",
 }
+PACELINE = ("pooled", "runs")
 
-TRITON = ("split", "shared")
-"""Each stands for its best setting."""
+TRITON = {"split": False, "shared": True}
+"""Each stands for the best of its settings, which share machines or do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,9 @@ class Results:
         """In the order of measuring."""
         return list(dict.fromkeys(cell.scenario for cell in self.runs))
 
+    def lanes(self) -> set[str]:
+        return {lane for lanes in self.runs.values() for lane in lanes}
+
     def measured(self, scenario: Scenario, system: str) -> bool:
         return any(self.lane_of(cell, system) for cell in self.cells(scenario))
 
@@ -179,15 +184,22 @@ def _system(lane: str) -> str:
     return "shared" if lane.startswith("shared") else "split"
 
 
+def _columns(lanes: Iterable[str]) -> dict[str, str]:
+    """Those of the systems that have lanes."""
+    seen = {_system(lane) for lane in lanes}
+    return {system: title for system, title in SYSTEMS.items() if system in seen}
+
+
 def goodput_table(results: Results) -> Iterator[str]:
     """The largest rate that a fixed number of machines carries, by system."""
-    yield f"| scenario | machines | bound | {' | '.join(SYSTEMS.values())} | verdict |"
-    yield "|---|---|---|" + "---|" * (len(SYSTEMS) + 1)
+    systems = _columns(results.lanes())
+    yield f"| scenario | machines | bound | {' | '.join(systems.values())} | verdict |"
+    yield "|---|---|---|" + "---|" * (len(systems) + 1)
     for scenario in results.scenarios():
         cells = results.cells(scenario)
         machines = cells[0].machines
         bound_rps = cells[0].rate_rps / cells[0].bound
-        most = {s: results.most(scenario, s) for s in SYSTEMS}
+        most = {s: results.most(scenario, s) for s in systems}
         texts = []
         for system, cell in most.items():
             if cell is not None:
@@ -205,20 +217,21 @@ def goodput_table(results: Results) -> Iterator[str]:
 
 
 def _verdict(rates: dict[str, float]) -> str:
-    others = {system: rate for system, rate in rates.items() if system != "pooled" and rate > 0}
+    others = {s: rate for s, rate in rates.items() if s not in PACELINE and rate > 0}
     if not others:
         return "no other attains it"
     best = max(others, key=lambda system: others[system])
-    gain = rates["pooled"] / others[best] - 1.0
+    gain = rates.get("pooled", 0.0) / others[best] - 1.0
     return f"{gain:+.0%} over {best}" if abs(gain) > 1e-9 else f"as {best}"
 
 
 def machines_table(needed: Mapping[Scenario, Needed]) -> Iterator[str]:
     """The machines that each system needs, summed over the rates."""
-    yield f"| scenario | rates | full batches | {' | '.join(SYSTEMS.values())} | verdict |"
-    yield "|---|---|---|" + "---|" * (len(SYSTEMS) + 1)
+    systems = _columns(lane for need in needed.values() for lane in need.counts)
+    yield f"| scenario | rates | full batches | {' | '.join(systems.values())} | verdict |"
+    yield "|---|---|---|" + "---|" * (len(systems) + 1)
     for scenario, need in needed.items():
-        texts = [_sum_text(need, system) for system in SYSTEMS]
+        texts = [_sum_text(need, system) for system in systems]
         least = sum(ceil(round(bound, 6)) for bound in need.bounds)
         yield (
             f"| {scenario.title} | {min(need.rates_rps):.0f} to {max(need.rates_rps):.0f}/s | "
@@ -238,7 +251,7 @@ def _fewest(need: Needed) -> str:
     own, _ = need.total("pooled")
     texts = []
     for system in SYSTEMS:
-        if system != "pooled" and need.has(system):
+        if system not in PACELINE and need.has(system):
             other, exact = need.total(system)
             share = f"{abs(1 - own / other):.0%}" + ("" if exact else " or more")
             if own == other and exact:
@@ -251,41 +264,43 @@ def _fewest(need: Needed) -> str:
 def needed_tables(needed: Mapping[Scenario, Needed]) -> Iterator[str]:
     """The least machines at each rate."""
     for scenario, need in needed.items():
+        systems = _columns(need.counts)
         yield from ("", f"**{scenario.title}**", "")
-        yield f"| requests/s | keeps busy | {' | '.join(SYSTEMS.values())} |"
-        yield "|---|---|" + "---|" * len(SYSTEMS)
+        yield f"| requests/s | keeps busy | {' | '.join(systems.values())} |"
+        yield "|---|---|" + "---|" * len(systems)
         for rate, (rate_rps, bound) in enumerate(zip(need.rates_rps, need.bounds, strict=True)):
             texts = []
-            for system in SYSTEMS:
+            for system in systems:
                 count = need.least(rate, system)
-                more = f"more than {need.most}" if need.has(system) else "cannot"
-                texts.append(str(count) if count is not None else more)
+                texts.append(str(count) if count is not None else f"more than {need.most}")
             yield f"| {rate_rps:.0f} | {bound:.2f} | {' | '.join(texts)} |"
 
 
 def equal_tables(needed: Mapping[Scenario, Needed], results: Results) -> Iterator[str]:
     """What everybody attains on as many machines as Paceline needs."""
     for scenario, need in needed.items():
+        systems = _columns(need.counts)
         yield from ("", f"**{scenario.title}**", "")
-        yield f"| requests/s | machines | {' | '.join(SYSTEMS.values())} |"
-        yield "|---|---|" + "---|" * len(SYSTEMS)
+        yield f"| requests/s | machines | {' | '.join(systems.values())} |"
+        yield "|---|---|" + "---|" * len(systems)
         for rate, rate_rps in enumerate(need.rates_rps):
             machines = need.least(rate, "pooled") or need.most
             for cell in results.cells(scenario):
                 if cell.machines == machines and cell.rate_rps == rate_rps:
-                    lanes = (results.lane_of(cell, system) for system in SYSTEMS)
+                    lanes = (results.lane_of(cell, system) for system in systems)
                     texts = [_text(results, cell, lane) for lane in lanes]
                     yield f"| {rate_rps:.0f} | {machines} | {' | '.join(texts)} |"
 
 
 def attainment_tables(results: Results) -> Iterator[str]:
     """Every cell: median over the repeats, least and most in brackets, p99 of the answers."""
+    systems = _columns(results.lanes())
     for scenario in results.scenarios():
         yield from ("", f"**{scenario.title}**", "")
-        yield f"| machines | load | {' | '.join(SYSTEMS.values())} |"
-        yield "|---|---|" + "---|" * len(SYSTEMS)
+        yield f"| machines | load | {' | '.join(systems.values())} |"
+        yield "|---|---|" + "---|" * len(systems)
         for cell in results.cells(scenario):
-            texts = [_text(results, cell, results.lane_of(cell, system)) for system in SYSTEMS]
+            texts = [_text(results, cell, results.lane_of(cell, system)) for system in systems]
             yield f"| {cell.machines} | {cell.load:.1%} | {' | '.join(texts)} |"
 
 

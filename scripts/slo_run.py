@@ -14,13 +14,13 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from scripts import slo_virtual, slo_workloads
-from scripts.slo_report import Cell, Figures, Needed, Results, Scenario
+from scripts.slo_report import TRITON, Cell, Figures, Needed, Results, Scenario
 from scripts.slo_systems import (
     SETTINGS,
     Front,
@@ -74,9 +74,6 @@ CLEAR = (0.97, 0.997)
 LATE_MS = 20.0
 """A replay is sent once more if 1 % of its requests left later than this: the cores were elsewhere,
 whatever was served."""
-
-KEPT_SETTINGS = 2
-"""Of Triton's: the best that splits machines and the best that shares them."""
 
 
 @dataclass(slots=True)
@@ -219,23 +216,30 @@ async def running(
         bench.leaving.append(asyncio.create_task(asyncio.to_thread(processes.close)))
 
 
-def fronts_of(bench: Bench, base: Served, machines: int) -> tuple[Front, Front]:
+def fronts_of(bench: Bench, base: Served, machines: int) -> list[Front]:
     """Paceline and round-robin, planned for 90 % load of so many machines, whatever comes."""
     planned = base.loaded(PLANNED_LOAD * machines)
-    pooled = Front("pooled", planned.rate_rps, bench.options.runs)
-    return pooled, round_robin(planned, machines, 1.0)
+    pooled = Front("pooled", planned.rate_rps)
+    fronts = (pooled, replace(pooled, runs=True), round_robin(planned, machines, 1.0))
+    return [front for front in fronts if front.name in bench.options.systems]
+
+
+def settings_of(bench: Bench, base: Served) -> list[Setting]:
+    """Of Triton's that are compared: none for what an ensemble cannot express."""
+    kinds = [shared for name, shared in TRITON.items() if name in bench.options.systems]
+    return [s for s in SETTINGS if s.shared in kinds and not base.workload.fans_out]
 
 
 async def screen(
     bench: Bench, work: Path, scenario: Scenario, served: Served, machines: int
 ) -> list[Setting]:
     """Triton's best settings, of all measured once: one that splits machines, one that shares."""
-    if served.workload.fans_out:
+    tried = [s for s in settings_of(bench, served) if possible(served, s, machines)]
+    if not tried:
         return []
     served = served.loaded(ARRIVALS[scenario.arrivals].tuned * machines)
     cell = cell_of(scenario, served, machines)
     bench.note.print(f"{scenario.title}: tuning Triton on {machines} machines")
-    tried = [setting for setting in SETTINGS if possible(served, setting, machines)]
     scores: dict[str, Figures] = {}
     size = bench.options.side_by_side
     for start in range(0, len(tried), size):
@@ -248,7 +252,8 @@ async def screen(
             )
         scores |= {lane.name: figures for lane, figures in zip(lanes, found, strict=True)}
     tried.sort(key=lambda s: (-round(scores[s.name].attainment, 3), scores[s.name].p99_ms))
-    return [next(s for s in tried if s.shared is shared) for shared in (False, True)]
+    best = {s.shared: s for s in reversed(tried)}
+    return [best[shared] for shared in sorted(best)]
 
 
 # -- goodput -------------------------------------------------------------------------------------
@@ -327,11 +332,11 @@ def simulate_goodput(bench: Bench, scenario: Scenario, base: Served) -> None:
     """As `measure_goodput`, in virtual time; every setting of Triton is searched."""
     machines = bench.options.machines
     planned = base.loaded(PLANNED_LOAD * machines)
-    settings = () if base.workload.fans_out else SETTINGS
+    settings = settings_of(bench, base)
     systems: list[Front | Setting] = [*fronts_of(bench, base, machines)]
     systems += [setting for setting in settings if possible(planned, setting, machines)]
     for how in systems:
-        name = name_of(how)
+        name = how.name
         search = _Search.of(Lane(name, "", ()), bench.options.resolution)
         while not search.over:
             served = base.loaded(search.load * machines)
@@ -357,12 +362,7 @@ def simulate(
             found = slo_virtual.front(served, cell.machines, how, arrivals_s, items, seed)
         else:
             found = slo_virtual.Ensemble(served, cell.machines, how, seed).serve(arrivals_s)
-        results.add(cell, name_of(how), found)
-
-
-def name_of(how: Front | Setting) -> str:
-    """Of its lane."""
-    return how.dispatch if isinstance(how, Front) else how.name
+        results.add(cell, how.name, found)
 
 
 # -- overload ------------------------------------------------------------------------------------
@@ -373,8 +373,8 @@ async def measure_overload(bench: Bench, work: Path, scenario: Scenario, base: S
     planned rate; one system at a time."""
     machines = bench.options.machines
     planned = base.loaded(PLANNED_LOAD * machines)
-    settings = [s for s in SETTINGS if s.reject and not base.workload.fans_out]
-    fronts = fronts_of(bench, base, machines)[:1]
+    settings = [s for s in settings_of(bench, base) if s.reject]
+    fronts = [front for front in fronts_of(bench, base, machines) if front.name == "pooled"]
     async with running(bench, work, planned, machines, fronts, settings) as lanes:
         for offered in OFFERED:
             cell = cell_of(scenario, base.loaded(PLANNED_LOAD * machines * offered), machines)

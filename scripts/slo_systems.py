@@ -249,6 +249,11 @@ class Front:
     rate_rps: float
     runs: bool = False
 
+    @property
+    def name(self) -> str:
+        """Of its lane."""
+        return "runs" if self.runs else self.dispatch
+
 
 def round_robin(served: Served, machines: int, rate_rps: float) -> Front:
     """Round-robin with its plan provisioned to use all machines: at the largest rate it carries,
@@ -300,14 +305,14 @@ async def start_front(
 ) -> Lane:
     """`paceline serve`, ready, with the profiles of `profile`."""
     workload = served.workload
-    home = Path(tempfile.mkdtemp(prefix=f"{front.dispatch}-", dir=work))
+    home = Path(tempfile.mkdtemp(prefix=f"{front.name}-", dir=work))
     shutil.copytree(work / PROFILED / "state", home / "state", ignore=lambda *_: {"triton"})
     target, server = await _serve(work, served, front, machines, home, stack)
     # Pushed after every process that was started together: all end before one is waited for.
     stack.callback(server.terminate)
     kinds = range(MOST_ITEMS + 1) if workload.fans_out else (None,)
     messages = tuple(_message(workload.name, batched=False, items=count) for count in kinds)
-    return Lane(front.dispatch, target, messages)
+    return Lane(front.name, target, messages)
 
 
 async def _serve(
