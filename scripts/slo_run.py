@@ -234,10 +234,10 @@ async def screen(
     bench: Bench, work: Path, scenario: Scenario, served: Served, machines: int
 ) -> list[Setting]:
     """Triton's best settings, of all measured once: one that splits machines, one that shares."""
+    served = served.loaded(ARRIVALS[scenario.arrivals].tuned * machines)
     tried = [s for s in settings_of(bench, served) if possible(served, s, machines)]
     if not tried:
         return []
-    served = served.loaded(ARRIVALS[scenario.arrivals].tuned * machines)
     cell = cell_of(scenario, served, machines)
     bench.note.print(f"{scenario.title}: tuning Triton on {machines} machines")
     scores: dict[str, Figures] = {}
