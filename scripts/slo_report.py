@@ -247,8 +247,11 @@ def _sum_text(need: Needed, system: str) -> str:
 
 
 def _fewest(need: Needed) -> str:
-    """By how much Paceline needs fewer than every other; a sum with an open end is a least."""
-    own, _ = need.total("pooled")
+    """By how much Paceline needs fewer than every other. Another's open sum makes that a least; its
+    own leaves it open."""
+    own, known = need.total("pooled")
+    if not known:
+        return "open: Paceline did not attain it at every rate"
     texts = []
     for system in SYSTEMS:
         if system not in PACELINE and need.has(system):

@@ -61,6 +61,12 @@ def test_machines_are_summed_over_the_rates_of_the_best_setting() -> None:
     assert list(needed_tables({SCENARIO: need}))[-1] == ("| 40 | 4.00 | 6 | more than 6 | 5 |")
 
 
+def test_no_verdict_is_made_where_paceline_itself_missed_a_rate() -> None:
+    need = Needed((20.0, 30.0), (2.0, 3.0), 4, {"pooled": (3, None), "eager": (4, None)})
+    row = list(machines_table({SCENARIO: need}))[-1]
+    assert "| at least 9 | at least 8 | open: Paceline did not attain it at every rate |" in row
+
+
 def test_attainment_is_compared_with_the_machines_that_paceline_needs() -> None:
     need = Needed((20.0,), (2.0,), 6, {"pooled": (3,), "eager": (4,)})
     results = Results(0.99)
