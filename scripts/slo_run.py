@@ -197,16 +197,16 @@ async def running(
     fronts: Sequence[Front],
     settings: Sequence[Setting],
 ) -> AsyncIterator[list[Lane]]:
-    """Bring up systems on that many machines. They are taken down while the next ones start."""
+    """Bring up systems on so many machines; they are taken down while the next ensembles start."""
     settings = [setting for setting in settings if possible(served, setting, machines)]
     stack, processes = AsyncExitStack(), ExitStack()
     try:
+        lanes, ensembles = await start_ensembles(work, served, machines, settings, stack)
+        await bench.alone()  # Paceline measures round trips when it starts.
         if fronts:
             await profile(work, served)
-        lanes, ensembles = await start_ensembles(work, served, machines, settings, stack)
         starting = (start_front(work, served, front, machines, processes) for front in fronts)
         lanes = [*await asyncio.gather(*starting), *lanes]
-        await bench.alone()
         await bench.warm_up(served.loaded(WARM_LOAD * machines), lanes)
         yield lanes
         for each in ensembles:
