@@ -219,8 +219,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--virtual",
         action="store_true",
-        help="goodput in virtual time: the real dispatcher on simulated machines, an ideal model "
-        "of Triton's batching; the same figures on any machine",
+        help="goodput or machines in virtual time: the real dispatcher on simulated machines, an "
+        "ideal model of Triton's batching; the same figures on any machine",
     )
     parser.add_argument(
         "--profiles",
