@@ -17,8 +17,10 @@ busy. What is measured (--measure):
 
   goodput      the largest rate at which --machines machines attain the target (99 % of all
                requests answered within the objective), to --resolution of their bound
-  machines     the least machines that attain it at the rate that keeps --machines of them 95 %
-               busy (bursty: 65 % on average)
+  machines     the least machines that attain it at each of --rates rates, evenly spread from half
+               to all of what keeps --machines busy (bursty: in its busiest minute). Systems tie
+               at one rate unless they are a whole machine apart; the sum over the rates tells
+               them apart
   overload     answers within the objective per second at 0.5 to 5 times the planned rate, and how
                long a rejection takes
 
@@ -42,6 +44,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -59,36 +62,55 @@ sys.path.insert(0, str(HERE.parent))
 from scripts import slo_report, slo_workloads  # noqa: E402
 from scripts.bench_gateway import process  # noqa: E402
 from scripts.slo_control import carried  # noqa: E402
-from scripts.slo_report import Scenario  # noqa: E402
+from scripts.slo_machines import measure_machines, simulate_machines  # noqa: E402
+from scripts.slo_report import SYSTEMS, Scenario  # noqa: E402
 from scripts.slo_run import (  # noqa: E402
     ARRIVALS,
-    MEASURES,
+    LATE_MS,
     PLANNED_LOAD,
     TARGET,
     Bench,
+    measure_goodput,
+    measure_overload,
     simulate_goodput,
 )
-from scripts.slo_workloads import WORKLOADS, Served  # noqa: E402
+from scripts.slo_workloads import WORKLOADS, Served, Workload  # noqa: E402
 
 EXAMPLES = HERE.parent / "examples"
+
+
+MEASURES = {
+    "goodput": measure_goodput,
+    "machines": measure_machines,
+    "overload": measure_overload,
+}
+SIMULATED = {"goodput": simulate_goodput, "machines": simulate_machines}
 
 
 async def bench_all(bench: Bench) -> None:
     options = bench.options
     for workload in [work for work in WORKLOADS if work.name in options.workloads]:
         with tempfile.TemporaryDirectory(prefix="paceline-slo-") as work:
-            read = slo_workloads.read(workload, options.profiles)
-            for tightness in options.tightness:
-                base = read.held_to(tightness)
-                for arrivals in options.arrivals:
-                    scenario = Scenario(workload.name, arrivals, tightness)
-                    if options.virtual:
-                        simulate_goodput(bench, scenario, base)
-                        write(bench)
-                        continue
-                    for name in options.measure:
-                        await MEASURES[name](bench, Path(work), scenario, base)
-                        write(bench)
+            try:
+                for tightness in options.tightness:
+                    for arrivals in options.arrivals:
+                        scenario = Scenario(workload.name, arrivals, tightness)
+                        await measure(bench, Path(work), scenario, workload)
+            finally:
+                write(bench)
+                await bench.alone()
+
+
+async def measure(bench: Bench, work: Path, scenario: Scenario, workload: Workload) -> None:
+    """Everything that was asked for, of one scenario."""
+    options = bench.options
+    base = slo_workloads.read(workload, options.profiles).held_to(scenario.tightness)
+    for name in options.measure:
+        if options.virtual:
+            SIMULATED[name](bench, scenario, base)
+        else:
+            await MEASURES[name](bench, work, scenario, base)
+        write(bench)
 
 
 def write(bench: Bench) -> None:
@@ -100,6 +122,9 @@ def write(bench: Bench) -> None:
         measured = {
             "goodput": bench.goodput.flat(),
             "machines": bench.machines.flat(),
+            "needed": [
+                {**asdict(scenario), **asdict(need)} for scenario, need in bench.needed.items()
+            ],
             "overload": bench.overload.flat(),
         }
         options.json.write_text(json.dumps(measured, indent=1), encoding="utf-8")
@@ -121,16 +146,19 @@ def report(bench: Bench) -> str:
             "",
             *slo_report.goodput_table(bench.goodput),
         ]
-    if bench.machines.runs:
-        parts += ["", f"## Machines for {TARGET:.0%} attainment", ""]
-        parts += slo_report.machines_table(bench.machines)
+    if bench.needed:
+        parts += ["", f"## Machines for {TARGET:.0%} attainment, summed over the rates", ""]
+        parts += slo_report.machines_table(bench.needed)
+        parts += ["", "## Machines by rate", *slo_report.needed_tables(bench.needed)]
+        parts += ["", "## Attainment on as many machines as Paceline needs"]
+        parts += slo_report.equal_tables(bench.needed, bench.machines)
     if bench.overload.runs:
         parts += ["", "## Overload", *slo_report.overload_table(bench.overload, PLANNED_LOAD)]
-    compared = [results for results in (bench.goodput, bench.machines) if results.runs]
-    for results in compared:
-        parts += ["", "## Attainment by machines and load"]
-        parts += [*slo_report.attainment_tables(results), ""]
-        parts += [*slo_report.settings_table(results), ""]
+    if bench.goodput.runs:
+        parts += ["", "## Attainment by load", *slo_report.attainment_tables(bench.goodput)]
+    for results in (bench.goodput, bench.machines):
+        if results.runs:
+            parts += ["", *slo_report.settings_table(results)]
     return "\n".join([*parts, "", "## Control", "", *(f"* {line}" for line in controls(bench)), ""])
 
 
@@ -165,7 +193,8 @@ def controls(bench: Bench) -> list[str]:
     if late:
         lines.append(
             f"The load generators sent 99 % of the requests within {median(late):.1f} ms of their "
-            f"instants (median over the replays; {max(late):.1f} ms in the worst)."
+            f"instants (median over the replays; {max(late):.1f} ms in the worst); where it was "
+            f"above {LATE_MS:g} ms, all were sent once more ({bench.disturbed} times)."
         )
     return lines
 
@@ -177,19 +206,21 @@ def arguments() -> argparse.Namespace:
         epilog="examples:\n"
         "  scripts/bench_slo.py --quick                          # chain2, about 3 minutes\n"
         "  scripts/bench_slo.py --virtual --seconds 30           # about 10 minutes of one core\n"
+        "  scripts/bench_slo.py --measure machines --workloads fork --arrivals poisson "
+        "--tightness 1.5\n"
         "  scripts/bench_slo.py --measure overload --machines 4 --workloads chain2 --repeats 1\n"
         "  scripts/bench_slo.py --markdown figures.md            # goodput; about 40 minutes\n",
     )
     names = [work.name for work in WORKLOADS]
     parser.add_argument("--quick", action="store_true", help="chain2, Poisson, 2x, short replays")
     parser.add_argument(
-        "--measure", nargs="+", choices=MEASURES, default=["goodput"], help="(default: goodput)"
+        "--measure", nargs="+", choices=[*MEASURES], default=["goodput"], help="(default: goodput)"
     )
     parser.add_argument(
         "--virtual",
         action="store_true",
-        help="goodput in virtual time: the real dispatcher on simulated machines, an ideal model "
-        "of Triton's batching; the same figures on any machine",
+        help="goodput or machines in virtual time: the real dispatcher on simulated machines, an "
+        "ideal model of Triton's batching; the same figures on any machine",
     )
     parser.add_argument(
         "--profiles",
@@ -219,7 +250,21 @@ def arguments() -> argparse.Namespace:
         type=float,
         help="objectives, as multiples of full batches' path (default: 1.5 2.5; quick: 2)",
     )
-    parser.add_argument("--machines", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument(
+        "--machines",
+        type=int,
+        default=8,
+        help="machines: those that the highest rate keeps busy (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rates", type=int, default=6, help="machines: how many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--most",
+        type=int,
+        help="machines: more are not tried (default: a quarter more than --machines; virtual: "
+        "twice as many)",
+    )
     parser.add_argument(
         "--resolution",
         type=float,
@@ -228,16 +273,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of a replay (default: 10; quick: 6)")
     parser.add_argument("--repeats", type=int, help="at most (default: 3; quick: 1)")
     parser.add_argument(
-        "--span",
-        type=int,
-        default=3,
-        help="machines: how many more than the least to try (default: %(default)s)",
-    )
-    parser.add_argument(
         "--side-by-side",
         type=int,
         default=2,
         help="systems that are replayed to at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=[*SYSTEMS],
+        default=[system for system in SYSTEMS if system != "runs"],
+        help="split, shared: Triton's; runs: Paceline with `runs: auto` in its chain file "
+        "(default: all but runs)",
     )
     parser.add_argument(
         "--control",
@@ -255,11 +302,17 @@ def arguments() -> argparse.Namespace:
     options.seconds = options.seconds or (6.0 if quick else 10.0)
     options.repeats = options.repeats or (1 if quick else 3)
     options.resolution = options.resolution or (0.01 if options.virtual else 0.025)
-    for name in ("machines", "seconds", "repeats", "side_by_side", "resolution"):
+    share = 2.0 if options.virtual else 1.25
+    options.most = options.most or round(share * options.machines)
+    for name in ("machines", "rates", "most", "seconds", "repeats", "side_by_side", "resolution"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if min(options.tightness) <= 1.0:
         parser.error("--tightness must be above 1: full batches have to fit")
+    if "pooled" not in options.systems and options.measure != ["goodput"]:
+        parser.error("--measure machines and overload compare others with --systems pooled")
+    if options.virtual and "overload" in options.measure:
+        parser.error("--measure overload is not made in --virtual time")
     return options
 
 

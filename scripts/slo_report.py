@@ -7,8 +7,9 @@ Chosen on the measured runs themselves, that favours Triton.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -17,10 +18,12 @@ SYSTEMS = {
     "shared": "Triton ensemble, machines shared",
     "round-robin": "round-robin",
     "pooled": "Paceline",
+    "runs": "Paceline, `runs: auto`",
 }
+PACELINE = ("pooled", "runs")
 
-TRITON = ("split", "shared")
-"""Each stands for its best setting."""
+TRITON = {"split": False, "shared": True}
+"""Each stands for the best of its settings, which share machines or do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,6 @@ class Results:
         lanes = [lane for lane in self.runs.get(cell, {}) if _system(lane) == system]
         return max(lanes, key=lambda lane: self.attainment(cell, lane), default=None)
 
-    def attains(self, cell: Cell, system: str) -> bool:
-        lane = self.lane_of(cell, system)
-        return lane is not None and self.attainment(cell, lane) >= self.target
-
     def cells(self, scenario: Scenario) -> list[Cell]:
         """In order of machines, then of rates."""
         found = [cell for cell in self.runs if cell.scenario == scenario]
@@ -120,13 +119,11 @@ class Results:
         """In the order of measuring."""
         return list(dict.fromkeys(cell.scenario for cell in self.runs))
 
+    def lanes(self) -> set[str]:
+        return {lane for lanes in self.runs.values() for lane in lanes}
+
     def measured(self, scenario: Scenario, system: str) -> bool:
         return any(self.lane_of(cell, system) for cell in self.cells(scenario))
-
-    def least_machines(self, scenario: Scenario, system: str) -> int | None:
-        """The least number with which it attained the target; None if none measured did."""
-        counts = [cell.machines for cell in self.cells(scenario) if self.attains(cell, system)]
-        return min(counts, default=None)
 
     def most(self, scenario: Scenario, system: str) -> Cell | None:
         """The largest rate at which it attained the target, below every rate at which it did not;
@@ -155,21 +152,54 @@ class Results:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """The least machines of every lane (None: more than `most`) at each rate, lowest rate first.
+
+    `bounds`: machines that the rates keep busy in full batches.
+    """
+
+    rates_rps: tuple[float, ...]
+    bounds: tuple[float, ...]
+    most: int
+    counts: Mapping[str, Sequence[int | None]]
+
+    def has(self, system: str) -> bool:
+        return any(_system(lane) == system for lane in self.counts)
+
+    def least(self, rate: int, system: str) -> int | None:
+        """Of its lanes the best."""
+        counts = [counts[rate] for lane, counts in self.counts.items() if _system(lane) == system]
+        return min((count for count in counts if count is not None), default=None)
+
+    def total(self, system: str) -> tuple[int, bool]:
+        """Over all rates, and whether it is exact: where it is not, one more than `most` counts."""
+        found = [self.least(rate, system) for rate in range(len(self.rates_rps))]
+        return sum(self.most + 1 if n is None else n for n in found), None not in found
+
+
 def _system(lane: str) -> str:
     if lane in SYSTEMS:
         return lane
     return "shared" if lane.startswith("shared") else "split"
 
 
+def _columns(lanes: Iterable[str]) -> dict[str, str]:
+    """Those of the systems that have lanes."""
+    seen = {_system(lane) for lane in lanes}
+    return {system: title for system, title in SYSTEMS.items() if system in seen}
+
+
 def goodput_table(results: Results) -> Iterator[str]:
     """The largest rate that a fixed number of machines carries, by system."""
-    yield f"| scenario | machines | bound | {' | '.join(SYSTEMS.values())} | verdict |"
-    yield "|---|---|---|" + "---|" * (len(SYSTEMS) + 1)
+    systems = _columns(results.lanes())
+    yield f"| scenario | machines | bound | {' | '.join(systems.values())} | verdict |"
+    yield "|---|---|---|" + "---|" * (len(systems) + 1)
     for scenario in results.scenarios():
         cells = results.cells(scenario)
         machines = cells[0].machines
         bound_rps = cells[0].rate_rps / cells[0].bound
-        most = {s: results.most(scenario, s) for s in SYSTEMS}
+        most = {s: results.most(scenario, s) for s in systems}
         texts = []
         for system, cell in most.items():
             if cell is not None:
@@ -187,53 +217,93 @@ def goodput_table(results: Results) -> Iterator[str]:
 
 
 def _verdict(rates: dict[str, float]) -> str:
-    others = {system: rate for system, rate in rates.items() if system != "pooled" and rate > 0}
+    others = {s: rate for s, rate in rates.items() if s not in PACELINE and rate > 0}
     if not others:
         return "no other attains it"
     best = max(others, key=lambda system: others[system])
-    gain = rates["pooled"] / others[best] - 1.0
+    gain = rates.get("pooled", 0.0) / others[best] - 1.0
     return f"{gain:+.0%} over {best}" if abs(gain) > 1e-9 else f"as {best}"
 
 
-def machines_table(results: Results) -> Iterator[str]:
-    """The least machines for one rate, by system."""
-    yield f"| scenario | requests/s | bound | {' | '.join(SYSTEMS.values())} | verdict |"
-    yield "|---|---|---|" + "---|" * (len(SYSTEMS) + 1)
-    for scenario in results.scenarios():
-        cells = results.cells(scenario)
-        counts = {s: results.least_machines(scenario, s) for s in SYSTEMS}
-        texts = []
-        for system, count in counts.items():
-            if count is None and results.measured(scenario, system):
-                texts.append(f"more than {cells[-1].machines}")
-            else:
-                texts.append(str(count) if count is not None else "cannot")
+def machines_table(needed: Mapping[Scenario, Needed]) -> Iterator[str]:
+    """The machines that each system needs, summed over the rates."""
+    systems = _columns(lane for need in needed.values() for lane in need.counts)
+    yield f"| scenario | rates | full batches | {' | '.join(systems.values())} | verdict |"
+    yield "|---|---|---|" + "---|" * (len(systems) + 1)
+    for scenario, need in needed.items():
+        texts = [_sum_text(need, system) for system in systems]
+        least = sum(ceil(round(bound, 6)) for bound in need.bounds)
         yield (
-            f"| {scenario.title} | {cells[0].rate_rps:.0f} | {cells[0].bound:.2f} | "
-            f"{' | '.join(texts)} | {_fewest(counts)} |"
+            f"| {scenario.title} | {min(need.rates_rps):.0f} to {max(need.rates_rps):.0f}/s | "
+            f"{least} | {' | '.join(texts)} | {_fewest(need)} |"
         )
 
 
-def _fewest(counts: dict[str, int | None]) -> str:
-    own = counts["pooled"]
-    if own is None:
-        return "Paceline missed the target"
-    others = {system: count for system, count in counts.items() if system != "pooled"}
-    worse = [system for system, count in others.items() if count is not None and count < own]
-    equal = [system for system, count in others.items() if count == own]
-    if worse:
-        return f"more than {' and '.join(worse)}"
-    return f"fewest, with {' and '.join(equal)}" if equal else "fewest"
+def _sum_text(need: Needed, system: str) -> str:
+    if not need.has(system):
+        return "cannot"
+    count, exact = need.total(system)
+    return str(count) if exact else f"at least {count}"
+
+
+def _fewest(need: Needed) -> str:
+    """By how much Paceline needs fewer than every other. Another's open sum makes that a least; its
+    own leaves it open."""
+    own, known = need.total("pooled")
+    if not known:
+        return "open: Paceline did not attain it at every rate"
+    texts = []
+    for system in SYSTEMS:
+        if system not in PACELINE and need.has(system):
+            other, exact = need.total(system)
+            share = f"{abs(1 - own / other):.0%}" + ("" if exact else " or more")
+            if own == other and exact:
+                texts.append(f"as many as {system}")
+            else:
+                texts.append(f"{share} {'fewer' if own <= other else 'more'} than {system}")
+    return ", ".join(texts)
+
+
+def needed_tables(needed: Mapping[Scenario, Needed]) -> Iterator[str]:
+    """The least machines at each rate."""
+    for scenario, need in needed.items():
+        systems = _columns(need.counts)
+        yield from ("", f"**{scenario.title}**", "")
+        yield f"| requests/s | keeps busy | {' | '.join(systems.values())} |"
+        yield "|---|---|" + "---|" * len(systems)
+        for rate, (rate_rps, bound) in enumerate(zip(need.rates_rps, need.bounds, strict=True)):
+            texts = []
+            for system in systems:
+                count = need.least(rate, system)
+                texts.append(str(count) if count is not None else f"more than {need.most}")
+            yield f"| {rate_rps:.0f} | {bound:.2f} | {' | '.join(texts)} |"
+
+
+def equal_tables(needed: Mapping[Scenario, Needed], results: Results) -> Iterator[str]:
+    """What everybody attains on as many machines as Paceline needs."""
+    for scenario, need in needed.items():
+        systems = _columns(need.counts)
+        yield from ("", f"**{scenario.title}**", "")
+        yield f"| requests/s | machines | {' | '.join(systems.values())} |"
+        yield "|---|---|" + "---|" * len(systems)
+        for rate, rate_rps in enumerate(need.rates_rps):
+            machines = need.least(rate, "pooled") or need.most
+            for cell in results.cells(scenario):
+                if cell.machines == machines and cell.rate_rps == rate_rps:
+                    lanes = (results.lane_of(cell, system) for system in systems)
+                    texts = [_text(results, cell, lane) for lane in lanes]
+                    yield f"| {rate_rps:.0f} | {machines} | {' | '.join(texts)} |"
 
 
 def attainment_tables(results: Results) -> Iterator[str]:
     """Every cell: median over the repeats, least and most in brackets, p99 of the answers."""
+    systems = _columns(results.lanes())
     for scenario in results.scenarios():
         yield from ("", f"**{scenario.title}**", "")
-        yield f"| machines | load | {' | '.join(SYSTEMS.values())} |"
-        yield "|---|---|" + "---|" * len(SYSTEMS)
+        yield f"| machines | load | {' | '.join(systems.values())} |"
+        yield "|---|---|" + "---|" * len(systems)
         for cell in results.cells(scenario):
-            texts = [_text(results, cell, results.lane_of(cell, system)) for system in SYSTEMS]
+            texts = [_text(results, cell, results.lane_of(cell, system)) for system in systems]
             yield f"| {cell.machines} | {cell.load:.1%} | {' | '.join(texts)} |"
 
 

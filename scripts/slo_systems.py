@@ -10,7 +10,11 @@ every execution takes one of N resources.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
+import shutil
+import sqlite3
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -34,12 +38,17 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from paceline.core.errors import PlanError
 from paceline.core.profile import Configuration
+from paceline.database import FILE as DATABASE
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
 from paceline.planner.solve import solve
 from paceline.triton.client import TritonClient
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 
 LOAD_TIMEOUT_S = 120.0
+PROFILED = "profiled"
+PROFILE_TRIES = 4
+STALL, STALL_MS = 0.03, 4.0
+"""A profile is made again if a batch took longer than d(b) by more than their sum."""
 SLO_MARGIN_MS = 10.0
 """Paceline is told an objective this much tighter than what clients are held to: theirs counts
 from the instant at which the request was due to be sent, Paceline's from its arrival."""
@@ -144,8 +153,8 @@ class Ensembles:
         for setting in self._settings:
             name = _variant(setting)
             self._write(name, setting)
-            for step in self._served.workload.steps:
-                await client.load(f"{name}_{step.name}", timeout_s=LOAD_TIMEOUT_S)
+            steps = (f"{name}_{step.name}" for step in self._served.workload.steps)
+            await asyncio.gather(*(client.load(step, timeout_s=LOAD_TIMEOUT_S) for step in steps))
             await client.load(name, timeout_s=LOAD_TIMEOUT_S)
             lanes.append(Lane(setting.name, self._triton.url, (_message(name, batched=True),)))
         return lanes
@@ -239,10 +248,17 @@ def _resource(setting: Setting) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """How `paceline serve` is started: its dispatch policy and the rate its plan is made for."""
+    """How `paceline serve` is started: its dispatch policy, the rate its plan is made for, and
+    whether consecutive modules may be executed at once (`runs: auto`)."""
 
     dispatch: str
     rate_rps: float
+    runs: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its lane."""
+        return "runs" if self.runs else self.dispatch
 
 
 def round_robin(served: Served, machines: int, rate_rps: float) -> Front:
@@ -280,20 +296,61 @@ def _round_robin_machines(served: Served, rate_rps: float) -> float | None:
         return None
 
 
+async def profile(work: Path, served: Served) -> None:
+    """Once for all fronts in `work`: Paceline profiles the models while nothing else goes on; once
+    more, if a stall of this machine shows in it."""
+    if (work / PROFILED).exists():
+        return
+    write_chain_models(work / "models", served)
+    for _ in range(PROFILE_TRIES):
+        shutil.rmtree(work / PROFILED, ignore_errors=True)
+        (work / PROFILED).mkdir()
+        with ExitStack() as stack:
+            await _serve(work, served, Front("pooled", 1.0), 1, work / PROFILED, stack)
+        if _undisturbed(work, served):
+            return
+
+
+def _undisturbed(work: Path, served: Served) -> bool:
+    """Whether no profiled batch took much longer than d(b)."""
+    database = sqlite3.connect(work / PROFILED / "state" / DATABASE)
+    try:
+        documents = dict(database.execute("SELECT model, document FROM profiles").fetchall())
+    finally:
+        database.close()
+    for step in served.workload.steps:
+        for row in json.loads(documents[step.name])["rows"]:
+            expected_ms = served.durations(step).at(row["batch_size"]) * 1e3
+            if row["duration_ms"] > expected_ms * (1 + STALL) + STALL_MS:
+                return False
+    return True
+
+
 async def start_front(
     work: Path, served: Served, front: Front, machines: int, stack: ExitStack
 ) -> Lane:
-    """`paceline serve`, ready; it has profiled its models."""
+    """`paceline serve`, ready, with the profiles of `profile`."""
     workload = served.workload
-    models = work / "models"
-    if not models.exists():
-        write_chain_models(models, served)
-    home = Path(tempfile.mkdtemp(prefix=f"{front.dispatch}-", dir=work))
+    home = Path(tempfile.mkdtemp(prefix=f"{front.name}-", dir=work))
+    shutil.copytree(work / PROFILED / "state", home / "state", ignore=lambda *_: {"triton"})
+    target, server = await _serve(work, served, front, machines, home, stack)
+    # Pushed after every process that was started together: all end before one is waited for.
+    stack.callback(server.terminate)
+    kinds = range(MOST_ITEMS + 1) if workload.fans_out else (None,)
+    messages = tuple(_message(workload.name, batched=False, items=count) for count in kinds)
+    return Lane(front.name, target, messages)
+
+
+async def _serve(
+    work: Path, served: Served, front: Front, machines: int, home: Path, stack: ExitStack
+) -> tuple[str, Popen[str]]:
+    """Its address, once it is ready."""
     text = chain_yaml(
-        workload,
+        served.workload,
         rate_rps=front.rate_rps,
         slo_ms=served.slo_ms - SLO_MARGIN_MS,
         dispatch=front.dispatch,
+        runs=front.runs,
     )
     (home / "chain.yaml").write_text(text, encoding="utf-8")
     port, log_path = free_port(), home / "log"
@@ -302,7 +359,7 @@ async def start_front(
         process(
             [
                 *(sys.executable, "-m", "paceline", "serve"),
-                *("--model-repository", models, "--chains", home / "chain.yaml"),
+                *("--model-repository", work / "models", "--chains", home / "chain.yaml"),
                 *("--state-dir", home / "state", "--http-port", "0"),
                 *("--grpc-port", str(port), "--slots", str(machines)),
             ],
@@ -311,10 +368,8 @@ async def start_front(
         )
     )
     target = f"127.0.0.1:{port}"
-    await until_ready(target, workload.name, server, log_path.read_text)
-    kinds = range(MOST_ITEMS + 1) if workload.fans_out else (None,)
-    messages = tuple(_message(workload.name, batched=False, items=count) for count in kinds)
-    return Lane(front.dispatch, target, messages)
+    await until_ready(target, served.workload.name, server, log_path.read_text)
+    return target, server
 
 
 def _message(model: str, *, batched: bool, items: int | None = None) -> str:

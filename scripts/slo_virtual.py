@@ -20,9 +20,11 @@ from scripts.slo_workloads import Served, Step
 
 from paceline.core.chain import Chain, Dispatch, Module, Source
 from paceline.core.profile import Hardware, ProfileRow, Profiles
+from paceline.core.runs import merge, runs_of
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import Action, Answer, Event, route_chain
-from paceline.planner.problem import Options, demand
+from paceline.planner.problem import Options, PlannedChain, demand
+from paceline.planner.runs import pays, run_rows
 from paceline.planner.solve import solve
 from paceline.runtime.placement import Site, place
 from paceline.sim.backend import SimMachine
@@ -68,18 +70,29 @@ def front(
     """Paceline with `how.dispatch`, planned for `how.rate_rps`."""
     chain, profiles = _chain(served, how), _profiles(served)
     dispatch: Dispatch = chain.dispatch
-    policy = "optimal" if dispatch == "pooled" else "harpagon"
-    tuples = 2 if dispatch == "round-robin" else None
-    limits = {step.name: served.workload.largest for step in served.workload.steps}
-    hardware = {HARDWARE: Hardware(HARDWARE, 1.0)}
-    needed = demand(chain, how.rate_rps, profiles, hardware, limits, OVERHEAD_S)
-    plan = solve([needed], Options(policy=policy, dispatch=dispatch, max_tuples=tuples))
+    options = Options(
+        policy="optimal" if dispatch == "pooled" else "harpagon",
+        dispatch=dispatch,
+        max_tuples=2 if dispatch == "round-robin" else None,
+    )
+
+    def needed(chain: Chain) -> PlannedChain:
+        limits = {module.model: served.workload.largest for module in chain.modules}
+        hardware = {HARDWARE: Hardware(HARDWARE, 1.0)}
+        return demand(chain, how.rate_rps, profiles, hardware, limits, OVERHEAD_S)
+
+    if runs := runs_of(chain):
+        for run in runs:
+            profiles = profiles.merged(run_rows(run, profiles, {HARDWARE: OVERHEAD_S}))
+        merged = merge(chain, runs)
+        chain = merged if pays(needed(chain), needed(merged), options) else chain
+    plan = solve([needed(chain)], options)
     bound = blank_chain(chain, batch_limits(plan, [chain])[chain.name])
     durations = {}
-    for step in served.workload.steps:
-        known = profiles.durations(step.name, HARDWARE)
+    for module in chain.modules:
+        known = profiles.durations(module.model, HARDWARE)
         assert known is not None
-        durations[step.name] = {HARDWARE: known}
+        durations[module.model] = {HARDWARE: known}
     instances = place(plan, [Site("triton", HARDWARE, machines)], list(durations))["triton"]
     latencies = _Latencies()
     world = World(
@@ -117,6 +130,7 @@ def _chain(served: Served, how: Front) -> Chain:
         modules,
         {step.name: Source(step.name, "y") for step in work.sinks},
         dispatch="round-robin" if how.dispatch == "round-robin" else "pooled",
+        runs="auto" if how.runs else "off",
         rate_rps=how.rate_rps,
     )
 

@@ -205,6 +205,13 @@ def trace_window(path: Path, window: str) -> list[float]:
     return [float(row["requests"]) for row in rows]
 
 
+def busiest_minute(per_second: Sequence[float]) -> float:
+    """Its rate, as a multiple of the mean."""
+    minutes = [per_second[start : start + 60] for start in range(0, len(per_second), 60)]
+    busiest = max(sum(minute) / len(minute) for minute in minutes)
+    return busiest / (sum(per_second) / len(per_second))
+
+
 def item_counts(workload: Workload, requests: int, seed: int) -> list[int]:
     """Items of each request: binomial, 0 to 8, with the mean of the workload's fan-out."""
     fan_out = next((s.fan_out for s in workload.steps if s.fan_out != 1.0), 0.0)
@@ -244,13 +251,16 @@ def write_chain_models(root: Path, served: Served) -> None:
         write_step(root, step.name, served, step, served.workload.largest)
 
 
-def chain_yaml(workload: Workload, *, rate_rps: float, slo_ms: float, dispatch: str) -> str:
+def chain_yaml(
+    workload: Workload, *, rate_rps: float, slo_ms: float, dispatch: str, runs: bool = False
+) -> str:
     """The chain file; items of a fan-out come with the request and wait for their parent."""
     lines = [
         f"chain: {workload.name}",
         f"slo_ms: {slo_ms:g}",
         f"rate_rps: {rate_rps:.6g}",
         f"dispatch: {dispatch}",
+        *(["runs: auto"] if runs else []),
         "inputs:",
         f"  x: {{dtype: FP32, shape: [{ROW}]}}",
         *([f"  items: {{dtype: FP32, shape: [-1, {ROW}]}}"] if workload.fans_out else []),
