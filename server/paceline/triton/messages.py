@@ -2,8 +2,8 @@
 
 Invariant: `infer_request` gives parts that together are the serialized message, in which every
 tensor part appears as it is (nothing is copied); `read_response` reads what protobuf would, and
-leaves to protobuf what is unusual (typed contents, parameters of the response).
-Batches repeat themselves: what does not change from one to the next is encoded once.
+leaves to protobuf what is unusual (typed contents).
+Batches repeat themselves: what does not change from one to the next is encoded, or read, once.
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ from paceline.triton.contents import typed_bytes
 
 INT32_MAX = 2**31 - 1
 _RAW_INPUT = bytes((tag(7),))
-_MODEL, _VERSION, _ID, _OUTPUT, _RAW = (tag(number) for number in (1, 2, 3, 5, 6))
+_MODEL, _VERSION, _ID, _PARAMETER, _OUTPUT, _RAW = (tag(number) for number in range(1, 7))
 _KEPT = 1024
+_LONGEST_KEPT_BYTES = 1024
 _ADVICE = "it answers with what is no ModelInferResponse; is it a Triton?"
 
+_Header = tuple[str, str, tuple[int, ...], bool]
+"""Name, datatype and shape of an output, and whether its contents are in shared memory."""
+
 _heads: dict[tuple[Any, ...], bytes] = {}
-_output_headers: dict[bytes, tuple[str, str, tuple[int, ...]]] = {}
+_output_headers: dict[bytes, _Header] = {}
+_parameters_read: set[bytes] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ def _placed(output: Any) -> bool:
 
 def _parse(data: Buffer) -> dict[str, Tensor]:
     model = ""
-    headers: list[tuple[str, str, tuple[int, ...]]] = []
+    headers: list[_Header] = []
     raw: list[Buffer] = []
     view = memoryview(data)
     for key, start, end in fields(view):
@@ -128,28 +133,63 @@ def _parse(data: Buffer) -> dict[str, Tensor]:
             headers.append(_output_header(bytes(view[start:end])))
         elif key == _MODEL:
             model = text(view[start:end])
+        elif key == _PARAMETER:
+            _check_parameter(bytes(view[start:end]))
         elif key not in (_VERSION, _ID):
             raise Unusual
         else:
             text(view[start:end])
-    if headers and not raw:
+    sent = sum([not placed for *_, placed in headers])
+    if sent and not raw:
         raise Unusual
-    if len(raw) != len(headers):
+    if raw and len(raw) != sent:
         raise _miscounted(model, len(headers), len(raw))
+    contents = iter(raw)
     return {
-        name: Tensor(name, datatype, shape, content)
-        for (name, datatype, shape), content in zip(headers, raw, strict=True)
+        name: Tensor(name, datatype, shape, b"" if placed else next(contents))
+        for name, datatype, shape, placed in headers
     }
 
 
-def _output_header(header: bytes) -> tuple[str, str, tuple[int, ...]]:
+def _output_header(header: bytes) -> _Header:
+    """Raises Unusual for what is not remembered, as is whatever protobuf has to read."""
     known = _output_headers.get(header)
     if known is None:
-        known = tensor_header(header)
-        if len(_output_headers) >= _KEPT:
-            _output_headers.clear()
-        _output_headers[header] = known
+        try:
+            known = (*tensor_header(header), False)
+        except Unusual:
+            known = _placed_header(header)
+        if len(header) <= _LONGEST_KEPT_BYTES:
+            if len(_output_headers) >= _KEPT:
+                _output_headers.clear()
+            _output_headers[header] = known
     return known
+
+
+def _placed_header(header: bytes) -> _Header:
+    """Of an output in shared memory: its place is among its parameters. Raises Unusual."""
+    try:
+        output = service_pb2.ModelInferResponse.InferOutputTensor.FromString(header)
+    except DecodeError:
+        raise Unusual from None
+    if not _placed(output):
+        raise Unusual
+    return output.name, output.datatype, tuple(output.shape), True
+
+
+def _check_parameter(entry: bytes) -> None:
+    """An ensemble answers with the same three every time. Raises Unusual for what is none."""
+    if entry in _parameters_read:
+        return
+    try:
+        field = bytes((_PARAMETER,)) + varint(len(entry)) + entry
+        service_pb2.ModelInferResponse.FromString(field)
+    except DecodeError:
+        raise Unusual from None
+    if len(entry) <= _LONGEST_KEPT_BYTES:
+        if len(_parameters_read) >= _KEPT:
+            _parameters_read.clear()
+        _parameters_read.add(entry)
 
 
 def _miscounted(model: str, outputs: int, raw: int) -> BackendError:
