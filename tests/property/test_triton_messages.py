@@ -10,10 +10,11 @@ from tritonclient.grpc import service_pb2
 
 from paceline.core.errors import BackendError
 from paceline.core.ports import ModelCall
-from paceline.core.tensor import BatchTensor
+from paceline.core.tensor import DATATYPES, BatchTensor
 from paceline.triton.messages import Place, decode_infer_response, infer_request, read_response
 
 TEXT = st.text(max_size=6)
+DATATYPE = TEXT | st.sampled_from(sorted(DATATYPES))
 SHAPE = st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple)
 PARTS = st.lists(st.binary(max_size=40), max_size=3).map(tuple)
 PARAMETERS = st.dictionaries(
@@ -83,7 +84,7 @@ def response_of(outputs: list[tuple[str, str, tuple[int, ...], bytes | Place]]) 
 
 
 @given(
-    outputs=st.lists(st.tuples(TEXT, TEXT, SHAPE, st.binary(max_size=200) | PLACE), max_size=3),
+    outputs=st.lists(st.tuples(TEXT, DATATYPE, SHAPE, st.binary(max_size=200) | PLACE), max_size=3),
     parameters=PARAMETERS,
     entry=st.none() | st.binary(max_size=8),
     more=st.binary(max_size=5),
@@ -102,21 +103,42 @@ def test_an_answer_is_read_as_protobuf_reads_it(
     if entry is not None:
         # A parameter as no encoder would write it, most of the time.
         data = bytes((4 << 3 | 2, len(entry))) + entry + data
+    for _ in range(2):
+        # The second time what was read is remembered.
+        alike(data)
+
+
+def alike(data: bytes) -> None:
+    """An answer is read as protobuf reads it, or refused as protobuf refuses it."""
     try:
         expected: Any = decode_infer_response(service_pb2.ModelInferResponse.FromString(data))
     except Exception:
         expected = None
-    for _ in range(2):
-        # The second time what was read is remembered.
-        try:
-            read = read_response(memoryview(data))
-        except BackendError:
-            assert expected is None
-            continue
-        assert expected is not None
-        assert {k: (t.datatype, t.shape, bytes(t.data)) for k, t in read.items()} == {
-            k: (t.datatype, t.shape, bytes(t.data)) for k, t in expected.items()
-        }
+    try:
+        read = read_response(memoryview(data))
+    except BackendError:
+        assert expected is None
+        return
+    assert expected is not None
+    assert {k: (t.datatype, t.shape, bytes(t.data)) for k, t in read.items()} == {
+        k: (t.datatype, t.shape, bytes(t.data)) for k, t in expected.items()
+    }
+
+
+@given(
+    outputs=st.lists(
+        st.tuples(TEXT, DATATYPE, SHAPE, st.binary(max_size=200) | PLACE), min_size=1, max_size=3
+    ),
+    flip=st.integers(1, 255),
+    at=st.floats(0, 1),
+)
+def test_an_answer_that_was_damaged_is_not_taken_for_the_one_before(
+    outputs: list[tuple[str, str, tuple[int, ...], bytes | Place]], flip: int, at: float
+) -> None:
+    data = bytearray(response_of(outputs).SerializeToString())
+    alike(bytes(data))
+    data[int(at * (len(data) - 1))] ^= flip
+    alike(bytes(data))
 
 
 def test_an_ensembles_answer_is_read_without_copying() -> None:

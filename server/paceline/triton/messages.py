@@ -20,6 +20,8 @@ from paceline.core.ports import ModelCall
 from paceline.core.request import Parameter
 from paceline.core.tensor import Buffer, Tensor
 from paceline.core.wire import (
+    Layouts,
+    Range,
     Unusual,
     encode_tensor_header,
     fields,
@@ -35,15 +37,13 @@ INT32_MAX = 2**31 - 1
 _RAW_INPUT = bytes((tag(7),))
 _MODEL, _VERSION, _ID, _PARAMETER, _OUTPUT, _RAW = (tag(number) for number in range(1, 7))
 _KEPT = 1024
-_LONGEST_KEPT_BYTES = 1024
 _ADVICE = "it answers with what is no ModelInferResponse; is it a Triton?"
 
-_Header = tuple[str, str, tuple[int, ...], bool]
-"""Name, datatype and shape of an output, and whether its contents are in shared memory."""
+_Output = tuple[str, str, tuple[int, ...], int, int]
+"""Name, datatype and shape of an output, and where its contents are; 0, 0: in shared memory."""
 
 _heads: dict[tuple[Any, ...], bytes] = {}
-_output_headers: dict[bytes, _Header] = {}
-_parameters_read: set[bytes] = set()
+_answers: Layouts[list[_Output]] = Layouts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +122,26 @@ def _placed(output: Any) -> bool:
 
 
 def _parse(data: Buffer) -> dict[str, Tensor]:
-    model = ""
-    headers: list[_Header] = []
-    raw: list[Buffer] = []
     view = memoryview(data)
+    outputs = _answers.find(view)
+    if outputs is None:
+        outputs = _outputs(view)
+        holes = [(start, end) for *_, start, end in outputs if end]
+        _answers.keep(view, outputs, holes, [datatype for _, datatype, *_ in outputs])
+    return {
+        name: Tensor(name, datatype, shape, view[start:end])
+        for name, datatype, shape, start, end in outputs
+    }
+
+
+def _outputs(view: memoryview) -> list[_Output]:
+    """Raises Unusual, and BackendError where there are not as many contents as outputs."""
+    model = ""
+    headers: list[tuple[str, str, tuple[int, ...], bool]] = []
+    raw: list[Range] = []
     for key, start, end in fields(view):
         if key == _RAW:
-            raw.append(view[start:end])
+            raw.append((start, end))
         elif key == _OUTPUT:
             headers.append(_output_header(bytes(view[start:end])))
         elif key == _MODEL:
@@ -145,29 +158,18 @@ def _parse(data: Buffer) -> dict[str, Tensor]:
     if raw and len(raw) != sent:
         raise _miscounted(model, len(headers), len(raw))
     contents = iter(raw)
-    return {
-        name: Tensor(name, datatype, shape, b"" if placed else next(contents))
+    return [
+        (name, datatype, shape, *((0, 0) if placed else next(contents)))
         for name, datatype, shape, placed in headers
-    }
+    ]
 
 
-def _output_header(header: bytes) -> _Header:
-    """Raises Unusual for what is not remembered, as is whatever protobuf has to read."""
-    known = _output_headers.get(header)
-    if known is None:
-        try:
-            known = (*tensor_header(header), False)
-        except Unusual:
-            known = _placed_header(header)
-        if len(header) <= _LONGEST_KEPT_BYTES:
-            if len(_output_headers) >= _KEPT:
-                _output_headers.clear()
-            _output_headers[header] = known
-    return known
-
-
-def _placed_header(header: bytes) -> _Header:
-    """Of an output in shared memory: its place is among its parameters. Raises Unusual."""
+def _output_header(header: bytes) -> tuple[str, str, tuple[int, ...], bool]:
+    """Name, datatype, shape, and whether the contents are in shared memory. Raises Unusual."""
+    try:
+        return (*tensor_header(header), False)
+    except Unusual:
+        pass
     try:
         output = service_pb2.ModelInferResponse.InferOutputTensor.FromString(header)
     except DecodeError:
@@ -178,18 +180,12 @@ def _placed_header(header: bytes) -> _Header:
 
 
 def _check_parameter(entry: bytes) -> None:
-    """An ensemble answers with the same three every time. Raises Unusual for what is none."""
-    if entry in _parameters_read:
-        return
+    """Of the response: ensembles have three that say nothing. Raises Unusual for what is none."""
     try:
         field = bytes((_PARAMETER,)) + varint(len(entry)) + entry
         service_pb2.ModelInferResponse.FromString(field)
     except DecodeError:
         raise Unusual from None
-    if len(entry) <= _LONGEST_KEPT_BYTES:
-        if len(_parameters_read) >= _KEPT:
-            _parameters_read.clear()
-        _parameters_read.add(entry)
 
 
 def _miscounted(model: str, outputs: int, raw: int) -> BackendError:
