@@ -34,7 +34,6 @@ _CONNECT_TIMEOUT_S = 20.0
 _TIMER_RESOLUTION_S = 0.001
 _KEPT_BLOCKS = 64
 _LONGEST_KEPT_BYTES = 256
-_TIMEOUT = b"\x00\x0cgrpc-timeout"
 _CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 _SETTINGS = frames.PREFACE + frames.settings(
     {
@@ -177,7 +176,7 @@ class _Connection(Connection):
         self._calls: dict[int, _Call] = {}
         self._next_stream = 1
         self._peer_streams = frames.MAX_WINDOW
-        self._header_blocks: dict[str, bytes] = {}
+        self._header_blocks: dict[tuple[str, float], bytes] = {}
         self._known: dict[bytes, list[hpack.Header]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._expires_s = inf
@@ -271,28 +270,24 @@ class _Connection(Connection):
         call.end(data)
 
     def _header_block(self, path: str, timeout_s: float) -> bytes:
-        known = self._header_blocks.get(path)
+        known = self._header_blocks.get((path, timeout_s))
         if known is None:
-            known = self._header_blocks[path] = hpack.encode(
-                [
-                    (":method", "POST"),
-                    (":scheme", "http"),
-                    (":path", path),
-                    (":authority", self._authority),
-                    ("te", "trailers"),
-                    ("content-type", "application/grpc"),
-                    ("user-agent", "paceline"),
-                ]
-            )
-        if self._next_stream == 3:
-            # With the connection's first block.
-            known = hpack.FORGET + known
-        if timeout_s >= NO_TIMEOUT_S:
-            return known
-        # At most 8 digits.
-        fine = timeout_s < 99
-        timeout = f"{int(timeout_s * 1e6)}u" if fine else f"{min(int(timeout_s), 99_999_999)}S"
-        return known + _TIMEOUT + bytes((len(timeout),)) + timeout.encode()
+            if len(self._header_blocks) >= _KEPT_BLOCKS:
+                self._header_blocks.clear()
+            headers = [
+                (":method", "POST"),
+                (":scheme", "http"),
+                (":path", path),
+                (":authority", self._authority),
+                ("te", "trailers"),
+                ("content-type", "application/grpc"),
+                ("user-agent", "paceline"),
+            ]
+            if timeout_s < NO_TIMEOUT_S:
+                headers.append(("grpc-timeout", _timeout(timeout_s)))
+            known = self._header_blocks[path, timeout_s] = hpack.encode(headers)
+        # With the connection's first block.
+        return hpack.FORGET + known if self._next_stream == 3 else known
 
     def _expect(self, call: _Call, timeout_s: float) -> None:
         """Have the call end in time. One timer serves all calls: nearly none is ever needed."""
@@ -402,3 +397,10 @@ class _Connection(Connection):
         text = f"connection lost: {error}" if error else "connection closed by the server"
         for call in list(self._calls.values()):
             self.fail(call, CallFailed(grpc.StatusCode.UNAVAILABLE, text, unreachable=True))
+
+
+def _timeout(timeout_s: float) -> str:
+    """As gRPC writes it: at most 8 digits."""
+    if timeout_s < 99:
+        return f"{int(timeout_s * 1e6)}u"
+    return f"{min(int(timeout_s), 99_999_999)}S"
