@@ -82,6 +82,7 @@ def fields(data: Buffer, begin: int = 0) -> Iterator[tuple[int, int, int]]:
         except IndexError:
             raise Unusual from None
         end = at + length
+        # 0x87: the field's type, and whether its number goes on in the next byte.
         if key & 0x87 != LENGTH_DELIMITED or end > size:
             raise Unusual
         yield key, at, end
