@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 20.0
 _TIMER_RESOLUTION_S = 0.001
 _KEPT_BLOCKS = 64
+_NOTHING = memoryview(b"")
 _LONGEST_KEPT_BYTES = 256
 _CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 _SETTINGS = frames.PREFACE + frames.settings(
@@ -122,7 +123,9 @@ class Http2Transport:
 class _Call(Stream):
     """A call on its stream: what has come of its answer, and whom to give it to."""
 
-    __slots__ = ("_connection", "_on_answer", "expires_s", "headers", "inbox", "timeout_s")
+    __slots__ = (
+        *("_connection", "_inbox", "_on_answer", "_whole", "expires_s", "headers", "timeout_s"),
+    )
 
     def __init__(
         self, connection: _Connection, stream: int, window: int, on_answer: OnAnswer
@@ -130,28 +133,50 @@ class _Call(Stream):
         super().__init__(stream, window, frames.MAX_WINDOW)
         self._connection = connection
         self._on_answer: OnAnswer | None = on_answer
-        self.inbox = Inbox(frames.MAX_WINDOW)
+        self._whole: bytes | None = None
+        """A message that came in one piece."""
+        self._inbox: Inbox | None = None
+        """Whatever else has come."""
         self.headers: dict[str, str] = {}
         self.timeout_s = self.expires_s = inf
 
     def received(self, data: memoryview, ended: bool) -> None:
-        """See `Stream.received`."""
-        try:
-            self.inbox.feed(data)
-        except (MessageTooLarge, OSError, MemoryError) as error:
-            # Nobody sends so much; the memory is not there.
-            self._connection.fail(self, CallFailed(grpc.StatusCode.INTERNAL, str(error)))
-            return
+        """See `Stream.received`; most answers come in one piece."""
+        if self._inbox is None and self._whole is None and len(data) >= PREFIX_BYTES:
+            flag, size = PREFIX.unpack_from(data)
+            if not flag and size == len(data) - PREFIX_BYTES:
+                self._whole = bytes(data[PREFIX_BYTES:])
+                data = _NOTHING
+        if len(data):
+            try:
+                if self._inbox is None:
+                    self._inbox = Inbox(frames.MAX_WINDOW)
+                self._inbox.feed(data)
+            except (MessageTooLarge, OSError, MemoryError) as error:
+                # Nobody sends so much; the memory is not there.
+                self._connection.fail(self, CallFailed(grpc.StatusCode.INTERNAL, str(error)))
+                return
         if ended:
             self._connection.ended(self)
 
     def room(self, at_most: int) -> memoryview | None:
         """See `Stream.room`."""
-        return self.inbox.room(at_most)
+        return self._inbox.room(at_most) if self._inbox is not None else None
 
     def filled(self, count: int) -> None:
         """See `Stream.filled`."""
-        self.inbox.filled(count)
+        assert self._inbox is not None
+        self._inbox.filled(count)
+
+    def message(self) -> Buffer | None:
+        """The answer; None where it is not one plain message."""
+        inbox = self._inbox
+        if inbox is None:
+            return self._whole
+        if self._whole is not None or len(inbox) != 1 or inbox.partial:
+            return None
+        flag, data = inbox.pop()
+        return None if flag else data
 
     def end(self, outcome: Buffer | CallFailed | ChannelClosed) -> None:
         """Give it over; only the first outcome counts."""
@@ -260,9 +285,8 @@ class _Connection(Connection):
         call.end(error)
 
     def _answer(self, call: _Call) -> None:
-        inbox = call.inbox
-        flag, data = inbox.pop() if len(inbox) == 1 and not inbox.partial else (1, b"")
-        if flag:
+        data = call.message()
+        if data is None:
             text = "the server's answer is not one plain message"
             self.fail(call, CallFailed(grpc.StatusCode.INTERNAL, text))
             return
