@@ -12,12 +12,13 @@ from tritonclient.grpc import service_pb2
 
 from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.request import InferAnswer, Timeline
-from paceline.core.tensor import Tensor
+from paceline.core.tensor import DATATYPES, Tensor
 from paceline.core.wire import Unusual
 from paceline.rpc.wire import parse_request, read_request, response_parts, stream_parts
 
 TIMELINE = Timeline(1, "", "c", 0.0, 1.0, 2.0, ())
 TEXT = st.text(max_size=6)
+DATATYPE = TEXT | st.sampled_from(sorted(DATATYPES))
 
 
 def picture(message: Any) -> tuple[Any, ...]:
@@ -49,7 +50,7 @@ def plain_requests(draw: st.DrawFn) -> Any:
     )
     for _ in range(draw(st.integers(0, 3))):
         shape = draw(st.lists(st.integers(0, 2**63 - 1), max_size=4))
-        message.inputs.add(name=draw(TEXT), datatype=draw(TEXT), shape=shape)
+        message.inputs.add(name=draw(TEXT), datatype=draw(DATATYPE), shape=shape)
     for name in draw(st.lists(TEXT, max_size=3)):
         message.outputs.add(name=name)
     sizes = st.sampled_from([0, 1, 127, 128, 4096, 4097, 20000])
@@ -98,9 +99,24 @@ def test_a_damaged_request_is_refused_by_both_or_read_alike(
     message: Any, cut: int, flip: int, at: float
 ) -> None:
     data = bytearray(message.SerializeToString())
+    # What it was like is remembered.
+    parse_request(bytes(data))
     if data:
         data[int(at * (len(data) - 1))] ^= flip
     same(bytes(data[: len(data) - cut % (len(data) + 1)]))
+
+
+@given(message=plain_requests(), byte=st.integers(0, 255), identity=st.text("abc", max_size=6))
+def test_a_request_like_an_earlier_one_has_its_own_id_and_contents(
+    message: Any, byte: int, identity: str
+) -> None:
+    parse_request(message.SerializeToString())
+    message.id = identity
+    contents = [bytes((byte,)) * len(raw) for raw in message.raw_input_contents]
+    message.ClearField("raw_input_contents")
+    message.raw_input_contents.extend(contents)
+    for _ in range(2):
+        assert picture(parse_request(message.SerializeToString())) == picture(message)
 
 
 @given(

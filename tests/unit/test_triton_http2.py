@@ -271,6 +271,17 @@ async def test_frames_may_come_byte_by_byte_padded_and_in_continuations() -> Non
             + frame(1, 5, 1, TRAILERS),
             False,
         ),
+        *(
+            # Something behind the message: another one, the begin of one.
+            (
+                frame(1, 0x4, 1, STATUS)
+                + frame(0, 0, 1, MESSAGE)
+                + frame(0, 0, 1, more)
+                + frame(1, 5, 1, TRAILERS),
+                False,
+            )
+            for more in (MESSAGE, MESSAGE[:1], MESSAGE[:6])
+        ),
         (frame(3, 0, 1, struct.pack(">I", 2)), False),  # RST_STREAM
     ],
 )

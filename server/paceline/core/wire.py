@@ -8,13 +8,21 @@ whole message to protobuf. So a message means the same on both ways.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
 
-from paceline.core.tensor import Buffer
+from paceline.core.tensor import ITEM_BYTES, Buffer
 
 LENGTH_DELIMITED = 2
 _LONGEST_LENGTH_BITS = 28
 """Lengths of up to 5 varint bytes; a message is below 2 GiB."""
+_KEPT_LENGTHS = 1024
+_LONGEST_KEPT_BYTES = 1024
+_KEPT_OF_A_LENGTH = 8
+
+T = TypeVar("T")
+Range = tuple[int, int]
+"""Where something begins and ends in a message."""
 
 
 class Unusual(Exception):
@@ -53,7 +61,13 @@ def length_delimited(number: int, content: bytes) -> bytes:
     >>> length_delimited(3, b"id")
     b'\\x1a\\x02id'
     """
-    return bytes((tag(number),)) + varint(len(content)) + content if content else b""
+    if not content:
+        return b""
+    size = len(content)
+    key = number << 3 | LENGTH_DELIMITED
+    if size < 0x80:
+        return bytes((key, size)) + content
+    return bytes((key,)) + varint(size) + content
 
 
 def fields(data: Buffer, begin: int = 0) -> Iterator[tuple[int, int, int]]:
@@ -64,26 +78,73 @@ def fields(data: Buffer, begin: int = 0) -> Iterator[tuple[int, int, int]]:
             key, length = data[at], data[at + 1]
             at += 2
             if length > 0x7F:
-                length &= 0x7F
-                shift = 7
-                while True:
-                    byte = data[at]
-                    at += 1
-                    length |= (byte & 0x7F) << shift
-                    if byte < 0x80:
-                        break
-                    shift += 7
-                    if shift > _LONGEST_LENGTH_BITS:
-                        raise Unusual
-                if byte == 0:
-                    raise Unusual
+                length, at = _long_length(data, at, length & 0x7F)
         except IndexError:
             raise Unusual from None
         end = at + length
-        if key & 7 != LENGTH_DELIMITED or key > 0x7F or end > size:
+        # 0x87: the field's type, and whether its number goes on in the next byte.
+        if key & 0x87 != LENGTH_DELIMITED or end > size:
             raise Unusual
         yield key, at, end
         at = end
+
+
+def _long_length(data: Buffer, at: int, length: int) -> tuple[int, int]:
+    """A varint whose first byte was `length`, and the offset behind it. Raises Unusual."""
+    shift = 7
+    while True:
+        byte = data[at]
+        at += 1
+        length |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            break
+        shift += 7
+        if shift > _LONGEST_LENGTH_BITS:
+            raise Unusual
+    if byte == 0:
+        raise Unusual
+    return length, at
+
+
+class Layouts(Generic[T]):
+    """What messages meant that were read before. One that differs from such a message in nothing
+    but the contents of its tensors (and other given `holes`) means the same, and is not read again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[tuple[list[tuple[int, int, bytes]], T]]] = {}
+        """By length: what is the same, and the meaning."""
+
+    def find(self, data: Buffer) -> T | None:
+        """What a message means, if one like it is known."""
+        for fixed, meaning in self._known.get(len(data), ()):
+            for start, end, same in fixed:
+                if data[start:end] != same:
+                    break
+            else:
+                return meaning
+        return None
+
+    def keep(
+        self, data: Buffer, meaning: T, holes: Iterable[Range], datatypes: Iterable[str]
+    ) -> None:
+        """Remember a message; not where contents have any size, as hardly another one is alike."""
+        if not all(datatype in ITEM_BYTES for datatype in datatypes):
+            return
+        fixed: list[tuple[int, int, bytes]] = []
+        at = kept_bytes = 0
+        for start, end in (*holes, (len(data), len(data))):
+            kept_bytes += start - at
+            if kept_bytes > _LONGEST_KEPT_BYTES:
+                return
+            fixed.append((at, start, bytes(data[at:start])))
+            at = end
+        if len(self._known) >= _KEPT_LENGTHS:
+            self._known.clear()
+        alike = self._known.setdefault(len(data), [])
+        if len(alike) >= _KEPT_OF_A_LENGTH:
+            alike.clear()
+        alike.append((fixed, meaning))
 
 
 def int64s(data: Buffer) -> tuple[int, ...]:

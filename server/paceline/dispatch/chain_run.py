@@ -23,6 +23,7 @@ from paceline.dispatch.stage import Served
 from paceline.dispatch.walk import Output, Step, StepInput
 
 ONE, REQUEST, ITEMS = Carry.ONE, Carry.REQUEST, Carry.ITEMS
+_NONE: frozenset[int] = frozenset()
 
 
 @value
@@ -86,7 +87,7 @@ class ChainRun:
         self._rows: dict[int, int] = {}
         """Rows of the steps that have started and not ended."""
         self._gathers: dict[int, _Gather] = {}
-        self._skipped: set[int] = set()
+        self._skipped: frozenset[int] = _NONE
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -139,7 +140,7 @@ class ChainRun:
             gather = _Gather(count, [(start, count, None)])
             outputs = tuple(_gathered(step, gather, index) for index in range(len(step.wanted)))
         if outputs is None:
-            self._skipped.add(step.number)
+            self._skipped |= {step.number}
         else:
             values = self._values
             for number, tensor in zip(step.values, outputs, strict=True):
@@ -188,7 +189,7 @@ class ChainRun:
     def _start(self, step: Step) -> Work | None:
         """The module's work, or None where it ended at once (skipped or no items)."""
         if (self._skipped or step.when is not None) and self._skips(step):
-            self._skipped.add(step.number)
+            self._skipped |= {step.number}
             self._finish(step)
             return None
         if step.bound.carry is ONE:
@@ -211,7 +212,8 @@ class ChainRun:
     def _finish(self, step: Step) -> None:
         self._left -= 1
         self._rows.pop(step.number, None)
-        self._gathers.pop(step.number, None)
+        if self._gathers:
+            self._gathers.pop(step.number, None)
         for child in step.children:
             self._waits[child] -= 1
             if not self._waits[child]:

@@ -26,7 +26,7 @@ _RENEW_WINDOW_BYTES = 1 << 26
 _HIGH_WATER_BYTES = 1 << 20
 _USER_TIMEOUT_MS = 20_000
 _EMPTY = memoryview(b"")
-_UNUSUAL_HEADERS = frames.PADDED | frames.PRIORITIZED
+_HEADERS_FLAGS = frames.END_HEADERS | frames.PADDED | frames.PRIORITIZED
 
 
 class ReadBuffer:
@@ -182,7 +182,8 @@ class Connection(Writer, asyncio.BufferedProtocol):
             size = high << 8 | low
             stream &= frames.MAX_WINDOW
             begin = at + frames.HEADER_BYTES
-            if not kind and not flags & frames.PADDED and self._greeted and self._block is None:
+            plain = self._greeted and self._block is None
+            if plain and not kind and not flags & frames.PADDED:
                 # DATA
                 if size > self._takes_frame_bytes:
                     self._too_long(kind, size)
@@ -199,12 +200,11 @@ class Connection(Writer, asyncio.BufferedProtocol):
                     self._data_stream, self._data_left = open_, size
                     self._data_ends = ends
                 continue
-            if self._greeted and self._block is None and end - begin >= size:
+            if plain and end - begin >= size:
                 # The two that come with every message, of the many that `_frame` knows.
                 if (
                     kind == frames.HEADERS
-                    and flags & frames.END_HEADERS
-                    and not flags & _UNUSUAL_HEADERS
+                    and flags & _HEADERS_FLAGS == frames.END_HEADERS
                     and stream
                     and size <= self._takes_header_bytes
                     and size <= self._takes_frame_bytes

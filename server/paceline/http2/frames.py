@@ -74,13 +74,14 @@ def header(kind: int, flags: int, stream: int, size: int) -> bytes:
 
 def headers(stream: int, block: bytes, flags: int = 0) -> bytes:
     """A header block as HEADERS and, above what every peer takes in one frame, CONTINUATIONs."""
-    if len(block) <= LEAST_FRAME_BYTES:
-        return header(HEADERS, flags | END_HEADERS, stream, len(block)) + block
+    size = len(block)
+    if size <= LEAST_FRAME_BYTES:
+        return HEADER.pack(size >> 8, size & 0xFF, HEADERS, flags | END_HEADERS, stream) + block
     pieces = []
     kind = HEADERS
-    for at in range(0, len(block), LEAST_FRAME_BYTES):
+    for at in range(0, size, LEAST_FRAME_BYTES):
         piece = block[at : at + LEAST_FRAME_BYTES]
-        last = END_HEADERS if at + LEAST_FRAME_BYTES >= len(block) else 0
+        last = END_HEADERS if at + LEAST_FRAME_BYTES >= size else 0
         pieces.append(header(kind, flags | last, stream, len(piece)) + piece)
         kind, flags = CONTINUATION, 0
     return b"".join(pieces)

@@ -123,8 +123,9 @@ class Writer:
             self._window -= size
             ends = frames.END_STREAM if tail == b"" else 0
             tail = tail or b""
-            self._put((head, frames.header(frames.DATA, ends, stream.id, size)), len(head) + 9)
-            self._put((*parts, tail), size + len(tail))
+            data = frames.header(frames.DATA, ends, stream.id, size)
+            written = len(head) + frames.HEADER_BYTES + size + len(tail)
+            self._put((head, data, *parts, tail), written)
             return True
         if head:
             self.write(head)

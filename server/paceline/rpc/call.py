@@ -110,8 +110,9 @@ class Call(ServerStream):
         self.over = True
         if self._timer is not None:
             self._timer.cancel()
-        self._hold(0)
-        self._inbox = None
+        if self._inbox is not None:
+            self._hold(0)
+            self._inbox = None
 
     def sent(self) -> None:
         """All that waited has been written."""

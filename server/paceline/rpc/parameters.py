@@ -28,13 +28,17 @@ class RequestParameters:
     stream_items: bool = False
 
 
+_NONE = RequestParameters()
+"""Of a request that states nothing, as most do."""
+
+
 def read_parameters(parameters: Mapping[str, Any], remaining_s: float | None) -> RequestParameters:
     """Parameters of a ModelInferRequest; `remaining_s` is what the gRPC deadline leaves.
 
     Raises RequestError (INVALID, UNSUPPORTED) that names the parameter.
     """
     if not parameters:
-        return RequestParameters(remaining_s)
+        return RequestParameters(remaining_s) if remaining_s is not None else _NONE
     budget_s = remaining_s
     priority: int | None = None
     stream_items = False

@@ -3,7 +3,8 @@
 Invariant: a request read here is the one that protobuf would parse; what `parse_request` does not
 know (parameters, typed contents, unknown fields, odd encodings) it leaves to protobuf, and what
 protobuf refuses is refused. A response is byte for byte what protobuf would serialize.
-Clients repeat themselves: the header of a tensor is looked up by its bytes, not parsed again.
+Clients repeat themselves: a request that differs from an earlier one in its id and its tensors'
+contents only is not parsed again, and else the header of a tensor is looked up by its bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.request import InferAnswer
 from paceline.core.tensor import Buffer
 from paceline.core.wire import (
+    Layouts,
+    Range,
     Unusual,
     encode_tensor_header,
     fields,
@@ -69,14 +72,29 @@ class WireRequest:
     model_name: str
     model_version: str
     id: str
-    inputs: list[WireTensor]
-    outputs: list[WireOutput]
-    raw_input_contents: list[Buffer]
-    parameters: Mapping[str, Any] = field(default_factory=lambda: _NONE)
+    inputs: Sequence[WireTensor]
+    outputs: Sequence[WireOutput]
+    raw_input_contents: Sequence[Buffer]
+    parameters: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What requests have in common that differ in their id and their tensors' contents only;
+    those by where they are."""
+
+    model: str
+    version: str
+    identity: Range
+    inputs: tuple[WireTensor, ...]
+    outputs: tuple[WireOutput, ...]
+    contents: tuple[Range, ...]
+
+
+_requests: Layouts[_Request] = Layouts()
 _headers: dict[bytes, WireTensor] = {}
 _answered_headers: dict[tuple[str, str, tuple[int, ...]], bytes] = {}
+_answered_names: dict[tuple[str, str], bytes] = {}
 
 
 def read_request(data: Buffer) -> Any:
@@ -100,40 +118,58 @@ def read_protobuf(data: Buffer) -> Any:
 
 def parse_request(data: Buffer) -> WireRequest:
     """Raises Unusual for what is protobuf's to judge."""
-    model = version = identity = ""
+    known = _requests.find(data)
+    if known is None:
+        known = _request(data)
+        holes = sorted((known.identity, *known.contents))
+        _requests.keep(data, known, holes, [tensor.datatype for tensor in known.inputs])
+    view = memoryview(data) if len(data) > _VIEW_BYTES else data
+    raw: list[Buffer] = []
+    for start, end in known.contents:
+        contents = view[start:end]
+        raw.append(contents if end - start > _VIEW_BYTES else bytes(contents))
+    start, end = known.identity
+    identity = text(data[start:end]) if end else ""
+    return WireRequest(
+        known.model, known.version, identity, known.inputs, known.outputs, raw, _NONE
+    )
+
+
+def _request(data: Buffer) -> _Request:
+    """Everything but what differs from one request to the next. Raises Unusual."""
+    model = version = ""
+    identity = (0, 0)
     inputs: list[WireTensor] = []
     outputs: list[WireOutput] = []
-    raw: list[Buffer] = []
-    view = memoryview(data) if len(data) > _VIEW_BYTES else data
+    contents: list[Range] = []
     for key, start, end in fields(data):
         if key == _RAW:
-            contents = view[start:end]
-            raw.append(contents if end - start > _VIEW_BYTES else bytes(contents))
+            contents.append((start, end))
         elif key == _INPUT:
             inputs.append(_input(bytes(data[start:end])))
         elif key == _MODEL:
             model = text(data[start:end])
         elif key == _ID:
-            identity = text(data[start:end])
+            text(data[start:end])
+            identity = (start, end)
         elif key == _OUTPUT:
             outputs.append(_output(bytes(data[start:end])))
         elif key == _VERSION:
             version = text(data[start:end])
         else:
             raise Unusual
-    if inputs and not raw:
+    if inputs and not contents:
         raise Unusual
-    return WireRequest(model, version, identity, inputs, outputs, raw)
+    return _Request(model, version, identity, tuple(inputs), tuple(outputs), tuple(contents))
 
 
 def response_parts(message: Any, version: str, answer: InferAnswer) -> list[Buffer]:
     """The serialized ModelInferResponse to `message`, not joined; `version` is the one that
     answered."""
-    parts: list[Buffer] = [
-        length_delimited(1, message.model_name.encode())
-        + length_delimited(2, (message.model_version or version).encode())
-        + length_delimited(3, message.id.encode())
-    ]
+    head = _answered_name(message.model_name, message.model_version or version)
+    if message.id:
+        head += length_delimited(3, message.id.encode())
+    parts: list[Buffer] = [head]
     contents: list[Buffer] = []
     for tensor in answer.outputs:
         parts.append(_answered_header(tensor.name, tensor.datatype, tensor.shape))
@@ -165,6 +201,17 @@ def _output(header: bytes) -> WireOutput:
             raise Unusual
         name = text(header[start:end])
     return WireOutput(name)
+
+
+def _answered_name(model: str, version: str) -> bytes:
+    """The fields that tell who has answered."""
+    known = _answered_names.get((model, version))
+    if known is None:
+        known = length_delimited(1, model.encode()) + length_delimited(2, version.encode())
+        if len(_answered_names) >= _KEPT_HEADERS:
+            _answered_names.clear()
+        _answered_names[model, version] = known
+    return known
 
 
 def _answered_header(name: str, datatype: str, shape: tuple[int, ...]) -> bytes:

@@ -335,7 +335,6 @@ class Engine:
         return self._read_s
 
     def _perform(self, actions: Sequence[Action]) -> None:
-        loop = asyncio.get_running_loop()
         for action in actions:
             match action:
                 case Execute():
@@ -360,6 +359,7 @@ class Engine:
                 case Wake():
                     if self._wake is not None:
                         self._wake.cancel()
+                    loop = asyncio.get_running_loop()
                     self._wake = loop.call_at(action.at_s, self._handle, Tick())
 
     def _start(self, action: Execute) -> None:

@@ -15,7 +15,7 @@ from paceline.core.request import Timeline
 
 @dataclass(slots=True)
 class Counts:
-    """Cumulative counts of one chain or model."""
+    """Cumulative counts of one chain or model. What succeeded was queued and computed once."""
 
     last_inference_ms: int = 0
     inference_count: int = 0
@@ -24,9 +24,7 @@ class Counts:
     success_s: float = 0.0
     fail_count: int = 0
     fail_s: float = 0.0
-    queue_count: int = 0
     queue_s: float = 0.0
-    compute_count: int = 0
     compute_s: float = 0.0
     met_count: int = 0
     rejected_count: int = 0
@@ -51,9 +49,7 @@ class Statistics:
             ran_s += compute_s
             counts.success_count += 1
             counts.success_s += queue_s + compute_s
-            counts.queue_count += 1
             counts.queue_s += queue_s
-            counts.compute_count += 1
             counts.compute_s += compute_s
             counts.inference_count += span.rows
             counts.last_inference_ms = wall_ms
@@ -67,9 +63,7 @@ class Statistics:
             counts.success_count += 1
             counts.success_s += timeline.latency_s
             counts.met_count += timeline.met
-            counts.queue_count += 1
             counts.queue_s += waited_s
-            counts.compute_count += 1
             counts.compute_s += ran_s
             counts.inference_count += 1
             counts.last_inference_ms = wall_ms
@@ -96,9 +90,9 @@ class Statistics:
             success_s=counts.success_s,
             fail_count=counts.fail_count,
             fail_s=counts.fail_s,
-            queue_count=counts.queue_count,
+            queue_count=counts.success_count,
             queue_s=counts.queue_s,
-            compute_infer_count=counts.compute_count,
+            compute_infer_count=counts.success_count,
             compute_infer_s=counts.compute_s,
             batches=tuple((rows, int(n), s) for rows, (n, s) in sorted(counts.batches.items())),
         )

@@ -46,11 +46,9 @@ class Execution:
         otherwise False. `on_end` is told what `run` would give or raise.
         """
         pool = self._pool
-        key: Key | None = None
-        if pool is not None and pool.on:
-            key = _key(call)
-            if _size_bytes(call.inputs) >= LEAST_BYTES or self._expected(key):
-                return False
+        shares = pool is not None and pool.on
+        if shares and (_size_bytes(call.inputs) >= LEAST_BYTES or self._expected(call)):
+            return False
 
         def on_answer(answer: Buffer | CallFailed | ChannelClosed) -> None:
             if isinstance(answer, CallFailed) and answer.incompatible:
@@ -66,8 +64,8 @@ class Execution:
             except BackendError as error:
                 on_end(error)
                 return
-            if key is not None:
-                self._learn(key, call, tensors)
+            if shares:
+                self._learn(call, tensors)
             on_end(tensors)
 
         return self._transport.begin(INFER, infer_request(call), on_answer, timeout_s)
@@ -87,12 +85,11 @@ class Execution:
         if pool is None or not pool.on:
             return read_response(await self._send(infer_request(call), timeout_s))
         given = await self._region(pool, call.inputs)
-        key = _key(call)
-        expected = self._expected(key)
+        expected = self._expected(call)
         taken = await pool.acquire(sum(expected) + 64 * len(expected)) if expected else None
         if given is None and taken is None:
             tensors = read_response(await self._send(infer_request(call), timeout_s))
-            self._learn(key, call, tensors)
+            self._learn(call, tensors)
             return tensors
         try:
             tensors = await self._share(pool, call, timeout_s, given, taken, expected)
@@ -101,12 +98,12 @@ class Execution:
                 raise
             # Outputs grew, or another process took the registration away.
             if taken is not None:
-                self._sizes[key] = ((), 0)
+                self._sizes[_key(call)] = ((), 0)
             else:
                 pool.on = False
             return read_response(await self._send(infer_request(call), timeout_s))
         if taken is None:
-            self._learn(key, call, tensors)
+            self._learn(call, tensors)
         return tensors
 
     async def close(self) -> None:
@@ -162,17 +159,22 @@ class Execution:
         view = taken.lend(partial(pool.release, taken))
         return _placed(call, read_response(data), view, places)
 
-    def _expected(self, key: Key) -> tuple[int, ...]:
+    def _expected(self, call: ModelCall) -> tuple[int, ...]:
         """Sizes of the outputs of such a batch, () where unknown or not worth sharing."""
-        sizes, times = self._sizes.get(key, ((), 0))
+        if not self._sizes:
+            return ()
+        sizes, times = self._sizes.get(_key(call), ((), 0))
         return sizes if times >= _ALIKE_BEFORE_SHARED and sum(sizes) >= LEAST_BYTES else ()
 
-    def _learn(self, key: Key, call: ModelCall, tensors: dict[str, Tensor]) -> None:
+    def _learn(self, call: ModelCall, tensors: dict[str, Tensor]) -> None:
+        if sum([len(tensor.data) for tensor in tensors.values()]) < LEAST_BYTES:
+            return
         found = [tensors.get(name) for name in call.outputs]
         known = [t for t in found if t is not None and t.datatype in ITEM_BYTES]
         sizes = tuple(len(tensor.data) for tensor in known)
         if len(known) < len(found) or sum(sizes) < LEAST_BYTES:
             return
+        key = _key(call)
         before, times = self._sizes.get(key, (sizes, 0))
         if len(self._sizes) >= _KEPT:
             self._sizes.clear()

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 20.0
 _TIMER_RESOLUTION_S = 0.001
 _KEPT_BLOCKS = 64
+_NOTHING = memoryview(b"")
 _LONGEST_KEPT_BYTES = 256
-_TIMEOUT = b"\x00\x0cgrpc-timeout"
 _CODES = {str(code.value[0]): code for code in grpc.StatusCode}
 _SETTINGS = frames.PREFACE + frames.settings(
     {
@@ -123,7 +123,9 @@ class Http2Transport:
 class _Call(Stream):
     """A call on its stream: what has come of its answer, and whom to give it to."""
 
-    __slots__ = ("_connection", "_on_answer", "expires_s", "headers", "inbox", "timeout_s")
+    __slots__ = (
+        *("_connection", "_inbox", "_on_answer", "_whole", "expires_s", "headers", "timeout_s"),
+    )
 
     def __init__(
         self, connection: _Connection, stream: int, window: int, on_answer: OnAnswer
@@ -131,28 +133,50 @@ class _Call(Stream):
         super().__init__(stream, window, frames.MAX_WINDOW)
         self._connection = connection
         self._on_answer: OnAnswer | None = on_answer
-        self.inbox = Inbox(frames.MAX_WINDOW)
+        self._whole: bytes | None = None
+        """A message that came in one piece."""
+        self._inbox: Inbox | None = None
+        """Whatever else has come."""
         self.headers: dict[str, str] = {}
         self.timeout_s = self.expires_s = inf
 
     def received(self, data: memoryview, ended: bool) -> None:
-        """See `Stream.received`."""
-        try:
-            self.inbox.feed(data)
-        except (MessageTooLarge, OSError, MemoryError) as error:
-            # Nobody sends so much; the memory is not there.
-            self._connection.fail(self, CallFailed(grpc.StatusCode.INTERNAL, str(error)))
-            return
+        """See `Stream.received`; most answers come in one piece."""
+        if self._inbox is None and self._whole is None and len(data) >= PREFIX_BYTES:
+            flag, size = PREFIX.unpack_from(data)
+            if not flag and size == len(data) - PREFIX_BYTES:
+                self._whole = bytes(data[PREFIX_BYTES:])
+                data = _NOTHING
+        if len(data):
+            try:
+                if self._inbox is None:
+                    self._inbox = Inbox(frames.MAX_WINDOW)
+                self._inbox.feed(data)
+            except (MessageTooLarge, OSError, MemoryError) as error:
+                # Nobody sends so much; the memory is not there.
+                self._connection.fail(self, CallFailed(grpc.StatusCode.INTERNAL, str(error)))
+                return
         if ended:
             self._connection.ended(self)
 
     def room(self, at_most: int) -> memoryview | None:
         """See `Stream.room`."""
-        return self.inbox.room(at_most)
+        return self._inbox.room(at_most) if self._inbox is not None else None
 
     def filled(self, count: int) -> None:
         """See `Stream.filled`."""
-        self.inbox.filled(count)
+        assert self._inbox is not None
+        self._inbox.filled(count)
+
+    def message(self) -> Buffer | None:
+        """The answer; None where it is not one plain message."""
+        inbox = self._inbox
+        if inbox is None:
+            return self._whole
+        if self._whole is not None or len(inbox) != 1 or inbox.partial:
+            return None
+        flag, data = inbox.pop()
+        return None if flag else data
 
     def end(self, outcome: Buffer | CallFailed | ChannelClosed) -> None:
         """Give it over; only the first outcome counts."""
@@ -177,7 +201,7 @@ class _Connection(Connection):
         self._calls: dict[int, _Call] = {}
         self._next_stream = 1
         self._peer_streams = frames.MAX_WINDOW
-        self._header_blocks: dict[str, bytes] = {}
+        self._header_blocks: dict[tuple[str, float], bytes] = {}
         self._known: dict[bytes, list[hpack.Header]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._expires_s = inf
@@ -261,9 +285,8 @@ class _Connection(Connection):
         call.end(error)
 
     def _answer(self, call: _Call) -> None:
-        inbox = call.inbox
-        flag, data = inbox.pop() if len(inbox) == 1 and not inbox.partial else (1, b"")
-        if flag:
+        data = call.message()
+        if data is None:
             text = "the server's answer is not one plain message"
             self.fail(call, CallFailed(grpc.StatusCode.INTERNAL, text))
             return
@@ -271,28 +294,24 @@ class _Connection(Connection):
         call.end(data)
 
     def _header_block(self, path: str, timeout_s: float) -> bytes:
-        known = self._header_blocks.get(path)
+        known = self._header_blocks.get((path, timeout_s))
         if known is None:
-            known = self._header_blocks[path] = hpack.encode(
-                [
-                    (":method", "POST"),
-                    (":scheme", "http"),
-                    (":path", path),
-                    (":authority", self._authority),
-                    ("te", "trailers"),
-                    ("content-type", "application/grpc"),
-                    ("user-agent", "paceline"),
-                ]
-            )
-        if self._next_stream == 3:
-            # With the connection's first block.
-            known = hpack.FORGET + known
-        if timeout_s >= NO_TIMEOUT_S:
-            return known
-        # At most 8 digits.
-        fine = timeout_s < 99
-        timeout = f"{int(timeout_s * 1e6)}u" if fine else f"{min(int(timeout_s), 99_999_999)}S"
-        return known + _TIMEOUT + bytes((len(timeout),)) + timeout.encode()
+            if len(self._header_blocks) >= _KEPT_BLOCKS:
+                self._header_blocks.clear()
+            headers = [
+                (":method", "POST"),
+                (":scheme", "http"),
+                (":path", path),
+                (":authority", self._authority),
+                ("te", "trailers"),
+                ("content-type", "application/grpc"),
+                ("user-agent", "paceline"),
+            ]
+            if timeout_s < NO_TIMEOUT_S:
+                headers.append(("grpc-timeout", _timeout(timeout_s)))
+            known = self._header_blocks[path, timeout_s] = hpack.encode(headers)
+        # With the connection's first block.
+        return hpack.FORGET + known if self._next_stream == 3 else known
 
     def _expect(self, call: _Call, timeout_s: float) -> None:
         """Have the call end in time. One timer serves all calls: nearly none is ever needed."""
@@ -402,3 +421,10 @@ class _Connection(Connection):
         text = f"connection lost: {error}" if error else "connection closed by the server"
         for call in list(self._calls.values()):
             self.fail(call, CallFailed(grpc.StatusCode.UNAVAILABLE, text, unreachable=True))
+
+
+def _timeout(timeout_s: float) -> str:
+    """As gRPC writes it: at most 8 digits."""
+    if timeout_s < 99:
+        return f"{int(timeout_s * 1e6)}u"
+    return f"{min(int(timeout_s), 99_999_999)}S"

@@ -2,8 +2,8 @@
 
 Invariant: `infer_request` gives parts that together are the serialized message, in which every
 tensor part appears as it is (nothing is copied); `read_response` reads what protobuf would, and
-leaves to protobuf what is unusual (typed contents, parameters of the response).
-Batches repeat themselves: what does not change from one to the next is encoded once.
+leaves to protobuf what is unusual (typed contents).
+Batches repeat themselves: what does not change from one to the next is encoded, or read, once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from paceline.core.ports import ModelCall
 from paceline.core.request import Parameter
 from paceline.core.tensor import Buffer, Tensor
 from paceline.core.wire import (
+    Layouts,
+    Range,
     Unusual,
     encode_tensor_header,
     fields,
@@ -33,12 +35,15 @@ from paceline.triton.contents import typed_bytes
 
 INT32_MAX = 2**31 - 1
 _RAW_INPUT = bytes((tag(7),))
-_MODEL, _VERSION, _ID, _OUTPUT, _RAW = (tag(number) for number in (1, 2, 3, 5, 6))
+_MODEL, _VERSION, _ID, _PARAMETER, _OUTPUT, _RAW = (tag(number) for number in range(1, 7))
 _KEPT = 1024
 _ADVICE = "it answers with what is no ModelInferResponse; is it a Triton?"
 
+_Output = tuple[str, str, tuple[int, ...], int, int]
+"""Name, datatype and shape of an output, and where its contents are; 0, 0: in shared memory."""
+
 _heads: dict[tuple[Any, ...], bytes] = {}
-_output_headers: dict[bytes, tuple[str, str, tuple[int, ...]]] = {}
+_answers: Layouts[list[_Output]] = Layouts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,39 +122,70 @@ def _placed(output: Any) -> bool:
 
 
 def _parse(data: Buffer) -> dict[str, Tensor]:
-    model = ""
-    headers: list[tuple[str, str, tuple[int, ...]]] = []
-    raw: list[Buffer] = []
     view = memoryview(data)
+    outputs = _answers.find(view)
+    if outputs is None:
+        outputs = _outputs(view)
+        holes = [(start, end) for *_, start, end in outputs if end]
+        _answers.keep(view, outputs, holes, [datatype for _, datatype, *_ in outputs])
+    return {
+        name: Tensor(name, datatype, shape, view[start:end])
+        for name, datatype, shape, start, end in outputs
+    }
+
+
+def _outputs(view: memoryview) -> list[_Output]:
+    """Raises Unusual, and BackendError where there are not as many contents as outputs."""
+    model = ""
+    headers: list[tuple[str, str, tuple[int, ...], bool]] = []
+    raw: list[Range] = []
     for key, start, end in fields(view):
         if key == _RAW:
-            raw.append(view[start:end])
+            raw.append((start, end))
         elif key == _OUTPUT:
             headers.append(_output_header(bytes(view[start:end])))
         elif key == _MODEL:
             model = text(view[start:end])
+        elif key == _PARAMETER:
+            _check_parameter(bytes(view[start:end]))
         elif key not in (_VERSION, _ID):
             raise Unusual
         else:
             text(view[start:end])
-    if headers and not raw:
+    sent = sum([not placed for *_, placed in headers])
+    if sent and not raw:
         raise Unusual
-    if len(raw) != len(headers):
+    if raw and len(raw) != sent:
         raise _miscounted(model, len(headers), len(raw))
-    return {
-        name: Tensor(name, datatype, shape, content)
-        for (name, datatype, shape), content in zip(headers, raw, strict=True)
-    }
+    contents = iter(raw)
+    return [
+        (name, datatype, shape, *((0, 0) if placed else next(contents)))
+        for name, datatype, shape, placed in headers
+    ]
 
 
-def _output_header(header: bytes) -> tuple[str, str, tuple[int, ...]]:
-    known = _output_headers.get(header)
-    if known is None:
-        known = tensor_header(header)
-        if len(_output_headers) >= _KEPT:
-            _output_headers.clear()
-        _output_headers[header] = known
-    return known
+def _output_header(header: bytes) -> tuple[str, str, tuple[int, ...], bool]:
+    """Name, datatype, shape, and whether the contents are in shared memory. Raises Unusual."""
+    try:
+        return (*tensor_header(header), False)
+    except Unusual:
+        pass
+    try:
+        output = service_pb2.ModelInferResponse.InferOutputTensor.FromString(header)
+    except DecodeError:
+        raise Unusual from None
+    if not _placed(output):
+        raise Unusual
+    return output.name, output.datatype, tuple(output.shape), True
+
+
+def _check_parameter(entry: bytes) -> None:
+    """Of the response: ensembles have three that say nothing. Raises Unusual for what is none."""
+    try:
+        field = bytes((_PARAMETER,)) + varint(len(entry)) + entry
+        service_pb2.ModelInferResponse.FromString(field)
+    except DecodeError:
+        raise Unusual from None
 
 
 def _miscounted(model: str, outputs: int, raw: int) -> BackendError:
