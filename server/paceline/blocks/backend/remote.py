@@ -130,11 +130,18 @@ class RemoteSource:
         parts = []
         for span in spans[:MOST_AHEAD]:
             size = min(span.size_bytes, self._objects[span.name].size_bytes - span.offset)
-            part = self._parts.get(span.name)
-            # Not what others fetch now, or have fetched.
-            if part is not None and part.try_lock() and not self._store.path(span.name).is_file():
+            if self._is_ours(span.name):
                 parts.append(_remote_part(span.name, span.offset, size))
         self._remote.expect(parts)
+
+    def _is_ours(self, digest: str) -> bool:
+        """Whether nobody else fetches it, or has fetched it; nobody else will then."""
+        part = self._parts.get(digest)
+        if part is None:
+            return False
+        if not part.ours:
+            part.ours = part.try_lock() and not self._store.path(digest).is_file()
+        return part.ours
 
     def fetch(self, span: Span) -> Callable[[], None] | None:
         """Receives and writes; the rest is to hash, beside the reception of the next span."""
@@ -420,6 +427,8 @@ class _Part:
         self.chunks: set[int] = set()
         """Of a table: those that are there, their hashes right."""
         self.parts_lock = threading.Lock()
+        self.ours = False
+        """Locked by us, and known not to be complete under its name."""
 
     def remove(self) -> None:
         """Unless somebody else uses it."""
@@ -438,6 +447,7 @@ class _Part:
         fcntl.flock(self._handle, fcntl.LOCK_EX)
 
     def release(self) -> None:
+        self.ours = False
         fcntl.flock(self._handle, fcntl.LOCK_UN)
 
     def write(self, offset: int, text: memoryview) -> None:

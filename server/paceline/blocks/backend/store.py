@@ -7,10 +7,13 @@ is never longer than what was asked for. Each thread that fetches has a store of
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import random
 import ssl
+import termios
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +33,9 @@ _PIECE_BYTES = 1 << 20
 MOST_AHEAD = 7
 """Requests that are out beside the one whose answer is being read."""
 AHEAD_BYTES = 4 << 20
-"""When no more than that is still to come the next request goes out: what 200 MB/s bring in 20 ms.
+"""While less is on its way the next request goes out: what 200 MB/s bring in 20 ms.
 
-Half of the largest request, so that two large ones never end together: answers share the link.
+What was received does not count: answers share the link, and large ones would end together.
 """
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
@@ -130,10 +133,10 @@ class HttpStore:
         return bytes(text)
 
     def copy(self, part: Part, write: Write) -> None:
-        def take(answer: http.client.HTTPResponse) -> None:
+        def take(answer: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> None:
             position = 0
             while position < part.size_bytes:
-                self._ask_ahead(part.size_bytes - position)
+                self._ask_ahead(part.size_bytes - position, connection)
                 count = answer.readinto(self._piece[: part.size_bytes - position])
                 if not count:
                     raise _Passing(f"{position} bytes instead of {part.size_bytes}")
@@ -144,7 +147,7 @@ class HttpStore:
         _persist(f"{self._url}/{part.key}", lambda: self._get(part.key, part, take))
 
     def all(self, key: str) -> bytes:
-        def take(answer: http.client.HTTPResponse) -> bytes:
+        def take(answer: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
             return answer.read(MAX_MANIFEST_BYTES)
 
         return _persist(f"{self._url}/{key}", lambda: self._get(key, None, take))
@@ -153,14 +156,22 @@ class HttpStore:
         for connection in (*self._idle, *self._asked.values()):
             connection.close()
 
-    def _get(self, key: str, part: Part | None, take: Callable[[http.client.HTTPResponse], T]) -> T:
+    def _get(
+        self,
+        key: str,
+        part: Part | None,
+        take: Callable[[http.client.HTTPResponse, http.client.HTTPConnection], T],
+    ) -> T:
         asked = None if part is None else self._asked.pop(part, None)
         connection = asked or self._free()
         try:
             if asked is None:
                 self._ask(connection, key, part)
+            if part is not None:
+                self._ask_ahead(part.size_bytes, connection)
             answer = connection.getresponse()
-            taken = self._taken(answer, part, take)
+            _check_status(answer, part)
+            taken = take(answer, connection)
             if not answer.isclosed():
                 connection.close()  # the rest of it is not wanted
             return taken
@@ -173,20 +184,6 @@ class HttpStore:
         finally:
             self._idle.append(connection)
 
-    @staticmethod
-    def _taken(
-        answer: http.client.HTTPResponse,
-        part: Part | None,
-        take: Callable[[http.client.HTTPResponse], T],
-    ) -> T:
-        if answer.status in (200, 206):
-            # A server that ignores ranges sends everything: usable only from the start.
-            if answer.status == 200 and part is not None and part.offset:
-                raise PoolError("the store answers range requests with the whole file")
-            return take(answer)
-        what = f"HTTP {answer.status} {answer.reason}"
-        raise _Passing(what) if answer.status in _PASSING else PoolError(what)
-
     def _free(self) -> http.client.HTTPConnection:
         return self._idle.pop() if self._idle else self._connect()
 
@@ -194,28 +191,29 @@ class HttpStore:
         headers = {} if part is None else {"Range": part.range}
         connection.request("GET", f"{self._path}/{quote(key)}", headers=headers)
 
-    def _ask_ahead(self, unread_bytes: int) -> None:
-        """Asks for what is expected unless enough is still to come."""
+    def _ask_ahead(self, unread_bytes: int, connection: http.client.HTTPConnection) -> None:
+        """Asks for what is expected unless enough is on its way, of this answer and others."""
         for part in self._asked.keys() - set(self._expected):
-            connection = self._asked.pop(part)
-            connection.close()  # nobody is going to take its answer
-            self._idle.append(connection)
-        unread_bytes += sum(part.size_bytes for part in self._asked)
+            unwanted = self._asked.pop(part)
+            unwanted.close()  # nobody is going to take its answer
+            self._idle.append(unwanted)
+        coming_bytes = _coming(unread_bytes, connection)
+        coming_bytes += sum(_coming(part.size_bytes, each) for part, each in self._asked.items())
         for part in self._expected:
-            if unread_bytes >= AHEAD_BYTES:
+            if coming_bytes >= AHEAD_BYTES:
                 return
             if part in self._asked:
                 continue
-            connection = self._free()
-            new = connection.sock is None
+            free = self._free()
+            new = free.sock is None
             try:
-                self._ask(connection, part.key, part)
+                self._ask(free, part.key, part)
             except (OSError, http.client.HTTPException):
-                connection.close()
-                self._idle.append(connection)
+                free.close()
+                self._idle.append(free)
                 return
-            self._asked[part] = connection
-            unread_bytes += part.size_bytes
+            self._asked[part] = free
+            coming_bytes += part.size_bytes
             if new:
                 return  # one at a time: to connect takes round trips, and bytes wait to be read
 
@@ -282,6 +280,26 @@ def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPCon
         context = ssl.create_default_context()
         return http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
     return http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+
+
+def _check_status(answer: http.client.HTTPResponse, part: Part | None) -> None:
+    """Raises _Passing or PoolError if it has not the bytes that were asked for."""
+    if answer.status in (200, 206):
+        # A server that ignores ranges sends everything: usable only from the start.
+        if answer.status == 200 and part is not None and part.offset:
+            raise PoolError("the store answers range requests with the whole file")
+        return
+    what = f"HTTP {answer.status} {answer.reason}"
+    raise _Passing(what) if answer.status in _PASSING else PoolError(what)
+
+
+def _coming(unread_bytes: int, connection: http.client.HTTPConnection) -> int:
+    """Of the unread bytes of an answer those that the kernel has not received yet."""
+    if connection.sock is None:  # it ends with this answer, which has the socket now
+        return unread_bytes
+    received = array("i", [0])
+    fcntl.ioctl(connection.sock, termios.FIONREAD, received)
+    return max(0, unread_bytes - received[0])
 
 
 def _persist(what: str, attempt: Callable[[], T]) -> T:
