@@ -51,6 +51,7 @@ from paceline.blocks.backend.skeleton import DTYPES
 from paceline.blocks.backend.store import HttpStore, Part
 from paceline.blocks.repository import compiled_model
 
+Bytes = bytes | memoryview
 COLD_METHODS = ("plain", "in-order", "in-order compiled", "blocks")
 
 
@@ -170,7 +171,7 @@ def in_order(directory: Path, url: str, stages: Stages, *, optimise: bool) -> li
     store = ObjectStore(found.pool)
     member = found.manifest.members[0]
     remote = HttpStore(url) if url else None
-    fetched: queue.Queue[tuple[Block, bytes, dict[str, bytes]]] = queue.Queue()
+    fetched: queue.Queue[tuple[Block, Bytes, dict[str, Bytes]]] = queue.Queue()
     built: queue.Queue[tuple[Block, ort.InferenceSession]] = queue.Queue()
 
     parts = {
@@ -179,7 +180,7 @@ def in_order(directory: Path, url: str, stages: Stages, *, optimise: bool) -> li
         for digest in (*(weight.object for weight in block.weights), block.graph)
     }
 
-    def read(digest: str) -> bytes:
+    def read(digest: str) -> Bytes:
         if remote is None:
             return store.path(digest).read_bytes()
         part = parts.pop(digest)
@@ -189,7 +190,7 @@ def in_order(directory: Path, url: str, stages: Stages, *, optimise: bool) -> li
     timed_read = stages.timed("fetch", read)
 
     def fetch() -> None:
-        have: dict[str, bytes] = {}
+        have: dict[str, Bytes] = {}
         for block in member.blocks:
             for digest in (*(weight.object for weight in block.weights), block.graph):
                 if digest not in have:
@@ -230,8 +231,8 @@ def session_of(
     store: ObjectStore,
     remote: HttpStore | None,
     block: Block,
-    graph: bytes,
-    objects: Mapping[str, bytes],
+    graph: Bytes,
+    objects: Mapping[str, Bytes],
     kept: list[Any],
     *,
     optimise: bool,
@@ -255,7 +256,7 @@ def session_of(
     if remote is not None:
         folder = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(folder, str(store.root / "objects"))
-    model = str(store.path(block.graph)) if remote is None else graph
+    model = str(store.path(block.graph)) if remote is None else bytes(graph)
     return ort.InferenceSession(model, options, ["CPUExecutionProvider"])
 
 

@@ -130,15 +130,16 @@ class RemoteSource:
         parts = []
         for span in spans[:MOST_AHEAD]:
             size = min(span.size_bytes, self._objects[span.name].size_bytes - span.offset)
-            if self._is_ours(span.name):
-                parts.append(_remote_part(span.name, span.offset, size))
+            part = self._parts.get(span.name)
+            if part is None:
+                continue  # it is complete
+            if not self._is_ours(span.name, part):
+                break  # who fetches it is ahead of us, and fetches what follows, too
+            parts.append(_remote_part(span.name, span.offset, size))
         self._remote.expect(parts)
 
-    def _is_ours(self, digest: str) -> bool:
+    def _is_ours(self, digest: str, part: _Part) -> bool:
         """Whether nobody else fetches it, or has fetched it; nobody else will then."""
-        part = self._parts.get(digest)
-        if part is None:
-            return False
         if not part.ours:
             part.ours = part.try_lock() and not self._store.path(digest).is_file()
         return part.ours
@@ -218,7 +219,7 @@ class RemoteSource:
         size, hashes = self._chunks[digest].size_bytes, self._chunks[digest].digests
         wanted = self._chunks_part(digest, run)
         for _ in range(_HASH_ATTEMPTS):
-            text = memoryview(self._remote.read(wanted))
+            text = self._remote.read(wanted)
             pieces = [text[start : start + size] for start in range(0, len(text), size)]
             if all(
                 hashlib.sha256(piece).digest() == hashes[number]

@@ -64,7 +64,7 @@ class Store(Protocol):
     def expect(self, parts: Sequence[Part]) -> None:
         """What is going to be asked for after the next `read` or `copy`, in this order."""
 
-    def read(self, part: Part) -> bytes:
+    def read(self, part: Part) -> memoryview:
         """Exactly these bytes. Raises PoolError."""
 
     def copy(self, part: Part, write: Write) -> None:
@@ -123,24 +123,26 @@ class HttpStore:
     def expect(self, parts: Sequence[Part]) -> None:
         self._expected = parts[:MOST_AHEAD]
 
-    def read(self, part: Part) -> bytes:
-        text = bytearray(part.size_bytes)
-
-        def write(position: int, piece: memoryview) -> None:
-            text[position : position + len(piece)] = piece
-
-        self.copy(part, write)
-        return bytes(text)
+    def read(self, part: Part) -> memoryview:
+        text = memoryview(bytearray(part.size_bytes))
+        self._receive(part, lambda position: text[position : position + _PIECE_BYTES], _nothing)
+        return text
 
     def copy(self, part: Part, write: Write) -> None:
+        self._receive(part, lambda position: self._piece[: part.size_bytes - position], write)
+
+    def _receive(self, part: Part, room: Callable[[int], memoryview], done: Write) -> None:
+        """Its bytes in pieces, each where there is `room` for what begins at a position."""
+
         def take(answer: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> None:
             position = 0
             while position < part.size_bytes:
                 self._ask_ahead(part.size_bytes - position, connection)
-                count = answer.readinto(self._piece[: part.size_bytes - position])
+                piece = room(position)
+                count = answer.readinto(piece)
                 if not count:
                     raise _Passing(f"{position} bytes instead of {part.size_bytes}")
-                write(position, self._piece[:count])
+                done(position, piece[:count])
                 position += count
 
         self._expected = [later for later in self._expected if later != part]
@@ -243,14 +245,16 @@ class S3Store:
 
     def expect(self, parts: Sequence[Part]) -> None: ...
 
-    def read(self, part: Part) -> bytes:
+    def read(self, part: Part) -> memoryview:
         wanted = {"Range": part.range}
-        return _persist(
-            f"{self._url}/{part.key}", lambda: self._get(part.key, wanted, part.size_bytes)
+        return memoryview(
+            _persist(
+                f"{self._url}/{part.key}", lambda: self._get(part.key, wanted, part.size_bytes)
+            )
         )
 
     def copy(self, part: Part, write: Write) -> None:
-        write(0, memoryview(self.read(part)))
+        write(0, self.read(part))
 
     def all(self, key: str) -> bytes:
         return _persist(f"{self._url}/{key}", lambda: self._get(key, {}, None))
@@ -291,6 +295,10 @@ def _check_status(answer: http.client.HTTPResponse, part: Part | None) -> None:
         return
     what = f"HTTP {answer.status} {answer.reason}"
     raise _Passing(what) if answer.status in _PASSING else PoolError(what)
+
+
+def _nothing(position: int, piece: memoryview) -> None:
+    """For pieces that are where they belong."""
 
 
 def _coming(unread_bytes: int, connection: http.client.HTTPConnection) -> int:
