@@ -25,7 +25,7 @@ import numpy as np
 
 from .manifest import Chunks, Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
 from .mapping import MappedObject
-from .store import MOST_AHEAD, Part, Store
+from .store import Part, Store
 from .window import CHUNK_BYTES, Span
 
 _HASH_ATTEMPTS = 2
@@ -127,16 +127,18 @@ class RemoteSource:
         return self._store.verified(digest, size_bytes)
 
     def expect(self, spans: Sequence[Span]) -> None:
-        parts = []
-        for span in spans[:MOST_AHEAD]:
+        self._remote.expect(self._unclaimed(spans))
+
+    def _unclaimed(self, spans: Sequence[Span]) -> Iterator[Part]:
+        """Up to what somebody else fetches; opens them."""
+        for span in spans:
             size = min(span.size_bytes, self._objects[span.name].size_bytes - span.offset)
             part = self._parts.get(span.name)
             if part is None:
                 continue  # it is complete
             if not self._is_ours(span.name, part):
-                break  # who fetches it is ahead of us, and fetches what follows, too
-            parts.append(_remote_part(span.name, span.offset, size))
-        self._remote.expect(parts)
+                return  # who fetches it is ahead of us, and fetches what follows, too
+            yield _remote_part(span.name, span.offset, size)
 
     def _is_ours(self, digest: str, part: _Part) -> bool:
         """Whether nobody else fetches it, or has fetched it; nobody else will then."""
@@ -206,7 +208,7 @@ class RemoteSource:
             runs = list(_runs(set(wanted) - part.chunks, self._chunks[digest].size_bytes))
             wanted_parts = [self._chunks_part(digest, run) for run in runs]
             for number, run in enumerate(runs, 1):
-                self._remote.expect(wanted_parts[number : number + MOST_AHEAD])
+                self._remote.expect(wanted_parts[number:])
                 self._fetch_chunks(digest, part, run)
 
     def _chunks_part(self, digest: str, run: range) -> Part:

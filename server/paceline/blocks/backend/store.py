@@ -14,9 +14,10 @@ import ssl
 import termios
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -61,8 +62,11 @@ class Part:
 class Store(Protocol):
     """One remote pool."""
 
-    def expect(self, parts: Sequence[Part]) -> None:
-        """What is going to be asked for after the next `read` or `copy`, in this order."""
+    def expect(self, parts: Iterable[Part]) -> None:
+        """What is going to be asked for after the next `read` or `copy`, in this order.
+
+        Looked through once that has been asked for itself, as far as it is of use.
+        """
 
     def read(self, part: Part) -> memoryview:
         """Exactly these bytes. Raises PoolError."""
@@ -118,10 +122,10 @@ class HttpStore:
         self._idle: list[http.client.HTTPConnection] = []
         self._asked: dict[Part, http.client.HTTPConnection] = {}
         """Parts that were asked for ahead, and where their answers come."""
-        self._expected: Sequence[Part] = ()
+        self._expected: Iterable[Part] = ()
 
-    def expect(self, parts: Sequence[Part]) -> None:
-        self._expected = parts[:MOST_AHEAD]
+    def expect(self, parts: Iterable[Part]) -> None:
+        self._expected = parts
 
     def read(self, part: Part) -> memoryview:
         text = memoryview(bytearray(part.size_bytes))
@@ -145,7 +149,6 @@ class HttpStore:
                 done(position, piece[:count])
                 position += count
 
-        self._expected = [later for later in self._expected if later != part]
         _persist(f"{self._url}/{part.key}", lambda: self._get(part.key, part, take))
 
     def all(self, key: str) -> bytes:
@@ -170,6 +173,8 @@ class HttpStore:
             if asked is None:
                 self._ask(connection, key, part)
             if part is not None:
+                ahead = islice((later for later in self._expected if later != part), MOST_AHEAD)
+                self._expected = tuple(ahead)
                 self._ask_ahead(part.size_bytes, connection)
             answer = connection.getresponse()
             _check_status(answer, part)
@@ -243,7 +248,7 @@ class S3Store:
         self._client_error: Any = botocore.exceptions.ClientError
         self._failures = (botocore.exceptions.BotoCoreError, OSError)
 
-    def expect(self, parts: Sequence[Part]) -> None: ...
+    def expect(self, parts: Iterable[Part]) -> None: ...
 
     def read(self, part: Part) -> memoryview:
         wanted = {"Range": part.range}
