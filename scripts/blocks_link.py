@@ -3,37 +3,44 @@
 
     .venv/bin/python scripts/blocks_link.py DIR MBPS    # prints its port
 
-Part of scripts/bench_blocks.py: a store behind a link.
+Part of scripts/bench_blocks.py: a store behind a link. The link is as busy as it is asked to be,
+whoever asks: while an answer waits for its turn, or for a processor that runs something else, the
+link's time is counted as used by it; while nobody asks, or nobody takes what was asked for, the
+link's time passes unused, and no burst makes up for it.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-CHUNK_BYTES = 1 << 20
-BURST_S = 0.002
+CHUNK_S = 0.002
+MOST_CHUNK_BYTES = 1 << 20
 
 
 class Link:
-    """One token bucket for all."""
+    """What passes it passes one after the other."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._rate = bytes_per_s
         self._free_at_s = 0.0
         self._lock = threading.Lock()
+        self.chunk_bytes = min(int(bytes_per_s * CHUNK_S), MOST_CHUNK_BYTES)
 
-    def take(self, size: int) -> None:
+    def pass_through(self, size: int, there_since_s: float) -> float:
+        """Waits until bytes that have been there since then are through; when they were."""
         with self._lock:
-            now_s = time.perf_counter()
-            self._free_at_s = max(self._free_at_s, now_s - BURST_S) + size / self._rate
-            wait_s = self._free_at_s - now_s
+            self._free_at_s = max(self._free_at_s, there_since_s) + size / self._rate
+            due_s = self._free_at_s
+        wait_s = due_s - time.perf_counter()
         if wait_s > 0:
             time.sleep(wait_s)
+        return due_s
 
 
 def main() -> None:
@@ -57,16 +64,33 @@ def main() -> None:
             self.end_headers()
             self.wfile.flush()
             with path.open("rb") as file:
-                while first <= last:
-                    count = min(CHUNK_BYTES, last + 1 - first)
-                    link.take(count)
-                    while count:
-                        sent = os.sendfile(self.connection.fileno(), file.fileno(), first, count)
-                        first, count = first + sent, count - sent
+                self.send(file.fileno(), first, last + 1)
+
+        def send(self, file: int, first: int, stop: int) -> None:
+            there_since_s = time.perf_counter()
+            taker = self.connection.fileno()
+            room = select.poll()
+            room.register(taker, select.POLLOUT)
+            os.set_blocking(taker, False)
+            while first < stop:
+                count = min(link.chunk_bytes, stop - first)
+                there_since_s = link.pass_through(count, there_since_s)
+                while count:
+                    try:
+                        sent = os.sendfile(taker, file, first, count)
+                    except BlockingIOError:
+                        room.poll()
+                        there_since_s = time.perf_counter()
+                        continue
+                    first, count = first + sent, count - sent
+            os.set_blocking(taker, True)
 
         def log_message(self, *_: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # connections beyond it would come a second later
+
+    server = Server(("127.0.0.1", 0), Handler)
     print(server.server_address[1], flush=True)
     server.serve_forever()
 

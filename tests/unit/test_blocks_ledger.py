@@ -197,6 +197,27 @@ def test_turns_pass_from_one_to_the_next(directory: Path) -> None:
     assert sorted(moved) == ["a"] * 20 + ["b"] * 20
 
 
+def test_a_turn_says_whether_others_load_through_the_same_channel(directory: Path) -> None:
+    mine, other, elsewhere = (
+        Ledger(channel, directory=directory) for channel in ("store", "store", "disk")
+    )
+    elsewhere.expect("elsewhere", 2 * MIB)
+
+    def alone() -> bool:
+        answer = mine.begin(lambda: False)
+        mine.end(MIB)
+        return answer
+
+    assert alone(), "the other one has nothing to load"
+    other.expect("other", 2 * MIB)
+    assert not alone()
+    other.begin(lambda: False)
+    other.end(2 * MIB)
+    assert alone(), "it has what it needs"
+    for ledger in (mine, other, elsewhere):
+        ledger.close()
+
+
 def test_another_version_of_the_table_is_neither_read_nor_removed(tmp_path: Path) -> None:
     """Its files lie beside ours, also when we are the last to leave."""
     directory = tmp_path / "ledger"

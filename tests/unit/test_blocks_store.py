@@ -1,4 +1,4 @@
-"""A block store over HTTP: bytes as asked for, and the next request out before an answer ends."""
+"""A block store over HTTP: bytes as asked for, and the next requests out before an answer ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from tests.http_stores import StoreHandler, answering
 
 from paceline.blocks.backend import store
 from paceline.blocks.backend.manifest import PoolError
-from paceline.blocks.backend.store import HttpStore
+from paceline.blocks.backend.store import MOST_AHEAD, HttpStore, Part
 
 SIZE = 3 << 20
-CONTENTS = {f"{name}": name.encode() * SIZE for name in "abcd"}
+NAMES = "abcdefghijkl"
+CONTENTS = {name: name.encode() * SIZE for name in NAMES}
 
 
 @dataclass
@@ -26,6 +27,8 @@ class Served:
     )
     cut_short: int = 0
     """So many answers end in the middle."""
+    held: dict[str, threading.Event] = field(default_factory=dict)
+    """Their bytes come when it is set."""
 
 
 @pytest.fixture
@@ -43,6 +46,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
             self.send_response(206)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
+            if name in served.held:
+                served.held[name].wait(10)
             if served.cut_short:
                 served.cut_short -= 1
                 body, self.close_connection = body[: len(body) // 2], True
@@ -55,40 +60,98 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
         yield served
 
 
-def copied(opened: HttpStore, name: str, offset: int = 0) -> bytes:
-    text = bytearray(SIZE - offset)
+def part(name: str, offset: int = 0, size: int = SIZE) -> Part:
+    return Part(name, offset, size - offset)
+
+
+def copied(opened: HttpStore, wanted: Part) -> bytes:
+    text = bytearray(wanted.size_bytes)
 
     def write(position: int, piece: memoryview) -> None:
         text[position : position + len(piece)] = piece
 
-    opened.copy(name, offset, SIZE - offset, write)
+    opened.copy(wanted, write)
     return bytes(text)
 
 
 def test_the_next_request_is_out_before_an_answer_ends(served: Served) -> None:
     """The store has it while the first piece of the answer before is being written."""
     opened = HttpStore(served.url)
-    opened.expect("b", 0, SIZE)
+    opened.expect([part("b")])
     there = []
-    opened.copy("a", 0, SIZE, lambda position, piece: there.append(served.seen["b"].wait(10)))
+    opened.copy(part("a"), lambda position, piece: there.append(served.seen["b"].wait(10)))
     assert there and all(there)
-    assert copied(opened, "b") == CONTENTS["b"]
+    assert copied(opened, part("b")) == CONTENTS["b"]
     assert sorted(served.asked) == ["a", "b"]
+    opened.close()
+
+
+def test_no_more_is_asked_for_ahead_than_fills_the_link(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the bytes of one that was asked for are still to come no other one is."""
+    monkeypatch.setattr(store, "AHEAD_BYTES", SIZE - (1 << 16))  # of which a head has a part
+    served.held["b"] = threading.Event()
+    opened = HttpStore(served.url)
+    opened.expect([part("b"), part("c"), part("d")])
+    pieces = []
+
+    def write(position: int, piece: memoryview) -> None:
+        assert not position or served.seen["b"].wait(10)
+        assert "c" not in served.asked
+        pieces.append(len(piece))
+
+    opened.copy(part("a"), write)
+    assert sum(pieces) == SIZE and len(pieces) >= 3
+    served.held["b"].set()
+    opened.expect([part("c"), part("d")])
+    assert copied(opened, part("b")) == CONTENTS["b"]
+    assert served.seen["c"].wait(10)
+    opened.expect([])
+    assert copied(opened, part("c")) == CONTENTS["c"]
+    opened.close()
+
+
+def test_of_small_ones_many_are_out_but_no_more_than_is_said(served: Served) -> None:
+    opened = HttpStore(served.url)
+    small = [part(name, size=100) for name in NAMES]
+    for number, one in enumerate(small):
+        opened.expect(small[number + 1 :])
+        assert copied(opened, one) == CONTENTS[one.key][:100]
+        # The store sees what was asked for a moment later, never more than that.
+        assert len(served.asked) <= number + 1 + MOST_AHEAD
+    assert sorted(served.asked) == list(NAMES)
+    opened.close()
+
+
+def test_all_requests_ahead_are_out_once_there_are_connections(served: Served) -> None:
+    """Each answer opens one: so many are out after so many answers."""
+    opened = HttpStore(served.url)
+    small = [part(name, size=100) for name in NAMES]
+    for number in range(4):
+        opened.expect(small[number + 1 :])
+        copied(opened, small[number])
+    assert all(served.seen[name].wait(10) for name in NAMES[:8])
+    for number in range(4, len(NAMES)):
+        assert copied(opened, small[number]) == CONTENTS[NAMES[number]][:100]
+    assert sorted(served.asked) == list(NAMES)
     opened.close()
 
 
 def test_what_was_expected_in_vain_does_no_harm(served: Served) -> None:
     """Other bytes are asked for, or it is given up, or expected for now."""
     opened = HttpStore(served.url)
-    opened.expect("b", 0, SIZE)
-    assert copied(opened, "a") == CONTENTS["a"]
-    assert copied(opened, "c") == CONTENTS["c"]
-    opened.expect("d", 0, SIZE)
-    assert copied(opened, "b", offset=5) == CONTENTS["b"][5:]
-    opened.expect("d", 0, SIZE)
-    assert copied(opened, "d") == CONTENTS["d"]
-    opened.expect("a", 0, SIZE)
-    assert copied(opened, "a") == CONTENTS["a"]
+    opened.expect([part("b")])
+    assert copied(opened, part("a")) == CONTENTS["a"]
+    assert served.seen["b"].wait(10)
+    opened.expect([])
+    assert copied(opened, part("c")) == CONTENTS["c"]
+    opened.expect([part("d")])
+    assert copied(opened, part("b", offset=5)) == CONTENTS["b"][5:]
+    opened.expect([part("d")])
+    assert copied(opened, part("d")) == CONTENTS["d"]
+    opened.expect([part("a")])
+    assert copied(opened, part("a")) == CONTENTS["a"]
     assert (served.asked.count("a"), served.asked.count("d")) == (2, 1)
     opened.close()
 
@@ -98,9 +161,12 @@ def test_answers_that_end_early_come_again(served: Served, times: int) -> None:
     """Also one that was asked for ahead; no piece is taken for another's."""
     opened = HttpStore(served.url)
     served.cut_short = times
-    opened.expect("b", 0, SIZE)
-    assert copied(opened, "a") == CONTENTS["a"]
-    assert copied(opened, "b") == CONTENTS["b"]
+    opened.expect([part("b"), part("c")])
+    assert copied(opened, part("a")) == CONTENTS["a"]
+    opened.expect([part("c")])
+    assert copied(opened, part("b")) == CONTENTS["b"]
+    opened.expect([])
+    assert opened.read(part("c")) == CONTENTS["c"]
     opened.close()
 
 
@@ -108,5 +174,5 @@ def test_a_store_that_never_answers_in_full_is_given_up(served: Served) -> None:
     opened = HttpStore(served.url)
     served.cut_short = 1000
     with pytest.raises(PoolError, match=r"/a: .*, 5 times in a row"):
-        copied(opened, "a")
+        copied(opened, part("a"))
     opened.close()

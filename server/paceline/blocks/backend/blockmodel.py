@@ -130,9 +130,9 @@ class BlockModel:
         """Building and loading begin; requests may come. Raises PoolError."""
         if self.budget is not None:
             self.budget.start(self._loader, self._durations)
-        self._tables_thread.start()
+        self._loader.start()  # first: what takes longest is to fetch
         self._skeleton.start()
-        self._loader.start()
+        self._tables_thread.start()
         return self
 
     @property

@@ -126,7 +126,7 @@ class Ledger:
         with self._table() as rows:
             rows[self._name] = replace(rows[self._name], model=model, loading_bytes=size_bytes)
 
-    def begin(self, urgent: Callable[[], bool]) -> None:
+    def begin(self, urgent: Callable[[], bool]) -> bool:
         """See `loader.Turns`."""
         while True:
             with self._table() as rows:
@@ -143,8 +143,12 @@ class Ledger:
                 rows[self._name] = replace(
                     rows[self._name], load=began(load, now_s) if mine else load
                 )
+                others = [row for name, row in rows.items() if name != self._name]
             if mine:
-                return
+                return not any(
+                    row.load.channel == self._channel and (row.left_bytes or row.load.busy)
+                    for row in others
+                )
             self._turn_bell.wait(_RETRY_S)
 
     def end(self, size_bytes: int) -> None:

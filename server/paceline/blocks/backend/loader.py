@@ -22,7 +22,7 @@ from .window import Span, Step, Window
 
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 8.0
-_AHEAD = 2
+_RECEIVED = 8
 """Spans that were received and wait to be hashed."""
 TURN_S = 0.02
 """Steps that follow each other within this time are one turn: a turn costs about 0.3 ms."""
@@ -31,8 +31,11 @@ TURN_S = 0.02
 class Turns(Protocol):
     """Permission to move bytes, shared by all loads of the machine."""
 
-    def begin(self, urgent: Callable[[], bool]) -> None:
-        """Blocks until it is this process's turn; `urgent` says whether a request waits."""
+    def begin(self, urgent: Callable[[], bool]) -> bool:
+        """Blocks until it is this process's turn; `urgent` says whether a request waits.
+
+        Returns whether nobody else has something to load.
+        """
 
     def end(self, size_bytes: int) -> None:
         """The bytes are moved."""
@@ -41,7 +44,8 @@ class Turns(Protocol):
 class FreeTurns:
     """Nobody to share with."""
 
-    def begin(self, urgent: Callable[[], bool]) -> None: ...
+    def begin(self, urgent: Callable[[], bool]) -> bool:
+        return True
 
     def end(self, size_bytes: int) -> None: ...
 
@@ -71,6 +75,9 @@ class Loader:
         self._retry_at_s = 0.0
         self._closed = False
         self._dropping = False
+        self._alone = False
+        self._following: Step | None = None
+        """What was asked for ahead of its turn."""
         self._turn_since_s: float | None = None
         self._turn_bytes = 0
         self._peak_bytes = 0
@@ -79,7 +86,7 @@ class Loader:
         self._stalled_s = 0.0
         # Within a budget the next step may drop what this one fetched: one after the other.
         self._in_turn = not window.unlimited
-        self._rest: queue.Queue[tuple[Span, Callable[[], None]] | None] = queue.Queue(_AHEAD)
+        self._rest: queue.Queue[tuple[Span, Callable[[], None]] | None] = queue.Queue(_RECEIVED)
         self._thread = threading.Thread(target=self._work, name="blocks-loader", daemon=True)
         self._finisher = threading.Thread(target=self._finish, name="blocks-finisher", daemon=True)
 
@@ -222,7 +229,9 @@ class Loader:
         """What can be done at once."""
         if self._error is not None and time.monotonic() < self._retry_at_s:
             return None
-        step = self._window.next_step()
+        step, self._following = self._following, None
+        if step is None:
+            step = self._window.next_step()
         self._dropping = step is not None and bool(step.drop)
         self._peak_bytes = max(self._peak_bytes, self._window.held_bytes)
         return step
@@ -241,11 +250,11 @@ class Loader:
         began_s = time.perf_counter()
         try:
             if self._turn_since_s is None:
-                self._turns.begin(self._waited_for)
+                self._alone = self._turns.begin(self._waited_for)
                 self._turn_since_s = began_s = time.perf_counter()
-            for span, after in zip(step.fetch, (*step.fetch[1:], None), strict=True):
-                if after is not None:
-                    self._source.expect(after)
+            spans = (*step.fetch, *self._fetched_next())
+            for number, span in enumerate(step.fetch, 1):
+                self._source.expect(spans[number:])
                 rest = self._source.fetch(span)
                 moved += span.size_bytes
                 if rest is not None:
@@ -264,6 +273,18 @@ class Loader:
             self._turn_bytes += moved
             if self._turn_since_s is not None and now_s - self._turn_since_s >= TURN_S:
                 self._end_turn()
+
+    def _fetched_next(self) -> tuple[Span, ...]:
+        """What the step after this one will fetch, if it can be asked for before its turn.
+
+        A link that waits for the next request at the end of every turn is idle for as long. But
+        what is on its way cannot be overtaken: so only while there is nobody to give a turn to.
+        """
+        if self._in_turn or not self._alone or not self._source.distant:
+            return ()
+        with self._changed:
+            self._following = self._window.next_step()
+            return () if self._following is None else self._following.fetch
 
     def _end_turn(self) -> None:
         if self._turn_since_s is not None:
@@ -296,7 +317,8 @@ class Loader:
     def _fail(self, spans: Sequence[Span], error: Exception) -> None:
         wrong = error if isinstance(error, PoolError) else PoolError(f"weights: {error!r}")
         with self._changed:
-            for span in spans:
+            following, self._following = self._following, None
+            for span in (*spans, *(following.fetch if following is not None else ())):
                 if not self._window.holds(span.name):
                     self._window.lost(span.name)
                     self._objects[span.name].drop(page_cache=False)

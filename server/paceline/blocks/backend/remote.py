@@ -15,9 +15,9 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ import numpy as np
 
 from .manifest import Chunks, Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
 from .mapping import MappedObject
-from .store import Store
+from .store import Part, Store
 from .window import CHUNK_BYTES, Span
 
 _HASH_ATTEMPTS = 2
 _RUNS = 64
-"""Most requests for the rows of a batch: each costs half a round trip, two being under way."""
+"""Most requests for the rows of a batch: each is some work, for the store and for us."""
 _GAP_BYTES = 512 << 10
 _SETTLE_S = 0.5
 """So long nothing must have come before the disk is kept busy."""
@@ -38,6 +38,8 @@ _SETTLE_S = 0.5
 
 class RemoteSource:
     """See `source.Source`. `connect` opens the store; every thread has one of its own."""
+
+    distant = True
 
     def __init__(self, connect: Callable[[], Store], cache: Path) -> None:
         self._connect = connect
@@ -72,13 +74,14 @@ class RemoteSource:
         if not is_digest(digest):
             raise PoolError(f"parameter manifest is {digest!r}: give 64 lower-case hex digits")
         path = self._cache / "manifests" / f"{digest}.json"
-        if not path.is_file():
+        if path.is_file():
+            manifest = self._store.manifest(digest)
+        else:
             text = self._remote.all(f"manifests/{digest}.json")
             if hashlib.sha256(text).hexdigest() != digest:
                 raise PoolError(f"manifest {digest}: the store has other bytes under this name")
-            parse(text, f"manifest {digest}")
+            manifest = parse(text, f"manifest {digest}")
             self._write(path, text)
-        manifest = self._store.manifest(digest)
         self._chunks = manifest.chunks
         return manifest
 
@@ -123,12 +126,25 @@ class RemoteSource:
             self._write(path, text)
         return self._store.verified(digest, size_bytes)
 
-    def expect(self, span: Span) -> None:
-        size = min(span.size_bytes, self._objects[span.name].size_bytes - span.offset)
-        part = self._parts.get(span.name)
-        # Not what others fetch now, or have fetched.
-        if part is not None and part.try_lock() and not self._store.path(span.name).is_file():
-            self._remote.expect(f"objects/{span.name}", span.offset, size)
+    def expect(self, spans: Sequence[Span]) -> None:
+        self._remote.expect(self._unclaimed(spans))
+
+    def _unclaimed(self, spans: Sequence[Span]) -> Iterator[Part]:
+        """Up to what somebody else fetches; opens them."""
+        for span in spans:
+            size = min(span.size_bytes, self._objects[span.name].size_bytes - span.offset)
+            part = self._parts.get(span.name)
+            if part is None:
+                continue  # it is complete
+            if not self._is_ours(span.name, part):
+                return  # who fetches it is ahead of us, and fetches what follows, too
+            yield _remote_part(span.name, span.offset, size)
+
+    def _is_ours(self, digest: str, part: _Part) -> bool:
+        """Whether nobody else fetches it, or has fetched it; nobody else will then."""
+        if not part.ours:
+            part.ours = part.try_lock() and not self._store.path(digest).is_file()
+        return part.ours
 
     def fetch(self, span: Span) -> Callable[[], None] | None:
         """Receives and writes; the rest is to hash, beside the reception of the next span."""
@@ -190,23 +206,28 @@ class RemoteSource:
             if not part.chunks and self._came_from_elsewhere(digest, part):
                 return
             runs = list(_runs(set(wanted) - part.chunks, self._chunks[digest].size_bytes))
-            for run, after in zip_longest(runs, runs[1:]):
-                self._fetch_chunks(digest, part, run, after)
+            wanted_parts = [self._chunks_part(digest, run) for run in runs]
+            for number, run in enumerate(runs, 1):
+                self._remote.expect(wanted_parts[number:])
+                self._fetch_chunks(digest, part, run)
 
-    def _fetch_chunks(self, digest: str, part: _Part, run: range, after: range | None) -> None:
+    def _chunks_part(self, digest: str, run: range) -> Part:
+        size = self._chunks[digest].size_bytes
+        first = run.start * size
+        stop = min(run.stop * size, self._objects[digest].size_bytes)
+        return _remote_part(digest, first, stop - first)
+
+    def _fetch_chunks(self, digest: str, part: _Part, run: range) -> None:
         size, hashes = self._chunks[digest].size_bytes, self._chunks[digest].digests
-        first, stop = run.start * size, min(run.stop * size, part.size_bytes)
-        if after is not None:
-            start, end = after.start * size, min(after.stop * size, part.size_bytes)
-            self._remote.expect(f"objects/{digest}", start, end - start)
+        wanted = self._chunks_part(digest, run)
         for _ in range(_HASH_ATTEMPTS):
-            text = memoryview(self._remote.read(f"objects/{digest}", first, stop - first))
+            text = self._remote.read(wanted)
             pieces = [text[start : start + size] for start in range(0, len(text), size)]
             if all(
                 hashlib.sha256(piece).digest() == hashes[number]
                 for number, piece in zip(run, pieces, strict=True)
             ):
-                part.write(first, text)
+                part.write(wanted.offset, text)
                 part.chunks.update(run)
                 return
         raise PoolError(f"object {digest}: the store has other bytes in chunks {run}")
@@ -240,7 +261,7 @@ class RemoteSource:
         def write(position: int, piece: memoryview) -> None:
             part.write(offset + position, piece)
 
-        self._remote.copy(f"objects/{digest}", offset, size_bytes, write)
+        self._remote.copy(_remote_part(digest, offset, size_bytes), write)
 
     def _complete(self, digest: str, part: _Part) -> None:
         """Checks the whole; what is wrong is fetched once more, then given up."""
@@ -282,6 +303,10 @@ class RemoteSource:
         except OSError as error:
             fresh.unlink(missing_ok=True)
             raise PoolError(f"cache {path}: {error.strerror}") from None
+
+
+def _remote_part(digest: str, offset: int, size_bytes: int) -> Part:
+    return Part(f"objects/{digest}", offset, size_bytes)
 
 
 def _runs(wanted: Collection[int], size_bytes: int) -> Iterator[range]:
@@ -405,6 +430,8 @@ class _Part:
         self.chunks: set[int] = set()
         """Of a table: those that are there, their hashes right."""
         self.parts_lock = threading.Lock()
+        self.ours = False
+        """Locked by us, and known not to be complete under its name."""
 
     def remove(self) -> None:
         """Unless somebody else uses it."""
@@ -423,6 +450,7 @@ class _Part:
         fcntl.flock(self._handle, fcntl.LOCK_EX)
 
     def release(self) -> None:
+        self.ours = False
         fcntl.flock(self._handle, fcntl.LOCK_UN)
 
     def write(self, offset: int, text: memoryview) -> None:

@@ -8,7 +8,7 @@ that still holds; so no block computes with bytes that nobody checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,9 @@ from .window import Span
 class Source(Protocol):
     """Objects of one model. `fetch`, `graph` and `check` may run at once, each in one thread."""
 
+    distant: bool
+    """Whether it takes a while from asking for bytes until the first of them come."""
+
     def manifest(self, digest: str) -> Manifest:
         """Raises PoolError if it cannot be had or is unsound."""
 
@@ -29,8 +32,8 @@ class Source(Protocol):
     def graph(self, digest: str, size_bytes: int) -> Path:
         """A graph's file, complete and checked. Raises PoolError."""
 
-    def expect(self, span: Span) -> None:
-        """What will be fetched after the next span."""
+    def expect(self, spans: Sequence[Span]) -> None:
+        """What will be fetched after the next span, in this order."""
 
     def fetch(self, span: Span) -> Callable[[], None] | None:
         """Brings the span's bytes into memory. Raises PoolError; the object is then not held.
@@ -56,6 +59,8 @@ class Source(Protocol):
 class LocalSource:
     """A pool directory. Only markers of what was verified are ever written there."""
 
+    distant = False  # the kernel reads ahead
+
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise PoolError(f"{root}: no such pool: `paceline blocks compile` writes one")
@@ -73,7 +78,7 @@ class LocalSource:
     def graph(self, digest: str, size_bytes: int) -> Path:
         return self._store.verified(digest, size_bytes)
 
-    def expect(self, span: Span) -> None: ...
+    def expect(self, spans: Sequence[Span]) -> None: ...
 
     def fetch(self, span: Span) -> None:
         opened = self._objects[span.name]

@@ -7,11 +7,17 @@ is never longer than what was asked for. Each thread that fetches has a store of
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import random
 import ssl
+import termios
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -25,6 +31,13 @@ FIRST_PAUSE_S = 0.1
 """Doubles from one attempt to the next: 1.5 s in all before a store is given up."""
 _PIECE_BYTES = 1 << 20
 """What stays in a core's cache from its reception until it is written."""
+MOST_AHEAD = 7
+"""Requests that are out beside the one whose answer is being read."""
+AHEAD_BYTES = 4 << 20
+"""While less is on its way the next request goes out: what 200 MB/s bring in 20 ms.
+
+What was received does not count: answers share the link, and large ones would end together.
+"""
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -32,16 +45,33 @@ Write = Callable[[int, memoryview], None]
 """Takes bytes and their position, the first's being 0."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes of a key."""
+
+    key: str
+    offset: int
+    size_bytes: int
+
+    @property
+    def range(self) -> str:
+        """As HTTP spells it."""
+        return f"bytes={self.offset}-{self.offset + self.size_bytes - 1}"
+
+
 class Store(Protocol):
     """One remote pool."""
 
-    def read(self, key: str, offset: int, size_bytes: int) -> bytes:
-        """Exactly these bytes of `key`. Raises PoolError."""
+    def expect(self, parts: Iterable[Part]) -> None:
+        """What is going to be asked for after the next `read` or `copy`, in this order.
 
-    def expect(self, key: str, offset: int, size_bytes: int) -> None:
-        """What the `copy` after the next one is going to ask for."""
+        Looked through once that has been asked for itself, as far as it is of use.
+        """
 
-    def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
+    def read(self, part: Part) -> memoryview:
+        """Exactly these bytes. Raises PoolError."""
+
+    def copy(self, part: Part, write: Write) -> None:
         """Hands these bytes over in pieces, each gone when `write` returns. Raises PoolError.
 
         After a failure that may pass they come again from the first on.
@@ -74,10 +104,11 @@ def channel(url: str) -> str:
 
 
 class HttpStore:
-    """Range requests over two connections that are kept.
+    """Range requests over connections that are kept.
 
-    The next request goes out on one while the answer comes on the other: a store takes a while to
-    answer, and the link would be idle meanwhile.
+    What is asked for next goes out on others while an answer comes on one: a store takes a while
+    to answer, and the link would be idle meanwhile. Answers are read in the order of use, and wait
+    in the kernel's buffers until then.
     """
 
     def __init__(self, url: str) -> None:
@@ -87,104 +118,111 @@ class HttpStore:
             raise PoolError(f"pool {url}: no host")
         self._path = parts.path.rstrip("/")
         self._piece = memoryview(bytearray(_PIECE_BYTES))
-        self._connection, self._spare = (
-            _connection(parts.scheme, parts.hostname, parts.port) for _ in range(2)
-        )
-        self._expected: tuple[str, str] | None = None
-        self._asked: tuple[str, str] | None = None
-        """The key and the range that the spare connection was asked for."""
+        self._connect = partial(_connection, parts.scheme, parts.hostname, parts.port)
+        self._idle: list[http.client.HTTPConnection] = []
+        self._asked: dict[Part, http.client.HTTPConnection] = {}
+        """Parts that were asked for ahead, and where their answers come."""
+        self._expected: Iterable[Part] = ()
 
-    def read(self, key: str, offset: int, size_bytes: int) -> bytes:
-        def take(answer: http.client.HTTPResponse) -> bytes:
-            body = answer.read(size_bytes)
-            if len(body) != size_bytes:
-                raise _Passing(f"{len(body)} bytes instead of {size_bytes}")
-            return body
+    def expect(self, parts: Iterable[Part]) -> None:
+        self._expected = parts
 
-        return self._range(key, offset, size_bytes, take)
+    def read(self, part: Part) -> memoryview:
+        text = memoryview(bytearray(part.size_bytes))
+        self._receive(part, lambda position: text[position : position + _PIECE_BYTES], _nothing)
+        return text
 
-    def expect(self, key: str, offset: int, size_bytes: int) -> None:
-        self._expected = (key, _range(offset, size_bytes))
+    def copy(self, part: Part, write: Write) -> None:
+        self._receive(part, lambda position: self._piece[: part.size_bytes - position], write)
 
-    def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
-        def take(answer: http.client.HTTPResponse) -> None:
+    def _receive(self, part: Part, room: Callable[[int], memoryview], done: Write) -> None:
+        """Its bytes in pieces, each where there is `room` for what begins at a position."""
+
+        def take(answer: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> None:
             position = 0
-            while position < size_bytes:
-                count = answer.readinto(self._piece[: size_bytes - position])
+            while position < part.size_bytes:
+                self._ask_ahead(part.size_bytes - position, connection)
+                piece = room(position)
+                count = answer.readinto(piece)
                 if not count:
-                    raise _Passing(f"{position} bytes instead of {size_bytes}")
-                write(position, self._piece[:count])
+                    raise _Passing(f"{position} bytes instead of {part.size_bytes}")
+                done(position, piece[:count])
                 position += count
 
-        self._range(key, offset, size_bytes, take)
+        _persist(f"{self._url}/{part.key}", lambda: self._get(part.key, part, take))
 
     def all(self, key: str) -> bytes:
-        return _persist(
-            f"{self._url}/{key}",
-            lambda: self._get(key, "", 0, lambda answer: answer.read(MAX_MANIFEST_BYTES)),
-        )
+        def take(answer: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
+            return answer.read(MAX_MANIFEST_BYTES)
+
+        return _persist(f"{self._url}/{key}", lambda: self._get(key, None, take))
 
     def close(self) -> None:
-        self._connection.close()
-        self._spare.close()
-
-    def _ask_ahead(self, now: tuple[str, str]) -> None:
-        expected, self._expected = self._expected, None
-        if expected is None or expected == now:
-            return
-        if self._asked is not None:
-            self._spare.close()  # nobody took its answer
-        key, wanted = self._asked = expected
-        try:
-            self._spare.request("GET", self._target(key), headers={"Range": wanted})
-        except (OSError, http.client.HTTPException):
-            self._spare.close()
-            self._asked = None
-
-    def _target(self, key: str) -> str:
-        return f"{self._path}/{quote(key)}"
-
-    def _range(
-        self, key: str, offset: int, size_bytes: int, take: Callable[[http.client.HTTPResponse], T]
-    ) -> T:
-        wanted = _range(offset, size_bytes)
-        return _persist(f"{self._url}/{key}", lambda: self._get(key, wanted, offset, take))
+        for connection in (*self._idle, *self._asked.values()):
+            connection.close()
 
     def _get(
         self,
         key: str,
-        wanted: str,
-        offset: int,
-        take: Callable[[http.client.HTTPResponse], T],
+        part: Part | None,
+        take: Callable[[http.client.HTTPResponse, http.client.HTTPConnection], T],
     ) -> T:
+        asked = None if part is None else self._asked.pop(part, None)
+        connection = asked or self._free()
         try:
-            if self._asked == (key, wanted):
-                self._asked = None
-                self._connection, self._spare = self._spare, self._connection
-            else:
-                headers = {"Range": wanted} if wanted else {}
-                self._connection.request("GET", self._target(key), headers=headers)
-            self._ask_ahead((key, wanted))
-            answer = self._connection.getresponse()
-            if answer.status in (200, 206):
-                # A server that ignores ranges sends everything: usable only from the start.
-                if answer.status == 200 and offset:
-                    raise PoolError("the store answers range requests with the whole file")
-                taken = take(answer)
-                if not answer.isclosed():
-                    self._connection.close()  # the rest of it is not wanted
-                return taken
-            answer.read(MAX_MANIFEST_BYTES)
-        except PoolError:
-            self._connection.close()
-            raise
-        except (OSError, http.client.HTTPException, _Passing) as error:
-            self._connection.close()
+            if asked is None:
+                self._ask(connection, key, part)
+            if part is not None:
+                ahead = islice((later for later in self._expected if later != part), MOST_AHEAD)
+                self._expected = tuple(ahead)
+                self._ask_ahead(part.size_bytes, connection)
+            answer = connection.getresponse()
+            _check_status(answer, part)
+            taken = take(answer, connection)
+            if not answer.isclosed():
+                connection.close()  # the rest of it is not wanted
+            return taken
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
             raise _Passing(str(error) or type(error).__name__) from None
-        what = f"HTTP {answer.status} {answer.reason}"
-        if answer.status in _PASSING:
-            raise _Passing(what)
-        raise PoolError(what)
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            self._idle.append(connection)
+
+    def _free(self) -> http.client.HTTPConnection:
+        return self._idle.pop() if self._idle else self._connect()
+
+    def _ask(self, connection: http.client.HTTPConnection, key: str, part: Part | None) -> None:
+        headers = {} if part is None else {"Range": part.range}
+        connection.request("GET", f"{self._path}/{quote(key)}", headers=headers)
+
+    def _ask_ahead(self, unread_bytes: int, connection: http.client.HTTPConnection) -> None:
+        """Asks for what is expected unless enough is on its way, of this answer and others."""
+        for part in self._asked.keys() - set(self._expected):
+            unwanted = self._asked.pop(part)
+            unwanted.close()  # nobody is going to take its answer
+            self._idle.append(unwanted)
+        coming_bytes = _coming(unread_bytes, connection)
+        coming_bytes += sum(_coming(part.size_bytes, each) for part, each in self._asked.items())
+        for part in self._expected:
+            if coming_bytes >= AHEAD_BYTES:
+                return
+            if part in self._asked:
+                continue
+            free = self._free()
+            new = free.sock is None
+            try:
+                self._ask(free, part.key, part)
+            except (OSError, http.client.HTTPException):
+                free.close()
+                self._idle.append(free)
+                return
+            self._asked[part] = free
+            coming_bytes += part.size_bytes
+            if new:
+                return  # one at a time: to connect takes round trips, and bytes wait to be read
 
 
 class S3Store:
@@ -210,14 +248,18 @@ class S3Store:
         self._client_error: Any = botocore.exceptions.ClientError
         self._failures = (botocore.exceptions.BotoCoreError, OSError)
 
-    def read(self, key: str, offset: int, size_bytes: int) -> bytes:
-        wanted = {"Range": _range(offset, size_bytes)}
-        return _persist(f"{self._url}/{key}", lambda: self._get(key, wanted, size_bytes))
+    def expect(self, parts: Iterable[Part]) -> None: ...
 
-    def expect(self, key: str, offset: int, size_bytes: int) -> None: ...
+    def read(self, part: Part) -> memoryview:
+        wanted = {"Range": part.range}
+        return memoryview(
+            _persist(
+                f"{self._url}/{part.key}", lambda: self._get(part.key, wanted, part.size_bytes)
+            )
+        )
 
-    def copy(self, key: str, offset: int, size_bytes: int, write: Write) -> None:
-        write(0, memoryview(self.read(key, offset, size_bytes)))
+    def copy(self, part: Part, write: Write) -> None:
+        write(0, self.read(part))
 
     def all(self, key: str) -> bytes:
         return _persist(f"{self._url}/{key}", lambda: self._get(key, {}, None))
@@ -249,8 +291,28 @@ def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPCon
     return http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
 
 
-def _range(offset: int, size_bytes: int) -> str:
-    return f"bytes={offset}-{offset + size_bytes - 1}"
+def _check_status(answer: http.client.HTTPResponse, part: Part | None) -> None:
+    """Raises _Passing or PoolError if it has not the bytes that were asked for."""
+    if answer.status in (200, 206):
+        # A server that ignores ranges sends everything: usable only from the start.
+        if answer.status == 200 and part is not None and part.offset:
+            raise PoolError("the store answers range requests with the whole file")
+        return
+    what = f"HTTP {answer.status} {answer.reason}"
+    raise _Passing(what) if answer.status in _PASSING else PoolError(what)
+
+
+def _nothing(position: int, piece: memoryview) -> None:
+    """For pieces that are where they belong."""
+
+
+def _coming(unread_bytes: int, connection: http.client.HTTPConnection) -> int:
+    """Of the unread bytes of an answer those that the kernel has not received yet."""
+    if connection.sock is None:  # it ends with this answer, which has the socket now
+        return unread_bytes
+    received = array("i", [0])
+    fcntl.ioctl(connection.sock, termios.FIONREAD, received)
+    return max(0, unread_bytes - received[0])
 
 
 def _persist(what: str, attempt: Callable[[], T]) -> T:

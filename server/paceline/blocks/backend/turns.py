@@ -33,6 +33,11 @@ class Load:
     share: float = 0.0
     """Of the channel, 0 to 1; 0: nobody decided."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether it has a turn or waits for one."""
+        return self.waiting or self.holding_since_s is not None
+
 
 def weight(*, urgent: bool, priority: int, share: float = 0.0) -> float:
     """Every priority below the first halves it; a share that was decided has both in it."""
@@ -50,7 +55,7 @@ def asked(loads: Mapping[str, Load], name: str, weight: float) -> Load:
     least = [
         other.virtual - CHUNK_BYTES / other.weight
         for key, other in loads.items()
-        if key != name and other.channel == load.channel and _busy(other)
+        if key != name and other.channel == load.channel and other.busy
     ]
     return replace(
         load, virtual=max(load.virtual, min(least, default=0.0)), weight=weight, waiting=True
@@ -78,7 +83,3 @@ def began(load: Load, now_s: float) -> Load:
 
 def ended(load: Load, size_bytes: int) -> Load:
     return replace(load, virtual=load.virtual + size_bytes / load.weight, holding_since_s=None)
-
-
-def _busy(load: Load) -> bool:
-    return load.waiting or load.holding_since_s is not None

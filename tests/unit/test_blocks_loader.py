@@ -1,0 +1,168 @@
+"""A loader over a link: what it asks for ahead, and whose turn it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from paceline.blocks.backend import loader as loader_module
+from paceline.blocks.backend.loader import Loader
+from paceline.blocks.backend.manifest import PAGE_BYTES, Chunks, Manifest, PoolError
+from paceline.blocks.backend.mapping import MappedObject
+from paceline.blocks.backend.window import Span, Window
+
+PAGES = {"a": 1, "b": 3, "c": 1, "d": 2, "e": 5}
+CHUNK_PAGES = 2
+
+
+class Link:
+    """A `Source` that notes what is expected and fetched; some fetches fail, once each."""
+
+    def __init__(self, distant: bool = True, failing: Sequence[Span] = ()) -> None:
+        self.distant = distant
+        self.fetched: list[Span] = []
+        self.expected: list[tuple[Span, ...]] = []
+        """Before each of those."""
+        self.failing = list(failing)
+        self._now: tuple[Span, ...] = ()
+
+    def expect(self, spans: Sequence[Span]) -> None:
+        self._now = tuple(spans)
+
+    def fetch(self, span: Span) -> Callable[[], None] | None:
+        if span in self.failing:
+            self.failing.remove(span)
+            raise PoolError("the link is down")
+        self.fetched.append(span)
+        self.expected.append(self._now)
+        return None
+
+    def manifest(self, digest: str) -> Manifest:
+        raise NotImplementedError
+
+    def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
+        raise NotImplementedError
+
+    def graph(self, digest: str, size_bytes: int) -> Path:
+        raise NotImplementedError
+
+    def check(self, digest: str) -> None: ...
+
+    @property
+    def by_parts(self) -> Mapping[str, Chunks]:
+        return {}
+
+    def check_part(self, digest: str, wanted: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Turns:
+    """`alone` or not, all turns are had at once."""
+
+    def __init__(self, alone: bool) -> None:
+        self._alone = alone
+
+    def begin(self, urgent: Callable[[], bool]) -> bool:
+        return self._alone
+
+    def end(self, size_bytes: int) -> None: ...
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> Iterator[Mapping[str, MappedObject]]:
+    made = {}
+    for name, pages in PAGES.items():
+        (tmp_path / name).write_bytes(bytes(pages * PAGE_BYTES))
+        made[name] = MappedObject(tmp_path / name, pages * PAGE_BYTES)
+    yield made
+    for each in made.values():
+        each.close()
+
+
+def loaded(
+    objects: Mapping[str, MappedObject],
+    link: Link,
+    *,
+    alone: bool = True,
+    limit_bytes: int | None = None,
+) -> None:
+    """Everything, one block an object."""
+    sizes = {name: pages * PAGE_BYTES for name, pages in PAGES.items()}
+    window = Window(
+        [[name] for name in PAGES],
+        sizes,
+        limit_bytes=limit_bytes,
+        chunk_bytes=CHUNK_PAGES * PAGE_BYTES,
+    )
+    loader = Loader(window, objects, link, turns=Turns(alone))
+    loader.start()
+    run = loader.begin(range(len(PAGES)))
+    try:
+        for block in range(len(PAGES)):
+            while True:
+                try:
+                    assert loader.take(run, [block]) == block
+                    break
+                except PoolError:
+                    continue
+            loader.finish(run, block)
+    finally:
+        loader.end(run)
+        loader.close()
+
+
+def test_the_next_steps_spans_are_expected_with_this_ones(
+    objects: Mapping[str, MappedObject],
+) -> None:
+    """So the link has always something to do: at no span but the last is nothing expected."""
+    link = Link()
+    loaded(objects, link)
+    assert sum(span.size_bytes for span in link.fetched) == sum(PAGES.values()) * PAGE_BYTES
+    for number, span in enumerate(link.fetched[1:]):
+        assert link.expected[number][0] == span
+    assert link.expected[-1] == ()
+    # One step ahead and no more: what is on its way cannot be overtaken.
+    most = max(sum(span.size_bytes for span in spans) for spans in link.expected)
+    assert most <= 2 * CHUNK_PAGES * PAGE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("distant", "alone", "limited"),
+    [(True, False, False), (False, True, False), (True, True, True)],
+    ids=["others load, too", "a disk", "a budget"],
+)
+def test_nothing_is_asked_for_beyond_a_turn_that_somebody_else_may_get_next(
+    objects: Mapping[str, MappedObject], distant: bool, alone: bool, limited: bool
+) -> None:
+    """Nor where it gains nothing, nor where the next step may drop what this one fetches."""
+    link = Link(distant)
+    limit = max(PAGES.values()) * PAGE_BYTES if limited else None
+    loaded(objects, link, alone=alone, limit_bytes=limit)
+    left = 0
+    for span, after in zip(link.fetched, link.expected, strict=True):
+        within = sum(later.size_bytes for later in after)
+        if not left:
+            left = span.size_bytes + within
+            assert left <= CHUNK_PAGES * PAGE_BYTES
+        left -= span.size_bytes
+        assert within == left
+
+
+@pytest.mark.parametrize(
+    "failing", [Span("a", 0, PAGE_BYTES, True), Span("e", 0, PAGE_BYTES, False)]
+)
+def test_what_was_expected_when_a_fetch_failed_comes_from_its_start(
+    objects: Mapping[str, MappedObject], failing: Span, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "FIRST_BACKOFF_S", 0.001)
+    link = Link(failing=[failing])
+    loaded(objects, link)
+    assert not link.failing
+    for name, pages in PAGES.items():
+        mine = [span for span in link.fetched if span.name == name]
+        start = max(number for number, span in enumerate(mine) if span.offset == 0)
+        assert sum(span.size_bytes for span in mine[start:]) == pages * PAGE_BYTES
+        assert mine[-1].last
