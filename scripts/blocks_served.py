@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,31 +193,35 @@ def measured(
                     if dropped:
                         drop_page_cache(bench.work)
                     way.forget()
-                    found[way.name].append(_asked(client, f"way{number}", inputs, way.fetch))
+                    found[way.name].append(_asked(client, f"way{number}", inputs, way))
     return {
         name: {key: statistics.median(one[key] for one in rows) for key in rows[0]}
         for name, rows in found.items()
     }
 
 
-def _asked(
-    client: Any, chain: str, inputs: Sequence[Any], fetch: Callable[[], None]
-) -> dict[str, float]:
+def _asked(client: Any, chain: str, inputs: Sequence[Any], way: Way) -> dict[str, float]:
     took_s = []
     for number in range(1 + WARM_UP_RUNS + _WARM):
         began_s = time.perf_counter()
         if not number:
-            fetch()
+            way.fetch()
         client.infer(chain, inputs, client_timeout=_GIVE_UP_S)
         took_s.append(time.perf_counter() - began_s)
-    server = psutil.Process()
-    stubs = (one for one in server.children(recursive=True) if "backend_stub" in one.name())
-    pss = sum(stub.memory_full_info().pss for stub in stubs)
+    pss = sum(stub.memory_full_info().pss for stub in _stubs(way.models))
     return {
         "cold": 1e3 * took_s[0],
         "then": 1e3 * statistics.median(took_s[-_WARM:]),
         "pss": pss / MIB,
     }
+
+
+def _stubs(models: Sequence[str]) -> Iterator[psutil.Process]:
+    """The processes of these models' instances, whatever else is loaded: `NAME_0_0`, and so on."""
+    instance = re.compile(rf"({'|'.join(map(re.escape, models))})_\d+_\d+")
+    for one in psutil.Process().children(recursive=True):
+        if "backend_stub" in one.name() and any(map(instance.fullmatch, one.cmdline())):
+            yield one
 
 
 async def _declared(repository: Path, names: Sequence[str]) -> dict[str, ModelSpec]:
