@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,8 +221,9 @@ def _stubs(models: Sequence[str]) -> Iterator[psutil.Process]:
     """The processes of these models' instances, whatever else is loaded: `NAME_0_0`, and so on."""
     instance = re.compile(rf"({'|'.join(map(re.escape, models))})_\d+_\d+")
     for one in psutil.Process().children(recursive=True):
-        if "backend_stub" in one.name() and any(map(instance.fullmatch, one.cmdline())):
-            yield one
+        with suppress(psutil.NoSuchProcess):  # other models come and go
+            if "backend_stub" in one.name() and any(map(instance.fullmatch, one.cmdline())):
+                yield one
 
 
 async def _declared(repository: Path, names: Sequence[str]) -> dict[str, ModelSpec]:
