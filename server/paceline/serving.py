@@ -21,7 +21,7 @@ from pathlib import Path
 
 from paceline.config import parse_chain, read_chains, read_hardware
 from paceline.core.chain import Chain
-from paceline.core.errors import ConfigError, PacelineError, ResidencyError
+from paceline.core.errors import BackendError, ConfigError, PacelineError, ResidencyError
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.discovery import TritonTarget
@@ -51,9 +51,9 @@ LOCAL_HARDWARE = "cpu"
 
 MOST_STARTS = 3
 """How often loading and planning begins when our own Triton dies while it lasts."""
-NOTICED_WITHIN_S = 1.0
+NOTICED_WITHIN_S = 10.0
 BACK_WITHIN_S = 120.0
-"""How long it is waited, after a failure, for the end of its process and for the next one."""
+"""How long it is waited, where it answers no more, for its process to end and for the next one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,31 +291,31 @@ async def _start(
     else:
         is_back = await _start_local(settings, controller, fleet, stack, events)
     try:
-        plan = await _start_chains(controller, chains, is_back)
+        plan = await start_chains(partial(controller.start, chains), is_back)
     except PacelineError as error:
         if all(chain in declared for chain in chains):
             raise
         names = {chain.name for chain in chains}
         in_files = tuple(chain for chain in declared if chain.name in names)
         logger.error("of the chains only those in files are served: %s", error)
-        plan = await _start_chains(controller, in_files, is_back)
+        plan = await start_chains(partial(controller.start, in_files), is_back)
     if remote is not None:
         remote.follow()
     return plan
 
 
-async def _start_chains(
-    controller: Controller, chains: Sequence[Chain], is_back: Callable[[], Awaitable[bool]]
+async def start_chains(
+    start: Callable[[], Awaitable[Plan]], is_back: Callable[[], Awaitable[bool]]
 ) -> Plan:
-    """`Controller.start`, and once more where our Triton died under it."""
+    """`start()`, and again where it failed because our Triton died under it and is back."""
     for _ in range(MOST_STARTS - 1):
         try:
-            return await controller.start(chains)
-        except ResidencyError as error:
+            return await start()
+        except (ResidencyError, BackendError) as error:
             if not await is_back():
                 raise
             logger.warning("starting over: %s", error)
-    return await controller.start(chains)
+    return await start()
 
 
 async def _never() -> bool:
@@ -350,6 +350,9 @@ async def _start_local(
             back.set()
 
     async def is_back() -> bool:
+        assert client is not None
+        if not died.is_set() and await client.live(timeout_s=NOTICED_WITHIN_S):
+            return False
         try:
             # A connection that breaks is noticed before the process's end.
             await asyncio.wait_for(died.wait(), NOTICED_WITHIN_S)
