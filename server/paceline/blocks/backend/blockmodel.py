@@ -34,7 +34,7 @@ from .manifest import (
 from .mapping import MappedObject
 from .run import Durations, Sessions, compute
 from .settings import Settings
-from .skeleton import Skeleton, available_providers, ort_version, to_value
+from .skeleton import Skeleton, available_providers, empty_arena, ort_version, to_value
 from .source import LocalSource, Source, objects_of
 from .window import Window
 
@@ -112,6 +112,7 @@ class BlockModel:
             fetched = partial(self._loader.wait_complete, 0.0)
             self._runs = DeviceRuns(self._skeleton, self._pool, len(blocks), fetched)
         self._one_at_a_time = threading.Lock()
+        self._last_shapes: tuple[Any, ...] = ()
         self._closed = False
 
     @classmethod
@@ -155,6 +156,14 @@ class BlockModel:
             return self._infer(member, feed, outputs, rows)
         with self._one_at_a_time:
             self.budget.admit(rows)
+            shapes = (
+                member,
+                *(feed[tensor.name].shape for tensor in self._members[member][0].inputs),
+            )
+            if shapes != self._last_shapes:
+                # What a run takes beside the leavings of others nobody could foresee.
+                empty_arena()
+                self._last_shapes = shapes
             results = self._infer(member, feed, outputs, rows)
             self._trim_tables(self.budget.table_bytes)
         self.budget.ran(rows)

@@ -22,6 +22,7 @@ from .manifest import PAGE_BYTES, PoolError
 Bytes = npt.NDArray[np.uint8]
 
 MADV_RANDOM = 1
+MADV_WILLNEED = 3
 MADV_DONTNEED = 4
 MADV_POPULATE_READ = 22  # Linux 5.14
 
@@ -63,8 +64,20 @@ class MappedObject:
         """A tensor over the mapped pages; nothing is read."""
         return self.bytes[offset : offset + size_bytes].view(dtype).reshape(shape)
 
+    def read_ahead(self, offset: int, size_bytes: int) -> None:
+        """The disk begins to read exactly this range."""
+        start = offset // PAGE_BYTES * PAGE_BYTES
+        try:
+            self._advise(start, offset + size_bytes - start, MADV_WILLNEED)
+        except OSError as error:
+            raise PoolError(f"{self.path}: cannot be read: {error.strerror}") from None
+
     def populate(self, offset: int, size_bytes: int) -> None:
-        """Swap in: the pages are in memory and in the page table when this returns."""
+        """Swap in: the pages are in memory and in the page table when this returns.
+
+        `read_ahead` first: pages that are on their way are waited for, others are read together
+        with as much behind them as the kernel sees fit, on some disks 8 MiB that nobody counts.
+        """
         start = offset // PAGE_BYTES * PAGE_BYTES
         try:
             self._advise(start, offset + size_bytes - start, MADV_POPULATE_READ)

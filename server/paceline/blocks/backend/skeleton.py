@@ -5,7 +5,8 @@ and pointers (Cicada's MiniLoader taken to its end). Blocks of equal `key` share
 between the members of a fused model. All sessions of the process share one arena: one each would
 keep a copy of the largest activations apiece. It grows by large regions, of which only what is
 touched is memory: with regions as small as what is asked for, every batch larger than the ones
-before finds none that it fits (286 MiB instead of 72 after ViT-B/16 at 1, 2, ... 8).
+before finds none that it fits (286 MiB instead of 72 after ViT-B/16 at 1, 2, ... 8). What a run
+takes still depends on what ran before it: `empty_arena` is for those whose memory is limited.
 """
 
 from __future__ import annotations
@@ -36,12 +37,18 @@ DTYPES: Mapping[str, Any] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
-FIRST_REGION_BYTES = 32 << 20
-"""Later ones double."""
-REGION_TABLE_SHARE = 1 / 32
-"""Of a region's size: what ONNX Runtime keeps beside it (8 bytes for 256)."""
+_FIRST_REGION_BYTES = 32 << 20
+"""Of an empty arena; later ones double."""
+_KEPT_REGION_BYTES = 64 << 10
+"""The very first region is never given back, so it is a small one."""
+_NOTHING = bytes.fromhex(
+    "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179"
+    "120a0a08080112040a02080142040a00100d"
+)
+"""An ONNX model: y = Identity(x), one float. Running it is how an arena is told to give back."""
 _arena_lock = threading.Lock()
-_arena: list[object] = []
+_arena: list[Callable[[], None]] = []
+"""What empties it, once there is one."""
 
 
 class Session:
@@ -170,15 +177,40 @@ def to_value(array: Any) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).reshape(array.shape))
 
 
+def empty_arena() -> None:
+    """Gives back what no run holds, so that the next one finds it as the first did."""
+    with _arena_lock:
+        for empty in _arena:
+            empty()
+
+
 def _share_arena() -> None:
     with _arena_lock:
-        if not _arena:
-            memory = ort.OrtMemoryInfo(
-                "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
-            )
-            grow = ort.OrtArenaCfg({"initial_chunk_size_bytes": FIRST_REGION_BYTES})
-            ort.create_and_register_allocator(memory, grow)
-            _arena.append(grow)
+        if _arena:
+            return
+        memory = ort.OrtMemoryInfo(
+            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+        )
+        grow = ort.OrtArenaCfg(
+            {
+                "initial_chunk_size_bytes": _KEPT_REGION_BYTES,
+                "initial_growth_chunk_size_bytes": _FIRST_REGION_BYTES,
+            }
+        )
+        ort.create_and_register_allocator(memory, grow)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        session = ort.InferenceSession(_NOTHING, options, ["CPUExecutionProvider"])
+        giving_back = ort.RunOptions()
+        giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        one = {"x": ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32))}
+
+        def empty() -> None:
+            session.run_with_ort_values(["y"], one, giving_back)
+
+        empty()  # regions as large as after a shrinkage, from the first on
+        _arena.append(empty)
 
 
 def _line(error: Exception) -> str:

@@ -59,13 +59,14 @@ class Source(Protocol):
 class LocalSource:
     """A pool directory. Only markers of what was verified are ever written there."""
 
-    distant = False  # the kernel reads ahead
+    distant = False
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise PoolError(f"{root}: no such pool: `paceline blocks compile` writes one")
         self._store = ObjectStore(root)
         self._objects: dict[str, MappedObject] = {}
+        self._next: Sequence[Span] = ()
 
     def manifest(self, digest: str) -> Manifest:
         return self._store.manifest(digest)
@@ -78,13 +79,15 @@ class LocalSource:
     def graph(self, digest: str, size_bytes: int) -> Path:
         return self._store.verified(digest, size_bytes)
 
-    def expect(self, spans: Sequence[Span]) -> None: ...
+    def expect(self, spans: Sequence[Span]) -> None:
+        self._next = spans[:1]
 
     def fetch(self, span: Span) -> None:
-        opened = self._objects[span.name]
         if span.offset == 0:
             self.check(span.name)
-        opened.populate(span.offset, span.size_bytes)
+        for each in (span, *self._next):  # the disk reads on while pages are mapped
+            self._objects[each.name].read_ahead(each.offset, each.size_bytes)
+        self._objects[span.name].populate(span.offset, span.size_bytes)
 
     def check(self, digest: str) -> None:
         self._store.verified(digest, self._objects[digest].size_bytes)
