@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import shutil
-import sqlite3
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -38,7 +36,6 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from paceline.core.errors import PlanError
 from paceline.core.profile import Configuration
-from paceline.database import FILE as DATABASE
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
 from paceline.planner.solve import solve
 from paceline.triton.client import TritonClient
@@ -46,9 +43,6 @@ from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 
 LOAD_TIMEOUT_S = 120.0
 PROFILED = "profiled"
-PROFILE_TRIES = 4
-STALL, STALL_MS = 0.03, 4.0
-"""A profile is made again if a batch took longer than d(b) by more than their sum."""
 SLO_MARGIN_MS = 10.0
 """Paceline is told an objective this much tighter than what clients are held to: theirs counts
 from the instant at which the request was due to be sent, Paceline's from its arrival."""
@@ -297,33 +291,14 @@ def _round_robin_machines(served: Served, rate_rps: float) -> float | None:
 
 
 async def profile(work: Path, served: Served) -> None:
-    """Once for all fronts in `work`: Paceline profiles the models while nothing else goes on; once
-    more, if a stall of this machine shows in it."""
-    if (work / PROFILED).exists():
+    """Once for all fronts in `work`: Paceline profiles the models while nothing else goes on."""
+    home = work / PROFILED
+    if home.exists():
         return
     write_chain_models(work / "models", served)
-    for _ in range(PROFILE_TRIES):
-        shutil.rmtree(work / PROFILED, ignore_errors=True)
-        (work / PROFILED).mkdir()
-        with ExitStack() as stack:
-            await _serve(work, served, Front("pooled", 1.0), 1, work / PROFILED, stack)
-        if _undisturbed(work, served):
-            return
-
-
-def _undisturbed(work: Path, served: Served) -> bool:
-    """Whether no profiled batch took much longer than d(b)."""
-    database = sqlite3.connect(work / PROFILED / "state" / DATABASE)
-    try:
-        documents = dict(database.execute("SELECT model, document FROM profiles").fetchall())
-    finally:
-        database.close()
-    for step in served.workload.steps:
-        for row in json.loads(documents[step.name])["rows"]:
-            expected_ms = served.durations(step).at(row["batch_size"]) * 1e3
-            if row["duration_ms"] > expected_ms * (1 + STALL) + STALL_MS:
-                return False
-    return True
+    home.mkdir()
+    with ExitStack() as stack:
+        await _serve(work, served, Front("pooled", 1.0), 1, home, stack)
 
 
 async def start_front(
