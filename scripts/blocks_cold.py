@@ -45,7 +45,8 @@ from scripts.blocks_measure import (
 )
 
 from paceline.blocks.backend import skeleton
-from paceline.blocks.backend.manifest import Block, ObjectStore
+from paceline.blocks.backend.manifest import Block
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.backend.settings import MIB
 from paceline.blocks.backend.skeleton import DTYPES
 from paceline.blocks.backend.store import HttpStore, Part

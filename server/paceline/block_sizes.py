@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from paceline.blocks.backend.manifest import ObjectStore, PoolError
+from paceline.blocks.backend.manifest import PoolError
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.core.errors import ConfigError
 from paceline.triton.config import read_config
 

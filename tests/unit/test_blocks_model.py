@@ -19,7 +19,8 @@ from tests.integration.blocks_models import VOCABULARY, WIDTH, compiled, write_e
 
 from paceline.blocks.backend import store
 from paceline.blocks.backend.blockmodel import BlockModel
-from paceline.blocks.backend.manifest import ObjectStore, PoolError
+from paceline.blocks.backend.manifest import PoolError
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.backend.settings import SettingsError, read_settings
 from paceline.blocks.measure import BlockRunner
 from paceline.blocks.repository import compiled_model

@@ -16,7 +16,8 @@ import pytest
 from scripts.make_models import wide_mlp
 from tests.blocks_models import conv, written
 
-from paceline.blocks.backend.manifest import ObjectStore, PoolError, cpu_features, parse
+from paceline.blocks.backend.manifest import PoolError, cpu_features, parse
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
 from paceline.blocks.pool import PoolWriter

@@ -24,13 +24,13 @@ from paceline.blocks.backend.manifest import (
     FORMAT,
     Manifest,
     Member,
-    ObjectStore,
     PoolError,
     Runtime,
     pages,
     parse,
     runtime_here,
 )
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.group import Group
 from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
 from paceline.blocks.pool import MIB, PoolWriter

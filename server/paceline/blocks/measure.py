@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from paceline.blocks.backend.manifest import Block, Member, ObjectStore
+from paceline.blocks.backend.manifest import Block, Member
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.source import session_options
 
 Array = npt.NDArray[Any]

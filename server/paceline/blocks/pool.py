@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from paceline.blocks.backend.manifest import EXTERNAL, ObjectStore, PoolError
+from paceline.blocks.backend.manifest import EXTERNAL, PoolError
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.core.errors import ResidencyError
 
 _STALE_MARKER_S = 3600.0

@@ -22,7 +22,8 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
-from paceline.blocks.backend.manifest import WEIGHT_TYPES, hash_file
+from paceline.blocks.backend.manifest import WEIGHT_TYPES
+from paceline.blocks.backend.objects import hash_file
 from paceline.core.errors import ConfigError, ResidencyError
 
 CHUNK_BYTES = 8 << 20

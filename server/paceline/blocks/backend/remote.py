@@ -19,12 +19,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .manifest import Chunks, Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
+from .manifest import Chunks, Manifest, PoolError, is_digest, parse
 from .mapping import MappedObject
+from .objects import ObjectStore
+from .partial import PartialObject
+from .settler import Settler
 from .store import Part, Store
 from .window import CHUNK_BYTES, Span
 
@@ -32,8 +34,6 @@ _HASH_ATTEMPTS = 2
 _RUNS = 64
 """Most requests for the rows of a batch: each is some work, for the store and for us."""
 _GAP_BYTES = 512 << 10
-_SETTLE_S = 0.5
-"""So long nothing must have come before the disk is kept busy."""
 
 
 class RemoteSource:
@@ -57,10 +57,10 @@ class RemoteSource:
             raise PoolError(f"cache {cache}: {error.strerror}") from None
         self._store = ObjectStore(cache)
         self._objects: _Opened = _Opened({}, self._open)
-        self._parts: dict[str, _Part] = {}
+        self._parts: dict[str, PartialObject] = {}
         self._right: set[str] = set()
         self._chunks: Mapping[str, Chunks] = {}
-        self._settler = _Settler(self._store)
+        self._settler = Settler(self._store)
 
     @property
     def _remote(self) -> Store:
@@ -103,7 +103,7 @@ class RemoteSource:
         path = self._store.path(digest)
         if path.is_file():
             return MappedObject(path, size_bytes)
-        part = _Part(self._cache / "tmp" / "fetch" / digest, size_bytes)
+        part = PartialObject(self._cache / "tmp" / "fetch" / digest, size_bytes)
         if path.is_file():  # renamed meanwhile: ours is another, empty one
             part.remove()
             return MappedObject(path, size_bytes)
@@ -140,7 +140,7 @@ class RemoteSource:
                 return  # who fetches it is ahead of us, and fetches what follows, too
             yield _remote_part(span.name, span.offset, size)
 
-    def _is_ours(self, digest: str, part: _Part) -> bool:
+    def _is_ours(self, digest: str, part: PartialObject) -> bool:
         """Whether nobody else fetches it, or has fetched it; nobody else will then."""
         if not part.ours:
             part.ours = part.try_lock() and not self._store.path(digest).is_file()
@@ -161,7 +161,7 @@ class RemoteSource:
         opened.populate(span.offset, size)
         return None
 
-    def _finish_span(self, span: Span, part: _Part, size_bytes: int) -> None:
+    def _finish_span(self, span: Span, part: PartialObject, size_bytes: int) -> None:
         opened = self._objects[span.name]
         opened.populate(span.offset, size_bytes)
         part.add_to_hash(span.offset, opened.view(span.offset, size_bytes, np.uint8, -1))
@@ -217,7 +217,7 @@ class RemoteSource:
         stop = min(run.stop * size, self._objects[digest].size_bytes)
         return _remote_part(digest, first, stop - first)
 
-    def _fetch_chunks(self, digest: str, part: _Part, run: range) -> None:
+    def _fetch_chunks(self, digest: str, part: PartialObject, run: range) -> None:
         size, hashes = self._chunks[digest].size_bytes, self._chunks[digest].digests
         wanted = self._chunks_part(digest, run)
         for _ in range(_HASH_ATTEMPTS):
@@ -232,7 +232,7 @@ class RemoteSource:
                 return
         raise PoolError(f"object {digest}: the store has other bytes in chunks {run}")
 
-    def _check_parts(self, digest: str, part: _Part) -> None:
+    def _check_parts(self, digest: str, part: PartialObject) -> None:
         """All of it, in runs, so that who needs a few rows waits for one run at most."""
         size = self._chunks[digest].size_bytes
         count = len(self._chunks[digest].digests)
@@ -257,13 +257,13 @@ class RemoteSource:
                 path.unlink(missing_ok=True)
         os.close(self._directory)
 
-    def _download(self, digest: str, part: _Part, offset: int, size_bytes: int) -> None:
+    def _download(self, digest: str, part: PartialObject, offset: int, size_bytes: int) -> None:
         def write(position: int, piece: memoryview) -> None:
             part.write(offset + position, piece)
 
         self._remote.copy(_remote_part(digest, offset, size_bytes), write)
 
-    def _complete(self, digest: str, part: _Part) -> None:
+    def _complete(self, digest: str, part: PartialObject) -> None:
         """Checks the whole; what is wrong is fetched once more, then given up."""
         for attempt in range(_HASH_ATTEMPTS):
             if part.hash() == digest:
@@ -278,7 +278,7 @@ class RemoteSource:
         part.release()
         raise PoolError(f"object {digest}: the store has other bytes under this name")
 
-    def _came_from_elsewhere(self, digest: str, part: _Part) -> bool:
+    def _came_from_elsewhere(self, digest: str, part: PartialObject) -> bool:
         """Waits for whoever fetches it; whether it is complete then."""
         if not part.try_lock():
             for other in self._parts.values():
@@ -353,144 +353,3 @@ class _Opened(Mapping[str, MappedObject]):
     def close(self) -> None:
         for opened in self._opened.values():
             opened.close()
-
-
-class _Settler:
-    """Brings objects to the disk when nothing is being loaded, and remembers them as verified.
-
-    Before that a crash of the machine may leave other bytes under their names: without a marker
-    they are hashed before use.
-    """
-
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-        self._waiting: list[str] = []
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="blocks-settler", daemon=True)
-        self._thread.start()
-
-    def add(self, digest: str) -> None:
-        with self._changed:
-            self._waiting.append(digest)
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """What was not settled will be hashed by the next who uses it."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    def _work(self) -> None:
-        while not self._closed:
-            with self._changed:
-                count = len(self._waiting)
-                self._changed.wait(_SETTLE_S if count else None)
-                if not count or len(self._waiting) > count:
-                    continue  # something is being loaded
-            while self._waiting and len(self._waiting) <= count and not self._closed:
-                count = len(self._waiting)
-                self._settle(self._waiting.pop())
-
-    def _settle(self, digest: str) -> None:
-        with contextlib.suppress(OSError):
-            handle = os.open(self._store.path(digest), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            self._store.mark_verified(digest)
-
-
-class _Part:
-    """An object that is being fetched: a file of its full size."""
-
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        self.path = path
-        self.size_bytes = size_bytes
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._handle = os.open(path, flags, 0o644)
-        except OSError as error:
-            raise PoolError(f"cache {path}: {error.strerror}") from None
-        try:
-            # Allocated, not just long: writing into a hole of a full disk would kill the process.
-            os.posix_fallocate(self._handle, 0, size_bytes)
-            os.ftruncate(self._handle, size_bytes)
-        except OSError as error:
-            os.close(self._handle)
-            path.unlink(missing_ok=True)
-            raise PoolError(
-                f"cache {path.parent}: {error.strerror} for an object of {size_bytes} bytes"
-            ) from None
-        self.inode = os.fstat(self._handle).st_ino
-        self._hash = hashlib.sha256()
-        self._hashed_bytes = 0
-        self.chunks: set[int] = set()
-        """Of a table: those that are there, their hashes right."""
-        self.parts_lock = threading.Lock()
-        self.ours = False
-        """Locked by us, and known not to be complete under its name."""
-
-    def remove(self) -> None:
-        """Unless somebody else uses it."""
-        if self.try_lock():
-            self.path.unlink(missing_ok=True)
-        self.close()
-
-    def try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def lock(self) -> None:
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-
-    def release(self) -> None:
-        self.ours = False
-        fcntl.flock(self._handle, fcntl.LOCK_UN)
-
-    def write(self, offset: int, text: memoryview) -> None:
-        try:
-            while text:
-                count = os.pwrite(self._handle, text, offset)
-                text, offset = text[count:], offset + count
-        except OSError as error:
-            raise PoolError(f"cache {self.path}: {error.strerror}") from None
-
-    def add_to_hash(self, offset: int, written: Any) -> None:
-        """Bytes of the file, in order from the first on or of no use."""
-        if offset == 0:
-            self._hash, self._hashed_bytes = hashlib.sha256(), 0
-        if offset == self._hashed_bytes:
-            self._hash.update(written)
-            self._hashed_bytes += len(written)
-
-    def forget_hash(self) -> None:
-        """Something was written again."""
-        self._hash, self._hashed_bytes = hashlib.sha256(), 0
-
-    def hash(self) -> str:
-        """Of the file; what came in order was hashed on the way."""
-        if self._hashed_bytes == self.size_bytes:
-            return self._hash.hexdigest()
-        with os.fdopen(os.dup(self._handle), "rb", buffering=0) as file:
-            file.seek(0)
-            return hash_file(file)
-
-    def publish(self, path: Path) -> None:
-        """Under its name, in memory at least; ends the lock."""
-        try:
-            os.fchmod(self._handle, 0o444)
-            self.path.rename(path)
-        except OSError as error:
-            raise PoolError(f"cache {path}: {error.strerror}") from None
-        self.close()
-
-    def close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1

@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from .manifest import Chunks, Manifest, ObjectStore, PoolError
+from .manifest import Chunks, Manifest, PoolError
 from .mapping import MappedObject
+from .objects import ObjectStore
 from .window import Span
 
 
