@@ -176,7 +176,7 @@ def in_order(directory: Path, url: str, stages: Stages, *, optimise: bool) -> li
     built: queue.Queue[tuple[Block, ort.InferenceSession]] = queue.Queue()
 
     parts = {
-        digest: Part(f"objects/{digest}", 0, found.manifest.objects[digest])
+        digest: Part(f"objects/{digest}", 0, found.manifest.objects[digest].size_bytes)
         for block in member.blocks
         for digest in (*(weight.object for weight in block.weights), block.graph)
     }

@@ -29,6 +29,7 @@ def blocks_of(directory: Path) -> Mapping[str, int]:
     if config.backend != "paceline_blocks" or swapped or "://" in pool:
         return {}
     try:
-        return dict(ObjectStore(directory.resolve() / pool).manifest(manifest).objects)
+        objects = ObjectStore(directory.resolve() / pool).manifest(manifest).objects
+        return {name: one.size_bytes for name, one in objects.items()}
     except (PoolError, OSError):
         return {}

@@ -34,7 +34,7 @@ def _compile(tmp_path: Path, source: Path, options: Options = UNMEASURED) -> Out
 def _weights(manifest: Manifest) -> dict[str, int]:
     """Bytes by object."""
     return {
-        weight.object: manifest.objects[weight.object]
+        weight.object: manifest.objects[weight.object].size_bytes
         for member in manifest.members
         for block in member.blocks
         for weight in block.weights

@@ -9,7 +9,7 @@ import pytest
 
 from paceline.blocks.backend import loader as loader_module
 from paceline.blocks.backend.loader import Loader
-from paceline.blocks.backend.manifest import PAGE_BYTES, Chunks, Manifest, PoolError
+from paceline.blocks.backend.manifest import PAGE_BYTES, Chunks, Manifest, PoolError, PoolObject
 from paceline.blocks.backend.mapping import MappedObject
 from paceline.blocks.backend.window import Span, Window
 
@@ -42,10 +42,14 @@ class Link:
     def manifest(self, digest: str) -> Manifest:
         raise NotImplementedError
 
-    def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
+    def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
         raise NotImplementedError
 
-    def graph(self, digest: str, size_bytes: int) -> Path:
+    def graph(self, digest: str, stated: PoolObject) -> bytes:
+        raise NotImplementedError
+
+    @property
+    def graphs(self) -> Path:
         raise NotImplementedError
 
     def check(self, digest: str) -> None: ...

@@ -102,6 +102,11 @@ class MappedObject:
             return 0
         return int(np.count_nonzero(present & 1)) * PAGE_BYTES
 
+    @property
+    def handle(self) -> int:
+        """The file's descriptor, until `close`."""
+        return self._handle
+
     def close(self) -> None:
         """The descriptor only: sessions may still refer to the pages, which end with the last."""
         if self._handle >= 0:

@@ -1,19 +1,17 @@
 """An object on its way into a local pool: a file that is written, locked and given its name.
 
-The file is locked by the process that fetches it; others that need it wait for the lock.
+The file is locked by the process that fetches it; others that need it wait for the lock. All of
+them map it from the start: so only those may share one that will check it by the same hashes.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 from .manifest import PoolError
-from .objects import hash_file
 
 
 class PartialObject:
@@ -37,14 +35,11 @@ class PartialObject:
             raise PoolError(
                 f"cache {path.parent}: {error.strerror} for an object of {size_bytes} bytes"
             ) from None
-        self.inode = os.fstat(self._handle).st_ino
-        self._hash = hashlib.sha256()
-        self._hashed_bytes = 0
         self.chunks: set[int] = set()
         """Of a table: those that are there, their hashes right."""
         self.parts_lock = threading.Lock()
         self.ours = False
-        """Locked by us, and known not to be complete under its name."""
+        """Locked by us, and known not to be complete."""
 
     def remove(self) -> None:
         """Unless somebody else uses it."""
@@ -74,34 +69,24 @@ class PartialObject:
         except OSError as error:
             raise PoolError(f"cache {self.path}: {error.strerror}") from None
 
-    def add_to_hash(self, offset: int, written: Any) -> None:
-        """Bytes of the file, in order from the first on or of no use."""
-        if offset == 0:
-            self._hash, self._hashed_bytes = hashlib.sha256(), 0
-        if offset == self._hashed_bytes:
-            self._hash.update(written)
-            self._hashed_bytes += len(written)
-
-    def forget_hash(self) -> None:
-        """Something was written again."""
-        self._hash, self._hashed_bytes = hashlib.sha256(), 0
-
-    def hash(self) -> str:
-        """Of the file; what came in order was hashed on the way."""
-        if self._hashed_bytes == self.size_bytes:
-            return self._hash.hexdigest()
-        with os.fdopen(os.dup(self._handle), "rb", buffering=0) as file:
-            file.seek(0)
-            return hash_file(file)
-
-    def publish(self, path: Path) -> None:
-        """Under its name, in memory at least; ends the lock."""
+    def publish(self, path: Path) -> os.stat_result:
+        """Under its name, in memory at least; ends the lock. What it looks like then."""
         try:
-            os.fchmod(self._handle, 0o444)
             self.path.rename(path)
+            os.fchmod(self._handle, 0o444)
+            status = os.fstat(self._handle)
         except OSError as error:
             raise PoolError(f"cache {path}: {error.strerror}") from None
         self.close()
+        return status
+
+    def is_published(self, path: Path) -> bool:
+        """Whether another process has completed it, whatever has that path by now."""
+        mine = os.fstat(self._handle)
+        try:
+            return not mine.st_mode & 0o222 or os.path.samestat(mine, path.stat())
+        except OSError:
+            return False
 
     def close(self) -> None:
         if self._handle >= 0:

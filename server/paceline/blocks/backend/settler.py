@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 
+from .manifest import PoolObject
 from .objects import ObjectStore
 
 _SETTLE_S = 0.5
@@ -21,15 +22,16 @@ class Settler:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
-        self._waiting: list[str] = []
+        self._waiting: list[tuple[str, PoolObject, os.stat_result]] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="blocks-settler", daemon=True)
         self._thread.start()
 
-    def add(self, digest: str) -> None:
+    def add(self, digest: str, stated: PoolObject, status: os.stat_result) -> None:
+        """An object that looked like this when its bytes were found to be those stated."""
         with self._changed:
-            self._waiting.append(digest)
+            self._waiting.append((digest, stated, status))
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -48,13 +50,13 @@ class Settler:
                     continue  # something is being loaded
             while self._waiting and len(self._waiting) <= count and not self._closed:
                 count = len(self._waiting)
-                self._settle(self._waiting.pop())
+                self._settle(*self._waiting.pop())
 
-    def _settle(self, digest: str) -> None:
+    def _settle(self, digest: str, stated: PoolObject, status: os.stat_result) -> None:
         with contextlib.suppress(OSError):
             handle = os.open(self._store.path(digest), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-            self._store.mark_verified(digest)
+            self._store.mark_verified(digest, stated, status)
