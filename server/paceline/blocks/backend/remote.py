@@ -225,7 +225,8 @@ class RemoteSource:
         try:
             self._store.verify(opened.handle, digest, self._stated[digest])
         except Altered as error:
-            self._discard(digest, "other bytes")
+            if opened.has_its_path():
+                self._discard(digest, "other bytes")
             raise PoolError(f"{error}; removed from the cache: load the model again") from None
         self._right.add(digest)
 
