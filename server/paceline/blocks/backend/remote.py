@@ -325,7 +325,7 @@ class RemoteSource:
     def _came_from_elsewhere(self, digest: str, part: PartialObject) -> bool:
         """Waits for whoever fetches it; whether it is complete then."""
         if not part.try_lock():
-            for other in self._parts.values():
+            for other in list(self._parts.values()):
                 other.release()  # two that wait for each other would wait for ever
             part.lock()
         part.ours = not part.is_published(self._store.path(digest))
