@@ -31,13 +31,12 @@ class Link:
     def expect(self, spans: Sequence[Span]) -> None:
         self._now = tuple(spans)
 
-    def fetch(self, span: Span) -> Callable[[], None] | None:
+    def fetch(self, span: Span) -> None:
         if span in self.failing:
             self.failing.remove(span)
             raise PoolError("the link is down")
         self.fetched.append(span)
         self.expected.append(self._now)
-        return None
 
     def manifest(self, digest: str) -> Manifest:
         raise NotImplementedError

@@ -20,7 +20,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -187,8 +186,7 @@ class RemoteSource:
             part.ours = part.try_lock() and not part.is_published(self._store.path(digest))
         return part.ours
 
-    def fetch(self, span: Span) -> Callable[[], None] | None:
-        """Receives and writes; the rest, beside the reception of the next span, is to hash."""
+    def fetch(self, span: Span) -> None:
         opened = self._objects[span.name]
         part = self._parts.get(span.name)
         size = min(span.size_bytes, opened.size_bytes - span.offset)  # spans are whole pages
@@ -197,16 +195,11 @@ class RemoteSource:
                 self.check(span.name)
         elif part is not None and (part.ours or not self._came_from_elsewhere(span.name, part)):
             self._download(span.name, part, span.offset, size)
-            return partial(self._finish_span, span, part, size)
         elif span.offset == 0:
             self.check(span.name)
         opened.populate(span.offset, size)
-        return None
-
-    def _finish_span(self, span: Span, part: PartialObject, size_bytes: int) -> None:
-        self._objects[span.name].populate(span.offset, size_bytes)
-        if span.last:
-            self._complete(span.name, part)
+        if span.last and span.name in self._parts:
+            self._complete(span.name, self._parts[span.name])
 
     def check(self, digest: str) -> None:
         if digest in self._right:

@@ -1,14 +1,14 @@
 """Where a model's objects come from: a pool on this machine's disk (`LocalSource`).
 
 A source opens objects as mappings, at once and without reading them, and brings their bytes into
-memory when the loader says so. Invariant: `fetch` (and the rest it returns) succeeds for the last
-span of an object only if the whole object's hash was found right, in this process or by a marker
-that still holds; so no block computes with bytes that nobody checked.
+memory when the loader says so. Invariant: `fetch` succeeds for the last span of an object only if
+the whole object's hash was found right, in this process or by a marker that still holds; so no
+block computes with bytes that nobody checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -40,12 +40,8 @@ class Source(Protocol):
     def expect(self, spans: Sequence[Span]) -> None:
         """What will be fetched after the next span, in this order."""
 
-    def fetch(self, span: Span) -> Callable[[], None] | None:
-        """Brings the span's bytes into memory. Raises PoolError; the object is then not held.
-
-        What it returns is the rest of the work, for another thread to do, in order: until then
-        the span is not there.
-        """
+    def fetch(self, span: Span) -> None:
+        """Brings the span's bytes into memory. Raises PoolError; the object is then not held."""
 
     def check(self, digest: str) -> None:
         """Makes sure that an object that is paged in on demand has the right bytes."""
