@@ -7,7 +7,7 @@ by who wants them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -96,7 +96,7 @@ class S3Store:
         return self._client.get_object(Bucket=self._bucket, Key=name, **extra)
 
     @contextlib.contextmanager
-    def _failures_told(self) -> Any:
+    def _failures_told(self) -> Iterator[None]:
         """Raises Passing or PoolError for what botocore raises."""
         try:
             yield
