@@ -198,8 +198,9 @@ class RemoteSource:
         elif span.offset == 0:
             self.check(span.name)
         opened.populate(span.offset, size)
-        if span.last and span.name in self._parts:
-            self._complete(span.name, self._parts[span.name])
+        part = self._parts.get(span.name)
+        if span.last and part is not None:
+            self._complete(span.name, part)
 
     def check(self, digest: str) -> None:
         if digest in self._right:
