@@ -45,7 +45,8 @@ from scripts.blocks_measure import (
 )
 
 from paceline.blocks.backend import skeleton
-from paceline.blocks.backend.manifest import Block, ObjectStore
+from paceline.blocks.backend.manifest import Block
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.backend.settings import MIB
 from paceline.blocks.backend.skeleton import DTYPES
 from paceline.blocks.backend.store import HttpStore, Part
@@ -175,7 +176,7 @@ def in_order(directory: Path, url: str, stages: Stages, *, optimise: bool) -> li
     built: queue.Queue[tuple[Block, ort.InferenceSession]] = queue.Queue()
 
     parts = {
-        digest: Part(f"objects/{digest}", 0, found.manifest.objects[digest])
+        digest: Part(f"objects/{digest}", 0, found.manifest.objects[digest].size_bytes)
         for block in member.blocks
         for digest in (*(weight.object for weight in block.weights), block.graph)
     }

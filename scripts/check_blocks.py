@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.make_models import ZOO, make
 from scripts.prepare_models import NETWORKS
 
-from paceline.blocks.backend.manifest import Member, ObjectStore
+from paceline.blocks.backend.manifest import Member
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import compile_model
 from paceline.blocks.measure import BlockRunner, guess_axes, same, sample
 from paceline.blocks.member import Options

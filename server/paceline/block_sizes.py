@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from paceline.blocks.backend.manifest import ObjectStore, PoolError
+from paceline.blocks.backend.manifest import PoolError
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.core.errors import ConfigError
 from paceline.triton.config import read_config
 
@@ -28,6 +29,7 @@ def blocks_of(directory: Path) -> Mapping[str, int]:
     if config.backend != "paceline_blocks" or swapped or "://" in pool:
         return {}
     try:
-        return dict(ObjectStore(directory.resolve() / pool).manifest(manifest).objects)
+        objects = ObjectStore(directory.resolve() / pool).manifest(manifest).objects
+        return {name: one.size_bytes for name, one in objects.items()}
     except (PoolError, OSError):
         return {}

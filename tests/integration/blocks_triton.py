@@ -14,7 +14,7 @@ import onnxruntime as ort
 import psutil
 from tests.integration.blocks_models import WIDTH
 
-from paceline.blocks.backend.manifest import ObjectStore
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.repository import read_config
 from paceline.core.ports import ModelCall
 from paceline.core.tensor import BatchTensor

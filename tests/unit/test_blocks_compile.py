@@ -16,7 +16,8 @@ from scripts.make_models import bert, wide_mlp
 from tests.blocks_models import SMALL, conv, sequence, written
 from tritonclient.grpc import model_config_pb2
 
-from paceline.blocks.backend.manifest import Manifest, ObjectStore, runtime_here
+from paceline.blocks.backend.manifest import Manifest, runtime_here
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import Outcome, compile_model
 from paceline.blocks.measure import BlockRunner, sample
 from paceline.blocks.member import Options
@@ -33,7 +34,7 @@ def _compile(tmp_path: Path, source: Path, options: Options = UNMEASURED) -> Out
 def _weights(manifest: Manifest) -> dict[str, int]:
     """Bytes by object."""
     return {
-        weight.object: manifest.objects[weight.object]
+        weight.object: manifest.objects[weight.object].size_bytes
         for member in manifest.members
         for block in member.blocks
         for weight in block.weights

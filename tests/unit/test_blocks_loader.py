@@ -9,7 +9,7 @@ import pytest
 
 from paceline.blocks.backend import loader as loader_module
 from paceline.blocks.backend.loader import Loader
-from paceline.blocks.backend.manifest import PAGE_BYTES, Chunks, Manifest, PoolError
+from paceline.blocks.backend.manifest import PAGE_BYTES, Chunks, Manifest, PoolError, PoolObject
 from paceline.blocks.backend.mapping import MappedObject
 from paceline.blocks.backend.window import Span, Window
 
@@ -31,21 +31,24 @@ class Link:
     def expect(self, spans: Sequence[Span]) -> None:
         self._now = tuple(spans)
 
-    def fetch(self, span: Span) -> Callable[[], None] | None:
+    def fetch(self, span: Span) -> None:
         if span in self.failing:
             self.failing.remove(span)
             raise PoolError("the link is down")
         self.fetched.append(span)
         self.expected.append(self._now)
-        return None
 
     def manifest(self, digest: str) -> Manifest:
         raise NotImplementedError
 
-    def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
+    def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
         raise NotImplementedError
 
-    def graph(self, digest: str, size_bytes: int) -> Path:
+    def graph(self, digest: str, stated: PoolObject) -> bytes:
+        raise NotImplementedError
+
+    @property
+    def graphs(self) -> Path:
         raise NotImplementedError
 
     def check(self, digest: str) -> None: ...

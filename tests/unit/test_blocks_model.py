@@ -19,8 +19,11 @@ from tests.integration.blocks_models import VOCABULARY, WIDTH, compiled, write_e
 
 from paceline.blocks.backend import store
 from paceline.blocks.backend.blockmodel import BlockModel
-from paceline.blocks.backend.manifest import ObjectStore, PoolError
+from paceline.blocks.backend.manifest import PoolError
+from paceline.blocks.backend.objects import ObjectStore
+from paceline.blocks.backend.remote import RemoteSource
 from paceline.blocks.backend.settings import SettingsError, read_settings
+from paceline.blocks.backend.source import objects_of
 from paceline.blocks.measure import BlockRunner
 from paceline.blocks.repository import compiled_model
 
@@ -411,9 +414,14 @@ def test_what_a_killed_fetch_left_is_taken_over(
     found = compiled_model(repository / "mlp")
     assert found is not None
     left = tmp_path / "cache" / "tmp" / "fetch"
-    left.mkdir(parents=True)
-    for digest, size in found.manifest.objects.items():
-        (left / digest).write_bytes(b"?" * size)
+    killed = RemoteSource(lambda: store.HttpStore(pool.url), tmp_path / "cache")
+    objects = killed.open(objects_of(killed.manifest(found.digest)))
+    sizes = [one.size_bytes for one in objects.values()]
+    names = [path.name for path in left.iterdir()]
+    assert len(names) == len(sizes) == LAYERS
+    killed.close()
+    for name, size in zip(names, sizes, strict=True):
+        (left / name).write_bytes(b"?" * size)
     model = opened("mlp", pool=pool.url, cache=str(tmp_path / "cache"))
     check(model, repository)
     model.close()

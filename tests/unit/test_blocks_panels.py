@@ -11,7 +11,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from paceline.blocks.backend.manifest import Manifest, ObjectStore
+from paceline.blocks.backend.manifest import Manifest
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import compile_model
 from paceline.blocks.measure import BlockRunner, close
 from paceline.blocks.member import Options

@@ -16,7 +16,8 @@ import pytest
 from scripts.make_models import wide_mlp
 from tests.blocks_models import conv, written
 
-from paceline.blocks.backend.manifest import ObjectStore, PoolError, cpu_features, parse
+from paceline.blocks.backend.manifest import PoolError, PoolObject, cpu_features, parse
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
 from paceline.blocks.pool import PoolWriter
@@ -44,8 +45,8 @@ def _check_pool(pool: Path) -> int:
     return len(names)
 
 
-def _largest(model: CompiledModel) -> tuple[str, int]:
-    return max(model.manifest.objects.items(), key=lambda item: item[1])
+def _largest(model: CompiledModel) -> tuple[str, PoolObject]:
+    return max(model.manifest.objects.items(), key=lambda item: item[1].size_bytes)
 
 
 def _process(code: str, *arguments: Path, **options: Any) -> subprocess.Popen[str]:
@@ -74,20 +75,20 @@ options = Options(measure=False)
 
 def test_an_object_that_was_altered_is_found_before_use(model: CompiledModel) -> None:
     """Also with size and mtime as before, and by a process that had verified it."""
-    name, size = _largest(model)
+    name, stated = _largest(model)
     store = ObjectStore(model.pool)
-    path = store.verified(name, size)
+    path = store.verified(name, stated)
     before = path.stat()
     path.chmod(0o644)
     with path.open("r+b") as file:
-        file.seek(size // 2)
+        file.seek(stated.size_bytes // 2)
         byte = file.read(1)[0]
-        file.seek(size // 2)
+        file.seek(stated.size_bytes // 2)
         file.write(bytes([byte ^ 1]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     for again in (store, ObjectStore(model.pool)):
         with pytest.raises(PoolError, match=r"altered .*; compile the model again"):
-            again.verified(name, size)
+            again.verified(name, stated)
 
 
 def _replaced(make: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -112,27 +113,27 @@ def test_an_object_that_is_not_what_it_was_is_refused(
     model: CompiledModel, damage: Callable[[Path], Any], said: str
 ) -> None:
     """Truncated, missing, or no file at all; a link is not followed out of the pool."""
-    name, size = _largest(model)
+    name, stated = _largest(model)
     path = model.pool / "objects" / name
     path.chmod(0o644)
     damage(path)
     with pytest.raises(PoolError, match=said):
-        ObjectStore(model.pool).verified(name, size)
+        ObjectStore(model.pool).verified(name, stated)
 
 
 def test_what_is_known_to_be_verified_is_not_read_again(model: CompiledModel) -> None:
     """A warm start reads nothing of an object whose marker still fits; without one it does."""
-    name, size = _largest(model)
+    name, stated = _largest(model)
 
     def read_bytes(store: ObjectStore) -> int:
         before = _read_by_this_process()
-        store.verified(name, size)
+        store.verified(name, stated)
         return _read_by_this_process() - before
 
-    assert read_bytes(ObjectStore(model.pool)) < size // 2
+    assert read_bytes(ObjectStore(model.pool)) < stated.size_bytes // 2
     (model.pool / "verified" / name).unlink()
-    assert read_bytes(ObjectStore(model.pool)) >= size
-    assert read_bytes(ObjectStore(model.pool)) < size // 2
+    assert read_bytes(ObjectStore(model.pool)) >= stated.size_bytes
+    assert read_bytes(ObjectStore(model.pool)) < stated.size_bytes // 2
 
 
 def _read_by_this_process() -> int:
@@ -149,7 +150,7 @@ def test_no_name_leads_out_of_the_pool(model: CompiledModel, name: str) -> None:
     with pytest.raises(PoolError, match="is no name of an object"):
         store.manifest(name)
     changes: list[Callable[[Any], None]] = [
-        lambda doc: doc["objects"].update({name: 1}),
+        lambda doc: doc["objects"].update({name: {"bytes": 1, "blake3": "0" * 64}}),
         lambda doc: doc["members"][0]["blocks"][0].update(graph=name),
         lambda doc: _weight(doc).update(object=name),
     ]

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
+from paceline.blocks.backend.manifest import PoolObject
 from paceline.blocks.backend.mapping import MappedObject
 from paceline.blocks.backend.source import LocalSource
 from paceline.blocks.backend.window import Span
@@ -33,7 +35,7 @@ def opened(tmp_path: Path) -> Callable[[], Opened]:
             file.write(text)
             os.fsync(file.fileno())
         source = LocalSource(tmp_path)
-        (found,) = source.open({name: OBJECT_BYTES}).values()
+        (found,) = source.open({name: PoolObject(OBJECT_BYTES, blake3(text).hexdigest())}).values()
         source.check(name)
         found.drop(page_cache=True)
         if found.cached_bytes():

@@ -1,4 +1,4 @@
-"""A block store over HTTP: bytes as asked for, and the next requests out before an answer ends."""
+"""Block stores: bytes as asked for, and the next requests out before an answer ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.http_stores import StoreHandler, answering
 
 from paceline.blocks.backend import store
 from paceline.blocks.backend.manifest import PoolError
-from paceline.blocks.backend.store import MOST_AHEAD, HttpStore, Part
+from paceline.blocks.backend.store import MOST_AHEAD, Part, Store, open_store
 
 SIZE = 3 << 20
 NAMES = "abcdefghijkl"
@@ -38,7 +38,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
 
     class Handler(StoreHandler):
         def do_GET(self) -> None:
-            name = self.path.lstrip("/")
+            name = self.path.rpartition("/")[2]
             served.asked.append(name)
             served.seen[name].set()
             assert "Range" in self.headers, "a store is never asked for a whole object"
@@ -64,7 +64,23 @@ def part(name: str, offset: int = 0, size: int = SIZE) -> Part:
     return Part(name, offset, size - offset)
 
 
-def copied(opened: HttpStore, wanted: Part) -> bytes:
+@pytest.fixture(params=["http", "s3"])
+def opened(
+    served: Served, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    """Closed in the end."""
+    if request.param == "http":
+        opened = open_store(served.url)
+    else:
+        for key, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+            monkeypatch.setenv(f"AWS_{key}", value)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        opened = open_store("s3://bucket", s3_endpoint=served.url)
+    yield opened
+    opened.close()
+
+
+def copied(opened: Store, wanted: Part) -> bytes:
     text = bytearray(wanted.size_bytes)
 
     def write(position: int, piece: memoryview) -> None:
@@ -74,25 +90,22 @@ def copied(opened: HttpStore, wanted: Part) -> bytes:
     return bytes(text)
 
 
-def test_the_next_request_is_out_before_an_answer_ends(served: Served) -> None:
+def test_the_next_request_is_out_before_an_answer_ends(served: Served, opened: Store) -> None:
     """The store has it while the first piece of the answer before is being written."""
-    opened = HttpStore(served.url)
     opened.expect([part("b")])
     there = []
     opened.copy(part("a"), lambda position, piece: there.append(served.seen["b"].wait(10)))
     assert there and all(there)
     assert copied(opened, part("b")) == CONTENTS["b"]
     assert sorted(served.asked) == ["a", "b"]
-    opened.close()
 
 
 def test_no_more_is_asked_for_ahead_than_fills_the_link(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    served: Served, opened: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the bytes of one that was asked for are still to come no other one is."""
     monkeypatch.setattr(store, "AHEAD_BYTES", SIZE - (1 << 16))  # of which a head has a part
     served.held["b"] = threading.Event()
-    opened = HttpStore(served.url)
     opened.expect([part("b"), part("c"), part("d")])
     pieces = []
 
@@ -109,11 +122,9 @@ def test_no_more_is_asked_for_ahead_than_fills_the_link(
     assert served.seen["c"].wait(10)
     opened.expect([])
     assert copied(opened, part("c")) == CONTENTS["c"]
-    opened.close()
 
 
-def test_of_small_ones_many_are_out_but_no_more_than_is_said(served: Served) -> None:
-    opened = HttpStore(served.url)
+def test_of_small_ones_many_are_out_but_no_more_than_is_said(served: Served, opened: Store) -> None:
     small = [part(name, size=100) for name in NAMES]
     for number, one in enumerate(small):
         opened.expect(small[number + 1 :])
@@ -121,12 +132,12 @@ def test_of_small_ones_many_are_out_but_no_more_than_is_said(served: Served) -> 
         # The store sees what was asked for a moment later, never more than that.
         assert len(served.asked) <= number + 1 + MOST_AHEAD
     assert sorted(served.asked) == list(NAMES)
-    opened.close()
 
 
-def test_all_requests_ahead_are_out_once_there_are_connections(served: Served) -> None:
+def test_all_requests_ahead_are_out_once_there_are_connections(
+    served: Served, opened: Store
+) -> None:
     """Each answer opens one: so many are out after so many answers."""
-    opened = HttpStore(served.url)
     small = [part(name, size=100) for name in NAMES]
     for number in range(4):
         opened.expect(small[number + 1 :])
@@ -135,12 +146,10 @@ def test_all_requests_ahead_are_out_once_there_are_connections(served: Served) -
     for number in range(4, len(NAMES)):
         assert copied(opened, small[number]) == CONTENTS[NAMES[number]][:100]
     assert sorted(served.asked) == list(NAMES)
-    opened.close()
 
 
-def test_what_was_expected_in_vain_does_no_harm(served: Served) -> None:
+def test_what_was_expected_in_vain_does_no_harm(served: Served, opened: Store) -> None:
     """Other bytes are asked for, or it is given up, or expected for now."""
-    opened = HttpStore(served.url)
     opened.expect([part("b")])
     assert copied(opened, part("a")) == CONTENTS["a"]
     assert served.seen["b"].wait(10)
@@ -157,9 +166,8 @@ def test_what_was_expected_in_vain_does_no_harm(served: Served) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_answers_that_end_early_come_again(served: Served, times: int) -> None:
+def test_answers_that_end_early_come_again(served: Served, opened: Store, times: int) -> None:
     """Also one that was asked for ahead; no piece is taken for another's."""
-    opened = HttpStore(served.url)
     served.cut_short = times
     opened.expect([part("b"), part("c")])
     assert copied(opened, part("a")) == CONTENTS["a"]
@@ -167,12 +175,9 @@ def test_answers_that_end_early_come_again(served: Served, times: int) -> None:
     assert copied(opened, part("b")) == CONTENTS["b"]
     opened.expect([])
     assert opened.read(part("c")) == CONTENTS["c"]
-    opened.close()
 
 
-def test_a_store_that_never_answers_in_full_is_given_up(served: Served) -> None:
-    opened = HttpStore(served.url)
+def test_a_store_that_never_answers_in_full_is_given_up(served: Served, opened: Store) -> None:
     served.cut_short = 1000
     with pytest.raises(PoolError, match=r"/a: .*, 5 times in a row"):
         copied(opened, part("a"))
-    opened.close()

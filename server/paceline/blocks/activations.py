@@ -92,7 +92,11 @@ def _grown(manifest: Manifest, pool: Path, shapes: Mapping[str, Shapes]) -> dict
     blocks = [block for member in manifest.members for block in member.blocks]
     made = {
         block.key: Session(
-            source.graph(block.graph, manifest.objects[block.graph]), block, objects, threads=1
+            source.graph(block.graph, manifest.objects[block.graph]),
+            block,
+            source.graphs,
+            objects,
+            threads=1,
         )
         for block in blocks
     }

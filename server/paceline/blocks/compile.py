@@ -24,13 +24,14 @@ from paceline.blocks.backend.manifest import (
     FORMAT,
     Manifest,
     Member,
-    ObjectStore,
     PoolError,
+    PoolObject,
     Runtime,
     pages,
     parse,
     runtime_here,
 )
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.group import Group
 from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
 from paceline.blocks.pool import MIB, PoolWriter
@@ -152,7 +153,7 @@ class _Compiler:
         self._options = options
         self._runtime = runtime
         self._progress = progress
-        self._objects: dict[str, int] = {}
+        self._objects: dict[str, PoolObject] = {}
         self._chunks: dict[str, Any] = {}
         self._measured: dict[str, Any] = {}
         self._shapes: dict[int, dict[str, Sequence[int]]] = {}
@@ -188,8 +189,8 @@ class _Compiler:
                 for m, s in sources.items()
             ],
             "options": self._options.as_json(),
-            "objects": {name: self._objects[name] for name in sorted(used)},
-            "weights_bytes": sum(pages(self._objects[name]) for name in weights),
+            "objects": {name: self._objects[name].as_json() for name in sorted(used)},
+            "weights_bytes": sum(pages(self._objects[name].size_bytes) for name in weights),
             "members": [asdict(member) for member in members],
             "chunks": {name: self._chunks[name] for name in sorted(used & self._chunks.keys())},
             "largest_block_bytes": max(
@@ -350,8 +351,8 @@ def _current(directory: Path, pool: Path, key: str) -> CompiledModel | None:
         if model.missing_files():
             return None
         store = ObjectStore(model.pool)
-        for name, size in model.manifest.objects.items():
-            store.verified(name, size)
+        for name, stated in model.manifest.objects.items():
+            store.verified(name, stated)
     except (ConfigError, PoolError):
         return None
     return model

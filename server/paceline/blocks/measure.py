@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from paceline.blocks.backend.manifest import Block, Member, ObjectStore
+from paceline.blocks.backend.manifest import Block, Member, PoolObject
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.source import session_options
 
 Array = npt.NDArray[Any]
@@ -51,7 +52,7 @@ _GUESSES = (64, 32, 16, 8, 1, 224)
 class BlockRunner:
     """Sessions over mapped objects of a pool."""
 
-    def __init__(self, store: ObjectStore, objects: Mapping[str, int]) -> None:
+    def __init__(self, store: ObjectStore, objects: Mapping[str, PoolObject]) -> None:
         self._store = store
         self._objects = objects
         self._maps: dict[str, mmap.mmap] = {}

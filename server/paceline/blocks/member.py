@@ -15,9 +15,17 @@ from math import prod
 from typing import Any
 
 import onnx
+from blake3 import blake3
 
 from paceline.blocks import cut, graph
-from paceline.blocks.backend.manifest import Block, Member, Tensor, Weight, weights_bytes
+from paceline.blocks.backend.manifest import (
+    Block,
+    Member,
+    PoolObject,
+    Tensor,
+    Weight,
+    weights_bytes,
+)
 from paceline.blocks.panels import panel
 from paceline.blocks.pool import MIB, PoolWriter
 from paceline.blocks.rewrite import tile
@@ -151,13 +159,13 @@ def prepare(
 
 
 class ObjectWriter:
-    """Writes the objects of one model's members and remembers their sizes."""
+    """Writes the objects of one model's members and remembers what they are."""
 
     def __init__(self, pool: PoolWriter, wrote: Callable[[int], None] = lambda count: None) -> None:
         """`wrote` is told how many bytes of weights are in the pool after each object."""
         self._pool = pool
         self._wrote = wrote
-        self.objects: dict[str, int] = {}
+        self.objects: dict[str, PoolObject] = {}
         self.chunks: dict[str, dict[str, Any]] = {}
         """Hashes of the tables' chunks, as the manifest has them."""
 
@@ -202,8 +210,8 @@ class ObjectWriter:
         prepared: Prepared,
         placed: Mapping[str, Weight],
     ) -> Block:
-        digest = self._pool.add_bytes(made.data)
-        self.objects[digest] = len(made.data)
+        digest, stated = self._pool.add_bytes(made.data)
+        self.objects[digest] = stated
         whole_tables = _tables(nodes, prepared.stored)
         weights = tuple(
             replace(
@@ -255,7 +263,7 @@ class ObjectWriter:
             if name in prepared.tables:
                 self.chunks[placed[name].object] = {
                     "bytes": _CHUNK_BYTES,
-                    "sha256": _chunk_hashes(tensor).hex(),
+                    "blake3": _chunk_hashes(tensor).hex(),
                 }
         if packed:
             tensors = [prepared.stored[name] for name in packed]
@@ -268,8 +276,8 @@ class ObjectWriter:
                 placed[name] = _weight(digest, offset, tensor)
 
     def _add(self, chunks: Callable[[], Iterable[bytes]], size_bytes: int) -> str:
-        digest = self._pool.add(chunks, size_bytes)
-        self.objects[digest] = size_bytes
+        digest, stated = self._pool.add(chunks, size_bytes)
+        self.objects[digest] = stated
         self._wrote(size_bytes)
         return digest
 
@@ -338,7 +346,7 @@ def _index(nodes: Iterable[onnx.NodeProto], table: str, inputs: Sequence[str]) -
 def _chunk_hashes(tensor: Stored) -> bytes:
     assert CHUNK_BYTES % _CHUNK_BYTES == 0
     return b"".join(
-        hashlib.sha256(data[start : start + _CHUNK_BYTES]).digest()
+        blake3(data[start : start + _CHUNK_BYTES]).digest()
         for data in tensor.chunks()
         for start in range(0, len(data), _CHUNK_BYTES)
     )

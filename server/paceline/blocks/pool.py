@@ -19,7 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from paceline.blocks.backend.manifest import EXTERNAL, ObjectStore, PoolError
+from blake3 import blake3
+
+from paceline.blocks.backend.manifest import EXTERNAL, PoolError, PoolObject
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.core.errors import ResidencyError
 
 _STALE_MARKER_S = 3600.0
@@ -55,25 +58,29 @@ class PoolWriter:
         shutil.rmtree(self.stage, ignore_errors=True)
         os.close(self._lock)
 
-    def add(self, chunks: Callable[[], Iterable[bytes]], size_bytes: int) -> str:
+    def add(self, chunks: Callable[[], Iterable[bytes]], size_bytes: int) -> tuple[str, PoolObject]:
         """Puts an object there unless it is; `chunks` gives its bytes anew at every call.
+
+        Its name, and what a manifest says of it.
 
         Bytes are read twice rather than written for nothing. Raises ResidencyError if the disk is
         full, or if `chunks` gives other bytes the second time.
         """
-        digest = _hash(chunks())
+        digest, hashed = _hashes(chunks())
+        stated = PoolObject(size_bytes, hashed)
         with contextlib.suppress(PoolError):  # missing, or to be replaced because it was altered
-            self.store.verified(digest, size_bytes)
-            return digest
+            self.store.verified(digest, stated)
+            return digest, stated
         fresh = self.stage / secrets.token_hex(8)
         if _write(fresh, chunks()) != digest:
             raise ResidencyError(f"{self.root}: the model's file changed while it was compiled")
-        self._publish(fresh, self.store.path(digest))
-        self.store.mark_verified(digest)
+        with fresh.open("rb") as file:  # another file may take its place at once
+            self._publish(fresh, self.store.path(digest))
+            self.store.mark_verified(digest, stated, os.fstat(file.fileno()))
         self.written_bytes += size_bytes
-        return digest
+        return digest, stated
 
-    def add_bytes(self, data: bytes) -> str:
+    def add_bytes(self, data: bytes) -> tuple[str, PoolObject]:
         return self.add(lambda: (data,), len(data))
 
     def add_manifest(self, data: bytes) -> str:
@@ -188,8 +195,10 @@ def _write(path: Path, chunks: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _hash(chunks: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
+def _hashes(chunks: Iterable[bytes]) -> tuple[str, str]:
+    """SHA-256 and BLAKE3."""
+    name, hashed = hashlib.sha256(), blake3()
     for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
+        name.update(chunk)
+        hashed.update(chunk)
+    return name.hexdigest(), hashed.hexdigest()

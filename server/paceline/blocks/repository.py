@@ -17,7 +17,8 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from paceline.blocks.backend.manifest import Manifest, ObjectStore, PoolError, Tensor
+from paceline.blocks.backend.manifest import Manifest, PoolError, Tensor
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.pool import disk_errors, staged, sync_directory, write_file
 from paceline.core.errors import ConfigError, ResidencyError
 

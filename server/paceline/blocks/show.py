@@ -62,7 +62,7 @@ def sharing(models: Sequence[CompiledModel]) -> Sharing:
     for name, model in named.items():
         blocks = (block for member in model.manifest.members for block in member.blocks)
         weights[name] = {
-            f"{model.pool}/{weight.object}": pages(model.manifest.objects[weight.object])
+            f"{model.pool}/{weight.object}": pages(model.manifest.objects[weight.object].size_bytes)
             for block in blocks
             for weight in block.weights
         }

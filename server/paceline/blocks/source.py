@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
-from paceline.blocks.backend.manifest import WEIGHT_TYPES, hash_file
+from paceline.blocks.backend.manifest import WEIGHT_TYPES
 from paceline.core.errors import ConfigError, ResidencyError
 
 CHUNK_BYTES = 8 << 20
@@ -213,7 +213,7 @@ def examine(path: Path) -> Source:
     for file in (path, *(_inside(path, location) for location in locations)):
         try:
             with file.open("rb", buffering=0) as opened:
-                digest.update(hash_file(opened).encode())
+                digest.update(hashlib.file_digest(opened, "sha256").hexdigest().encode())
                 size += os.fstat(opened.fileno()).st_size
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror}", where=str(path)) from None

@@ -182,7 +182,9 @@ def weights_of(model: str, repositories: Iterable[Path]) -> Weights:
         assert compiled is not None
         blocks = (b for member in compiled.manifest.members for b in member.blocks)
         objects = compiled.manifest.objects
-        return Weights({w.object: objects[w.object] for block in blocks for w in block.weights})
+        return Weights(
+            {w.object: objects[w.object].size_bytes for block in blocks for w in block.weights}
+        )
     name = (config.default_model_filename if config is not None else "") or "model.onnx"
     version = version_directory(directory)
     if backend not in ONNX_BACKENDS or version is None or not (version / name).is_file():

@@ -58,10 +58,10 @@ class BlockModel:
         for member in self.manifest.members:
             self._members[member.name] = (member, len(blocks))
             blocks.extend(member.blocks)
-        sizes = objects_of(self.manifest)
+        stated = objects_of(self.manifest)
         needs = [_loaded_objects(block) for block in blocks]
         loaded = {name for names in needs for name in names}
-        self._tables = [name for name in sizes if name not in loaded]
+        self._tables = [name for name in stated if name not in loaded]
         # A device does not page on demand: its tables are there, and checked, as a whole.
         self._by_rows = {} if self._driver is not None else self._tables_by_rows(blocks)
         self._unchecked_tables = [name for name in self._tables if name not in self._by_rows]
@@ -69,7 +69,7 @@ class BlockModel:
         self._blocks = blocks
         self._tables_lock = threading.Lock()
         self._tables_thread = threading.Thread(target=self._check_tables_early, daemon=True)
-        held = {name: pages(size) for name, size in sizes.items()}
+        held = {name: pages(one.size_bytes) for name, one in stated.items()}
         self.budget: Budget | None = None
         if settings.memory_budget_bytes is not None or settings.shared_budget_bytes is not None:
             self.budget = Budget(
@@ -82,7 +82,7 @@ class BlockModel:
             )
         else:
             ledger.expect(name or self.manifest.model, sum(held[each] for each in loaded))
-        self._objects: Mapping[str, MappedObject] = source.open(sizes)
+        self._objects: Mapping[str, MappedObject] = source.open(stated)
         for name in self._tables:
             self._objects[name].expect_rows()
         self._durations = Durations(blocks)
@@ -97,6 +97,7 @@ class BlockModel:
         self._skeleton = Skeleton(
             blocks,
             lambda block: source.graph(block.graph, self.manifest.objects[block.graph]),
+            source.graphs,
             self._objects,
             settings.threads,
             None if self._driver is None else self._on_device,
@@ -186,9 +187,10 @@ class BlockModel:
         if self._driver is not None:
             self._driver.close()
 
-    def _on_device(self, graph: Path, block: Block) -> DeviceSession:
-        assert self._settings.gpu is not None
-        return DeviceSession(graph, block, self._settings.threads, self._pool, self._settings.gpu)
+    def _on_device(self, graph: bytes, block: Block) -> DeviceSession:
+        threads, number = self._settings.threads, self._settings.gpu
+        assert number is not None
+        return DeviceSession(graph, block, self._source.graphs, threads, self._pool, number)
 
     def _infer(
         self, name: str, feed: Mapping[str, Any], outputs: Sequence[str], rows: int

@@ -25,6 +25,7 @@ import onnxruntime as ort
 from .manifest import Block, PoolError
 from .mapping import Bytes, MappedObject
 from .run import Sessions
+from .skeleton import FOLDER
 
 STAGE_BYTES = 8 << 20
 _ALIGNMENT = 256
@@ -247,7 +248,13 @@ class DeviceSession:
     """A block's session on GPU `number`, its weights at their addresses in the pool. Not run."""
 
     def __init__(
-        self, graph: Path, block: Block, threads: int, pool: DevicePool, number: int
+        self,
+        graph: bytes,
+        block: Block,
+        folder: Path,
+        threads: int,
+        pool: DevicePool,
+        number: int,
     ) -> None:
         self._number = number
         options = ort.SessionOptions()
@@ -255,6 +262,7 @@ class DeviceSession:
         options.log_severity_level = 3  # errors
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry(FOLDER, str(folder))
         # A node on the CPU would read its weights at addresses of the device.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         self._weights = [
@@ -267,10 +275,10 @@ class DeviceSession:
             options.add_initializer(weight.name, value)
         providers = [("CUDAExecutionProvider", {"device_id": str(number)})]
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers)
+            self._session = ort.InferenceSession(graph, options, providers)
         except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
             raise PoolError(
-                f"{graph}: refused on the GPU: {' '.join(str(error).split())}"
+                f"graph {block.graph}: refused on the GPU: {' '.join(str(error).split())}"
             ) from None
         self._inputs = [node.name for node in self._session.get_inputs()]
         self._outputs = [node.name for node in self._session.get_outputs()]

@@ -9,7 +9,6 @@ after a back-off: a store that comes back is enough to heal a model.
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,8 +21,6 @@ from .window import Span, Step, Window
 
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 8.0
-_RECEIVED = 8
-"""Spans that were received and wait to be hashed."""
 TURN_S = 0.02
 """Steps that follow each other within this time are one turn: a turn costs about 0.3 ms."""
 
@@ -86,9 +83,7 @@ class Loader:
         self._stalled_s = 0.0
         # Within a budget the next step may drop what this one fetched: one after the other.
         self._in_turn = not window.unlimited
-        self._rest: queue.Queue[tuple[Span, Callable[[], None]] | None] = queue.Queue(_RECEIVED)
         self._thread = threading.Thread(target=self._work, name="blocks-loader", daemon=True)
-        self._finisher = threading.Thread(target=self._finish, name="blocks-finisher", daemon=True)
 
     @property
     def error(self) -> PoolError | None:
@@ -120,7 +115,6 @@ class Loader:
     def start(self) -> None:
         """Begins to load what the window wants."""
         self._thread.start()
-        self._finisher.start()
 
     def pin(self, pinned: Iterable[int], limit_bytes: int | None) -> None:
         """See `Window.pin`."""
@@ -195,8 +189,6 @@ class Loader:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-            self._rest.put(None)
-            self._finisher.join()
 
     def _work(self) -> None:
         while True:
@@ -255,14 +247,12 @@ class Loader:
             spans = (*step.fetch, *self._fetched_next())
             for number, span in enumerate(step.fetch, 1):
                 self._source.expect(spans[number:])
-                rest = self._source.fetch(span)
+                self._source.fetch(span)
                 moved += span.size_bytes
-                if rest is not None:
-                    self._rest.put((span, rest))
-                    if self._in_turn:
-                        self._rest.join()
-                else:
-                    self._arrived(span)
+                with self._changed:
+                    self._window.fetched(span)
+                    self._error, self._backoff_s = None, FIRST_BACKOFF_S
+                    self._changed.notify_all()
         except Exception as error:  # a thread that died would leave runs waiting for ever
             self._fail(step.fetch, error)
         finally:
@@ -296,23 +286,6 @@ class Loader:
     def _waited_for(self) -> bool:
         with self._changed:
             return self._window.waited_for
-
-    def _finish(self) -> None:
-        """The second half of fetches that have two."""
-        while (job := self._rest.get()) is not None:
-            span, rest = job
-            try:
-                rest()
-                self._arrived(span)
-            except Exception as error:  # as above
-                self._fail((span,), error)
-            self._rest.task_done()
-
-    def _arrived(self, span: Span) -> None:
-        with self._changed:
-            self._window.fetched(span)
-            self._error, self._backoff_s = None, FIRST_BACKOFF_S
-            self._changed.notify_all()
 
     def _fail(self, spans: Sequence[Span], error: Exception) -> None:
         wrong = error if isinstance(error, PoolError) else PoolError(f"weights: {error!r}")

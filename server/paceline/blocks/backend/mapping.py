@@ -102,6 +102,18 @@ class MappedObject:
             return 0
         return int(np.count_nonzero(present & 1)) * PAGE_BYTES
 
+    @property
+    def handle(self) -> int:
+        """The file's descriptor, until `close`."""
+        return self._handle
+
+    def has_its_path(self) -> bool:
+        """Whether the file was neither removed nor replaced since it was opened there."""
+        try:
+            return os.path.samestat(os.fstat(self._handle), self.path.stat())
+        except OSError:
+            return False
+
     def close(self) -> None:
         """The descriptor only: sessions may still refer to the pages, which end with the last."""
         if self._handle >= 0:

@@ -37,11 +37,17 @@ def _package() -> str:
 
 
 _package()
-from paceline_blocks import batching  # noqa: E402
-from paceline_blocks.blockmodel import BlockModel  # noqa: E402
-from paceline_blocks.manifest import Tensor  # noqa: E402
-from paceline_blocks.settings import Settings, read_settings  # noqa: E402
-from paceline_blocks.wired import WiredModel, tensors_of  # noqa: E402
+try:
+    from paceline_blocks import batching
+    from paceline_blocks.blockmodel import BlockModel
+    from paceline_blocks.manifest import Tensor
+    from paceline_blocks.settings import Settings, read_settings
+    from paceline_blocks.wired import WiredModel, tensors_of
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"backend paceline_blocks: Triton's Python has no {error.name}: "
+        'pip install "numpy<2" onnxruntime blake3'
+    ) from None
 
 # What is imported stays, and a collection that looks through it holds all threads of a load for
 # 25 ms.

@@ -5,6 +5,10 @@ allocated (a full disk is noticed before anything starts) and mapped at once, so
 be built over it. When its last byte is there and its hash is right it is renamed into `objects/`;
 the mapping stays, and other processes find it. Processes that need the same object take turns: the
 file is locked by who fetches it. A killed one leaves a file that the next one takes over.
+
+A cache may be that of several stores, of which one may hold a manifest that says of an object's
+name what is not so. Nobody else computes with what it fetched: an unfinished file is shared only
+by those who will check it alike, and a finished one is what it is for each manifest by itself.
 """
 
 from __future__ import annotations
@@ -16,24 +20,24 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from blake3 import blake3
 
-from .manifest import Chunks, Manifest, ObjectStore, PoolError, hash_file, is_digest, parse
+from .manifest import Chunks, Manifest, PoolError, PoolObject, is_digest, parse
 from .mapping import MappedObject
+from .objects import Altered, ObjectStore, is_right
+from .partial import PartialObject
+from .settler import Settler
 from .store import Part, Store
 from .window import CHUNK_BYTES, Span
 
-_HASH_ATTEMPTS = 2
+_ATTEMPTS = 2
+"""To get an object whose hash is right."""
 _RUNS = 64
 """Most requests for the rows of a batch: each is some work, for the store and for us."""
 _GAP_BYTES = 512 << 10
-_SETTLE_S = 0.5
-"""So long nothing must have come before the disk is kept busy."""
 
 
 class RemoteSource:
@@ -57,10 +61,11 @@ class RemoteSource:
             raise PoolError(f"cache {cache}: {error.strerror}") from None
         self._store = ObjectStore(cache)
         self._objects: _Opened = _Opened({}, self._open)
-        self._parts: dict[str, _Part] = {}
+        self._parts: dict[str, PartialObject] = {}
         self._right: set[str] = set()
+        self._stated: Mapping[str, PoolObject] = {}
         self._chunks: Mapping[str, Chunks] = {}
-        self._settler = _Settler(self._store)
+        self._settler = Settler(self._store)
 
     @property
     def _remote(self) -> Store:
@@ -85,10 +90,10 @@ class RemoteSource:
         self._chunks = manifest.chunks
         return manifest
 
-    def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
+    def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
         """Each is opened when it is first used: making a hundred files takes a while."""
         missing = sum(
-            size for digest, size in sizes.items() if not self._store.path(digest).is_file()
+            one.size_bytes for digest, one in stated.items() if not self._has(digest, one)
         )
         free = shutil.disk_usage(self._cache).free
         if free < missing:
@@ -96,14 +101,34 @@ class RemoteSource:
                 f"cache {self._cache}: {missing >> 20} MiB are to be fetched and {free >> 20} MiB "
                 "are free: make room, or name another one in the parameter cache"
             )
-        self._objects = _Opened(sizes, self._open)
+        self._stated = stated
+        self._objects = _Opened(stated, self._open)
         return self._objects
+
+    def _has(self, digest: str, stated: PoolObject) -> bool:
+        """Whether the cache has it; what has the wrong size is removed."""
+        path = self._store.path(digest)
+        if not path.is_file():
+            return False
+        size_bytes = path.stat().st_size
+        if size_bytes != stated.size_bytes:
+            self._discard(digest, f"{size_bytes} bytes instead of {stated.size_bytes}")
+            return False
+        return True
+
+    def _discard(self, digest: str, why: str) -> None:
+        """Removes from the cache what is wrong. Raises PoolError if the manifest is instead."""
+        if not self._store.discard_wrong(digest):
+            raise PoolError(
+                f"object {digest}: {why}, says the manifest, but they are those of its name: "
+                "compile the model again"
+            )
 
     def _open(self, digest: str, size_bytes: int) -> MappedObject:
         path = self._store.path(digest)
         if path.is_file():
             return MappedObject(path, size_bytes)
-        part = _Part(self._cache / "tmp" / "fetch" / digest, size_bytes)
+        part = PartialObject(self._cache / "tmp" / "fetch" / self._unfinished(digest), size_bytes)
         if path.is_file():  # renamed meanwhile: ours is another, empty one
             part.remove()
             return MappedObject(path, size_bytes)
@@ -117,14 +142,29 @@ class RemoteSource:
         self._parts[digest] = part
         return opened
 
-    def graph(self, digest: str, size_bytes: int) -> Path:
+    def _unfinished(self, digest: str) -> str:
+        """The file's name, of what it will be checked by: parts of it may be before the whole."""
+        hashed = self._stated[digest].blake3
+        if digest in self._chunks:
+            hashed = blake3(b"".join((hashed.encode(), *self._chunks[digest].digests))).hexdigest()
+        return f"{digest}.{hashed}"
+
+    def graph(self, digest: str, stated: PoolObject) -> bytes:
         path = self._store.path(digest)
-        if not path.is_file():
-            text = self._remote.all(f"objects/{digest}")
-            if len(text) != size_bytes or hashlib.sha256(text).hexdigest() != digest:
-                raise PoolError(f"graph {digest}: the store has other bytes under this name")
-            self._write(path, text)
-        return self._store.verified(digest, size_bytes)
+        if path.is_file():
+            try:
+                return self._store.read(digest, stated)
+            except Altered:
+                self._discard(digest, "other bytes")
+        text = self._remote.all(f"objects/{digest}")
+        if not is_right(text, stated):
+            raise PoolError(f"graph {digest}: the store has other bytes under this name")
+        self._write(path, text)
+        return text
+
+    @property
+    def graphs(self) -> Path:
+        return self._cache / "objects"
 
     def expect(self, spans: Sequence[Span]) -> None:
         self._remote.expect(self._unclaimed(spans))
@@ -134,44 +174,38 @@ class RemoteSource:
         for span in spans:
             size = min(span.size_bytes, self._objects[span.name].size_bytes - span.offset)
             part = self._parts.get(span.name)
-            if part is None:
-                continue  # it is complete
+            if part is None or span.name in self._chunks:
+                continue  # it is complete, or comes in other parts
             if not self._is_ours(span.name, part):
                 return  # who fetches it is ahead of us, and fetches what follows, too
             yield _remote_part(span.name, span.offset, size)
 
-    def _is_ours(self, digest: str, part: _Part) -> bool:
+    def _is_ours(self, digest: str, part: PartialObject) -> bool:
         """Whether nobody else fetches it, or has fetched it; nobody else will then."""
         if not part.ours:
-            part.ours = part.try_lock() and not self._store.path(digest).is_file()
+            part.ours = part.try_lock() and not part.is_published(self._store.path(digest))
         return part.ours
 
-    def fetch(self, span: Span) -> Callable[[], None] | None:
-        """Receives and writes; the rest is to hash, beside the reception of the next span."""
+    def fetch(self, span: Span) -> None:
         opened = self._objects[span.name]
         part = self._parts.get(span.name)
         size = min(span.size_bytes, opened.size_bytes - span.offset)  # spans are whole pages
-        if part is not None and not (
-            span.offset == 0 and self._came_from_elsewhere(span.name, part)
-        ):
+        if span.name in self._chunks:  # others may use its rows: nothing unchecked is written there
+            if span.last:
+                self.check(span.name)
+        elif part is not None and (part.ours or not self._came_from_elsewhere(span.name, part)):
             self._download(span.name, part, span.offset, size)
-            return partial(self._finish_span, span, part, size)
-        if part is None and span.offset == 0:
+        elif span.offset == 0:
             self.check(span.name)
         opened.populate(span.offset, size)
-        return None
-
-    def _finish_span(self, span: Span, part: _Part, size_bytes: int) -> None:
-        opened = self._objects[span.name]
-        opened.populate(span.offset, size_bytes)
-        part.add_to_hash(span.offset, opened.view(span.offset, size_bytes, np.uint8, -1))
-        if span.last:
+        part = self._parts.get(span.name)
+        if span.last and part is not None:
             self._complete(span.name, part)
 
     def check(self, digest: str) -> None:
         if digest in self._right:
             return
-        size_bytes = self._objects[digest].size_bytes
+        opened = self._objects[digest]
         part = self._parts.get(digest)
         if part is not None and digest in self._chunks:
             self._check_parts(digest, part)
@@ -183,9 +217,10 @@ class RemoteSource:
                 self._complete(digest, part)
             return
         try:
-            self._store.verified(digest, size_bytes)
-        except PoolError as error:
-            self._store.path(digest).unlink(missing_ok=True)
+            self._store.verify(opened.handle, digest, self._stated[digest])
+        except Altered as error:
+            if opened.has_its_path():
+                self._discard(digest, "other bytes")
             raise PoolError(f"{error}; removed from the cache: load the model again") from None
         self._right.add(digest)
 
@@ -217,14 +252,14 @@ class RemoteSource:
         stop = min(run.stop * size, self._objects[digest].size_bytes)
         return _remote_part(digest, first, stop - first)
 
-    def _fetch_chunks(self, digest: str, part: _Part, run: range) -> None:
+    def _fetch_chunks(self, digest: str, part: PartialObject, run: range) -> None:
         size, hashes = self._chunks[digest].size_bytes, self._chunks[digest].digests
         wanted = self._chunks_part(digest, run)
-        for _ in range(_HASH_ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             text = self._remote.read(wanted)
             pieces = [text[start : start + size] for start in range(0, len(text), size)]
             if all(
-                hashlib.sha256(piece).digest() == hashes[number]
+                blake3(piece).digest() == hashes[number]
                 for number, piece in zip(run, pieces, strict=True)
             ):
                 part.write(wanted.offset, text)
@@ -232,7 +267,7 @@ class RemoteSource:
                 return
         raise PoolError(f"object {digest}: the store has other bytes in chunks {run}")
 
-    def _check_parts(self, digest: str, part: _Part) -> None:
+    def _check_parts(self, digest: str, part: PartialObject) -> None:
         """All of it, in runs, so that who needs a few rows waits for one run at most."""
         size = self._chunks[digest].size_bytes
         count = len(self._chunks[digest].digests)
@@ -257,39 +292,40 @@ class RemoteSource:
                 path.unlink(missing_ok=True)
         os.close(self._directory)
 
-    def _download(self, digest: str, part: _Part, offset: int, size_bytes: int) -> None:
+    def _download(self, digest: str, part: PartialObject, offset: int, size_bytes: int) -> None:
         def write(position: int, piece: memoryview) -> None:
             part.write(offset + position, piece)
 
         self._remote.copy(_remote_part(digest, offset, size_bytes), write)
 
-    def _complete(self, digest: str, part: _Part) -> None:
+    def _complete(self, digest: str, part: PartialObject) -> None:
         """Checks the whole; what is wrong is fetched once more, then given up."""
-        for attempt in range(_HASH_ATTEMPTS):
-            if part.hash() == digest:
+        if not part.ours and self._came_from_elsewhere(digest, part):
+            return
+        stated = self._stated[digest]
+        attempts = 1 if digest in self._chunks else _ATTEMPTS
+        for attempt in range(attempts):
+            if is_right(self._objects[digest].bytes, stated):
                 self._right.add(digest)
                 del self._parts[digest]
-                part.publish(self._store.path(digest))
-                self._settler.add(digest)
+                status = part.publish(self._store.path(digest))
+                self._settler.add(digest, stated, status)
                 return
-            if attempt + 1 < _HASH_ATTEMPTS:
-                part.forget_hash()
+            if attempt + 1 < attempts:
                 self._download(digest, part, 0, part.size_bytes)
         part.release()
         raise PoolError(f"object {digest}: the store has other bytes under this name")
 
-    def _came_from_elsewhere(self, digest: str, part: _Part) -> bool:
+    def _came_from_elsewhere(self, digest: str, part: PartialObject) -> bool:
         """Waits for whoever fetches it; whether it is complete then."""
         if not part.try_lock():
-            for other in self._parts.values():
+            for other in list(self._parts.values()):
                 other.release()  # two that wait for each other would wait for ever
             part.lock()
-        path = self._store.path(digest)
-        if not path.is_file():
+        part.ours = not part.is_published(self._store.path(digest))
+        if part.ours:
             return False
-        if path.stat().st_ino != part.inode:
-            raise PoolError(f"{path}: written by others meanwhile; load the model again")
-        self._store.verified(digest, part.size_bytes)
+        self._store.verify(self._objects[digest].handle, digest, self._stated[digest])
         self._right.add(digest)
         part.close()
         del self._parts[digest]
@@ -331,9 +367,9 @@ class _Opened(Mapping[str, MappedObject]):
     """Objects that are opened when somebody asks for them, whoever that is."""
 
     def __init__(
-        self, sizes: Mapping[str, int], opener: Callable[[str, int], MappedObject]
+        self, stated: Mapping[str, PoolObject], opener: Callable[[str, int], MappedObject]
     ) -> None:
-        self._sizes = sizes
+        self._stated = stated
         self._open = opener
         self._opened: dict[str, MappedObject] = {}
         self._lock = threading.Lock()
@@ -341,156 +377,15 @@ class _Opened(Mapping[str, MappedObject]):
     def __getitem__(self, digest: str) -> MappedObject:
         with self._lock:
             if digest not in self._opened:
-                self._opened[digest] = self._open(digest, self._sizes[digest])
+                self._opened[digest] = self._open(digest, self._stated[digest].size_bytes)
             return self._opened[digest]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sizes)
+        return iter(self._stated)
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._stated)
 
     def close(self) -> None:
         for opened in self._opened.values():
             opened.close()
-
-
-class _Settler:
-    """Brings objects to the disk when nothing is being loaded, and remembers them as verified.
-
-    Before that a crash of the machine may leave other bytes under their names: without a marker
-    they are hashed before use.
-    """
-
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-        self._waiting: list[str] = []
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._work, name="blocks-settler", daemon=True)
-        self._thread.start()
-
-    def add(self, digest: str) -> None:
-        with self._changed:
-            self._waiting.append(digest)
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """What was not settled will be hashed by the next who uses it."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    def _work(self) -> None:
-        while not self._closed:
-            with self._changed:
-                count = len(self._waiting)
-                self._changed.wait(_SETTLE_S if count else None)
-                if not count or len(self._waiting) > count:
-                    continue  # something is being loaded
-            while self._waiting and len(self._waiting) <= count and not self._closed:
-                count = len(self._waiting)
-                self._settle(self._waiting.pop())
-
-    def _settle(self, digest: str) -> None:
-        with contextlib.suppress(OSError):
-            handle = os.open(self._store.path(digest), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            self._store.mark_verified(digest)
-
-
-class _Part:
-    """An object that is being fetched: a file of its full size."""
-
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        self.path = path
-        self.size_bytes = size_bytes
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._handle = os.open(path, flags, 0o644)
-        except OSError as error:
-            raise PoolError(f"cache {path}: {error.strerror}") from None
-        try:
-            # Allocated, not just long: writing into a hole of a full disk would kill the process.
-            os.posix_fallocate(self._handle, 0, size_bytes)
-            os.ftruncate(self._handle, size_bytes)
-        except OSError as error:
-            os.close(self._handle)
-            path.unlink(missing_ok=True)
-            raise PoolError(
-                f"cache {path.parent}: {error.strerror} for an object of {size_bytes} bytes"
-            ) from None
-        self.inode = os.fstat(self._handle).st_ino
-        self._hash = hashlib.sha256()
-        self._hashed_bytes = 0
-        self.chunks: set[int] = set()
-        """Of a table: those that are there, their hashes right."""
-        self.parts_lock = threading.Lock()
-        self.ours = False
-        """Locked by us, and known not to be complete under its name."""
-
-    def remove(self) -> None:
-        """Unless somebody else uses it."""
-        if self.try_lock():
-            self.path.unlink(missing_ok=True)
-        self.close()
-
-    def try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def lock(self) -> None:
-        fcntl.flock(self._handle, fcntl.LOCK_EX)
-
-    def release(self) -> None:
-        self.ours = False
-        fcntl.flock(self._handle, fcntl.LOCK_UN)
-
-    def write(self, offset: int, text: memoryview) -> None:
-        try:
-            while text:
-                count = os.pwrite(self._handle, text, offset)
-                text, offset = text[count:], offset + count
-        except OSError as error:
-            raise PoolError(f"cache {self.path}: {error.strerror}") from None
-
-    def add_to_hash(self, offset: int, written: Any) -> None:
-        """Bytes of the file, in order from the first on or of no use."""
-        if offset == 0:
-            self._hash, self._hashed_bytes = hashlib.sha256(), 0
-        if offset == self._hashed_bytes:
-            self._hash.update(written)
-            self._hashed_bytes += len(written)
-
-    def forget_hash(self) -> None:
-        """Something was written again."""
-        self._hash, self._hashed_bytes = hashlib.sha256(), 0
-
-    def hash(self) -> str:
-        """Of the file; what came in order was hashed on the way."""
-        if self._hashed_bytes == self.size_bytes:
-            return self._hash.hexdigest()
-        with os.fdopen(os.dup(self._handle), "rb", buffering=0) as file:
-            file.seek(0)
-            return hash_file(file)
-
-    def publish(self, path: Path) -> None:
-        """Under its name, in memory at least; ends the lock."""
-        try:
-            os.fchmod(self._handle, 0o444)
-            self.path.rename(path)
-        except OSError as error:
-            raise PoolError(f"cache {path}: {error.strerror}") from None
-        self.close()
-
-    def close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1

@@ -37,6 +37,8 @@ DTYPES: Mapping[str, Any] = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
+FOLDER = "session.model_external_initializers_file_folder_path"
+"""The option for graphs that come as bytes: they have no directory of their own."""
 _FIRST_REGION_BYTES = 32 << 20
 """Of an empty arena; later ones double."""
 _KEPT_REGION_BYTES = 64 << 10
@@ -55,8 +57,14 @@ class Session:
     """A block's session; `run` takes and gives values by position."""
 
     def __init__(
-        self, graph: Path, block: Block, objects: Mapping[str, MappedObject], threads: int
+        self,
+        graph: bytes,
+        block: Block,
+        folder: Path,
+        objects: Mapping[str, MappedObject],
+        threads: int,
     ) -> None:
+        """`folder`: where `external` is, the file that the graph says its weights are in."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -67,6 +75,7 @@ class Session:
         options.enable_mem_pattern = False
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry(FOLDER, str(folder))
         _share_arena()
         # ONNX Runtime reads them when the session is made and refers to their memory ever after.
         values = []
@@ -76,18 +85,22 @@ class Session:
             )
             value = ort.OrtValue.ortvalue_from_numpy(view)
             if value.data_ptr() != view.ctypes.data:
-                raise PoolError(f"{graph}: weight {weight.name} would be copied: misaligned")
+                raise PoolError(
+                    f"graph {block.graph}: weight {weight.name} would be copied: misaligned"
+                )
             options.add_initializer(weight.name, value)
             values.append((value, view))
         try:
-            self._session = ort.InferenceSession(str(graph), options, ["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(graph, options, ["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
-            raise PoolError(f"{graph}: ONNX Runtime refuses it: {_line(error)}") from None
+            raise PoolError(
+                f"graph {block.graph}: ONNX Runtime refuses it: {_line(error)}"
+            ) from None
         self._views = [view for _, view in values]
         self._inputs = [node.name for node in self._session.get_inputs()]
         self._outputs = [node.name for node in self._session.get_outputs()]
         if (len(self._inputs), len(self._outputs)) != (len(block.inputs), len(block.outputs)):
-            raise PoolError(f"{graph}: its inputs and outputs are not the manifest's")
+            raise PoolError(f"graph {block.graph}: its inputs and outputs are not the manifest's")
 
     def run(self, values: list[Any]) -> list[Any]:
         """OrtValues in, OrtValues out."""
@@ -102,15 +115,16 @@ class Skeleton:
     def __init__(
         self,
         blocks: Sequence[Block],
-        graph: Callable[[Block], Path],
+        graph: Callable[[Block], bytes],
+        folder: Path,
         objects: Mapping[str, MappedObject],
         threads: int,
-        on_device: Callable[[Path, Block], Any] | None = None,
+        on_device: Callable[[bytes, Block], Any] | None = None,
     ) -> None:
         """`on_device` makes sessions whose weights are elsewhere than in `objects`."""
         self._blocks = blocks
         self._graph = graph
-        self._make = on_device or partial(Session, objects=objects, threads=threads)
+        self._make = on_device or partial(Session, folder=folder, objects=objects, threads=threads)
         self._built: dict[str, Any] = {}
         self._error: Exception | None = None
         self._changed = threading.Condition()

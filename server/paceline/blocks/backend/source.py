@@ -1,19 +1,20 @@
 """Where a model's objects come from: a pool on this machine's disk (`LocalSource`).
 
 A source opens objects as mappings, at once and without reading them, and brings their bytes into
-memory when the loader says so. Invariant: `fetch` (and the rest it returns) succeeds for the last
-span of an object only if the whole object's hash was found right, in this process or by a marker
-that still holds; so no block computes with bytes that nobody checked.
+memory when the loader says so. Invariant: `fetch` succeeds for the last span of an object only if
+the whole object's hash was found right, in this process or by a marker that still holds; so no
+block computes with bytes that nobody checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from .manifest import Chunks, Manifest, ObjectStore, PoolError
+from .manifest import Chunks, Manifest, PoolError, PoolObject
 from .mapping import MappedObject
+from .objects import ObjectStore
 from .window import Span
 
 
@@ -26,21 +27,21 @@ class Source(Protocol):
     def manifest(self, digest: str) -> Manifest:
         """Raises PoolError if it cannot be had or is unsound."""
 
-    def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
+    def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
         """The objects mapped, their bytes maybe not there yet. Raises PoolError."""
 
-    def graph(self, digest: str, size_bytes: int) -> Path:
-        """A graph's file, complete and checked. Raises PoolError."""
+    def graph(self, digest: str, stated: PoolObject) -> bytes:
+        """A graph, complete and checked. Raises PoolError."""
+
+    @property
+    def graphs(self) -> Path:
+        """The directory that graphs take for theirs: their `external` is there."""
 
     def expect(self, spans: Sequence[Span]) -> None:
         """What will be fetched after the next span, in this order."""
 
-    def fetch(self, span: Span) -> Callable[[], None] | None:
-        """Brings the span's bytes into memory. Raises PoolError; the object is then not held.
-
-        What it returns is the rest of the work, for another thread to do, in order: until then
-        the span is not there.
-        """
+    def fetch(self, span: Span) -> None:
+        """Brings the span's bytes into memory. Raises PoolError; the object is then not held."""
 
     def check(self, digest: str) -> None:
         """Makes sure that an object that is paged in on demand has the right bytes."""
@@ -67,17 +68,23 @@ class LocalSource:
         self._store = ObjectStore(root)
         self._objects: dict[str, MappedObject] = {}
         self._next: Sequence[Span] = ()
+        self._stated: Mapping[str, PoolObject] = {}
 
     def manifest(self, digest: str) -> Manifest:
         return self._store.manifest(digest)
 
-    def open(self, sizes: Mapping[str, int]) -> Mapping[str, MappedObject]:
-        for digest, size_bytes in sizes.items():
-            self._objects[digest] = MappedObject(self._store.path(digest), size_bytes)
+    def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
+        self._stated = stated
+        for digest, one in stated.items():
+            self._objects[digest] = MappedObject(self._store.path(digest), one.size_bytes)
         return self._objects
 
-    def graph(self, digest: str, size_bytes: int) -> Path:
-        return self._store.verified(digest, size_bytes)
+    def graph(self, digest: str, stated: PoolObject) -> bytes:
+        return self._store.read(digest, stated)
+
+    @property
+    def graphs(self) -> Path:
+        return self._store.root / "objects"
 
     def expect(self, spans: Sequence[Span]) -> None:
         self._next = spans[:1]
@@ -90,7 +97,7 @@ class LocalSource:
         self._objects[span.name].populate(span.offset, span.size_bytes)
 
     def check(self, digest: str) -> None:
-        self._store.verified(digest, self._objects[digest].size_bytes)
+        self._store.verify(self._objects[digest].handle, digest, self._stated[digest])
 
     @property
     def by_parts(self) -> Mapping[str, Chunks]:
@@ -104,8 +111,8 @@ class LocalSource:
             opened.close()
 
 
-def objects_of(manifest: Manifest) -> Mapping[str, int]:
-    """Weights objects of the blocks, with their sizes, in the order of first use."""
+def objects_of(manifest: Manifest) -> Mapping[str, PoolObject]:
+    """Weights objects of the blocks, in the order of first use."""
     names = (
         weight.object
         for member in manifest.members

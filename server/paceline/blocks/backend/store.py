@@ -1,4 +1,8 @@
-"""Bytes of a remote pool: HTTP(S) range requests, or an S3-compatible store through botocore.
+"""Bytes of a remote pool: HTTP(S) range requests here, an S3-compatible store in `s3`.
+
+What is asked for next goes out while an answer comes: a store takes a while to answer, and the
+link would be idle meanwhile. Answers are read in the order of use, and wait in the kernel's buffers
+until then.
 
 A store retries what may pass (no connection, timeouts, 408, 429, 5xx, short answers) with back-off
 and then raises PoolError that names the URL; what will not pass (404, 403) fails at once. An answer
@@ -18,19 +22,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from .manifest import MAX_MANIFEST_BYTES, PoolError
 
 T = TypeVar("T")
+Asked = TypeVar("Asked")
+"""A request that is out: where its answer comes."""
 
 TIMEOUT_S = 10.0
 ATTEMPTS = 5
 FIRST_PAUSE_S = 0.1
 """Doubles from one attempt to the next: 1.5 s in all before a store is given up."""
-_PIECE_BYTES = 1 << 20
-"""What stays in a core's cache from its reception until it is written."""
+PIECE_BYTES = 256 << 10
+"""What stays in a core's cache from its reception until it is written.
+
+The kernel keeps what is written at once in one piece of memory, as far as it finds one so large:
+from 1 MiB on in memory that nothing has used for long, which a hypervisor has taken back. Its
+first touch then took 4 to 8 times as long as the writing, measured.
+"""
 MOST_AHEAD = 7
 """Requests that are out beside the one whose answer is being read."""
 AHEAD_BYTES = 4 << 20
@@ -38,7 +49,7 @@ AHEAD_BYTES = 4 << 20
 
 What was received does not count: answers share the link, and large ones would end together.
 """
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
+PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 
 Write = Callable[[int, memoryview], None]
@@ -84,8 +95,56 @@ class Store(Protocol):
         """Its connections."""
 
 
-class _Passing(Exception):
+class Passing(Exception):
     """A failure that may be over at the next attempt."""
+
+
+class Ahead(Generic[Asked]):
+    """Requests that are out before their bytes are wanted, in the order in which they will be."""
+
+    def __init__(self, coming: Callable[[int, Asked], int], drop: Callable[[Asked], None]) -> None:
+        """`coming`: of so many unread bytes those still to come; `drop`: nobody takes them."""
+        self._coming = coming
+        self._drop = drop
+        self._expected: Iterable[Part] = ()
+        self._asked: dict[Part, Asked] = {}
+
+    def expect(self, parts: Iterable[Part]) -> None:
+        self._expected = parts
+
+    def pop(self, part: Part) -> Asked | None:
+        """The request for it that is out, if there is one."""
+        return self._asked.pop(part, None)
+
+    def begin(self, part: Part) -> None:
+        """This one has been asked for: now there is time to look at what follows."""
+        ahead = islice((later for later in self._expected if later != part), MOST_AHEAD)
+        self._expected = tuple(ahead)
+
+    def ask(self, coming_bytes: int, send: Callable[[Part], Asked | None]) -> None:
+        """Asks for what is expected until enough is on its way, or `send` does not go on.
+
+        `coming_bytes`: of the answer that is being read.
+        """
+        for part in self._asked.keys() - set(self._expected):
+            self._drop(self._asked.pop(part))
+        coming_bytes += sum(
+            self._coming(part.size_bytes, each) for part, each in self._asked.items()
+        )
+        for part in self._expected:
+            if coming_bytes >= AHEAD_BYTES:
+                return
+            if part in self._asked:
+                continue
+            sent = send(part)
+            if sent is None:
+                return
+            self._asked[part] = sent
+            coming_bytes += part.size_bytes
+
+    def close(self) -> None:
+        while self._asked:
+            self._drop(self._asked.popitem()[1])
 
 
 def open_store(url: str, *, s3_endpoint: str = "") -> Store:
@@ -94,6 +153,8 @@ def open_store(url: str, *, s3_endpoint: str = "") -> Store:
     if scheme in ("http", "https"):
         return HttpStore(url)
     if scheme == "s3":
+        from .s3 import S3Store  # what it needs may not be there, and takes a while to import
+
         return S3Store(url, s3_endpoint)
     raise PoolError(f"pool {url}: {scheme}:// is none of http://, https://, s3://")
 
@@ -104,12 +165,7 @@ def channel(url: str) -> str:
 
 
 class HttpStore:
-    """Range requests over connections that are kept.
-
-    What is asked for next goes out on others while an answer comes on one: a store takes a while
-    to answer, and the link would be idle meanwhile. Answers are read in the order of use, and wait
-    in the kernel's buffers until then.
-    """
+    """Range requests over connections that are kept; what is ahead has connections of its own."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -117,19 +173,18 @@ class HttpStore:
         if not parts.hostname:
             raise PoolError(f"pool {url}: no host")
         self._path = parts.path.rstrip("/")
-        self._piece = memoryview(bytearray(_PIECE_BYTES))
+        self._piece = memoryview(bytearray(PIECE_BYTES))
         self._connect = partial(_connection, parts.scheme, parts.hostname, parts.port)
         self._idle: list[http.client.HTTPConnection] = []
-        self._asked: dict[Part, http.client.HTTPConnection] = {}
-        """Parts that were asked for ahead, and where their answers come."""
-        self._expected: Iterable[Part] = ()
+        self._ahead: Ahead[http.client.HTTPConnection] = Ahead(_coming, self._give_up)
+        self._opened = False
 
     def expect(self, parts: Iterable[Part]) -> None:
-        self._expected = parts
+        self._ahead.expect(parts)
 
     def read(self, part: Part) -> memoryview:
         text = memoryview(bytearray(part.size_bytes))
-        self._receive(part, lambda position: text[position : position + _PIECE_BYTES], _nothing)
+        self._receive(part, lambda position: text[position : position + PIECE_BYTES], _nothing)
         return text
 
     def copy(self, part: Part, write: Write) -> None:
@@ -145,20 +200,21 @@ class HttpStore:
                 piece = room(position)
                 count = answer.readinto(piece)
                 if not count:
-                    raise _Passing(f"{position} bytes instead of {part.size_bytes}")
+                    raise Passing(f"{position} bytes instead of {part.size_bytes}")
                 done(position, piece[:count])
                 position += count
 
-        _persist(f"{self._url}/{part.key}", lambda: self._get(part.key, part, take))
+        persist(f"{self._url}/{part.key}", lambda: self._get(part.key, part, take))
 
     def all(self, key: str) -> bytes:
         def take(answer: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
             return answer.read(MAX_MANIFEST_BYTES)
 
-        return _persist(f"{self._url}/{key}", lambda: self._get(key, None, take))
+        return persist(f"{self._url}/{key}", lambda: self._get(key, None, take))
 
     def close(self) -> None:
-        for connection in (*self._idle, *self._asked.values()):
+        self._ahead.close()
+        for connection in self._idle:
             connection.close()
 
     def _get(
@@ -167,14 +223,13 @@ class HttpStore:
         part: Part | None,
         take: Callable[[http.client.HTTPResponse, http.client.HTTPConnection], T],
     ) -> T:
-        asked = None if part is None else self._asked.pop(part, None)
+        asked = None if part is None else self._ahead.pop(part)
         connection = asked or self._free()
         try:
             if asked is None:
                 self._ask(connection, key, part)
             if part is not None:
-                ahead = islice((later for later in self._expected if later != part), MOST_AHEAD)
-                self._expected = tuple(ahead)
+                self._ahead.begin(part)
                 self._ask_ahead(part.size_bytes, connection)
             answer = connection.getresponse()
             _check_status(answer, part)
@@ -184,7 +239,7 @@ class HttpStore:
             return taken
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise _Passing(str(error) or type(error).__name__) from None
+            raise Passing(str(error) or type(error).__name__) from None
         except BaseException:
             connection.close()
             raise
@@ -200,88 +255,25 @@ class HttpStore:
 
     def _ask_ahead(self, unread_bytes: int, connection: http.client.HTTPConnection) -> None:
         """Asks for what is expected unless enough is on its way, of this answer and others."""
-        for part in self._asked.keys() - set(self._expected):
-            unwanted = self._asked.pop(part)
-            unwanted.close()  # nobody is going to take its answer
-            self._idle.append(unwanted)
-        coming_bytes = _coming(unread_bytes, connection)
-        coming_bytes += sum(_coming(part.size_bytes, each) for part, each in self._asked.items())
-        for part in self._expected:
-            if coming_bytes >= AHEAD_BYTES:
-                return
-            if part in self._asked:
-                continue
-            free = self._free()
-            new = free.sock is None
-            try:
-                self._ask(free, part.key, part)
-            except (OSError, http.client.HTTPException):
-                free.close()
-                self._idle.append(free)
-                return
-            self._asked[part] = free
-            coming_bytes += part.size_bytes
-            if new:
-                return  # one at a time: to connect takes round trips, and bytes wait to be read
+        self._opened = False
+        self._ahead.ask(_coming(unread_bytes, connection), self._send_ahead)
 
-
-class S3Store:
-    """`s3://bucket/prefix`; credentials and region come from the environment, as elsewhere."""
-
-    def __init__(self, url: str, endpoint: str) -> None:
+    def _send_ahead(self, part: Part) -> http.client.HTTPConnection | None:
+        if self._opened:
+            return None  # one at a time: to connect takes round trips, and bytes wait to be read
+        free = self._free()
+        self._opened = free.sock is None
         try:
-            import botocore.config
-            import botocore.exceptions
-            import botocore.session
-        except ImportError:
-            raise PoolError(f"pool {url}: needs botocore: pip install 'paceline[s3]'") from None
-        parts = urlsplit(url)
-        self._url, self._bucket = url, parts.netloc
-        self._prefix = parts.path.strip("/")
-        self._client = botocore.session.get_session().create_client(
-            "s3",
-            endpoint_url=endpoint or None,
-            config=botocore.config.Config(
-                connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
-            ),
-        )
-        self._client_error: Any = botocore.exceptions.ClientError
-        self._failures = (botocore.exceptions.BotoCoreError, OSError)
+            self._ask(free, part.key, part)
+        except (OSError, http.client.HTTPException):
+            self._give_up(free)
+            return None
+        return free
 
-    def expect(self, parts: Iterable[Part]) -> None: ...
-
-    def read(self, part: Part) -> memoryview:
-        wanted = {"Range": part.range}
-        return memoryview(
-            _persist(
-                f"{self._url}/{part.key}", lambda: self._get(part.key, wanted, part.size_bytes)
-            )
-        )
-
-    def copy(self, part: Part, write: Write) -> None:
-        write(0, self.read(part))
-
-    def all(self, key: str) -> bytes:
-        return _persist(f"{self._url}/{key}", lambda: self._get(key, {}, None))
-
-    def close(self) -> None:
-        self._client.close()
-
-    def _get(self, key: str, extra: dict[str, str], size_bytes: int | None) -> bytes:
-        name = "/".join(part for part in (self._prefix, key) if part)
-        try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=name, **extra)
-            body: bytes = answer["Body"].read(size_bytes or MAX_MANIFEST_BYTES)
-        except self._client_error as error:
-            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-            if status in _PASSING:
-                raise _Passing(str(error)) from None
-            raise PoolError(str(error)) from None
-        except self._failures as error:
-            raise _Passing(str(error)) from None
-        if size_bytes is not None and len(body) != size_bytes:
-            raise _Passing(f"{len(body)} bytes instead of {size_bytes}")
-        return body
+    def _give_up(self, connection: http.client.HTTPConnection) -> None:
+        """Nobody is going to take its answer."""
+        connection.close()
+        self._idle.append(connection)
 
 
 def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
@@ -292,14 +284,14 @@ def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPCon
 
 
 def _check_status(answer: http.client.HTTPResponse, part: Part | None) -> None:
-    """Raises _Passing or PoolError if it has not the bytes that were asked for."""
+    """Raises Passing or PoolError if it has not the bytes that were asked for."""
     if answer.status in (200, 206):
         # A server that ignores ranges sends everything: usable only from the start.
         if answer.status == 200 and part is not None and part.offset:
             raise PoolError("the store answers range requests with the whole file")
         return
     what = f"HTTP {answer.status} {answer.reason}"
-    raise _Passing(what) if answer.status in _PASSING else PoolError(what)
+    raise Passing(what) if answer.status in PASSING else PoolError(what)
 
 
 def _nothing(position: int, piece: memoryview) -> None:
@@ -315,14 +307,14 @@ def _coming(unread_bytes: int, connection: http.client.HTTPConnection) -> int:
     return max(0, unread_bytes - received[0])
 
 
-def _persist(what: str, attempt: Callable[[], T]) -> T:
+def persist(what: str, attempt: Callable[[], T]) -> T:
     pause_s = FIRST_PAUSE_S
     for number in range(1, ATTEMPTS + 1):
         try:
             return attempt()
         except PoolError as error:
             raise PoolError(f"{what}: {error}") from None
-        except _Passing as error:
+        except Passing as error:
             if number == ATTEMPTS:
                 raise PoolError(f"{what}: {error}, {ATTEMPTS} times in a row") from None
             # Many that failed together shall not come back together.
