@@ -170,7 +170,7 @@ class Writer:
             self._window -= size
             stream.pending_bytes -= size
             ends = frames.END_STREAM if not pending and stream.tail == b"" else 0
-            chunks = _framed(stream.id, parts, size, self._frame_bytes, ends)
+            chunks = data_frames(stream.id, parts, size, self._frame_bytes, ends)
         if not pending and stream.tail:
             chunks.append(stream.tail)
         if chunks:
@@ -227,13 +227,13 @@ def _cut(pending: deque[memoryview], size: int) -> list[memoryview]:
     return parts
 
 
-def _framed(
+def data_frames(
     stream: int, parts: Iterable[memoryview], size: int, most: int, flags: int
 ) -> list[Buffer]:
     """`parts` (`size` bytes) as DATA frames of up to `most` bytes; `flags` are the last one's.
 
     >>> parts = (memoryview(b"abc"), memoryview(b"defg"))
-    >>> [bytes(chunk).hex() for chunk in _framed(1, parts, 7, 4, frames.END_STREAM)]
+    >>> [bytes(chunk).hex() for chunk in data_frames(1, parts, 7, 4, frames.END_STREAM)]
     ['000004000000000001', '616263', '64', '000003000100000001', '656667']
     """
     chunks: list[Buffer] = []

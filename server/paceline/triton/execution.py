@@ -29,15 +29,15 @@ Outcome = dict[str, Tensor] | CallFailed | ChannelClosed | BackendError
 
 
 class _Shared:
-    """The shared memory of one call: a region with its inputs, one for its outputs, or neither.
+    """The shared memory of one call: a region with its inputs, one for its outputs, or both.
 
-    Exactly one of `unused`, `failed` and `answered` is called, once."""
+    The first of `unused`, `failed` and `answered` says what becomes of them."""
 
-    __slots__ = ("given", "places", "pool", "taken")
+    __slots__ = ("_over", "given", "places", "pool", "taken")
 
     def __init__(
         self,
-        pool: SharedMemoryPool | None,
+        pool: SharedMemoryPool,
         given: Region | None,
         taken: Region | None,
         sizes: Sequence[int],
@@ -46,39 +46,44 @@ class _Shared:
         self.given = given
         self.taken = taken
         self.places = taken.places(sizes) if taken is not None else ()
+        self._over = False
 
     def request(self, call: ModelCall) -> list[Buffer]:
         """The call's message, its inputs written where they belong. Raises BackendError."""
-        inputs = self.given.write(call.inputs) if self.given is not None else ()
-        return infer_request(call, inputs, self.places)
+        try:
+            inputs = self.given.write(call.inputs) if self.given is not None else ()
+            return infer_request(call, inputs, self.places)
+        except BaseException:
+            self.unused()
+            raise
 
     def unused(self) -> None:
         """The server was told nothing of it."""
-        for region in (self.given, self.taken):
-            if region is not None:
-                assert self.pool is not None
-                self.pool.release(region)
+        for region in self._regions():
+            self.pool.release(region)
 
     def failed(self, error: BaseException) -> None:
         """The call has failed: unless the server said so, it may still use the regions."""
         ended = isinstance(error, CallFailed) and error.answered
-        for region in (self.given, self.taken):
-            if region is not None:
-                assert self.pool is not None
-                (self.pool.release if ended else self.pool.give_up)(region)
+        for region in self._regions():
+            (self.pool.release if ended else self.pool.give_up)(region)
 
     def answered(self) -> memoryview | None:
         """The region with the outputs; it goes back when the last slice of it is gone."""
-        if self.pool is None:
-            return None
-        if self.given is not None:
-            self.pool.release(self.given)
-        if self.taken is None:
-            return None
-        return self.taken.lend(partial(self.pool.release, self.taken))
+        view = None
+        for region in self._regions():
+            if region is self.taken:
+                view = region.lend(partial(self.pool.release, region))
+            else:
+                self.pool.release(region)
+        return view
 
-
-_NOTHING_SHARED = _Shared(None, None, None, ())
+    def _regions(self) -> list[Region]:
+        """Those there are, once."""
+        if self._over:
+            return []
+        self._over = True
+        return [region for region in (self.given, self.taken) if region is not None]
 
 
 class Execution:
@@ -98,13 +103,16 @@ class Execution:
         """`run` without a task, where there is a connection and no region has to be made first;
         otherwise False. `on_end` is told what `run` would give or raise.
         """
-        shared = self._shared_now(call)
-        if shared is None:
-            return False
+        shared: _Shared | None = None
+        if self._worth_sharing(call):
+            shared = self._shared_now(call)
+            if shared is None:
+                return False
 
         def on_answer(answer: Buffer | CallFailed | ChannelClosed) -> None:
             if isinstance(answer, Exception):
-                shared.failed(answer)
+                if shared is not None:
+                    shared.failed(answer)
                 if isinstance(answer, CallFailed) and (
                     answer.incompatible or self._unshare(answer, call, shared)
                 ):
@@ -123,12 +131,15 @@ class Execution:
             else:
                 on_end(tensors)
 
-        begun = False
+        parts = infer_request(call) if shared is None else shared.request(call)
         try:
-            begun = self._transport.begin(INFER, shared.request(call), on_answer, timeout_s)
-        finally:
-            if not begun:
-                shared.unused()
+            begun = self._transport.begin(INFER, parts, on_answer, timeout_s)
+        except BaseException as error:
+            if shared is not None:
+                shared.failed(error)
+            raise
+        if not begun and shared is not None:
+            shared.unused()
         return begun
 
     async def _again(
@@ -142,12 +153,12 @@ class Execution:
 
     async def run(self, call: ModelCall, timeout_s: float) -> dict[str, Tensor]:
         """Outputs by name. Raises CallFailed, ChannelClosed, BackendError."""
-        shared = await self._shared(call)
+        shared = await self._shared(call) if self._worth_sharing(call) else None
+        if shared is None:
+            return self._outputs(call, await self._send(infer_request(call), timeout_s), None)
+        parts = shared.request(call)
         try:
-            data = await self._send(shared.request(call), timeout_s)
-        except BackendError:
-            shared.unused()
-            raise
+            data = await self._send(parts, timeout_s)
         except CallFailed as error:
             shared.failed(error)
             if not self._unshare(error, call, shared):
@@ -174,12 +185,17 @@ class Execution:
 
     # -- shared memory ----------------------------------------------------------------------
 
+    def _worth_sharing(self, call: ModelCall) -> bool:
+        pool = self._pool
+        if pool is None or not pool.on:
+            return False
+        return _size_bytes(call.inputs) >= LEAST_BYTES or bool(self._expected(call))
+
     def _shared_now(self, call: ModelCall) -> _Shared | None:
         """The regions that a call should have, from those that there are; None without them."""
         pool = self._pool
-        if pool is None or not pool.on:
-            return _NOTHING_SHARED
-        given_bytes, expected = self._wanted(call)
+        assert pool is not None
+        given_bytes, expected = _given_bytes(call), self._expected(call)
         given = pool.take(given_bytes) if given_bytes else None
         taken = pool.take(_room(expected)) if expected else None
         shared = _Shared(pool, given, taken, expected)
@@ -188,30 +204,22 @@ class Execution:
             return None
         return shared
 
-    async def _shared(self, call: ModelCall) -> _Shared:
+    async def _shared(self, call: ModelCall) -> _Shared | None:
         """The regions that a call should have, as far as they can be had."""
         pool = self._pool
-        if pool is None or not pool.on:
-            return _NOTHING_SHARED
-        given_bytes, expected = self._wanted(call)
+        assert pool is not None
+        given_bytes, expected = _given_bytes(call), self._expected(call)
         given = await pool.acquire(given_bytes) if given_bytes else None
         try:
             taken = await pool.acquire(_room(expected)) if expected else None
         except BaseException:
             _Shared(pool, given, None, ()).unused()
             raise
-        return _Shared(pool, given, taken, expected)
+        return _Shared(pool, given, taken, expected) if given or taken else None
 
-    def _wanted(self, call: ModelCall) -> tuple[int, tuple[int, ...]]:
-        """Bytes of a region for the inputs, and sizes of the outputs: 0 and () where messages
-        are as cheap."""
-        size_bytes = _size_bytes(call.inputs)
-        given_bytes = size_bytes + 64 * len(call.inputs) if size_bytes >= LEAST_BYTES else 0
-        return given_bytes, self._expected(call)
-
-    def _unshare(self, error: CallFailed, call: ModelCall, shared: _Shared) -> bool:
+    def _unshare(self, error: CallFailed, call: ModelCall, shared: _Shared | None) -> bool:
         """Whether it was the shared memory that failed; it is used less from now on."""
-        if shared.pool is None or "shared memory" not in error.message.lower():
+        if shared is None or "shared memory" not in error.message.lower():
             return False
         # Outputs grew, or another process took the registration away.
         if shared.taken is not None:
@@ -220,11 +228,12 @@ class Execution:
             shared.pool.on = False
         return True
 
-    def _outputs(self, call: ModelCall, data: Buffer, shared: _Shared) -> dict[str, Tensor]:
+    def _outputs(self, call: ModelCall, data: Buffer, shared: _Shared | None) -> dict[str, Tensor]:
         """What the server answered; the regions go back. Raises BackendError."""
-        view = shared.answered()
+        view = shared.answered() if shared is not None else None
         tensors = read_response(data)
         if view is not None:
+            assert shared is not None
             return _placed(call, tensors, view, shared.places)
         if self._pool is not None and self._pool.on:
             self._learn(call, tensors)
@@ -254,6 +263,12 @@ class Execution:
 
 def _size_bytes(inputs: Sequence[BatchTensor]) -> int:
     return sum([tensor.size_bytes for tensor in inputs])
+
+
+def _given_bytes(call: ModelCall) -> int:
+    """Bytes of a region for the inputs; 0 where a message is as cheap."""
+    size_bytes = _size_bytes(call.inputs)
+    return size_bytes + 64 * len(call.inputs) if size_bytes >= LEAST_BYTES else 0
 
 
 def _room(sizes: Sequence[int]) -> int:
