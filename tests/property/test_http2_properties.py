@@ -23,6 +23,7 @@ from tests.http2_peer import settings as settings_frame
 
 from paceline.http2 import frames, hpack
 from paceline.http2.messages import Inbox
+from paceline.http2.writer import data_frames
 from paceline.rpc.listener import GrpcServer
 
 TEXT = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=40)
@@ -98,6 +99,29 @@ def test_messages_are_whole_whatever_pieces_they_come_in(
     got = [inbox.pop() for _ in range(len(inbox))]
     assert [(flag, bytes(data)) for flag, data in got] == [(0, data) for data in sent]
     assert inbox.unread_bytes == 0
+
+
+@given(
+    st.lists(st.binary(min_size=1, max_size=60), min_size=1, max_size=6),
+    st.integers(1, 40),
+    st.sampled_from([0, frames.END_STREAM]),
+)
+def test_parts_of_any_size_make_frames_of_which_only_the_last_is_not_full(
+    parts: list[bytes], most: int, flags: int
+) -> None:
+    size = sum(map(len, parts))
+    chunks = data_frames(5, [memoryview(part) for part in parts], size, most, flags)
+    sent, at, payload = b"".join(chunks), 0, b""
+    while at < len(sent):
+        high, low, kind, flagged, stream = frames.HEADER.unpack_from(sent, at)
+        taken = high << 8 | low
+        at += frames.HEADER_BYTES
+        payload += sent[at : at + taken]
+        at += taken
+        last = len(payload) == size
+        assert (kind, stream, flagged) == (frames.DATA, 5, flags if last else 0)
+        assert taken == most or (last and 0 < taken < most)
+    assert payload == b"".join(parts)
 
 
 def test_a_connection_is_read_alike_wherever_it_is_cut() -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from paceline.core.errors import BackendError
+from paceline.core.ports import ModelCall
 from paceline.core.tensor import BatchTensor
+from paceline.triton.execution import Execution
 from paceline.triton.messages import Place
 from paceline.triton.shared_memory import DIRECTORY, SharedMemoryPool
 
@@ -58,6 +64,68 @@ async def test_a_region_is_made_once_and_used_again() -> None:
     assert await pool.acquire(1000) is first
     assert sorted(registry.regions.values()) == [MIB, MIB]
     assert not any(path.exists() for path in registry.seen)
+
+
+async def test_of_equal_regions_the_one_used_last_is_taken() -> None:
+    pool = Registry().pool()
+    first, second = await pool.acquire(1000), await pool.acquire(1000)
+    assert first is not None and second is not None
+    pool.release(first)
+    pool.release(second)
+    assert pool.take(1000) is second and pool.take(1000) is first
+    assert pool.take(1000) is None
+
+
+class Unconnected:
+    """A transport that has no connection yet."""
+
+    def begin(self, *_: object) -> bool:
+        return False
+
+    async def unary(self, *_: object) -> bytes:
+        raise AssertionError("nothing was begun")
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_a_batch_that_cannot_be_begun_takes_no_region() -> None:
+    pool = Registry().pool()
+    region = await pool.acquire(MIB)
+    assert region is not None
+    pool.release(region)
+    transport = Unconnected()
+    execution = Execution(transport, pool, lambda: transport)
+    ended: list[object] = []
+    call = ModelCall("m", (tensor(bytes(600_000)),), ("y",))
+    assert not execution.begin(call, 30, ended.append)
+    assert not ended and pool.take(MIB) is region
+
+
+class Breaking(Unconnected):
+    """A transport that breaks when part of the message may be on its way, and answers later."""
+
+    def __init__(self) -> None:
+        self.answers: list[Callable[[bytes], object]] = []
+
+    def begin(self, *arguments: Any) -> bool:
+        self.answers.append(arguments[2])
+        raise OSError("broken")
+
+
+async def test_a_region_of_a_batch_that_broke_while_it_was_sent_is_given_up() -> None:
+    pool = Registry().pool()
+    region = await pool.acquire(MIB)
+    assert region is not None
+    pool.release(region)
+    transport = Breaking()
+    execution = Execution(transport, pool, lambda: transport)
+    with pytest.raises(OSError, match="broken"):
+        execution.begin(ModelCall("m", (tensor(bytes(600_000)),), ()), 30, lambda _: None)
+    assert pool.take(MIB) is None
+    (answer,) = transport.answers
+    answer(b"")
+    assert pool.take(MIB) is None
 
 
 async def test_tensors_are_joined_one_behind_the_other() -> None:

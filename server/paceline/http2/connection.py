@@ -19,7 +19,8 @@ from paceline.http2 import frames
 from paceline.http2.frames import ErrorCode, ProtocolError, Setting
 from paceline.http2.writer import Stream, Writer
 
-BUFFER_BYTES = 1 << 18
+BUFFER_BYTES = 1 << 16
+"""What has been read here is copied. Small messages come to less in a pass of the event loop."""
 _DIRECT_BYTES = 1 << 15
 """A payload of which so much is missing is read straight to its place."""
 _RENEW_WINDOW_BYTES = 1 << 26

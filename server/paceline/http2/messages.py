@@ -12,6 +12,8 @@ import mmap
 import struct
 from collections import deque
 
+import numpy as np
+
 from paceline.core.tensor import Buffer
 
 PREFIX = struct.Struct(">BI")
@@ -87,9 +89,11 @@ class Inbox:
             end_of_message: int = at + size_bytes
             return end_of_message
         self._flag, self._size_bytes, self._filled = flag, size_bytes, 0
-        lazy = self._lazy and size_bytes >= _LARGE_BYTES
-        memory = mmap.mmap(-1, size_bytes, flags=_PRIVATE) if lazy else bytearray(size_bytes)
-        self._body = memoryview(memory)
+        if self._lazy and size_bytes >= _LARGE_BYTES:
+            self._body = memoryview(mmap.mmap(-1, size_bytes, flags=_PRIVATE))
+        else:
+            # A bytearray would be zeroed first, which costs as much as a copy.
+            self._body = np.empty(size_bytes, "B").data
         return at
 
     def room(self, at_most: int) -> memoryview | None:

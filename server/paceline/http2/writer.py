@@ -162,33 +162,21 @@ class Writer:
     def _pump(self, stream: Stream) -> bool:
         """Send a turn of what waits; whether that was all."""
         pending = stream.pending
+        size = min(stream.window, self._window, stream.pending_bytes, _TURN_BYTES)
         chunks: list[Buffer] = []
-        written = 0
-        while pending and not self._paused and written < _TURN_BYTES:
-            room = min(stream.window, self._window, self._frame_bytes)
-            if room <= 0:
-                break
-            taken = 0
-            at = len(chunks)
-            while pending and taken < room:
-                part = pending.popleft()
-                if len(part) > room - taken:
-                    pending.appendleft(part[room - taken :])
-                    part = part[: room - taken]
-                chunks.append(part)
-                taken += len(part)
-            flags = frames.END_STREAM if not pending and stream.tail == b"" else 0
-            chunks.insert(at, frames.header(frames.DATA, flags, stream.id, taken))
-            stream.window -= taken
-            self._window -= taken
-            stream.pending_bytes -= taken
-            written += taken
+        if size > 0 and not self._paused:
+            parts = _cut(pending, size)
+            stream.window -= size
+            self._window -= size
+            stream.pending_bytes -= size
+            ends = frames.END_STREAM if not pending and stream.tail == b"" else 0
+            chunks = data_frames(stream.id, parts, size, self._frame_bytes, ends)
         if not pending and stream.tail:
             chunks.append(stream.tail)
         if chunks:
             self._put(chunks, sum(map(len, chunks)))
             self.moved = True
-        if pending and written >= _TURN_BYTES and not self._paused:
+        if pending and size == _TURN_BYTES and not self._paused:
             self._resume_soon()
         return not pending
 
@@ -224,3 +212,50 @@ class Writer:
         self._paused = False
         if self._blocked:
             self._resume()
+
+
+def _cut(pending: deque[memoryview], size: int) -> list[memoryview]:
+    """The first `size` bytes of `pending`, which loses them."""
+    parts: list[memoryview] = []
+    while size:
+        part = pending.popleft()
+        if len(part) > size:
+            pending.appendleft(part[size:])
+            part = part[:size]
+        parts.append(part)
+        size -= len(part)
+    return parts
+
+
+def data_frames(
+    stream: int, parts: Iterable[memoryview], size: int, most: int, flags: int
+) -> list[Buffer]:
+    """`parts` (`size` bytes) as DATA frames of up to `most` bytes; `flags` are the last one's.
+
+    >>> parts = (memoryview(b"abc"), memoryview(b"defg"))
+    >>> [bytes(chunk).hex() for chunk in data_frames(1, parts, 7, 4, frames.END_STREAM)]
+    ['000004000000000001', '616263', '64', '000003000100000001', '656667']
+    """
+    chunks: list[Buffer] = []
+    full = frames.header(frames.DATA, 0, stream, most)
+    room = 0
+    for part in parts:
+        end = len(part)
+        at = min(room, end)
+        if at:
+            chunks.append(part[:at])
+            room -= at
+        if at == end:
+            continue
+        # Frames that the part fills alone, and that are not the last: of a large tensor nearly all.
+        alone = at + min(end - at, size - 1) // most * most
+        for begin in range(at, alone, most):
+            chunks += (full, part[begin : begin + most])
+        size -= alone - at
+        if alone < end:
+            taken = min(size, most)
+            header = frames.header(frames.DATA, 0 if size > most else flags, stream, taken)
+            chunks += (header, part[alone:])
+            size -= taken
+            room = taken - (end - alone)
+    return chunks

@@ -340,12 +340,13 @@ class Engine:
                 case Execute():
                     self._start(action)
                 case Answer():
+                    # Who waits first: what follows is for the metrics.
                     timeline = action.timeline
-                    self._record(timeline)
                     self._end(action.request, InferAnswer(timeline.chain, action.outputs, timeline))
+                    self._record(timeline)
                 case Fail():
-                    self._record(action.timeline)
                     self._end(action.request, _copy(action.error))
+                    self._record(action.timeline)
                 case Entered() | Reached() | Passed() | TooCold():
                     if self._leasing is not None:
                         self._leasing.told(action)

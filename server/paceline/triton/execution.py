@@ -28,6 +28,64 @@ Outcome = dict[str, Tensor] | CallFailed | ChannelClosed | BackendError
 """Outputs by name, or what went wrong."""
 
 
+class _Shared:
+    """The shared memory of one call: a region with its inputs, one for its outputs, or both.
+
+    The first of `unused`, `failed` and `answered` says what becomes of them."""
+
+    __slots__ = ("_over", "given", "places", "pool", "taken")
+
+    def __init__(
+        self,
+        pool: SharedMemoryPool,
+        given: Region | None,
+        taken: Region | None,
+        sizes: Sequence[int],
+    ) -> None:
+        self.pool = pool
+        self.given = given
+        self.taken = taken
+        self.places = taken.places(sizes) if taken is not None else ()
+        self._over = False
+
+    def request(self, call: ModelCall) -> list[Buffer]:
+        """The call's message, its inputs written where they belong. Raises BackendError."""
+        try:
+            inputs = self.given.write(call.inputs) if self.given is not None else ()
+            return infer_request(call, inputs, self.places)
+        except BaseException:
+            self.unused()
+            raise
+
+    def unused(self) -> None:
+        """The server was told nothing of it."""
+        for region in self._regions():
+            self.pool.release(region)
+
+    def failed(self, error: BaseException) -> None:
+        """The call has failed: unless the server said so, it may still use the regions."""
+        ended = isinstance(error, CallFailed) and error.answered
+        for region in self._regions():
+            (self.pool.release if ended else self.pool.give_up)(region)
+
+    def answered(self) -> memoryview | None:
+        """The region with the outputs; it goes back when the last slice of it is gone."""
+        view = None
+        for region in self._regions():
+            if region is self.taken:
+                view = region.lend(partial(self.pool.release, region))
+            else:
+                self.pool.release(region)
+        return view
+
+    def _regions(self) -> list[Region]:
+        """Those there are, once."""
+        if self._over:
+            return []
+        self._over = True
+        return [region for region in (self.given, self.taken) if region is not None]
+
+
 class Execution:
     """See the module docstring. `other` makes the transport for a server that `transport` does
     not understand."""
@@ -42,38 +100,52 @@ class Execution:
         self._others: set[asyncio.Task[None]] = set()
 
     def begin(self, call: ModelCall, timeout_s: float, on_end: Callable[[Outcome], None]) -> bool:
-        """`run` without a task, for a batch that needs no shared memory and has a connection;
+        """`run` without a task, where there is a connection and no region has to be made first;
         otherwise False. `on_end` is told what `run` would give or raise.
         """
-        pool = self._pool
-        shares = pool is not None and pool.on
-        if shares and (_size_bytes(call.inputs) >= LEAST_BYTES or self._expected(call)):
-            return False
+        shared: _Shared | None = None
+        if self._worth_sharing(call):
+            shared = self._shared_now(call)
+            if shared is None:
+                return False
 
         def on_answer(answer: Buffer | CallFailed | ChannelClosed) -> None:
-            if isinstance(answer, CallFailed) and answer.incompatible:
-                again = asyncio.get_running_loop().create_task(self._again(call, timeout_s, on_end))
-                self._others.add(again)
-                again.add_done_callback(self._others.discard)
-                return
             if isinstance(answer, Exception):
-                on_end(answer)
+                if shared is not None:
+                    shared.failed(answer)
+                if isinstance(answer, CallFailed) and (
+                    answer.incompatible or self._unshare(answer, call, shared)
+                ):
+                    again = asyncio.get_running_loop().create_task(
+                        self._again(call, timeout_s, on_end)
+                    )
+                    self._others.add(again)
+                    again.add_done_callback(self._others.discard)
+                else:
+                    on_end(answer)
                 return
             try:
-                tensors = read_response(answer)
+                tensors = self._outputs(call, answer, shared)
             except BackendError as error:
                 on_end(error)
-                return
-            if shares:
-                self._learn(call, tensors)
-            on_end(tensors)
+            else:
+                on_end(tensors)
 
-        return self._transport.begin(INFER, infer_request(call), on_answer, timeout_s)
+        parts = infer_request(call) if shared is None else shared.request(call)
+        try:
+            begun = self._transport.begin(INFER, parts, on_answer, timeout_s)
+        except BaseException as error:
+            if shared is not None:
+                shared.failed(error)
+            raise
+        if not begun and shared is not None:
+            shared.unused()
+        return begun
 
     async def _again(
         self, call: ModelCall, timeout_s: float, on_end: Callable[[Outcome], None]
     ) -> None:
-        """Run by a transport that understands the server."""
+        """Run by a transport that understands the server, or with less shared memory."""
         try:
             on_end(await self.run(call, timeout_s))
         except (CallFailed, ChannelClosed, BackendError) as error:
@@ -81,30 +153,21 @@ class Execution:
 
     async def run(self, call: ModelCall, timeout_s: float) -> dict[str, Tensor]:
         """Outputs by name. Raises CallFailed, ChannelClosed, BackendError."""
-        pool = self._pool
-        if pool is None or not pool.on:
-            return read_response(await self._send(infer_request(call), timeout_s))
-        given = await self._region(pool, call.inputs)
-        expected = self._expected(call)
-        taken = await pool.acquire(sum(expected) + 64 * len(expected)) if expected else None
-        if given is None and taken is None:
-            tensors = read_response(await self._send(infer_request(call), timeout_s))
-            self._learn(call, tensors)
-            return tensors
+        shared = await self._shared(call) if self._worth_sharing(call) else None
+        if shared is None:
+            return self._outputs(call, await self._send(infer_request(call), timeout_s), None)
+        parts = shared.request(call)
         try:
-            tensors = await self._share(pool, call, timeout_s, given, taken, expected)
+            data = await self._send(parts, timeout_s)
         except CallFailed as error:
-            if "shared memory" not in error.message.lower():
+            shared.failed(error)
+            if not self._unshare(error, call, shared):
                 raise
-            # Outputs grew, or another process took the registration away.
-            if taken is not None:
-                self._sizes[_key(call)] = ((), 0)
-            else:
-                pool.on = False
             return read_response(await self._send(infer_request(call), timeout_s))
-        if taken is None:
-            self._learn(call, tensors)
-        return tensors
+        except BaseException as error:
+            shared.failed(error)
+            raise
+        return self._outputs(call, data, shared)
 
     async def close(self) -> None:
         """Calls under way fail with ChannelClosed."""
@@ -120,44 +183,61 @@ class Execution:
             await refused.close()
             return await self._transport.unary(INFER, parts, timeout_s)
 
-    async def _region(self, pool: SharedMemoryPool, inputs: Sequence[BatchTensor]) -> Region | None:
-        size_bytes = _size_bytes(inputs)
-        if size_bytes < LEAST_BYTES:
-            return None
-        return await pool.acquire(size_bytes + 64 * len(inputs))
+    # -- shared memory ----------------------------------------------------------------------
 
-    async def _share(
-        self,
-        pool: SharedMemoryPool,
-        call: ModelCall,
-        timeout_s: float,
-        given: Region | None,
-        taken: Region | None,
-        expected: tuple[int, ...],
-    ) -> dict[str, Tensor]:
-        """Run with inputs in `given` and outputs in `taken`, where there are such regions."""
-        inputs = given.write(call.inputs) if given is not None else ()
-        places = taken.places(expected) if taken is not None else ()
-        regions = [region for region in (given, taken) if region is not None]
+    def _worth_sharing(self, call: ModelCall) -> bool:
+        pool = self._pool
+        if pool is None or not pool.on:
+            return False
+        return _size_bytes(call.inputs) >= LEAST_BYTES or bool(self._expected(call))
+
+    def _shared_now(self, call: ModelCall) -> _Shared | None:
+        """The regions that a call should have, from those that there are; None without them."""
+        pool = self._pool
+        assert pool is not None
+        given_bytes, expected = _given_bytes(call), self._expected(call)
+        given = pool.take(given_bytes) if given_bytes else None
+        taken = pool.take(_room(expected)) if expected else None
+        shared = _Shared(pool, given, taken, expected)
+        if (given is None and given_bytes) or (taken is None and expected):
+            shared.unused()
+            return None
+        return shared
+
+    async def _shared(self, call: ModelCall) -> _Shared | None:
+        """The regions that a call should have, as far as they can be had."""
+        pool = self._pool
+        assert pool is not None
+        given_bytes, expected = _given_bytes(call), self._expected(call)
+        given = await pool.acquire(given_bytes) if given_bytes else None
         try:
-            data = await self._send(infer_request(call, inputs, places), timeout_s)
-        except CallFailed as error:
-            for region in regions:
-                if error.answered:
-                    pool.release(region)
-                else:
-                    pool.give_up(region)
-            raise
+            taken = await pool.acquire(_room(expected)) if expected else None
         except BaseException:
-            for region in regions:
-                pool.give_up(region)
+            _Shared(pool, given, None, ()).unused()
             raise
-        if given is not None:
-            pool.release(given)
-        if taken is None:
-            return read_response(data)
-        view = taken.lend(partial(pool.release, taken))
-        return _placed(call, read_response(data), view, places)
+        return _Shared(pool, given, taken, expected) if given or taken else None
+
+    def _unshare(self, error: CallFailed, call: ModelCall, shared: _Shared | None) -> bool:
+        """Whether it was the shared memory that failed; it is used less from now on."""
+        if shared is None or "shared memory" not in error.message.lower():
+            return False
+        # Outputs grew, or another process took the registration away.
+        if shared.taken is not None:
+            self._sizes[_key(call)] = ((), 0)
+        else:
+            shared.pool.on = False
+        return True
+
+    def _outputs(self, call: ModelCall, data: Buffer, shared: _Shared | None) -> dict[str, Tensor]:
+        """What the server answered; the regions go back. Raises BackendError."""
+        view = shared.answered() if shared is not None else None
+        tensors = read_response(data)
+        if view is not None:
+            assert shared is not None
+            return _placed(call, tensors, view, shared.places)
+        if self._pool is not None and self._pool.on:
+            self._learn(call, tensors)
+        return tensors
 
     def _expected(self, call: ModelCall) -> tuple[int, ...]:
         """Sizes of the outputs of such a batch, () where unknown or not worth sharing."""
@@ -183,6 +263,17 @@ class Execution:
 
 def _size_bytes(inputs: Sequence[BatchTensor]) -> int:
     return sum([tensor.size_bytes for tensor in inputs])
+
+
+def _given_bytes(call: ModelCall) -> int:
+    """Bytes of a region for the inputs; 0 where a message is as cheap."""
+    size_bytes = _size_bytes(call.inputs)
+    return size_bytes + 64 * len(call.inputs) if size_bytes >= LEAST_BYTES else 0
+
+
+def _room(sizes: Sequence[int]) -> int:
+    """Bytes of a region for outputs of these sizes."""
+    return sum(sizes) + 64 * len(sizes)
 
 
 def _key(call: ModelCall) -> Key:

@@ -13,7 +13,6 @@ carry everything.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import mmap
 import os
@@ -22,6 +21,8 @@ import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from paceline.core.errors import BackendError
 from paceline.core.tensor import BatchTensor
@@ -42,6 +43,10 @@ Register = Callable[[str, str, int], Awaitable[None]]
 Unregister = Callable[[str], Awaitable[None]]
 Registered = Callable[[], Awaitable[list[str]]]
 """Names of all regions that the Triton has mapped."""
+
+
+_lent: dict[str, weakref.ref[object]] = {}
+"""By region: what its views hold on to."""
 
 
 class Region:
@@ -79,9 +84,15 @@ class Region:
 
     def lend(self, on_returned: Callable[[], object]) -> memoryview:
         """A view of the region; calls `on_returned` when no slice of it is left."""
-        lent = (ctypes.c_ubyte * self.size_bytes).from_buffer(self._memory)
-        weakref.finalize(lent, on_returned).atexit = False
-        return memoryview(lent).cast("B")
+        lent = np.frombuffer(self._memory, "B")
+
+        def returned(_: object) -> None:
+            del _lent[self.name]
+            on_returned()
+
+        # By hand, as `weakref.finalize` costs several times as much.
+        _lent[self.name] = weakref.ref(lent, returned)
+        return lent.data
 
     def close(self) -> None:
         """Unmap; a region with views still out stays mapped until they are gone."""
@@ -118,11 +129,21 @@ class SharedMemoryPool:
 
     async def acquire(self, size_bytes: int) -> Region | None:
         """A region of at least that size; None where there can be none now."""
-        region = self._take(size_bytes)
+        region = self.take(size_bytes)
         if region is not None or not self.on:
             return region
         async with self._making:
-            return self._take(size_bytes) or await self._make(size_bytes)
+            return self.take(size_bytes) or await self._make(size_bytes)
+
+    def take(self, size_bytes: int) -> Region | None:
+        """The smallest free region that is large enough, None where there is none; of equal ones
+        the one used last, which the processor's caches may still hold."""
+        fitting = [region for region in reversed(self._free) if region.size_bytes >= size_bytes]
+        if not fitting:
+            return None
+        region = min(fitting, key=lambda region: region.size_bytes)
+        self._free.remove(region)
+        return region
 
     def release(self, region: Region) -> None:
         """The batch that used it is done."""
@@ -146,15 +167,6 @@ class SharedMemoryPool:
                 except BackendError:
                     unregister = False
             region.close()
-
-    def _take(self, size_bytes: int) -> Region | None:
-        """The smallest free region that is large enough."""
-        fitting = [region for region in self._free if region.size_bytes >= size_bytes]
-        if not fitting:
-            return None
-        region = min(fitting, key=lambda region: region.size_bytes)
-        self._free.remove(region)
-        return region
 
     async def _make(self, size_bytes: int) -> Region | None:
         wanted = _LEAST_REGION_BYTES
