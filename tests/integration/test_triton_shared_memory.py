@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import struct
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class TritonPythonModel:
                 [pb_utils.Tensor("y", y), pb_utils.Tensor("size", size)]))
         return responses
 """
+TIMEOUT_S = 30.0
 SIZE = 700_000
 
 
@@ -260,7 +262,11 @@ async def test_closing_returns_the_memory_to_the_machine(server: LocalTriton) ->
     check(await client.execute(call(bytes(SIZE), 10), timeout_s=30), bytes(SIZE), 10)
     assert len(await asyncio.to_thread(mapped, server)) == len(before) + 1
     await client.close()
-    assert await asyncio.to_thread(mapped, server) == before
+    # A request that was answered may still hold the region, for as long as Triton tidies up.
+    give_up_s = time.monotonic() + TIMEOUT_S
+    while await asyncio.to_thread(mapped, server) != before:
+        assert time.monotonic() < give_up_s
+        await asyncio.sleep(0.01)
 
 
 def mapped(server: LocalTriton) -> set[str]:
