@@ -68,18 +68,18 @@ def main() -> None:
         command.add_argument("--repeats", type=int, default=5)
         if name == "swap":
             command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-        if name in ("swap", "cgroup"):
+        if name in ("swap", "cgroup", "served"):
             command.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
         if name in ("cold", "served"):
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
             )
-        if name == "fuse":
-            command.add_argument(
-                "--at", nargs="+", choices=("triton", "paceline"), default=("triton", "paceline")
-            )
-        if name == "cgroup":
+        if name in ("fuse", "share"):
+            places = ("triton" if name == "fuse" else "process", "paceline")
+            command.add_argument("--at", nargs="+", choices=places, default=places)
+        if name in ("cgroup", "served"):
             command.add_argument("--batch", type=int, default=1)
+        if name == "cgroup":
             command.add_argument("--limit-mib", type=int, help="of the cgroup")
     child = commands.add_parser("child")  # one measurement in a process of its own
     child.add_argument("job", type=json.loads)

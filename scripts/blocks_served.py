@@ -18,8 +18,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from google.protobuf import text_format
 from scripts.bench_residency import served, until_cold
 from scripts.blocks_cold import download
 from scripts.blocks_cold import served as served_link
-from scripts.blocks_measure import RATIOS, WARM_UP_RUNS, Bench, drop_page_cache, filled
+from scripts.blocks_measure import WARM_UP_RUNS, Bench, drop_page_cache, filled
 
 from paceline.blocks.backend.settings import MIB
 from paceline.blocks.compile import compile_model
@@ -44,6 +46,8 @@ from paceline.triton.repository import TritonRepository
 _KEEP_ALIVE_S = 0.5
 _WARM = 5
 _GIVE_UP_S = 60.0
+_RATE_RPS = 0.5
+"""As declared: enough that batches of 8 are planned, so that such a request stays in one piece."""
 
 
 def _nothing() -> None: ...
@@ -64,40 +68,48 @@ class Way:
 
 def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
     """A model at a time, from the disk or from a store behind a link."""
-    print("| model | from | way | cold ms | then ms | PSS MiB |\n|---|---|---|---|---|---|")
+    print("| model | from | batch | way | cold ms | then ms | PSS MiB |")
+    print("|---|---|---|---|---|---|---|")
+    rows = arguments.batch
     for model in arguments.models:
         for mbps in arguments.link_mbps:
             with served_link(bench.work, mbps) as url:
-                repository, ways = _behind(bench, model, url) if url else _on_disk(bench, model)
-                rows = measured(bench, repository, ways, arguments.repeats, dropped=not url)
+                if url:
+                    repository, ways = _behind(bench, model, url, rows)
+                else:
+                    repository, ways = _on_disk(bench, model, arguments.ratios, rows)
+                found = measured(
+                    bench, repository, ways, arguments.repeats, rows=rows, dropped=not url
+                )
             came_from = f"{mbps:g} MB/s" if url else "disk"
-            for name, row in rows.items():
-                print(f"| {model} | {came_from} | {name} | {_cells(row)} |", flush=True)
+            for name, row in found.items():
+                print(f"| {model} | {came_from} | {rows} | {name} | {_cells(row)} |", flush=True)
 
 
-def _on_disk(bench: Bench, model: str) -> tuple[Path, list[Way]]:
-    """Plain, as blocks, as blocks within budgets."""
-    repository = bench.work / "served" / model / "models"
+def _on_disk(
+    bench: Bench, model: str, ratios: Sequence[float], rows: int
+) -> tuple[Path, list[Way]]:
+    """Plain, as blocks, as blocks within budgets: weights by the ratio, and activations."""
+    repository = bench.work / "served" / f"{model}-{rows}" / "models"
     manifest = bench.manifest(model)
-    beside_bytes = manifest.activation_bytes(1)
     plain, blocks = f"{model}_plain", f"{model}_blocks"
-    write_blocks(bench, {"": model}, repository / blocks, None)
+    write_blocks(bench, {"": model}, repository / blocks, None, rows)
     write_plain(repository / plain, repository / blocks, bench.onnx(model))
     ways = [Way("plain", [plain]), Way("blocks", [blocks])]
-    for ratio in RATIOS[::2]:
-        budget = (manifest.weights_bytes / ratio + beside_bytes) / MIB
-        name = f"{model}_{budget:.0f}mib"
-        write_blocks(bench, {"": model}, repository / name, int(budget))
-        ways.append(Way(f"blocks, budget {budget:.0f} MiB ({ratio:g})", [name]))
+    for ratio in ratios:
+        budget_mib = ceil((manifest.weights_bytes / ratio + manifest.activation_bytes(rows)) / MIB)
+        name = f"{model}_{budget_mib}mib"
+        write_blocks(bench, {"": model}, repository / name, budget_mib, rows)
+        ways.append(Way(f"blocks, budget {budget_mib} MiB ({ratio:g})", [name]))
     return repository, ways
 
 
-def _behind(bench: Bench, model: str, url: str) -> tuple[Path, list[Way]]:
+def _behind(bench: Bench, model: str, url: str, rows: int) -> tuple[Path, list[Way]]:
     """Plain, as blocks, both from a store that keeps the bench's directory."""
-    home = bench.work / "served" / f"{model}-remote"
+    home = bench.work / "served" / f"{model}-{rows}-remote"
     repository, cache = home / "models", home / "cache"
     plain, blocks = f"{model}_plain", f"{model}_blocks"
-    write_blocks(bench, {"": model}, repository / blocks, None)
+    write_blocks(bench, {"": model}, repository / blocks, None, rows)
     write_plain(repository / plain, repository / blocks, bench.onnx(model))
     config = read_config(repository / blocks / "config.pbtxt")
     assert config is not None
@@ -138,9 +150,14 @@ def print_group(bench: Bench, models: Sequence[str], repeats: int) -> None:
 
 
 def write_blocks(
-    bench: Bench, members: Mapping[str, str], directory: Path, budget_mib: int | None
+    bench: Bench,
+    members: Mapping[str, str],
+    directory: Path,
+    budget_mib: int | None,
+    most_rows: int = 1,
 ) -> None:
-    options = Options(budget_mib=budget_mib, max_batch=1, measure=False)
+    # What is not measured has no activations to leave room for.
+    options = Options(budget_mib=budget_mib, max_batch=most_rows, measure=budget_mib is not None)
     sources = {name: bench.onnx(model) for name, model in members.items()}
     compile_model(sources, directory, bench.work / "blocks", options)
     for name in filter(None, members):  # its own name, which nobody asks for here
@@ -167,49 +184,81 @@ def write_config(directory: Path, config: Any) -> None:
 
 
 def measured(
-    bench: Bench, repository: Path, ways: Sequence[Way], repeats: int, *, dropped: bool = True
+    bench: Bench,
+    repository: Path,
+    ways: Sequence[Way],
+    repeats: int,
+    *,
+    rows: int = 1,
+    dropped: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Medians by way: milliseconds to the first answer, then of an answer; memory after it.
 
     `dropped`: the page cache is, before.
     """
-    specs = asyncio.run(_declared(repository, [name for way in ways for name in way.models]))
     found: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
+    with serving(bench, repository, ways, rows) as (channel, asks):
+        for _ in range(repeats):
+            for way, ask in zip(ways, asks, strict=True):
+                until_cold(channel)
+                if dropped:
+                    drop_page_cache(bench.work)
+                way.forget()
+                found[way.name].append(_asked(ask, way))
+    return {
+        name: {key: statistics.median(one[key] for one in found[name]) for key in found[name][0]}
+        for name in found
+    }
+
+
+@contextmanager
+def serving(
+    bench: Bench,
+    repository: Path,
+    ways: Sequence[Way],
+    rows: int = 1,
+    keep_alive_s: float = _KEEP_ALIVE_S,
+) -> Iterator[tuple[Any, list[Callable[[], None]]]]:
+    """A `paceline serve` with a chain for each way: a channel to it, and what asks each way once,
+    with a batch of `rows`.
+    """
+    specs = asyncio.run(_declared(repository, [name for way in ways for name in way.models]))
     with tempfile.TemporaryDirectory(dir=bench.work) as made:
         work = Path(made)
         arguments = ["--model-repository", str(repository)]
         for number, way in enumerate(ways):
             file = work / f"way{number}.yaml"
-            file.write_text(_chain(f"way{number}", [specs[name] for name in way.models]), "utf-8")
+            of_way = [specs[name] for name in way.models]
+            file.write_text(_chain(f"way{number}", of_way, keep_alive_s), "utf-8")
             arguments += ["--chains", str(file)]
         with (
             served(work, arguments) as (target, _),
             grpc.insecure_channel(target) as channel,
             triton.InferenceServerClient(target) as client,
         ):
-            for _ in range(repeats):
-                for number, way in enumerate(ways):
-                    inputs = _inputs([specs[name] for name in way.models])
-                    until_cold(channel)
-                    if dropped:
-                        drop_page_cache(bench.work)
-                    way.forget()
-                    found[way.name].append(_asked(client, f"way{number}", inputs, way))
-    return {
-        name: {key: statistics.median(one[key] for one in rows) for key in rows[0]}
-        for name, rows in found.items()
-    }
+            yield (
+                channel,
+                [
+                    partial(
+                        client.infer,
+                        f"way{number}",
+                        _inputs([specs[name] for name in way.models], rows),
+                        client_timeout=_GIVE_UP_S,
+                    )
+                    for number, way in enumerate(ways)
+                ],
+            )
 
 
-def _asked(client: Any, chain: str, inputs: Sequence[Any], way: Way) -> dict[str, float]:
+def _asked(ask: Callable[[], None], way: Way) -> dict[str, float]:
     took_s = []
     for number in range(1 + WARM_UP_RUNS + _WARM):
         began_s = time.perf_counter()
         if not number:
             way.fetch()
-        client.infer(chain, inputs, client_timeout=_GIVE_UP_S)
+        ask()
         took_s.append(time.perf_counter() - began_s)
-    pss = sum(stub.memory_full_info().pss for stub in _stubs(way.models))
+    pss = sum(stub.memory_full_info().pss for stub in stubs(way.models))
     return {
         "cold": 1e3 * took_s[0],
         "then": 1e3 * statistics.median(took_s[-_WARM:]),
@@ -217,7 +266,7 @@ def _asked(client: Any, chain: str, inputs: Sequence[Any], way: Way) -> dict[str
     }
 
 
-def _stubs(models: Sequence[str]) -> Iterator[psutil.Process]:
+def stubs(models: Sequence[str]) -> Iterator[psutil.Process]:
     """The processes of these models' instances, whatever else is loaded: `NAME_0_0`, and so on."""
     instance = re.compile(rf"({'|'.join(map(re.escape, models))})_\d+_\d+")
     for one in psutil.Process().children(recursive=True):
@@ -231,9 +280,10 @@ async def _declared(repository: Path, names: Sequence[str]) -> dict[str, ModelSp
     return {name: models.declaration(name) for name in names}
 
 
-def _chain(name: str, specs: Sequence[ModelSpec]) -> str:
+def _chain(name: str, specs: Sequence[ModelSpec], keep_alive_s: float) -> str:
     """A chain of models side by side: all their inputs and outputs are its own."""
-    lines = [f"chain: {name}", "slo_ms: 60000", "rate_rps: 0.1", f"keep_alive_s: {_KEEP_ALIVE_S}"]
+    lines = [f"chain: {name}", "slo_ms: 60000", f"rate_rps: {_RATE_RPS}"]
+    lines += [f"keep_alive_s: {keep_alive_s}"]
     numbered = [(i, j, t) for i, spec in enumerate(specs) for j, t in enumerate(spec.inputs)]
     lines += ["inputs:"]
     for i, j, tensor in numbered:
@@ -248,11 +298,12 @@ def _chain(name: str, specs: Sequence[ModelSpec]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _inputs(specs: Sequence[ModelSpec]) -> list[Any]:
+def _inputs(specs: Sequence[ModelSpec], rows: int) -> list[Any]:
     given = []
+    batch = [rows] if rows > 1 else []
     for i, spec in enumerate(specs):
         for j, tensor in enumerate(spec.inputs):
-            array = filled(tensor.name, tensor.datatype, tensor.shape)
+            array = filled(tensor.name, tensor.datatype, [*batch, *tensor.shape])
             sent = triton.InferInput(f"x{i}_{j}", list(array.shape), tensor.datatype)
             sent.set_data_from_numpy(np.ascontiguousarray(array))
             given.append(sent)

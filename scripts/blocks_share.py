@@ -1,4 +1,7 @@
-"""Ten models with one backbone, which differ in their heads; `bench_blocks.py share`."""
+"""Ten models with one backbone, which differ in their heads; `bench_blocks.py share`.
+
+In one process, and through Paceline: there each has a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+from scripts.bench_residency import until_cold
 from scripts.blocks_measure import (
     Bench,
     cached_mib,
@@ -21,13 +25,70 @@ from scripts.blocks_measure import (
     private_mib,
     warm_up,
 )
+from scripts.blocks_served import Way, serving, stubs, write_blocks, write_plain
 
+from paceline.blocks.backend.settings import MIB
 from paceline.blocks.repository import compiled_model
 
 MODELS = 10
+_KEEP_ALIVE_S = 20.0
+"""Longer than it takes to ask all of them once."""
 
 
 def print_share(bench: Bench, arguments: argparse.Namespace) -> None:
+    if "process" in arguments.at:
+        print_in_process(bench, arguments)
+    if "paceline" in arguments.at:
+        print_through_paceline(bench, arguments)
+
+
+def print_through_paceline(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Each model a chain of its own, asked one after the other, all cold before."""
+    print(
+        "| model through Paceline | way | first: cold ms, MiB read | second | third to tenth, each "
+        "| PSS MiB of all ten |\n|---|---|---|---|---|---|"
+    )
+    for model in arguments.models:
+        names = [model, *(f"{model}@{head}" for head in range(1, MODELS))]
+        repository = bench.work / "served" / f"{model}-shared" / "models"
+        ways = {}
+        for kind in ("plain", "blocks"):
+            models = [f"{name.replace('@', '_')}_{kind}" for name in names]
+            ways[kind] = [Way(one, [one]) for one in models]
+        for name, plain, blocks in zip(names, ways["plain"], ways["blocks"], strict=True):
+            compiled = repository / blocks.name
+            write_blocks(bench, {"": name}, compiled, None)
+            write_plain(repository / plain.name, compiled, bench.onnx(name))
+        for kind, own in ways.items():
+            results = _asked_in_turn(bench, repository, own, arguments.repeats)
+            cells = [_middle(results, 0, 1), _middle(results, 1, 2), _middle(results, 2, MODELS)]
+            pss_mib = statistics.median(result["pss_mib"] for result in results)
+            print(f"| {model} | {kind} | {' | '.join(cells)} | {pss_mib:.0f} |", flush=True)
+
+
+def _asked_in_turn(
+    bench: Bench, repository: Path, ways: Sequence[Way], repeats: int
+) -> list[dict[str, Any]]:
+    results = []
+    with serving(bench, repository, ways, keep_alive_s=_KEEP_ALIVE_S) as (channel, asks):
+        for _ in range(repeats):
+            until_cold(channel)
+            drop_page_cache(bench.work)
+            took_s, read_mib = [], []
+            for ask in asks:
+                cached = cached_mib(bench.work)
+                began_s = time.perf_counter()
+                ask()
+                took_s.append(time.perf_counter() - began_s)
+                read_mib.append(cached_mib(bench.work) - cached)
+            models = [name for way in ways for name in way.models]
+            pss = [stub.memory_full_info().pss for stub in stubs(models)]
+            assert len(pss) == MODELS, f"{len(pss)} of {MODELS} models are still there"
+            results.append({"took_s": took_s, "read_mib": read_mib, "pss_mib": sum(pss) / MIB})
+    return results
+
+
+def print_in_process(bench: Bench, arguments: argparse.Namespace) -> None:
     print(
         "| model | first: ms, MiB read | second | third to tenth, each | plain, each "
         "| private MiB of all ten | plain, each |\n|---|---|---|---|---|---|---|"
