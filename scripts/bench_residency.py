@@ -84,6 +84,7 @@ COLD_EVERY_S = 20.0
 COLD_AT_ONCE = 4
 """Of the comparison of paced loads."""
 READY_S = 180.0
+UNLOADED_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +391,7 @@ def cold_chain(rounds: int) -> None:
 def until_cold(channel: grpc.Channel) -> None:
     """Until nothing is in memory."""
     control: Any = control_pb2_grpc.ControlStub(channel)
-    watch = control.WatchStatus(control_pb2.StatusRequest(), timeout=60.0)
+    watch = control.WatchStatus(control_pb2.StatusRequest(), timeout=UNLOADED_S)
     for told in watch:
         status = json.loads(told.json)
         if not any(machine.get("held") for machine in status["machines"]):

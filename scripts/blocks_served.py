@@ -46,8 +46,6 @@ from paceline.triton.repository import TritonRepository
 _KEEP_ALIVE_S = 0.5
 _WARM = 5
 _GIVE_UP_S = 60.0
-_RATE_RPS = 0.5
-"""As declared: enough that batches of 8 are planned, so that such a request stays in one piece."""
 
 
 def _nothing() -> None: ...
@@ -282,7 +280,7 @@ async def _declared(repository: Path, names: Sequence[str]) -> dict[str, ModelSp
 
 def _chain(name: str, specs: Sequence[ModelSpec], keep_alive_s: float) -> str:
     """A chain of models side by side: all their inputs and outputs are its own."""
-    lines = [f"chain: {name}", "slo_ms: 60000", f"rate_rps: {_RATE_RPS}"]
+    lines = [f"chain: {name}", "slo_ms: 60000", "rate_rps: 0.01"]
     lines += [f"keep_alive_s: {keep_alive_s}"]
     numbered = [(i, j, t) for i, spec in enumerate(specs) for j, t in enumerate(spec.inputs)]
     lines += ["inputs:"]

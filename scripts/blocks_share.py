@@ -50,17 +50,16 @@ def print_through_paceline(bench: Bench, arguments: argparse.Namespace) -> None:
     )
     for model in arguments.models:
         names = [model, *(f"{model}@{head}" for head in range(1, MODELS))]
-        repository = bench.work / "served" / f"{model}-shared" / "models"
-        ways = {}
-        for kind in ("plain", "blocks"):
-            models = [f"{name.replace('@', '_')}_{kind}" for name in names]
-            ways[kind] = [Way(one, [one]) for one in models]
-        for name, plain, blocks in zip(names, ways["plain"], ways["blocks"], strict=True):
-            compiled = repository / blocks.name
+        # Apart: a model of a repository that is in no chain is always in memory.
+        home = bench.work / "served" / f"{model}-shared"
+        models = [name.replace("@", "_") for name in names]
+        for name, own in zip(names, models, strict=True):
+            compiled = home / "blocks" / own
             write_blocks(bench, {"": name}, compiled, None)
-            write_plain(repository / plain.name, compiled, bench.onnx(name))
-        for kind, own in ways.items():
-            results = _asked_in_turn(bench, repository, own, arguments.repeats)
+            write_plain(home / "plain" / own, compiled, bench.onnx(name))
+        for kind in ("plain", "blocks"):
+            ways = [Way(own, [own]) for own in models]
+            results = _asked_in_turn(bench, home / kind, ways, arguments.repeats)
             cells = [_middle(results, 0, 1), _middle(results, 1, 2), _middle(results, 2, MODELS)]
             pss_mib = statistics.median(result["pss_mib"] for result in results)
             print(f"| {model} | {kind} | {' | '.join(cells)} | {pss_mib:.0f} |", flush=True)
@@ -70,17 +69,18 @@ def _asked_in_turn(
     bench: Bench, repository: Path, ways: Sequence[Way], repeats: int
 ) -> list[dict[str, Any]]:
     results = []
+    read = (bench.work / "blocks" / "objects", bench.work / "onnx")
     with serving(bench, repository, ways, keep_alive_s=_KEEP_ALIVE_S) as (channel, asks):
         for _ in range(repeats):
             until_cold(channel)
             drop_page_cache(bench.work)
             took_s, read_mib = [], []
             for ask in asks:
-                cached = cached_mib(bench.work)
+                cached = cached_mib(*read)
                 began_s = time.perf_counter()
                 ask()
                 took_s.append(time.perf_counter() - began_s)
-                read_mib.append(cached_mib(bench.work) - cached)
+                read_mib.append(cached_mib(*read) - cached)
             models = [name for way in ways for name in way.models]
             pss = [stub.memory_full_info().pss for stub in stubs(models)]
             assert len(pss) == MODELS, f"{len(pss)} of {MODELS} models are still there"
@@ -130,13 +130,13 @@ def share(directories: Sequence[str], onnx: str) -> dict[str, Any]:
     for directory in map(Path, directories):
         found = compiled_model(directory)
         assert found is not None
-        cached = cached_mib(found.pool)
+        cached = cached_mib(found.pool / "objects")
         began_s = time.perf_counter()
         model = open_model(directory)
         assert model.loader.wait_complete(60)
         model.infer("", feed_of(model, 1), [model.members[0].outputs[0].name], 1)
         took_s.append(time.perf_counter() - began_s)
-        read_mib.append(cached_mib(found.pool) - cached)
+        read_mib.append(cached_mib(found.pool / "objects") - cached)
         models.append(model)
     shared = private_mib()
     began_s = time.perf_counter()
