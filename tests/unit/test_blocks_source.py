@@ -34,7 +34,7 @@ def opened(tmp_path: Path) -> Callable[[], Opened]:
         with path.open("wb") as file:
             file.write(text)
             os.fsync(file.fileno())
-        source = LocalSource(tmp_path)
+        source = LocalSource(tmp_path, counted=True)
         (found,) = source.open({name: PoolObject(OBJECT_BYTES, blake3(text).hexdigest())}).values()
         source.check(name)
         found.drop(page_cache=True)

@@ -272,7 +272,9 @@ def _open_device(settings: Settings, manifest: Manifest) -> Driver | None:
 def _open_source(settings: Settings) -> tuple[Source, str]:
     """Where the model's objects come from, and the name of what they come through."""
     if isinstance(settings.pool, Path):
-        return LocalSource(settings.pool), f"disk {settings.pool.stat().st_dev}"
+        budgets = settings.memory_budget_bytes, settings.shared_budget_bytes
+        source = LocalSource(settings.pool, counted=budgets != (None, None))
+        return source, f"disk {settings.pool.stat().st_dev}"
     from . import remote, store  # a local pool needs no HTTP
 
     url, endpoint = settings.pool, settings.s3_endpoint

@@ -75,8 +75,8 @@ class MappedObject:
     def populate(self, offset: int, size_bytes: int) -> None:
         """Swap in: the pages are in memory and in the page table when this returns.
 
-        `read_ahead` first: pages that are on their way are waited for, others are read together
-        with as much behind them as the kernel sees fit, on some disks 8 MiB that nobody counts.
+        Pages that are on their way (`read_ahead`) are waited for, others are read together with as
+        much behind them as the kernel sees fit, on some disks 8 MiB.
         """
         start = offset // PAGE_BYTES * PAGE_BYTES
         try:

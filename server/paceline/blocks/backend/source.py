@@ -58,15 +58,20 @@ class Source(Protocol):
 
 
 class LocalSource:
-    """A pool directory. Only markers of what was verified are ever written there."""
+    """A pool directory. Only markers of what was verified are ever written there.
+
+    `counted`: no more comes into memory than what is fetched, and the span expected next. Otherwise
+    the kernel reads ahead as it sees fit, in larger pages, which are mapped faster.
+    """
 
     distant = False
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, counted: bool = False) -> None:
         if not root.is_dir():
             raise PoolError(f"{root}: no such pool: `paceline blocks compile` writes one")
         self._store = ObjectStore(root)
         self._objects: dict[str, MappedObject] = {}
+        self._counted = counted
         self._next: Sequence[Span] = ()
         self._stated: Mapping[str, PoolObject] = {}
 
@@ -92,8 +97,9 @@ class LocalSource:
     def fetch(self, span: Span) -> None:
         if span.offset == 0:
             self.check(span.name)
-        for each in (span, *self._next):  # the disk reads on while pages are mapped
-            self._objects[each.name].read_ahead(each.offset, each.size_bytes)
+        if self._counted:
+            for each in (span, *self._next):  # the disk reads on while pages are mapped
+                self._objects[each.name].read_ahead(each.offset, each.size_bytes)
         self._objects[span.name].populate(span.offset, span.size_bytes)
 
     def check(self, digest: str) -> None:
