@@ -273,8 +273,8 @@ def _open_source(settings: Settings) -> tuple[Source, str]:
     """Where the model's objects come from, and the name of what they come through."""
     if isinstance(settings.pool, Path):
         budgets = settings.memory_budget_bytes, settings.shared_budget_bytes
-        source = LocalSource(settings.pool, counted=budgets != (None, None))
-        return source, f"disk {settings.pool.stat().st_dev}"
+        local = LocalSource(settings.pool, counted=budgets != (None, None))
+        return local, f"disk {settings.pool.stat().st_dev}"
     from . import remote, store  # a local pool needs no HTTP
 
     url, endpoint = settings.pool, settings.s3_endpoint
