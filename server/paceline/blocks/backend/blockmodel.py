@@ -71,7 +71,7 @@ class BlockModel:
         self._tables_thread = threading.Thread(target=self._check_tables_early, daemon=True)
         held = {name: pages(one.size_bytes) for name, one in stated.items()}
         self.budget: Budget | None = None
-        if settings.memory_budget_bytes is not None or settings.shared_budget_bytes is not None:
+        if settings.has_budget:
             self.budget = Budget(
                 self.manifest.model,
                 [sum(held[name] for name in names) for names in needs],
@@ -272,8 +272,7 @@ def _open_device(settings: Settings, manifest: Manifest) -> Driver | None:
 def _open_source(settings: Settings) -> tuple[Source, str]:
     """Where the model's objects come from, and the name of what they come through."""
     if isinstance(settings.pool, Path):
-        budgets = settings.memory_budget_bytes, settings.shared_budget_bytes
-        local = LocalSource(settings.pool, counted=budgets != (None, None))
+        local = LocalSource(settings.pool, counted=settings.has_budget)
         return local, f"disk {settings.pool.stat().st_dev}"
     from . import remote, store  # a local pool needs no HTTP
 

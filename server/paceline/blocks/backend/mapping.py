@@ -66,11 +66,7 @@ class MappedObject:
 
     def read_ahead(self, offset: int, size_bytes: int) -> None:
         """The disk begins to read exactly this range."""
-        start = offset // PAGE_BYTES * PAGE_BYTES
-        try:
-            self._advise(start, offset + size_bytes - start, MADV_WILLNEED)
-        except OSError as error:
-            raise PoolError(f"{self.path}: cannot be read: {error.strerror}") from None
+        self._bring(offset, size_bytes, MADV_WILLNEED)
 
     def populate(self, offset: int, size_bytes: int) -> None:
         """Swap in: the pages are in memory and in the page table when this returns.
@@ -78,11 +74,7 @@ class MappedObject:
         Pages that are on their way (`read_ahead`) are waited for, others are read together with as
         much behind them as the kernel sees fit, on some disks 8 MiB.
         """
-        start = offset // PAGE_BYTES * PAGE_BYTES
-        try:
-            self._advise(start, offset + size_bytes - start, MADV_POPULATE_READ)
-        except OSError as error:
-            raise PoolError(f"{self.path}: cannot be read: {error.strerror}") from None
+        self._bring(offset, size_bytes, MADV_POPULATE_READ)
 
     def drop(self, *, page_cache: bool) -> None:
         """Swap out: no copy, no pause; also out of the page cache unless somebody else maps it."""
@@ -119,6 +111,13 @@ class MappedObject:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+    def _bring(self, offset: int, size_bytes: int, advice: int) -> None:
+        start = offset // PAGE_BYTES * PAGE_BYTES
+        try:
+            self._advise(start, offset + size_bytes - start, advice)
+        except OSError as error:
+            raise PoolError(f"{self.path}: cannot be read: {error.strerror}") from None
 
     def _advise(self, offset: int, size_bytes: int, advice: int) -> None:
         if size_bytes <= 0:

@@ -53,6 +53,11 @@ class Settings:
     gpu: int | None = None
     device_pool_bytes: int | None = None
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether the model's memory is limited, alone or together with others'."""
+        return self.memory_budget_bytes is not None or self.shared_budget_bytes is not None
+
 
 def read_settings(parameters: Mapping[str, Mapping[str, str]], model_directory: Path) -> Settings:
     """`parameters` as Triton hands them over; paths are relative to the model's directory."""
