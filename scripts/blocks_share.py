@@ -49,7 +49,7 @@ def print_through_paceline(bench: Bench, arguments: argparse.Namespace) -> None:
         "| PSS MiB of all ten |\n|---|---|---|---|---|---|"
     )
     for model in arguments.models:
-        names = [model, *(f"{model}@{head}" for head in range(1, MODELS))]
+        names = _family(model)
         # Apart: a model of a repository that is in no chain is always in memory.
         home = bench.work / "served" / f"{model}-shared"
         models = [name.replace("@", "_") for name in names]
@@ -60,9 +60,8 @@ def print_through_paceline(bench: Bench, arguments: argparse.Namespace) -> None:
         for kind in ("plain", "blocks"):
             ways = [Way(own, [own]) for own in models]
             results = _asked_in_turn(bench, home / kind, ways, arguments.repeats)
-            cells = [_middle(results, 0, 1), _middle(results, 1, 2), _middle(results, 2, MODELS)]
             pss_mib = statistics.median(result["pss_mib"] for result in results)
-            print(f"| {model} | {kind} | {' | '.join(cells)} | {pss_mib:.0f} |", flush=True)
+            print(f"| {model} | {kind} | {_cells(results)} | {pss_mib:.0f} |", flush=True)
 
 
 def _asked_in_turn(
@@ -94,23 +93,32 @@ def print_in_process(bench: Bench, arguments: argparse.Namespace) -> None:
         "| private MiB of all ten | plain, each |\n|---|---|---|---|---|---|---|"
     )
     for model in arguments.models:
-        names = [model, *(f"{model}@{head}" for head in range(1, MODELS))]
+        names = _family(model)
         directories = [str(bench.compiled(name)) for name in names]
         results: list[dict[str, Any]] = []
         for _ in range(arguments.repeats):
             drop_page_cache(bench.work)
             onnx = str(bench.onnx(names[1]))
             results.append(in_child(bench, do="share", directories=directories, onnx=onnx))
-        cells = [_middle(results, 0, 1), _middle(results, 1, 2), _middle(results, 2, MODELS)]
         plain_ms = 1e3 * statistics.median(result["plain_s"] for result in results)
         private, plain = (
             statistics.median(result[key] for result in results)
             for key in ("private_mib", "plain_mib")
         )
         print(
-            f"| {model} | {' | '.join(cells)} | {plain_ms:.0f} | {private:.0f} | {plain:.0f} |",
+            f"| {model} | {_cells(results)} | {plain_ms:.0f} | {private:.0f} | {plain:.0f} |",
             flush=True,
         )
+
+
+def _family(model: str) -> list[str]:
+    """Models that differ from it in their heads, itself the first."""
+    return [model, *(f"{model}@{head}" for head in range(1, MODELS))]
+
+
+def _cells(results: Sequence[Mapping[str, Any]]) -> str:
+    """Of the first model, the second, and each of the others."""
+    return " | ".join(_middle(results, *part) for part in ((0, 1), (1, 2), (2, MODELS)))
 
 
 def _middle(results: Sequence[Mapping[str, Any]], first: int, end: int) -> str:
