@@ -183,9 +183,7 @@ async def test_a_batch_is_begun_with_regions_that_nobody_reads_any_more(
     client: TritonClient,
 ) -> None:
     rng = random.Random(6)
-    for _ in range(4):
-        await client.execute(call(bytes(SIZE), SIZE), timeout_s=30)
-    gc.collect()
+    await settled(client, bytes(SIZE))
     assert pool_of(client) == (2, 2 << 20)
     x, other = rng.randbytes(SIZE), rng.randbytes(SIZE)
     slow = await begun(client, call(x, SIZE))
@@ -209,9 +207,7 @@ async def test_regions_of_a_begun_batch_that_timed_out_are_not_used_again(
     client: TritonClient,
 ) -> None:
     x = random.Random(7).randbytes(SIZE)
-    for _ in range(4):
-        await client.execute(call(x, SIZE), timeout_s=30)
-    gc.collect()
+    await settled(client, x)
     outcome = await begun(client, call(b"\xff" * SIZE, SIZE, wait_ms=300), timeout_s=0.1)
     assert isinstance(outcome, BackendError) and outcome.kind is ErrorKind.DEADLINE
     # The late answer is still to be written: not to where the next batch is.
@@ -233,9 +229,7 @@ async def test_a_begun_batch_whose_outputs_grew_is_executed_all_the_same(
     client: TritonClient,
 ) -> None:
     x = random.Random(8).randbytes(SIZE)
-    for _ in range(4):
-        await client.execute(call(x, SIZE), timeout_s=30)
-    gc.collect()
+    await settled(client, x)
     outputs = await begun(client, call(x, 2 * SIZE))
     assert not isinstance(outputs, BackendError)
     check(outputs, x, 2 * SIZE)
@@ -267,6 +261,13 @@ async def test_closing_returns_the_memory_to_the_machine(server: LocalTriton) ->
     while await asyncio.to_thread(mapped, server) != before:
         assert time.monotonic() < give_up_s
         await asyncio.sleep(0.01)
+
+
+async def settled(client: TritonClient, x: bytes) -> None:
+    """Runs until the client shares memory for outputs as well, and has it all back."""
+    for _ in range(4):
+        await client.execute(call(x, SIZE), timeout_s=30)
+    gc.collect()
 
 
 def mapped(server: LocalTriton) -> set[str]:
