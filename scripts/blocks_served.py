@@ -40,6 +40,7 @@ from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
 from paceline.blocks.repository import read_config
 from paceline.core.model import ModelSpec
+from paceline.core.tensor import TensorSpec
 from paceline.triton.client import TritonClient
 from paceline.triton.repository import TritonRepository
 
@@ -95,9 +96,11 @@ def _on_disk(
     write_plain(repository / plain, repository / blocks, bench.onnx(model))
     ways = [Way("plain", [plain]), Way("blocks", [blocks])]
     for ratio in ratios:
+        name = f"{model}_{ratio:g}"
         budget_mib = ceil((manifest.weights_bytes / ratio + manifest.activation_bytes(rows)) / MIB)
-        name = f"{model}_{budget_mib}mib"
-        write_blocks(bench, {"": model}, repository / name, budget_mib, rows)
+        # Where its largest block leaves room for fewer rows, as much more as all of them take.
+        while write_blocks(bench, {"": model}, repository / name, budget_mib, rows) < rows:
+            budget_mib += 1
         ways.append(Way(f"blocks, budget {budget_mib} MiB ({ratio:g})", [name]))
     return repository, ways
 
@@ -153,13 +156,17 @@ def write_blocks(
     directory: Path,
     budget_mib: int | None,
     most_rows: int = 1,
-) -> None:
+) -> int:
+    """The rows of a batch that the model takes in the end."""
     # What is not measured has no activations to leave room for.
     options = Options(budget_mib=budget_mib, max_batch=most_rows, measure=budget_mib is not None)
     sources = {name: bench.onnx(model) for name, model in members.items()}
     compile_model(sources, directory, bench.work / "blocks", options)
     for name in filter(None, members):  # its own name, which nobody asks for here
         shutil.rmtree(directory.parent / name, ignore_errors=True)
+    config = read_config(directory / "config.pbtxt")
+    assert config is not None
+    return int(config.max_batch_size)
 
 
 def write_plain(directory: Path, compiled: Path, onnx: Path) -> None:
@@ -217,10 +224,17 @@ def serving(
     rows: int = 1,
     keep_alive_s: float = _KEEP_ALIVE_S,
 ) -> Iterator[tuple[Any, list[Callable[[], None]]]]:
-    """A `paceline serve` with a chain for each way: a channel to it, and what asks each way once,
-    with a batch of `rows`.
+    """A `paceline serve` with a chain for each way: a channel to it, and what asks each way once.
+
+    A chain's requests have no batch axis: with `rows` its only model is asked by its own name.
     """
-    specs = asyncio.run(_declared(repository, [name for way in ways for name in way.models]))
+    names = [name for way in ways for name in way.models]
+    for (
+        left
+    ) in repository.iterdir():  # of an earlier run: no chain uses it, so it would stay loaded
+        if left.name not in names:
+            shutil.rmtree(left)
+    specs = asyncio.run(_declared(repository, names))
     with tempfile.TemporaryDirectory(dir=bench.work) as made:
         work = Path(made)
         arguments = ["--model-repository", str(repository)]
@@ -234,18 +248,14 @@ def serving(
             grpc.insecure_channel(target) as channel,
             triton.InferenceServerClient(target) as client,
         ):
-            yield (
-                channel,
-                [
-                    partial(
-                        client.infer,
-                        f"way{number}",
-                        _inputs([specs[name] for name in way.models], rows),
-                        client_timeout=_GIVE_UP_S,
-                    )
-                    for number, way in enumerate(ways)
-                ],
-            )
+            asks: list[Callable[[], None]] = []
+            for number, way in enumerate(ways):
+                of_way = [specs[name] for name in way.models]
+                name, inputs = (
+                    (f"way{number}", _inputs(of_way)) if rows == 1 else _batch(*of_way, rows=rows)
+                )
+                asks.append(partial(client.infer, name, inputs, client_timeout=_GIVE_UP_S))
+            yield channel, asks
 
 
 def _asked(ask: Callable[[], None], way: Way) -> dict[str, float]:
@@ -296,16 +306,24 @@ def _chain(name: str, specs: Sequence[ModelSpec], keep_alive_s: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _inputs(specs: Sequence[ModelSpec], rows: int) -> list[Any]:
-    given = []
-    batch = [rows] if rows > 1 else []
-    for i, spec in enumerate(specs):
-        for j, tensor in enumerate(spec.inputs):
-            array = filled(tensor.name, tensor.datatype, [*batch, *tensor.shape])
-            sent = triton.InferInput(f"x{i}_{j}", list(array.shape), tensor.datatype)
-            sent.set_data_from_numpy(np.ascontiguousarray(array))
-            given.append(sent)
-    return given
+def _inputs(specs: Sequence[ModelSpec]) -> list[Any]:
+    """Of the chain in which these models are side by side."""
+    return [
+        _given(f"x{i}_{j}", tensor, tensor.shape)
+        for i, spec in enumerate(specs)
+        for j, tensor in enumerate(spec.inputs)
+    ]
+
+
+def _batch(spec: ModelSpec, *, rows: int) -> tuple[str, list[Any]]:
+    """A model's own name and its inputs."""
+    return spec.name, [_given(t.name, t, (rows, *t.shape)) for t in spec.inputs]
+
+
+def _given(name: str, tensor: TensorSpec, shape: Sequence[int]) -> Any:
+    sent = triton.InferInput(name, list(shape), tensor.datatype)
+    sent.set_data_from_numpy(np.ascontiguousarray(filled(tensor.name, tensor.datatype, shape)))
+    return sent
 
 
 def _cells(row: Mapping[str, float]) -> str:

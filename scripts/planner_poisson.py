@@ -13,7 +13,7 @@ from statistics import mean, median
 from time import process_time, time
 from typing import Any
 
-from scripts.planner_workloads import HARDWARE, OPTIMAL, PLAIN, WORKLOADS, percentile, source
+from scripts.planner_workloads import HARDWARE, OPTIMAL, WORKLOADS, percentile, source
 
 from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import PlanError
@@ -58,7 +58,7 @@ def served(chain: PlannedChain) -> Chain:
 
 
 class Verifier:
-    """Plans of a workload, verified under Poisson arrivals; each search is made once."""
+    """Plans of a workload, verified under Poisson arrivals."""
 
     def __init__(self, at: int) -> None:
         self._at = at
@@ -67,7 +67,6 @@ class Verifier:
         demand = source().chain(name, hardware=HARDWARE[at % 3])
         self.demand = replace(demand, name=name.replace(" ", "-"))
         self.chain = served(self.demand)
-        self._known: dict[tuple[str, str], Plan | None] = {}
 
     def planned(self, options: Options) -> Plan | None:
         """As it is planned, without headroom."""
@@ -76,40 +75,13 @@ class Verifier:
         except PlanError:
             return None
 
-    def verified(self, options: Options) -> Plan | None:
-        """What `paceline.sim.search.verified` finds: for the optimum the cheaper one of its own
-        plan and the one that is asked for as Harpagon's.
-        """
-        own = self._searched(options)
-        if options != OPTIMAL:
-            return own
-        other = self.planned(PLAIN)
-        if other is None or (own is not None and other.cost_per_hour >= own.cost_per_hour):
-            return own
-        found = [plan for plan in (own, self._searched(PLAIN)) if plan is not None]
-        return min(found, key=lambda plan: plan.cost_per_hour, default=None)
-
-    def _searched(self, options: Options) -> Plan | None:
-        key = options.policy, options.billing
-        if key not in self._known:
-            how = Verification(requests=VERIFIED_REQUESTS, seed=self._at)
-            base = self.planned(options)
-            try:
-                self._known[key] = (
-                    base
-                    and verified(
-                        [self.chain],
-                        [self.demand],
-                        options,
-                        self.profiles,
-                        how,
-                        base,
-                        alternatives=(),
-                    )[0]
-                )
-            except PlanError:
-                self._known[key] = None
-        return self._known[key]
+    def verified(self, options: Options, base: Plan) -> Plan | None:
+        """`base` with the headroom that it needs; None where none is enough."""
+        how = Verification(requests=VERIFIED_REQUESTS, seed=self._at)
+        try:
+            return verified([self.chain], [self.demand], options, self.profiles, how, base)[0]
+        except PlanError:
+            return None
 
     @property
     def lasting(self) -> int:
@@ -151,12 +123,13 @@ def attained(task: tuple[int, Sequence[str], float]) -> list[dict[str, Any]]:
         if (base := verifier.planned(options)) is not None:
             found["cost"] = base.cost_per_hour
             found["attained"] = verifier.share(base, Refuted(allowed))
-            if (plan := verifier.verified(options)) is not None:
+            if (plan := verifier.verified(options, base)) is not None:
                 assert plan.attainment is not None
                 shown = plan.attainment.tightest
                 found["verified"] = plan.cost_per_hour
                 found["at_least"] = shown.at_least
                 found["headroom"] = [shown.rate_factor, shown.slo_factor]
+                found["policy"] = shown.policy or options.policy
                 if at % FRESH_EVERY == 0:
                     found["attained_verified"] = verifier.share(plan)
                     if found["attained_verified"] < TARGET:
