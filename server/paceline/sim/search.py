@@ -9,9 +9,9 @@ that took no part in the search; the same seed gives the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import ceil, inf
+from math import ceil, inf, log
 from random import Random
 
 from paceline.core.chain import Chain
@@ -35,6 +35,8 @@ hundredth of a machine keeps up with the rate, and a request whose items come to
 whole ones."""
 SLO_FACTORS = ((0.8,), (0.9, 1.0), (0.7, 0.6, 0.5))
 """First what is the cheapest most often; from there each way, as long as it gets cheaper."""
+WORTHWHILE = 0.99
+"""Another factor of the objective is looked at where it can cost no more than this share."""
 CONFIRMATIONS = 12
 """How often a plan that the search found is given more steps when fresh requests refute it."""
 PATIENCE = 7
@@ -49,6 +51,9 @@ LEAST_OBJECTIVES = 30.0
 request miss, so that thousands of requests that come meanwhile are no more than one sample."""
 LEAST_SCREENED = 10.0
 """So many objectives long is a run that screening lets pass."""
+
+GUESSES = 4
+"""How many rates are tried for about the highest that is still cheaper with another objective."""
 
 SHARES = {"optimal": 0.4, "harpagon": 0.4} | dict.fromkeys(
     ("nexus", "scrooge", "inferline", "clipper"), 0.05
@@ -70,11 +75,12 @@ def verified(
     base: Plan,
     *,
     progress: Progress = lambda subject, detail: None,
+    alternatives: Sequence[str] = tuple(HEURISTICS),
 ) -> tuple[Plan, dict[str, Headroom]]:
     """The cheapest plan found whose chains attain their targets, and its headroom by chain.
 
     `base` is the plan without any. Where machines are not shared each chain is verified by itself,
-    and the optimum's plan beside those of the other policies: the cheapest verified one counts (its
+    and the optimum's plan beside those of `alternatives`: the cheapest verified one counts (its
     policy is in its headroom). Raises PlanError when no headroom is enough, ConfigError when too
     few requests could show it.
     """
@@ -92,16 +98,14 @@ def verified(
     plans: list[Plan] = []
     policies: tuple[str, ...] = ("",)
     if options.policy == "optimal" and options.billing == "fractional":
-        policies += tuple(HEURISTICS)
+        policies += tuple(alternatives)
     for own_chains, own_demands, own_base in units:
         if not any(how.arrivals.judged(chain) for chain in own_chains):
             plans.append(own_base)
             continue
         plan, headroom, shown = _cheapest(
-            [
-                _Search(own_chains, own_demands, options, profiles, how, own_base, progress, policy)
-                for policy in policies
-            ]
+            _Search(own_chains, own_demands, options, profiles, how, own_base, progress, policy)
+            for policy in policies
         )
         plans.append(plan)
         found |= headroom
@@ -119,12 +123,11 @@ Found = tuple[Plan, dict[str, Headroom], list[ChainAttainment]]
 """A verified plan, the headroom that it has, and what it attained."""
 
 
-def _cheapest(searches: Sequence[_Search]) -> Found:
+def _cheapest(searches: Iterable[_Search]) -> Found:
     """The cheapest plan that they find. Raises what the first one raised if none finds any."""
     best: Found | None = None
     refusal: PlanError | ConfigError | None = None
-    # What is cheap as planned is looked at first: the rest need not be searched beyond its cost.
-    for search in sorted(searches, key=lambda search: search.planned_per_hour):
+    for search in searches:
         try:
             best = search.run(inf if best is None else best[0].cost_per_hour) or best
         except (PlanError, ConfigError) as error:
@@ -170,21 +173,13 @@ class _Search:
         self._clumping = dict.fromkeys((chain.name for chain in chains), 1.0)
         """How many misses come together by chain, as far as seen: a run with few cannot tell."""
         self._base = base
-        self._limit = inf
-        """Per hour: plans that cost as much are of no use."""
         self._plans: dict[tuple[int, float], Plan | None] = {}
         self._enough: dict[tuple[int, float], bool] = {}
 
-    @property
-    def planned_per_hour(self) -> float:
-        """Cost without headroom."""
-        return self._cost((0, 1.0))
-
     def run(self, limit: float) -> Found | None:
         """The cheapest verified plan; None if it would cost `limit` or more."""
-        if self.planned_per_hour >= limit:
+        if self._cost((0, 1.0)) >= limit:
             return None
-        self._limit = limit
         found = self._cheapest()
         tried = RATE_STEPS
         for attempt in range(CONFIRMATIONS):
@@ -226,39 +221,64 @@ class _Search:
                 return found
 
     def _search(self) -> tuple[int, float] | None:
-        """The fewest steps that pass, for each factor of the objective that may be cheaper."""
+        """By bisection over the rate, for each factor of the objective that may be cheaper."""
         if self._passes((0, 1.0)):
             return (0, 1.0)
-        best, limit = None, self._limit
+        best: tuple[int, float] | None = None
         for way in SLO_FACTORS:
             for factor in way:
-                found = self._least(factor, limit)
-                if found is not None:
-                    best, limit = found, self._cost(found)
-                elif best is not None:
+                found = self._least(factor, best)
+                if found is None and best is not None:
                     break
+                best = found or best
         return best
 
-    def _least(self, factor: float, limit: float) -> tuple[int, float] | None:
-        """The fewest steps that pass with this factor; None where they cost `limit` or more.
-
-        From below, with ever longer strides, then by bisection: which steps are looked at does not
-        depend on the limit, so that it changes nothing but how soon the search ends.
-        """
-        low, high, stride = -1, 0, 2
-        while not self._passes((high, factor)):
-            if high >= RATE_STEPS or self._cost((high + 1, factor)) >= limit:
+    def _least(self, factor: float, best: tuple[int, float] | None) -> tuple[int, float] | None:
+        """The fewest steps that pass with this factor and cost less than `best`."""
+        low: int
+        high: int | None
+        if best is None:
+            low, high = self._first(factor)
+        else:
+            most = self._within(self._cost(best) * WORTHWHILE, factor, best[0])
+            if most is None or not self._passes((most, factor)):
                 return None
-            low, high, stride = high, min(RATE_STEPS, high + stride), 2 * stride
+            low, high = self._below(most, factor)
+        if high is None:
+            return None
         while high - low > 1:
             middle = (low + high) // 2
-            if self._passes((middle, factor)):
-                high = middle
-            elif self._cost((middle + 1, factor)) >= limit:
-                return None
-            else:
-                low = middle
-        return (high, factor) if self._cost((high, factor)) < limit else None
+            low, high = (low, middle) if self._passes((middle, factor)) else (middle, high)
+        return high, factor
+
+    def _within(self, limit: float, factor: float, step: int) -> int | None:
+        """About the most steps, `step` at most, that cost no more than `limit` with this factor;
+        cost is nearly in proportion to the rate, so that a few tries find them.
+        """
+        for _ in range(GUESSES):
+            if step < 0:
+                break
+            cost = self._cost((step, factor))
+            if cost <= limit:
+                return step
+            step -= ceil(log(cost / limit) / log(RATE_STEP)) if cost < inf else 2
+        return None
+
+    def _first(self, factor: float) -> tuple[int, int | None]:
+        """Steps that do not pass (-1: none was tried) and more steps that do (None: none do)."""
+        low, step = -1, 0
+        while not self._passes((step, factor)):
+            if step >= RATE_STEPS:
+                return low, None
+            low, step = step, min(RATE_STEPS, max(2, 2 * step))
+        return low, step
+
+    def _below(self, high: int, factor: float) -> tuple[int, int]:
+        """Steps that do not pass, from `high` that do downwards, and more that do."""
+        by = 1
+        while high > 0 and self._passes((max(0, high - by), factor)):
+            high, by = max(0, high - by), 2 * by
+        return max(-1, high - by), high
 
     def _passes(self, at: tuple[int, float]) -> bool:
         """Whether screening lets it pass."""
