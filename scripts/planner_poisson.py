@@ -21,9 +21,10 @@ from paceline.core.plan import Plan
 from paceline.core.tensor import TensorSpec
 from paceline.planner.problem import Options, PlannedChain
 from paceline.planner.solve import HEURISTICS, POLICIES, solve
+from paceline.sim.evidence import LEAST_OBJECTIVES
 from paceline.sim.headroom import Verification
 from paceline.sim.screen import Refuted
-from paceline.sim.search import LEAST_OBJECTIVES, verified
+from paceline.sim.search import verified
 from paceline.sim.tally import Tally
 from paceline.sim.verify import simulate
 

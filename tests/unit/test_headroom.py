@@ -17,9 +17,10 @@ from paceline.core.profile import Hardware, ProfileRow, Profiles
 from paceline.core.tensor import TensorSpec
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.solve import POLICIES, solve
+from paceline.sim.evidence import LEAST_OBJECTIVES
 from paceline.sim.headroom import Arrivals, Headroom, Verification, plan_with
 from paceline.sim.results import ChainResult
-from paceline.sim.search import LEAST_OBJECTIVES, SHARES, verified
+from paceline.sim.search import SHARES, verified
 from paceline.sim.verify import simulate
 
 M3 = ((2, 0.1), (8, 0.25), (32, 0.8))

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, inf, log
-from random import Random
 
 from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError, PlanError
@@ -20,12 +19,12 @@ from paceline.core.plan import Attainment, ChainAttainment, Plan
 from paceline.core.profile import Profiles
 from paceline.planner.problem import Options, PlannedChain
 from paceline.planner.solve import HEURISTICS
+from paceline.sim.evidence import Evidence
 from paceline.sim.headroom import NONE, Headroom, Verification, plan_with
-from paceline.sim.results import ChainResult, SimResult, wilson
+from paceline.sim.results import SimResult
 from paceline.sim.screen import Refuted, Screen, spent
 from paceline.sim.tally import Tally
 from paceline.sim.verify import simulate
-from paceline.sim.workload import MOST_REQUESTS
 
 RATE_STEP = 1.025
 """Rates are raised by whole steps of this factor."""
@@ -42,16 +41,10 @@ CONFIRMATIONS = 12
 PATIENCE = 7
 """From so many refutations on each doubles the steps that are given next: in whole machines, many
 steps may change nothing."""
-WIDE = 3.0
-"""Runs that miss up to so many times what they may tell how misses clump near the target."""
-SCREENED = 2
-"""The search looks at one in so many of the requests that the result is confirmed with."""
-LEAST_OBJECTIVES = 30.0
-"""A confirmation lasts so many times the longest objective: for about one, a full queue makes every
-request miss, so that thousands of requests that come meanwhile are no more than one sample."""
 LEAST_SCREENED = 10.0
 """So many objectives long is a run that screening lets pass."""
-
+SCREENED = 2
+"""The search looks at one in so many of the requests that the result is confirmed with."""
 GUESSES = 4
 """How many rates are tried for about the highest that is still cheaper with another objective."""
 
@@ -159,19 +152,15 @@ class _Search:
         self._demands = demands
         self._options = replace(options, bound=False)
         self._profiles = profiles
-        self._how = how
-        self._sure = how.confidence
-        if options.billing == "fractional":
-            # The error is divided among all policies that the cheapest plan may come from, also
-            # where one is asked for alone: whether a plan passes must not depend on who asks.
-            self._sure = 1.0 - (1.0 - how.confidence) * SHARES[policy or options.policy]
+        # The error is divided among all policies that the cheapest plan may come from, also where
+        # one is asked for alone: whether a plan passes must not depend on who asks.
+        share = SHARES[policy or options.policy] if options.billing == "fractional" else 1.0
+        self._arrivals = how.arrivals
+        self._evidence = Evidence(chains, demands, how, 1.0 - (1.0 - how.confidence) * share)
+        self._judged = self._evidence.judged
         self._progress = progress
-        self.judged = [chain for chain in chains if how.arrivals.judged(chain)]
-        self._requests = max((how.needed(c.attainment) for c in self.judged), default=0)
         self._needing: set[str] = set()
         """Chains that missed their target without headroom; the others are planned as declared."""
-        self._clumping = dict.fromkeys((chain.name for chain in chains), 1.0)
-        """How many misses come together by chain, as far as seen: a run with few cannot tell."""
         self._base = base
         self._plans: dict[tuple[int, float], Plan | None] = {}
         self._enough: dict[tuple[int, float], bool] = {}
@@ -191,13 +180,13 @@ class _Search:
             plan = self._plan(found)
             if plan is not None:
                 self._tell("confirming", found)
-                sure = spent(self._sure, attempt)
-                instants, seed = self._instants(f"confirm {attempt}", self._confirming(sure))
-                most = {c.name: self._allowed(c, len(instants[c.name]), sure) for c in self.judged}
+                sure = spent(self._evidence.sure, attempt)
+                instants, seed = self._evidence.instants(f"confirm {attempt}", sure)
+                most = self._evidence.allowed(instants, sure)
                 # More misses than that refute it; of several chains all that miss are wanted.
                 refuted = Refuted(most)
                 result = self._simulated(plan, instants, seed, refuted)
-                shown = [self._attained(chain, result, found, sure) for chain in self.judged]
+                shown = [self._attained(chain, result, found, sure) for chain in self._judged]
                 short = refuted.chains | {c.chain for c in shown if c.at_least < c.target}
                 if not short:
                     return plan, self._headroom(found), shown
@@ -289,11 +278,11 @@ class _Search:
             self._enough[at] = False
             return False
         self._tell("with", at)
-        part = 1 if self._how.arrivals.trace else SCREENED
-        instants, seed = self._instants("search", self._confirming(self._sure) / part)
-        most = {c.name: self._allowed(c, len(instants[c.name])) for c in self.judged}
+        part = 1 if self._arrivals.trace else SCREENED
+        instants, seed = self._evidence.instants("search", self._evidence.sure, part)
+        most = self._evidence.allowed(instants, self._evidence.sure)
         # Without headroom all chains that need it are wanted; later one is enough to go on.
-        targets = {chain.name: chain.attainment for chain in self.judged}
+        targets = {chain.name: chain.attainment for chain in self._judged}
         least = {
             demand.name: ceil(LEAST_SCREENED * demand.slo_s * demand.rate_rps)
             for demand in self._demands
@@ -304,16 +293,13 @@ class _Search:
         if not missed <= self._needing:
             self._need(missed)
         self._enough[at] = not missed
-        for chain in self.judged:
-            own = result.chain(chain.name)
-            if own.attainment >= 1.0 - WIDE * (1.0 - chain.attainment):
-                self._clumping[chain.name] = max(self._clumping[chain.name], own.clumping)
+        self._evidence.saw(result)
         return not missed
 
     def _tell(self, what: str, at: tuple[int, float]) -> None:
-        names = ", ".join(chain.name for chain in self.judged[:4])
-        more = f" and {len(self.judged) - 4} more" if len(self.judged) > 4 else ""
-        kinds = " and ".join(sorted({self._how.arrivals.of(chain) for chain in self.judged}))
+        names = ", ".join(chain.name for chain in self._judged[:4])
+        more = f" and {len(self._judged) - 4} more" if len(self._judged) > 4 else ""
+        kinds = " and ".join(sorted({self._arrivals.of(chain) for chain in self._judged}))
         self._progress(
             f"simulating {names}{more} under {kinds} arrivals",
             f"{what} {RATE_STEP ** at[0]:.2f}x the rate in {at[1]:.1f}x the objective"
@@ -326,41 +312,6 @@ class _Search:
         self._plans.clear()
         self._enough = {(0, 1.0): False}
 
-    def _confirming(self, confidence: float) -> int:
-        """Requests, of the chain with the fewest, for a confirmation that sure: more than asked for
-        where it would not last long enough, or so few could not show it: twice the least, so that
-        some may miss.
-        """
-        strict = replace(self._how, confidence=confidence)
-        needed = (2 * strict.least(chain.attainment) for chain in self.judged)
-        span_s = LEAST_OBJECTIVES * max(chain.slo_s for chain in self.judged)
-        lasting = ceil(span_s * min(demand.rate_rps for demand in self._demands))
-        return max(self._requests, lasting, *needed)
-
-    def _instants(self, salt: str, requests: float) -> tuple[dict[str, Sequence[float]], int]:
-        """Arrivals, and a seed for the rest of the run.
-
-        The chain of least rate gets so many, the others come for as long.
-        """
-        seed = Random(f"{self._how.seed} {salt}").randrange(1 << 30)
-        rates = {demand.name: demand.rate_rps for demand in self._demands}
-        span_s = requests / min(rates.values())
-        total = round(span_s * sum(rates.values()))
-        if self._how.arrivals.trace is None and total > MOST_REQUESTS:
-            raise ConfigError(
-                f"verifying these chains takes {total} requests at a time, more than "
-                f"{MOST_REQUESTS}; lower it, verify fewer together, or use --no-verify",
-                key="attainment",
-            )
-        found = {
-            chain.name: self._how.arrivals.instants(
-                chain, rate_rps, round(span_s * rate_rps), Random(f"{seed} {chain.name}")
-            )
-            for chain in self._chains
-            if (rate_rps := rates[chain.name])
-        }
-        return found, seed
-
     def _simulated(
         self,
         plan: Plan,
@@ -372,32 +323,6 @@ class _Search:
             self._chains, plan, self._profiles, arrivals=instants, seed=seed, decided=decided
         )
 
-    def _allowed(self, chain: Chain, requests: int, confidence: float = 0.0) -> int:
-        """The most of so many requests that may miss: the share with which the lower bound of all
-        requests reaches the target, with the stated `confidence` if none is given.
-        """
-        sure = confidence or self._sure
-        traced = self._how.arrivals.trace is not None
-        total = requests if traced else self._confirming(sure)
-        if wilson(total, total, sure)[0] < chain.attainment:
-            # Each confirmation that fails makes the next one stricter (`spent`).
-            raise ConfigError(
-                f"{total} requests cannot show {chain.attainment:.6g} with "
-                f"{sure:.4g} confidence; take a longer trace",
-                key="--arrivals",
-            )
-        worth = total / self._clumped(chain, total, sure)
-
-        def shown(misses: int) -> bool:
-            share = 1.0 - misses / total
-            return wilson(share * worth, worth, sure)[0] >= chain.attainment
-
-        low, high = 0, total
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if shown(middle) else (low, middle)
-        return low * requests // total
-
     def _attained(
         self, chain: Chain, result: SimResult, at: tuple[int, float], confidence: float
     ) -> ChainAttainment:
@@ -405,25 +330,15 @@ class _Search:
         headroom = self._headroom(at).get(chain.name, NONE)
         return ChainAttainment(
             chain.name,
-            self._how.arrivals.of(chain),
+            self._arrivals.of(chain),
             chain.attainment,
             own.attainment,
-            self._shown(chain, own, confidence),
+            self._evidence.at_least(chain, own, confidence),
             own.requests,
             headroom.rate_factor,
             headroom.slo_factor,
             self._policy,
         )
-
-    def _shown(self, chain: Chain, own: ChainResult, confidence: float) -> float:
-        """The lower bound of a chain's attainment, misses clumping at least as in the search."""
-        clumping = max(own.clumping, self._clumped(chain, own.requests, confidence))
-        return replace(own, clumping=clumping).at_least(confidence)
-
-    def _clumped(self, chain: Chain, requests: int, confidence: float) -> float:
-        """As seen in the search, but so that these requests can show the target."""
-        most = requests / (2 * replace(self._how, confidence=confidence).least(chain.attainment))
-        return max(1.0, min(self._clumping[chain.name], most))
 
     def _headroom(self, at: tuple[int, float]) -> dict[str, Headroom]:
         """By chain; none without any."""
@@ -451,10 +366,10 @@ class _Search:
         return float("inf") if plan is None else plan.cost_per_hour
 
     def _unreachable(self, steps: int) -> PlanError:
-        chain = min(self.judged, key=lambda c: (c.name not in self._needing, c.name))
+        chain = min(self._judged, key=lambda c: (c.name not in self._needing, c.name))
         return PlanError(
             f"chain {chain.name!r} does not attain {chain.attainment:.6g} under "
-            f"{self._how.arrivals.of(chain)} arrivals, not even planned for "
+            f"{self._arrivals.of(chain)} arrivals, not even planned for "
             f"{RATE_STEP**steps:.3g} times its rate; relax slo_ms or attainment",
             chain=chain.name,
         )
