@@ -68,7 +68,7 @@ class Verifier:
         demand = source().chain(name, hardware=HARDWARE[at % 3])
         self.demand = replace(demand, name=name.replace(" ", "-"))
         self.chain = served(self.demand)
-        self._known: dict[Options, Plan | None] = {}
+        self._known: dict[tuple[str, str], Plan | None] = {}
 
     def planned(self, options: Options) -> Plan | None:
         """As it is planned, without headroom."""
@@ -94,15 +94,16 @@ class Verifier:
         return best
 
     def _searched(self, options: Options) -> Plan | None:
-        if options not in self._known:
+        key = options.policy, options.billing
+        if key not in self._known:
             how = Verification(requests=VERIFIED_REQUESTS, seed=self._at)
             base = self.planned(options)
             asked = [self.chain], [self.demand], options, self.profiles, how
             try:
-                self._known[options] = base and verified(*asked, base, alternatives=())[0]
+                self._known[key] = base and verified(*asked, base, alternatives=())[0]
             except PlanError:
-                self._known[options] = None
-        return self._known[options]
+                self._known[key] = None
+        return self._known[key]
 
     @property
     def lasting(self) -> int:
