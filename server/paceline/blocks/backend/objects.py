@@ -113,8 +113,7 @@ class ObjectStore:
 
     def mark_verified(self, digest: str, stated: PoolObject, status: os.stat_result) -> None:
         """Remembers that an object that looks like this has the bytes that are stated."""
-        state = _state(status, stated.blake3)
-        self._verified[digest] = state
+        state = self.remember(digest, stated, status)
         marker = self.root / "verified" / digest
         fresh = marker.with_name(f".{digest}.{os.getpid()}.{os.urandom(4).hex()}")
         # A pool that cannot be written is hashed by every process once.
@@ -125,6 +124,11 @@ class ObjectStore:
                 fresh.replace(marker)
             finally:
                 fresh.unlink(missing_ok=True)
+
+    def remember(self, digest: str, stated: PoolObject, status: os.stat_result) -> str:
+        """As `mark_verified`, but for this store alone; what a marker says of it."""
+        state = self._verified[digest] = _state(status, stated.blake3)
+        return state
 
     def _marker(self, digest: str) -> str:
         try:
