@@ -20,7 +20,8 @@ from blake3 import blake3
 from .manifest import MAX_MANIFEST_BYTES, Manifest, PoolError, PoolObject, checked, parse
 
 _CHUNK_BYTES = 8 << 20
-_LEAST_CHUNK_BYTES = 1 << 20
+PASSING_BYTES = 1 << 20
+"""Of what a budget's owner reads or writes without keeping it: so much is in memory, uncounted."""
 
 
 class Altered(PoolError):
@@ -165,7 +166,7 @@ def hash_file(handle: int, *, keep: bool = True) -> str:
     Unless `keep`, it passes through memory in small pieces, and stays only where it is mapped.
     """
     digest, offset = blake3(), 0
-    buffer = memoryview(bytearray(_CHUNK_BYTES if keep else _LEAST_CHUNK_BYTES))
+    buffer = memoryview(bytearray(_CHUNK_BYTES if keep else PASSING_BYTES))
     if not keep:
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # read what is asked for, not ahead
     try:

@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .mapping import MappedObject
+from .objects import PASSING_BYTES
 from .partial import PartialObject
 from .window import CHUNK_BYTES, Span
-
-_COUNTED_CHUNK_BYTES = 1 << 20
-"""Beside the budget: of what is fetched or hashed, but not held."""
 
 
 class Reader:
@@ -28,7 +26,7 @@ class Reader:
     @property
     def chunk_bytes(self) -> int:
         """Most bytes that are fetched at once without being held."""
-        return _COUNTED_CHUNK_BYTES if self.counted else CHUNK_BYTES
+        return PASSING_BYTES if self.counted else CHUNK_BYTES
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Spans on the disk that will be brought after the next one, in this order."""

@@ -189,8 +189,9 @@ class RemoteSource:
             yield _remote_part(span.name, span.offset, size)
 
     def _is_there(self, digest: str) -> bool:
-        """Whether all of it is in the cache; opens it."""
-        return bool(self._objects[digest].size_bytes) and digest not in self._parts
+        """Whether all of it is in the cache."""
+        assert self._objects[digest].size_bytes  # opens it
+        return digest not in self._parts
 
     def _is_ours(self, digest: str, part: PartialObject) -> bool:
         """Whether nobody else fetches it, or has fetched it; nobody else will then."""
