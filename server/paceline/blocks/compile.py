@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,13 @@ from paceline.blocks.backend.manifest import (
     runtime_here,
 )
 from paceline.blocks.backend.objects import ObjectStore
+from paceline.blocks.fitting import check_blocks, largest_batch, within_budget
 from paceline.blocks.group import Group
 from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
 from paceline.blocks.pool import MIB, PoolWriter
 from paceline.blocks.repository import CompiledModel, compiled_model, is_ours, publish
 from paceline.blocks.source import Optimised, Source, examine, optimise
-from paceline.core.errors import BudgetError, ConfigError
+from paceline.core.errors import ConfigError
 
 COMPILER = 6
 """Raised whenever the same input would give another result."""
@@ -112,7 +113,7 @@ def compile_model(
     if before is not None:
         return Outcome(before, 0, fresh=False)
     make = partial(_make, pool, directory.name, examined, key, wiring, runtime, progress)
-    made = _within_budget(make, options)
+    made = within_budget(make, options)
     publish(
         directory,
         made.manifest,
@@ -139,25 +140,6 @@ class _Made:
     written_bytes: int
 
 
-def _within_budget(make: Callable[[Options], _Made], options: Options) -> _Made:
-    """Made of pieces of half the budget; if that is refused, of half of what activations leave.
-
-    Not of those at once: activations are known only when a model has run in its blocks, and
-    smaller blocks than need be are slower ones. Raises BudgetError if neither fits.
-    """
-    try:
-        return make(options)
-    except BudgetError as error:
-        refused = error
-    finer = replace(options, activations_bytes=refused.activations_bytes)
-    if finer.piece_bytes >= options.piece_bytes:
-        raise refused
-    try:
-        return make(finer)
-    except BudgetError as error:
-        raise min(refused, error, key=lambda each: each.least_mib) from None
-
-
 def _make(
     pool: Path,
     model: str,
@@ -178,7 +160,7 @@ def _make(
         document["activations"] = compiler.activations(document)
         text = json.dumps(document, indent=1).encode()
         manifest = parse(text, "the manifest that was just made")
-        max_batch = _largest_batch(manifest, options)
+        max_batch = largest_batch(manifest, options)
         digest = writer.add_manifest(text, manifest.objects.keys())
     return _Made(manifest, digest, max_batch, writer.written_bytes)
 
@@ -215,7 +197,7 @@ class _Compiler:
             member = self._faithful(told, name, source, optimised)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
-        self._check_budget(told, source, member)
+        check_blocks(told, source, member, self._options)
         return member
 
     def document(
@@ -345,39 +327,6 @@ class _Compiler:
             shapes_of = {name: list(array.shape) for name, array in feed.items()}
             self._shapes.setdefault(size, {}).update(shapes_of)
         return runner.timed(member, feeds)
-
-    def _check_budget(self, told: str, source: Source, member: Member) -> None:
-        budget_mib = self._options.budget_mib
-        largest = max(block.swapped_bytes for block in member.blocks)
-        if budget_mib is not None and largest > budget_mib * MIB:
-            why = f" ({member.notes[0]})" if member.notes else ""
-            least_mib = -(-largest // MIB)
-            raise BudgetError(
-                f"{told}: its largest block is {least_mib} MiB and nothing cuts it "
-                f"smaller{why}; give at least --budget-mib {least_mib}",
-                least_mib=least_mib,
-                where=str(source.path),
-            )
-
-
-def _largest_batch(manifest: Manifest, options: Options) -> int:
-    """The largest batch that runs within the budget. Raises BudgetError if none does."""
-    if options.budget_mib is None:
-        return options.max_batch
-    room = options.budget_mib * MIB - manifest.largest_block_bytes
-    fitting = [
-        rows for rows in range(1, options.max_batch + 1) if manifest.activation_bytes(rows) <= room
-    ]
-    if not fitting:
-        activations_bytes = manifest.activation_bytes(1)
-        least_mib = -(-(manifest.largest_block_bytes + activations_bytes) // MIB)
-        raise BudgetError(
-            f"{manifest.model}: its largest block and its activations need {least_mib} MiB; "
-            f"give at least --budget-mib {least_mib}",
-            least_mib=least_mib,
-            activations_bytes=activations_bytes,
-        )
-    return fitting[-1]
 
 
 def _cache_key(
