@@ -1,9 +1,10 @@
 """Writes block pools: objects named by their hash, whole or not there; docs/blocks-format.md.
 
 Invariant: everything is written in a directory of its own under `tmp/`, fsynced, and renamed once
-the compile has succeeded, so that neither a killed compile, nor a refused one, nor a full disk, nor
-two compiles at a time leave a name whose bytes are not its own, or an object of no model. What
-killed compiles left behind is swept by the next.
+the compile has succeeded, so that neither a killed compile, nor a full disk, nor two compiles at a
+time leave a name whose bytes are not its own. One that is refused or fails leaves nothing, a killed
+one at most some whole objects (between the first rename and the last). What killed compiles left
+behind under `tmp/` is swept by the next.
 """
 
 from __future__ import annotations
