@@ -4,7 +4,7 @@
     .venv/bin/python scripts/bench_blocks.py --work DIR swap vit_b16 bert_base
     .venv/bin/python scripts/bench_blocks.py --work DIR cold resnet50 --link-mbps 0 1000 200
     .venv/bin/python scripts/bench_blocks.py --work DIR share vit_b16
-    .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --ratios 5.81
+    .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --link-mbps 1000
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse resnet50 squeezenet densenet121
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse ocr    # the example's chain
     .venv/bin/python scripts/bench_blocks.py --work DIR served vit_b16    # through Paceline
@@ -81,6 +81,7 @@ def main() -> None:
             command.add_argument("--batch", type=int, default=1)
         if name == "cgroup":
             command.add_argument("--limit-mib", type=int, help="of the cgroup")
+            command.add_argument("--link-mbps", type=float, default=0, help="0: local disk")
     child = commands.add_parser("child")  # one measurement in a process of its own
     child.add_argument("job", type=json.loads)
     arguments = parser.parse_args()

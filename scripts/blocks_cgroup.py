@@ -2,7 +2,9 @@
 
 Without --limit-mib the limit is the budget (weights by the ratio, and activations) and what a
 process with the model's sessions, but no weights and no run, takes by itself. Cgroups of version 1:
-those of version 2 have no controllers where this was written.
+those of version 2 have no controllers where this was written. With --link-mbps the model's pool is
+a store behind a link, which serves from outside the cgroup; the cache begins empty, so that the
+first run fetches and writes it, and later ones swap in from there.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import math
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scripts.blocks_cold import served
 from scripts.blocks_measure import (
     WARM_UP_RUNS,
     Bench,
+    Budget,
     drop_page_cache,
     feed_of,
     in_child,
@@ -44,47 +49,70 @@ def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
     for model in arguments.models:
         for ratio in arguments.ratios:
             budget = bench.budget(model, ratio, arguments.batch)
-            within = {"memory_budget_mib": f"{budget.mib}"}
-            job: dict[str, Any] = {
-                "directory": str(budget.directory),
-                "batch": arguments.batch,
-                "repeats": arguments.repeats,
-            }
-            limit_mib = arguments.limit_mib
-            if limit_mib is None:
-                drop_page_cache(bench.work)
-                with cgroup() as group:
-                    held = in_child(
-                        bench, group, do="idle", directory=str(budget.directory), **within
-                    )
-                    beside_mib = most_mib(group) - held["held_mib"]
-                limit_mib = math.ceil(budget.mib + beside_mib + SLACK_MIB)
-            for how, onnx, parameters in (
-                ("plain", str(bench.onnx(model)), {}),
-                ("blocks, paged by the kernel", "", {}),
-                (f"blocks, budget {budget.mib:.0f} MiB", "", within),
-            ):
-                drop_page_cache(bench.work)
-                with cgroup(limit_mib) as group:
-                    job["onnx"] = onnx
-                    result = in_child(bench, group, do="limited", **job, parameters=parameters)
-                    peak_mib = most_mib(group)
-                    hits = int((group / "memory.failcnt").read_text())
-                took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
-                print(
-                    f"| {model} | {ratio:g} ({budget.weights_mib:.0f} MiB) | {arguments.batch} "
-                    f"| {limit_mib} | {how} | {took} | {peak_mib:.0f} | {hits} |",
-                    flush=True,
-                )
+            with served(bench.work / "blocks", arguments.link_mbps) as url:
+                print_limited(bench, arguments, model, ratio, budget, url)
+
+
+def print_limited(
+    bench: Bench,
+    arguments: argparse.Namespace,
+    model: str,
+    ratio: float,
+    budget: Budget,
+    url: str,
+) -> None:
+    """Each way's row; `url`: of the store, "" for the local pool."""
+    within = {"memory_budget_mib": f"{budget.mib}"}
+    job: dict[str, Any] = {
+        "directory": str(budget.directory),
+        "batch": arguments.batch,
+        "repeats": arguments.repeats,
+    }
+    limit_mib = arguments.limit_mib
+    if limit_mib is None:
+        with cold_pool(bench, url) as pool, cgroup() as group:
+            directory, parameters = job["directory"], {**within, **pool}
+            held = in_child(bench, group, do="idle", directory=directory, parameters=parameters)
+            beside_mib = most_mib(group) - held["held_mib"]
+        limit_mib = math.ceil(budget.mib + beside_mib + SLACK_MIB)
+    ways: list[tuple[str, str, dict[str, str]]] = [
+        ("blocks, paged by the kernel", "", {}),
+        (f"blocks, budget {budget.mib:.0f} MiB", "", within),
+    ]
+    if not url:
+        ways.insert(0, ("plain", str(bench.onnx(model)), {}))
+    for how, onnx, limits in ways:
+        with cold_pool(bench, url) as pool, cgroup(limit_mib) as group:
+            parameters = {**limits, **pool}
+            result = in_child(bench, group, do="limited", **job, onnx=onnx, parameters=parameters)
+            peak_mib = most_mib(group)
+            hits = int((group / "memory.failcnt").read_text())
+        took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
+        print(
+            f"| {model} | {ratio:g} ({budget.weights_mib:.0f} MiB) | {arguments.batch} "
+            f"| {limit_mib} | {how} | {took} | {peak_mib:.0f} | {hits} |",
+            flush=True,
+        )
+
+
+@contextmanager
+def cold_pool(bench: Bench, url: str) -> Iterator[dict[str, str]]:
+    """Parameters of a model that begins cold: a store and an empty cache, or the local pool."""
+    if not url:
+        drop_page_cache(bench.work)
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(dir=bench.work) as cache:
+        yield {"pool": url, "cache": cache}
 
 
 def most_mib(group: Path) -> float:
     return int((group / "memory.max_usage_in_bytes").read_text()) / MIB
 
 
-def idle(directory: str, memory_budget_mib: str) -> dict[str, float]:
+def idle(directory: str, parameters: dict[str, str]) -> dict[str, float]:
     """What is held of the weights in a process that runs nothing, its sessions made."""
-    model = open_model(Path(directory), memory_budget_mib=memory_budget_mib)
+    model = open_model(Path(directory), **parameters)
     time.sleep(SETTLED_S)
     held_mib = model.loader.held_bytes / MIB
     model.close()

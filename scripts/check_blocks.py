@@ -35,7 +35,7 @@ from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import compile_model
 from paceline.blocks.measure import BlockRunner, guess_axes, same, sample
 from paceline.blocks.member import Options
-from paceline.core.errors import ConfigError
+from paceline.core.errors import BudgetError, ConfigError
 
 FACTORS = (0.0, 2.32, 3.5, 5.81)
 BATCHES = (1, 3)
@@ -86,8 +86,8 @@ def check(name: str, factor: float, cache: Path) -> bool | None:
         directory = cache / "repository" / label
         model = compile_model({"": source}, directory, cache / "blocks", options).model
     except ConfigError as error:
-        print(f"{told}  refused: {error}")
-        return None if "give at least" in str(error) else False
+        print(f"{told}  refused: {error}", flush=True)
+        return None if isinstance(error, BudgetError) else False
     (member,) = model.manifest.members
     runner = BlockRunner(ObjectStore(model.pool), model.manifest.objects)
     guess = guess_axes(partial(plain, source, member), member, {})

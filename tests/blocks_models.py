@@ -115,6 +115,15 @@ def unranked(name: str = "unranked") -> Network:
     return network
 
 
+def wide(name: str = "wide") -> Network:
+    """A matrix of 4 MiB, and activations of more than that."""
+    network = Network(name, "wide")
+    network.inputs.append(_value("x", ["N", 256, 1024]))
+    network.node("Tanh", [network.linear("x", "l", (1024, 1024))], "y")
+    network.outputs.append(_value("y", ["N", 256, 1024]))
+    return network
+
+
 NETWORKS: dict[str, Callable[[], Network]] = {
     "conv": conv,
     "branches": branches,
@@ -126,6 +135,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "gpt2": lambda: gpt2("gpt2", SMALL),
     "vit": lambda: vit("vit", SMALL, pixels=64),
     "mlp": lambda: wide_mlp("mlp", width=1024, layers=2),
+    "wide": wide,
 }
 
 

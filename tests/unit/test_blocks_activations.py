@@ -20,7 +20,7 @@ from paceline.blocks.backend.settings import read_settings
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
 from paceline.blocks.repository import CompiledModel
-from paceline.core.errors import ConfigError
+from paceline.core.errors import BudgetError, ConfigError
 
 MIB = 1 << 20
 NOISE_BYTES = MIB
@@ -136,6 +136,33 @@ def test_a_compile_offers_the_batches_that_fit(tmp_path: Path) -> None:
     found = re.search(needs, str(refused.value))
     assert found is not None
     assert compiled(int(found[1])) >= 1
+
+
+def test_a_budget_of_which_activations_take_most_has_smaller_blocks(tmp_path: Path) -> None:
+    """Blocks of half the budget are refused, those of half of what is left are not.
+
+    What was refused leaves nothing in the pool, and says which budget would do.
+    """
+    source = written(tmp_path, "wide")
+    pool = tmp_path / "pool" / "objects"
+
+    def compiled(budget_mib: int) -> Manifest:
+        directory, options = tmp_path / "repo" / "wide", Options(budget_mib)
+        return compile_model({"": source}, directory, pool.parent, options).model.manifest
+
+    with pytest.raises(BudgetError, match="give at least --budget-mib") as refused:
+        compiled(5)
+    least_mib = refused.value.least_mib
+    assert refused.value.activations_bytes > 4 * MIB
+    assert [path.name for path in pool.iterdir()] == ["external"]
+    assert not (tmp_path / "repo").exists()
+
+    made = compiled(least_mib)
+    assert made.largest_block_bytes + made.activation_bytes(1) <= least_mib * MIB
+    halves = Options(least_mib).piece_bytes
+    assert halves + made.activation_bytes(1) > least_mib * MIB
+    assert made.document["options"]["piece_mib"] * MIB < halves
+    assert {path.name for path in pool.iterdir()} == {"external", *made.objects}
 
 
 MEASURE = """

@@ -274,6 +274,31 @@ for step in range(100):
     assert list((pool / "tmp").iterdir()) == []
 
 
+def test_what_fails_or_is_not_named_leaves_no_object(tmp_path: Path) -> None:
+    """Until a writer is done only it sees what it added, and of that a manifest's objects stay."""
+    with PoolWriter(tmp_path) as writer:
+        kept, stated = writer.add_bytes(b"kept" * MIB)
+    again = b"kept" * MIB, b"new" * MIB, b"left" * MIB
+    with pytest.raises(ZeroDivisionError), PoolWriter(tmp_path) as writer:
+        for data in again:
+            name, added = writer.add_bytes(data)
+            assert writer.store.verified(name, added).read_bytes() == data
+        assert writer.written_bytes == 7 * MIB
+        assert _check_pool(tmp_path) == 1
+        raise ZeroDivisionError
+    assert _check_pool(tmp_path) == 1
+    with PoolWriter(tmp_path) as writer:
+        names = [writer.add_bytes(data)[0] for data in again]
+        manifest = writer.add_manifest(b"{}", names[:2])
+        assert writer.written_bytes == 3 * MIB
+    assert names[0] == kept
+    assert _check_pool(tmp_path) == 2
+    assert (tmp_path / "manifests" / f"{manifest}.json").read_bytes() == b"{}"
+    ObjectStore(tmp_path).verified(kept, stated)
+    assert {path.name for path in (tmp_path / "verified").iterdir()} == set(names[:2])
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     """The disk takes half of the largest object only (a limit on the size of files)."""
     source = written(tmp_path, "conv")

@@ -1,48 +1,138 @@
-"""A pool on this machine's disk: what is read into memory is what was asked for."""
+"""Within a budget what is in memory is what was asked for, whatever the pool is: exact reads."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from tests.http_stores import StoreHandler, answering
 
-from paceline.blocks.backend.manifest import PoolObject
+from paceline.blocks.backend.manifest import Chunks, PoolObject
 from paceline.blocks.backend.mapping import MappedObject
-from paceline.blocks.backend.source import LocalSource
+from paceline.blocks.backend.remote import RemoteSource
+from paceline.blocks.backend.source import LocalSource, Source
+from paceline.blocks.backend.store import HttpStore
 from paceline.blocks.backend.window import Span
 
 MIB = 1 << 20
 OBJECT_BYTES = 8 * MIB
+CHUNK_BYTES = 64 << 10
 TIMEOUT_S = 10.0
-Opened = tuple[LocalSource, str, MappedObject]
+TEXT = os.urandom(OBJECT_BYTES)
+NAME = hashlib.sha256(TEXT).hexdigest()
+STATED = {NAME: PoolObject(OBJECT_BYTES, blake3(TEXT).hexdigest())}
+SPANS = [
+    Span(NAME, offset, 2 * MIB, offset + 2 * MIB == OBJECT_BYTES)
+    for offset in range(0, OBJECT_BYTES, 2 * MIB)
+]
+Opened = tuple[Source, str, MappedObject]
+
+
+class OneObject(StoreHandler):
+    """A store that has it."""
+
+    def do_GET(self) -> None:
+        body = self.part(TEXT)
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Callable[[], Opened]:
+def pool(tmp_path: Path) -> Path:
+    """A directory with the object, none of it in memory."""
+    path = tmp_path / "pool" / "objects" / NAME
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.write(TEXT)
+        os.fsync(file.fileno())
+    written = MappedObject(path, OBJECT_BYTES)
+    written.drop(page_cache=True)
+    kept = written.cached_bytes()
+    written.close()
+    if kept:
+        pytest.skip("this file system keeps its files in memory")
+    return tmp_path / "pool"
+
+
+@pytest.fixture
+def remote(pool: Path, tmp_path: Path) -> Iterator[Callable[[], RemoteSource]]:
+    """A source with an empty cache."""
+    with answering(OneObject) as url:
+        yield lambda: RemoteSource(lambda: HttpStore(url), tmp_path / "cache", counted=True)
+
+
+@pytest.fixture(params=["local", "remote"])
+def opened(
+    pool: Path, remote: Callable[[], RemoteSource], request: pytest.FixtureRequest
+) -> Callable[[], Opened]:
     """A source with one object, verified, none of it in memory."""
 
     def opened() -> Opened:
-        text = os.urandom(OBJECT_BYTES)
-        name = hashlib.sha256(text).hexdigest()
-        path = tmp_path / "objects" / name
-        path.parent.mkdir()
-        with path.open("wb") as file:
-            file.write(text)
-            os.fsync(file.fileno())
-        source = LocalSource(tmp_path, counted=True)
-        (found,) = source.open({name: PoolObject(OBJECT_BYTES, blake3(text).hexdigest())}).values()
-        source.check(name)
-        found.drop(page_cache=True)
-        if found.cached_bytes():
-            pytest.skip("this file system keeps its files in memory")
-        return source, name, found
+        local = request.param == "local"
+        source: Source = LocalSource(pool, counted=True) if local else remote()
+        (found,) = source.open(STATED).values()
+        source.check(NAME)
+        assert found.cached_bytes() == 0
+        return source, NAME, found
 
     return opened
+
+
+def test_what_was_just_written_is_dropped_too(pool: Path) -> None:
+    """The kernel keeps what is not on the disk yet, however it is advised."""
+    path = pool / "objects" / NAME
+    found = MappedObject(path, OBJECT_BYTES)
+    path.write_bytes(TEXT)
+    assert found.cached_bytes() == OBJECT_BYTES
+    found.written = True
+    found.drop(page_cache=True)
+    assert found.cached_bytes() == 0
+    found.close()
+
+
+def test_what_is_fetched_from_a_store_is_held_and_goes(
+    remote: Callable[[], RemoteSource],
+) -> None:
+    """The cache's file was written span by span: in memory as well, until it is on the disk."""
+    source = remote()
+    (found,) = source.open(STATED).values()
+    for number, span in enumerate(SPANS):
+        source.expect(SPANS[number + 1 :])
+        source.fetch(span)
+        assert found.cached_bytes() == span.offset + span.size_bytes
+    assert found.bytes.tobytes() == TEXT
+    found.drop(page_cache=True)
+    assert found.cached_bytes() == 0
+    source.expect(())
+    source.fetch(SPANS[2])
+    assert found.cached_bytes() == SPANS[2].size_bytes
+    source.close()
+
+
+def test_a_table_that_is_fetched_by_parts_is_not_held(
+    remote: Callable[[], RemoteSource],
+) -> None:
+    """Who reads a row has its page read; the rest passes through memory in small pieces."""
+    source = remote()
+    hashes = (blake3(TEXT[at : at + CHUNK_BYTES]) for at in range(0, OBJECT_BYTES, CHUNK_BYTES))
+    source._chunks = {NAME: Chunks(CHUNK_BYTES, tuple(each.digest() for each in hashes))}
+    (found,) = source.open(STATED).values()
+    found.expect_rows()
+    source.check_part(NAME, {3, 4, 90})
+    assert found.cached_bytes() == 0
+    assert found.bytes[3 * CHUNK_BYTES] == TEXT[3 * CHUNK_BYTES]
+    assert found.cached_bytes() == 4096
+    source.check(NAME)
+    assert found.cached_bytes() == 4096
+    assert found.bytes.tobytes() == TEXT
+    source.close()
 
 
 def test_no_more_is_read_than_a_span(opened: Callable[[], Opened]) -> None:
@@ -56,13 +146,9 @@ def test_no_more_is_read_than_a_span(opened: Callable[[], Opened]) -> None:
 
 
 def test_of_what_is_expected_the_next_span_is_read_too(opened: Callable[[], Opened]) -> None:
-    source, name, found = opened()
-    spans = [
-        Span(name, offset, 2 * MIB, offset + 2 * MIB == OBJECT_BYTES)
-        for offset in range(0, OBJECT_BYTES, 2 * MIB)
-    ]
-    for number, span in enumerate(spans):
-        source.expect(spans[number + 1 :])
+    source, _, found = opened()
+    for number, span in enumerate(SPANS):
+        source.expect(SPANS[number + 1 :])
         source.fetch(span)
         wanted = min(span.offset + 4 * MIB, OBJECT_BYTES)
         give_up_s = time.monotonic() + TIMEOUT_S

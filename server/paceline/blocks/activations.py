@@ -21,7 +21,8 @@ from paceline.blocks.backend.manifest import Block, Manifest, PoolError, parse
 from paceline.blocks.backend.mapping import MappedObject
 from paceline.blocks.backend.run import compute
 from paceline.blocks.backend.skeleton import DTYPES, Session, empty_arena, to_value
-from paceline.blocks.backend.source import LocalSource, objects_of
+from paceline.blocks.backend.source import objects_of
+from paceline.blocks.pool import StagedStore
 from paceline.core.errors import ConfigError
 
 TIMEOUT_S = 600.0
@@ -35,12 +36,17 @@ Shapes = Mapping[str, Sequence[int]]
 """Of every input, by name."""
 
 
-def measured(manifest: Path, pool: Path, shapes: Mapping[int, Shapes]) -> dict[int, int]:
+def measured(
+    manifest: Path, pool: Path, stage: Path, shapes: Mapping[int, Shapes]
+) -> dict[int, int]:
     """Bytes by size of the batch; `shapes` by that size, rising.
 
-    Raises ConfigError if the model cannot be run.
+    Objects are in the pool or a `PoolWriter`'s stage. Raises ConfigError if the model cannot be
+    run.
     """
-    asked = json.dumps({"manifest": str(manifest), "pool": str(pool), "shapes": shapes})
+    asked = json.dumps(
+        {"manifest": str(manifest), "pool": str(pool), "stage": str(stage), "shapes": shapes}
+    )
     command = [sys.executable, "-m", __name__]
     try:
         done = subprocess.run(
@@ -86,15 +92,17 @@ class _Built:
         return self._sessions[block].run(values)
 
 
-def _grown(manifest: Manifest, pool: Path, shapes: Mapping[str, Shapes]) -> dict[str, int]:
-    source = LocalSource(pool)
-    objects = source.open(objects_of(manifest))
+def _grown(manifest: Manifest, store: StagedStore, shapes: Mapping[str, Shapes]) -> dict[str, int]:
+    objects = {
+        digest: MappedObject(store.path(digest), stated.size_bytes)
+        for digest, stated in objects_of(manifest).items()
+    }
     blocks = [block for member in manifest.members for block in member.blocks]
     made = {
         block.key: Session(
-            source.graph(block.graph, manifest.objects[block.graph]),
+            store.read(block.graph, manifest.objects[block.graph]),
             block,
-            source.graphs,
+            store.root / "objects",
             objects,
             threads=1,
         )
@@ -146,7 +154,8 @@ def _main() -> None:
     asked = json.load(sys.stdin)
     path = Path(asked["manifest"])
     manifest = parse(path.read_bytes(), str(path))
-    print(json.dumps(_grown(manifest, Path(asked["pool"]), asked["shapes"])))
+    store = StagedStore(Path(asked["pool"]), Path(asked["stage"]))
+    print(json.dumps(_grown(manifest, store, asked["shapes"])))
 
 
 if __name__ == "__main__":

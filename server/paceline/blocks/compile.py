@@ -1,8 +1,9 @@
 """`paceline blocks compile`: ONNX files into a pool and a model directory.
 
 Per member: optimise, tile, cut, write the objects, compare and time; then the manifest, and last
-config.pbtxt, which commits. A model whose cache key is the same and whose objects are all right is
-left alone. docs/blocks-format.md says what is written; SwapNet (arXiv 2401.16757) why it is cut.
+config.pbtxt, which commits. What is written on the way is in the pool only if all of that succeeds.
+A model whose cache key is the same and whose objects are all right is left alone.
+docs/blocks-format.md says what is written; SwapNet (arXiv 2401.16757) why it is cut.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from paceline.blocks.backend.manifest import (
     runtime_here,
 )
 from paceline.blocks.backend.objects import ObjectStore
+from paceline.blocks.fitting import check_blocks, largest_batch, within_budget
 from paceline.blocks.group import Group
 from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
 from paceline.blocks.pool import MIB, PoolWriter
@@ -91,7 +93,8 @@ def compile_model(
 
     `group` wires them, and Python models, into one; `sources` are then its own. `runtime` is what
     it is compiled for: by default, and in truth always, this machine's.
-    Raises ConfigError for what the user can correct, ResidencyError for what the machine refuses.
+    Raises ConfigError for what the user can correct (BudgetError: a budget), ResidencyError for
+    what the machine refuses.
     """
     pool = pool.resolve()
     if directory.exists() and not is_ours(directory):
@@ -109,32 +112,57 @@ def compile_model(
     before = _current(directory, pool, key)
     if before is not None:
         return Outcome(before, 0, fresh=False)
+    make = partial(_make, pool, directory.name, examined, key, wiring, runtime, progress)
+    made = within_budget(make, options)
+    publish(
+        directory,
+        made.manifest,
+        made.digest,
+        pool,
+        max_batch=made.max_batch,
+        budget_mib=options.budget_mib,
+        warm_up=group.warm_up() if group is not None else None,
+        files=group.extra_files() if group is not None else (),
+    )
+    model = CompiledModel(directory, pool, made.digest, made.manifest)
+    names = {name: name for name in examined if name} if group is None else group.own_names
+    taken = publish_members(model, names)
+    return Outcome(model, made.written_bytes, fresh=True, taken=taken)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What is in the pool now: a manifest and its objects, some of them new."""
+
+    manifest: Manifest
+    digest: str
+    max_batch: int
+    written_bytes: int
+
+
+def _make(
+    pool: Path,
+    model: str,
+    sources: Mapping[str, Source],
+    key: str,
+    wiring: object,
+    runtime: Runtime,
+    progress: Progress,
+    options: Options,
+) -> _Made:
+    """Compiles into the pool; nothing is there unless it returns."""
     with PoolWriter(pool) as writer:
-        compiler = _Compiler(writer, directory.name, options, runtime, progress)
-        members = [compiler.member(name, source) for name, source in examined.items()]
-        document = compiler.document(members, examined, key)
+        compiler = _Compiler(writer, model, options, runtime, progress)
+        members = [compiler.member(name, source) for name, source in sources.items()]
+        document = compiler.document(members, sources, key)
         if wiring is not None:
             document["wiring"] = wiring
         document["activations"] = compiler.activations(document)
         text = json.dumps(document, indent=1).encode()
         manifest = parse(text, "the manifest that was just made")
-        max_batch = _within_budget(manifest, options)
-        digest = writer.add_manifest(text)
-        writer.settle()
-        publish(
-            directory,
-            manifest,
-            digest,
-            pool,
-            max_batch=max_batch,
-            budget_mib=options.budget_mib,
-            warm_up=group.warm_up() if group is not None else None,
-            files=group.extra_files() if group is not None else (),
-        )
-        model = CompiledModel(directory, pool, digest, manifest)
-        names = {name: name for name in examined if name} if group is None else group.own_names
-        taken = publish_members(model, names)
-        return Outcome(model, writer.written_bytes, fresh=True, taken=taken)
+        max_batch = largest_batch(manifest, options)
+        digest = writer.add_manifest(text, manifest.objects.keys())
+    return _Made(manifest, digest, max_batch, writer.written_bytes)
 
 
 class _Compiler:
@@ -169,7 +197,7 @@ class _Compiler:
             member = self._faithful(told, name, source, optimised)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
-        self._check_budget(told, source, member)
+        check_blocks(told, source, member, self._options)
         return member
 
     def document(
@@ -206,7 +234,8 @@ class _Compiler:
         self._progress(f"{self._model}: measuring activations")
         path = self._pool.stage / "measured.json"
         path.write_text(json.dumps(document), encoding="utf-8")
-        measured = activations.measured(path, self._pool.store.root, self._shapes)
+        pool = self._pool
+        measured = activations.measured(path, pool.root, pool.stage, self._shapes)
         return {str(rows): size for rows, size in measured.items()}
 
     def _faithful(self, told: str, name: str, source: Source, optimised: Optimised) -> Member:
@@ -298,34 +327,6 @@ class _Compiler:
             shapes_of = {name: list(array.shape) for name, array in feed.items()}
             self._shapes.setdefault(size, {}).update(shapes_of)
         return runner.timed(member, feeds)
-
-    def _check_budget(self, told: str, source: Source, member: Member) -> None:
-        budget_mib = self._options.budget_mib
-        largest = max(block.swapped_bytes for block in member.blocks)
-        if budget_mib is not None and largest > budget_mib * MIB:
-            why = f" ({member.notes[0]})" if member.notes else ""
-            raise ConfigError(
-                f"{told}: its largest block is {-(-largest // MIB)} MiB and nothing cuts it "
-                f"smaller{why}; give at least --budget-mib {-(-largest // MIB)}",
-                where=str(source.path),
-            )
-
-
-def _within_budget(manifest: Manifest, options: Options) -> int:
-    """The largest batch that runs within the budget. Raises ConfigError if none does."""
-    if options.budget_mib is None:
-        return options.max_batch
-    room = options.budget_mib * MIB - manifest.largest_block_bytes
-    fitting = [
-        rows for rows in range(1, options.max_batch + 1) if manifest.activation_bytes(rows) <= room
-    ]
-    if not fitting:
-        least = -(-(manifest.largest_block_bytes + manifest.activation_bytes(1)) // MIB)
-        raise ConfigError(
-            f"{manifest.model}: its largest block and its activations need {least} MiB; "
-            f"give at least --budget-mib {least}"
-        )
-    return fitting[-1]
 
 
 def _cache_key(

@@ -55,7 +55,8 @@ _ROWS = {("Gather", 0), ("EmbedLayerNormalization", 2)}
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the result depends on besides the sources. `shapes`: for measuring, by input;
-    `panels`: matrices as the CPU's kernels read them."""
+    `panels`: matrices as the CPU's kernels read them; `activations_bytes`: of the budget, what is
+    not for weights, if the pieces are to be sized without it."""
 
     budget_mib: int | None = None
     max_batch: int = 32
@@ -63,6 +64,7 @@ class Options:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     panels: bool = True
     device: str = "cpu"
+    activations_bytes: int = 0
 
     @property
     def piece_bytes(self) -> int:
@@ -72,10 +74,12 @@ class Options:
 
         >>> Options().piece_bytes >> 20, Options(budget_mib=24).piece_bytes >> 20
         (32, 8)
+        >>> Options(budget_mib=24, activations_bytes=10 << 20).piece_bytes >> 20
+        4
         """
         if self.budget_mib is None:
             return _PIECE_BYTES
-        half = max(_LEAST_BYTES, self.budget_mib * MIB // 2)
+        half = max(_LEAST_BYTES, (self.budget_mib * MIB - self.activations_bytes) // 2)
         return min(_PIECE_BYTES, 1 << (half.bit_length() - 1))
 
     @property

@@ -1,8 +1,10 @@
 """Writes block pools: objects named by their hash, whole or not there; docs/blocks-format.md.
 
-Invariant: everything is written in a directory of its own under `tmp/`, fsynced, and renamed, so
-that neither a killed compile, nor a full disk, nor two compiles at a time leave a name whose bytes
-are not its own. What killed compiles left behind is swept by the next.
+Invariant: everything is written in a directory of its own under `tmp/`, fsynced, and renamed once
+the compile has succeeded, so that neither a killed compile, nor a full disk, nor two compiles at a
+time leave a name whose bytes are not its own. One that is refused or fails leaves nothing, a killed
+one at most some whole objects (between the first rename and the last). What killed compiles left
+behind under `tmp/` is swept by the next.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
 from blake3 import blake3
 
-from paceline.blocks.backend.manifest import EXTERNAL, PoolError, PoolObject
+from paceline.blocks.backend.manifest import EXTERNAL, PoolError, PoolObject, checked
 from paceline.blocks.backend.objects import ObjectStore
 from paceline.core.errors import ResidencyError
 
@@ -30,14 +32,35 @@ _STAGED = ".paceline-"
 MIB = 1 << 20
 
 
+class StagedStore(ObjectStore):
+    """A pool together with the objects that a compile is about to put there."""
+
+    def __init__(self, root: Path, stage: Path) -> None:
+        super().__init__(root)
+        self._objects = stage / "objects"
+
+    def path(self, digest: str) -> Path:
+        fresh = self._objects / checked(digest)
+        return fresh if fresh.is_file() else super().path(digest)
+
+    def mark_verified(self, digest: str, stated: PoolObject, status: os.stat_result) -> None:
+        if self.path(digest).parent == self._objects:
+            self.remember(digest, stated, status)  # its file changes by being renamed
+        else:
+            super().mark_verified(digest, stated, status)
+
+
 class PoolWriter:
-    """One compile's access to a pool; `stage` is its scratch directory, gone on exit."""
+    """One compile's access to a pool, in a `with`: what was added is there if that succeeds.
+
+    `stage` is its scratch directory, gone on exit; until then `store` finds what was added.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.store = ObjectStore(root)
-        self.written_bytes = 0
         self._lock = -1
+        self._added: dict[str, PoolObject] = {}
+        self._manifests: dict[str, bytes] = {}
 
     def __enter__(self) -> PoolWriter:
         with disk_errors(self.root):
@@ -47,6 +70,9 @@ class PoolWriter:
             _sweep(self.root / "tmp")
             self._sweep_markers()
             self.stage, self._lock = _locked_directory(self.root / "tmp")
+            (self.stage / "objects").mkdir()
+            (self.stage / "objects" / EXTERNAL).touch()
+        self.store = StagedStore(self.root, self.stage)
         return self
 
     def __exit__(
@@ -55,11 +81,20 @@ class PoolWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.stage, ignore_errors=True)
-        os.close(self._lock)
+        try:
+            if error is None:
+                self._commit()
+        finally:
+            shutil.rmtree(self.stage, ignore_errors=True)
+            os.close(self._lock)
+
+    @property
+    def written_bytes(self) -> int:
+        """Of objects that the pool does not have, or did not."""
+        return sum(stated.size_bytes for stated in self._added.values())
 
     def add(self, chunks: Callable[[], Iterable[bytes]], size_bytes: int) -> tuple[str, PoolObject]:
-        """Puts an object there unless it is; `chunks` gives its bytes anew at every call.
+        """Makes an object unless it is there; `chunks` gives its bytes anew at every call.
 
         Its name, and what a manifest says of it.
 
@@ -74,26 +109,36 @@ class PoolWriter:
         fresh = self.stage / secrets.token_hex(8)
         if _write(fresh, chunks()) != digest:
             raise ResidencyError(f"{self.root}: the model's file changed while it was compiled")
-        with fresh.open("rb") as file:  # another file may take its place at once
-            self._publish(fresh, self.store.path(digest))
-            self.store.mark_verified(digest, stated, os.fstat(file.fileno()))
-        self.written_bytes += size_bytes
+        staged = self.stage / "objects" / digest
+        self._publish(fresh, staged)
+        self.store.mark_verified(digest, stated, staged.stat())
+        self._added[digest] = stated
         return digest, stated
 
     def add_bytes(self, data: bytes) -> tuple[str, PoolObject]:
         return self.add(lambda: (data,), len(data))
 
-    def add_manifest(self, data: bytes) -> str:
+    def add_manifest(self, data: bytes, objects: Collection[str]) -> str:
+        """Its name. Of what was added only these objects, which it names, go into the pool."""
         digest = hashlib.sha256(data).hexdigest()
-        fresh = self.stage / secrets.token_hex(8)
-        _write(fresh, (data,))
-        self._publish(fresh, self.root / "manifests" / f"{digest}.json")
+        self._manifests[digest] = data
+        self._added = {name: self._added[name] for name in self._added if name in objects}
         return digest
 
-    def settle(self) -> None:
-        """Makes all renames so far survive a power failure; before something refers to them."""
-        for name in ("objects", "manifests"):
-            sync_directory(self.root / name)
+    def _commit(self) -> None:
+        """Objects, then manifests; all survive a power failure, before something refers to them."""
+        pool = ObjectStore(self.root)
+        for digest, stated in self._added.items():
+            staged = self.stage / "objects" / digest
+            with staged.open("rb") as file:  # another file may take its place at once
+                self._publish(staged, pool.path(digest))
+                pool.mark_verified(digest, stated, os.fstat(file.fileno()))
+        sync_directory(self.root / "objects")
+        for digest, data in self._manifests.items():
+            fresh = self.stage / secrets.token_hex(8)
+            _write(fresh, (data,))
+            self._publish(fresh, self.root / "manifests" / f"{digest}.json")
+        sync_directory(self.root / "manifests")
 
     def _publish(self, fresh: Path, path: Path) -> None:
         with disk_errors(path):

@@ -27,6 +27,20 @@ class ConfigError(PacelineError):
         super().__init__(f"{prefix}: {message}" if prefix else message)
 
 
+class BudgetError(ConfigError):
+    """A memory budget is too small; `least_mib` would do, `activations_bytes` of it beside weights.
+
+    The latter is 0 where it is not known.
+    """
+
+    def __init__(
+        self, message: str, *, least_mib: int, activations_bytes: int = 0, where: str = ""
+    ) -> None:
+        self.least_mib = least_mib
+        self.activations_bytes = activations_bytes
+        super().__init__(message, where=where)
+
+
 class PlanError(PacelineError):
     """No plan meets the objective; says which module of which chain lacks how many seconds."""
 

@@ -15,9 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .budget import Budget
+from .chunks import chunks_of
 from .device import DevicePool, DeviceRuns, DeviceSession, Driver, open_cuda
 from .ledger import Ledger
 from .loader import Loader
@@ -27,7 +26,6 @@ from .manifest import (
     Manifest,
     Member,
     PoolError,
-    Weight,
     pages,
     runtime_here,
 )
@@ -254,7 +252,8 @@ class BlockModel:
         """Rows that were paged in stay as long as there is room for them."""
         if sum(self._objects[name].cached_bytes() for name in self._tables) > limit_bytes:
             for name in self._tables:
-                self._objects[name].drop(page_cache=not self._settings.keep_page_cache)
+                with contextlib.suppress(OSError):  # then they stay for the kernel to drop
+                    self._objects[name].drop(page_cache=not self._settings.keep_page_cache)
 
 
 def _open_device(settings: Settings, manifest: Manifest) -> Driver | None:
@@ -278,26 +277,11 @@ def _open_source(settings: Settings) -> tuple[Source, str]:
 
     url, endpoint = settings.pool, settings.s3_endpoint
     source = remote.RemoteSource(
-        lambda: store.open_store(url, s3_endpoint=endpoint), settings.cache
+        lambda: store.open_store(url, s3_endpoint=endpoint),
+        settings.cache,
+        counted=settings.has_budget,
     )
     return source, store.channel(url)
-
-
-def chunks_of(rows: Any, weight: Weight, chunks: Chunks) -> set[int]:
-    """Numbers of the chunks in which these rows of a table lie.
-
-    Indices may be negative; those that are out of range are for ONNX Runtime to refuse.
-    """
-    count = weight.shape[0]
-    numbers = np.unique(np.where(rows < 0, rows + count, rows).clip(0, count - 1).ravel())
-    row_bytes = weight.bytes // count
-    starts = weight.offset + numbers * row_bytes
-    firsts, lasts = starts // chunks.size_bytes, (starts + row_bytes - 1) // chunks.size_bytes
-    return {
-        number
-        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
-        for number in range(first, last + 1)
-    }
 
 
 def _loaded_objects(block: Block) -> tuple[str, ...]:

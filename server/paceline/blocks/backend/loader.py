@@ -294,7 +294,10 @@ class Loader:
             for span in (*spans, *(following.fetch if following is not None else ())):
                 if not self._window.holds(span.name):
                     self._window.lost(span.name)
-                    self._objects[span.name].drop(page_cache=False)
+                    # Within a budget it would count: what is fetched again comes from the store.
+                    counts = self._in_turn and not self._keep_page_cache
+                    with contextlib.suppress(OSError):
+                        self._objects[span.name].drop(page_cache=counts)
             self._error = wrong
             self._retry_at_s = time.monotonic() + self._backoff_s
             self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)

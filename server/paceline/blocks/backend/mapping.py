@@ -11,13 +11,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .manifest import PAGE_BYTES, PoolError
+from .manifest import PAGE_BYTES, PoolError, PoolObject
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -59,6 +61,8 @@ class MappedObject:
             raise PoolError(f"{path}: cannot be mapped: {error}") from None
         self.bytes: Bytes = np.frombuffer(self._map, np.uint8, count=size_bytes)
         self._address = int(self.bytes.ctypes.data)
+        self.written = False
+        """Maybe not all of the file is on the disk yet; what is not cannot leave memory."""
 
     def view(self, offset: int, size_bytes: int, dtype: npt.DTypeLike, shape: Any) -> Any:
         """A tensor over the mapped pages; nothing is read."""
@@ -77,9 +81,15 @@ class MappedObject:
         self._bring(offset, size_bytes, MADV_POPULATE_READ)
 
     def drop(self, *, page_cache: bool) -> None:
-        """Swap out: no copy, no pause; also out of the page cache unless somebody else maps it."""
+        """Swap out: no copy, no pause; also out of the page cache unless somebody else maps it.
+
+        What was written is waited for, once: the kernel keeps what is not on the disk.
+        """
         self._advise(0, self.size_bytes, MADV_DONTNEED)
         if page_cache:
+            if self.written:
+                self.written = False
+                os.fdatasync(self._handle)
             os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def expect_rows(self) -> None:
@@ -125,3 +135,31 @@ class MappedObject:
         if _libc.madvise(self._address + offset, size_bytes, advice) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
+
+
+class LazyObjects(Mapping[str, MappedObject]):
+    """Objects that are opened when somebody asks for them, whoever that is."""
+
+    def __init__(
+        self, stated: Mapping[str, PoolObject], opener: Callable[[str, int], MappedObject]
+    ) -> None:
+        self._stated = stated
+        self._open = opener
+        self._opened: dict[str, MappedObject] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, digest: str) -> MappedObject:
+        with self._lock:
+            if digest not in self._opened:
+                self._opened[digest] = self._open(digest, self._stated[digest].size_bytes)
+            return self._opened[digest]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stated)
+
+    def __len__(self) -> int:
+        return len(self._stated)
+
+    def close(self) -> None:
+        for opened in self._opened.values():
+            opened.close()

@@ -20,6 +20,8 @@ from blake3 import blake3
 from .manifest import MAX_MANIFEST_BYTES, Manifest, PoolError, PoolObject, checked, parse
 
 _CHUNK_BYTES = 8 << 20
+PASSING_BYTES = 1 << 20
+"""Of what a budget's owner reads or writes without keeping it: so much is in memory, uncounted."""
 
 
 class Altered(PoolError):
@@ -27,10 +29,14 @@ class Altered(PoolError):
 
 
 class ObjectStore:
-    """A pool on this machine's disk, read-only but for what is known to be verified."""
+    """A pool on this machine's disk, read-only but for what is known to be verified.
 
-    def __init__(self, root: Path) -> None:
+    `counted`: what is hashed leaves memory again.
+    """
+
+    def __init__(self, root: Path, *, counted: bool = False) -> None:
         self.root = root
+        self._counted = counted
         self._verified: dict[str, str] = {}
 
     def manifest(self, digest: str) -> Manifest:
@@ -77,7 +83,7 @@ class ObjectStore:
         if self._verified.get(digest) == state or self._marker(digest) == state:
             self._verified[digest] = state
             return True
-        found = hash_file(handle)
+        found = hash_file(handle, keep=not self._counted)
         if _state(os.fstat(handle), stated.blake3) != state:
             return False
         if found != stated.blake3:
@@ -113,8 +119,7 @@ class ObjectStore:
 
     def mark_verified(self, digest: str, stated: PoolObject, status: os.stat_result) -> None:
         """Remembers that an object that looks like this has the bytes that are stated."""
-        state = _state(status, stated.blake3)
-        self._verified[digest] = state
+        state = self.remember(digest, stated, status)
         marker = self.root / "verified" / digest
         fresh = marker.with_name(f".{digest}.{os.getpid()}.{os.urandom(4).hex()}")
         # A pool that cannot be written is hashed by every process once.
@@ -125,6 +130,11 @@ class ObjectStore:
                 fresh.replace(marker)
             finally:
                 fresh.unlink(missing_ok=True)
+
+    def remember(self, digest: str, stated: PoolObject, status: os.stat_result) -> str:
+        """As `mark_verified`, but for this store alone; what a marker says of it."""
+        state = self._verified[digest] = _state(status, stated.blake3)
+        return state
 
     def _marker(self, digest: str) -> str:
         try:
@@ -150,13 +160,24 @@ def is_right(text: Any, stated: PoolObject) -> bool:
     return len(text) == stated.size_bytes and blake3(text).hexdigest() == stated.blake3
 
 
-def hash_file(handle: int) -> str:
-    """BLAKE3 of an open file, from its first byte on."""
+def hash_file(handle: int, *, keep: bool = True) -> str:
+    """BLAKE3 of an open file, from its first byte on.
+
+    Unless `keep`, it passes through memory in small pieces, and stays only where it is mapped.
+    """
     digest, offset = blake3(), 0
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
-    while count := os.preadv(handle, [buffer], offset):
-        digest.update(buffer[:count])
-        offset += count
+    buffer = memoryview(bytearray(_CHUNK_BYTES if keep else PASSING_BYTES))
+    if not keep:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # read what is asked for, not ahead
+    try:
+        while count := os.preadv(handle, [buffer], offset):
+            digest.update(buffer[:count])
+            if not keep:
+                os.posix_fadvise(handle, offset, count, os.POSIX_FADV_DONTNEED)
+            offset += count
+    finally:
+        if not keep:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_NORMAL)
     return digest.hexdigest()
 
 

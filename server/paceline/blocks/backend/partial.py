@@ -69,6 +69,23 @@ class PartialObject:
         except OSError as error:
             raise PoolError(f"cache {self.path}: {error.strerror}") from None
 
+    def begin_writing(self, offset: int, size_bytes: int) -> None:
+        """The disk begins to write these bytes (which is what this advice does to new ones)."""
+        os.posix_fadvise(self._handle, offset, size_bytes, os.POSIX_FADV_DONTNEED)
+
+    def forget(self, offset: int, size_bytes: int) -> None:
+        """These bytes are on the disk, and no more in memory unless somebody maps them."""
+        try:
+            os.fdatasync(self._handle)
+            os.posix_fadvise(self._handle, offset, size_bytes, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise PoolError(f"cache {self.path}: {error.strerror}") from None
+
+    @property
+    def handle(self) -> int:
+        """The file's descriptor, until it is published or closed."""
+        return self._handle
+
     def publish(self, path: Path) -> os.stat_result:
         """Under its name, in memory at least; ends the lock. What it looks like then."""
         try:

@@ -20,32 +20,33 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from blake3 import blake3
 
+from .chunks import requests
 from .manifest import Chunks, Manifest, PoolError, PoolObject, is_digest, parse
-from .mapping import MappedObject
-from .objects import Altered, ObjectStore, is_right
+from .mapping import LazyObjects, MappedObject
+from .objects import Altered, ObjectStore, hash_file, is_right
 from .partial import PartialObject
+from .reader import Reader
 from .settler import Settler
 from .store import Part, Store
-from .window import CHUNK_BYTES, Span
+from .window import Span
 
 _ATTEMPTS = 2
 """To get an object whose hash is right."""
-_RUNS = 64
-"""Most requests for the rows of a batch: each is some work, for the store and for us."""
-_GAP_BYTES = 512 << 10
 
 
 class RemoteSource:
-    """See `source.Source`. `connect` opens the store; every thread has one of its own."""
+    """See `source.Source`. `connect` opens the store; every thread has one of its own.
+
+    `counted`: see `Reader`.
+    """
 
     distant = True
 
-    def __init__(self, connect: Callable[[], Store], cache: Path) -> None:
+    def __init__(self, connect: Callable[[], Store], cache: Path, *, counted: bool = False) -> None:
         self._connect = connect
         self._threads = threading.local()
         self._stores: list[Store] = []
@@ -59,8 +60,9 @@ class RemoteSource:
             fcntl.flock(self._directory, fcntl.LOCK_SH)
         except OSError as error:
             raise PoolError(f"cache {cache}: {error.strerror}") from None
-        self._store = ObjectStore(cache)
-        self._objects: _Opened = _Opened({}, self._open)
+        self._store = ObjectStore(cache, counted=counted)
+        self._reader = Reader(counted=counted)
+        self._objects = LazyObjects({}, self._open)
         self._parts: dict[str, PartialObject] = {}
         self._right: set[str] = set()
         self._stated: Mapping[str, PoolObject] = {}
@@ -102,7 +104,7 @@ class RemoteSource:
                 "are free: make room, or name another one in the parameter cache"
             )
         self._stated = stated
-        self._objects = _Opened(stated, self._open)
+        self._objects = LazyObjects(stated, self._open)
         return self._objects
 
     def _has(self, digest: str, stated: PoolObject) -> bool:
@@ -125,6 +127,11 @@ class RemoteSource:
             )
 
     def _open(self, digest: str, size_bytes: int) -> MappedObject:
+        opened = self._open_anywhere(digest, size_bytes)
+        opened.written = True  # by us, or by somebody else just now
+        return opened
+
+    def _open_anywhere(self, digest: str, size_bytes: int) -> MappedObject:
         path = self._store.path(digest)
         if path.is_file():
             return MappedObject(path, size_bytes)
@@ -168,6 +175,7 @@ class RemoteSource:
 
     def expect(self, spans: Sequence[Span]) -> None:
         self._remote.expect(self._unclaimed(spans))
+        self._reader.expect([span for span in spans[:1] if self._is_there(span.name)])
 
     def _unclaimed(self, spans: Sequence[Span]) -> Iterator[Part]:
         """Up to what somebody else fetches; opens them."""
@@ -179,6 +187,11 @@ class RemoteSource:
             if not self._is_ours(span.name, part):
                 return  # who fetches it is ahead of us, and fetches what follows, too
             yield _remote_part(span.name, span.offset, size)
+
+    def _is_there(self, digest: str) -> bool:
+        """Whether all of it is in the cache."""
+        assert self._objects[digest].size_bytes  # opens it
+        return digest not in self._parts
 
     def _is_ours(self, digest: str, part: PartialObject) -> bool:
         """Whether nobody else fetches it, or has fetched it; nobody else will then."""
@@ -195,12 +208,13 @@ class RemoteSource:
                 self.check(span.name)
         elif part is not None and (part.ours or not self._came_from_elsewhere(span.name, part)):
             self._download(span.name, part, span.offset, size)
+            self._reader.wrote_span(part, span.offset, size)
         elif span.offset == 0:
             self.check(span.name)
-        opened.populate(span.offset, size)
+        self._reader.bring(self._objects, span)
         part = self._parts.get(span.name)
         if span.last and part is not None:
-            self._complete(span.name, part)
+            self._complete(span.name, part, held=True)
 
     def check(self, digest: str) -> None:
         if digest in self._right:
@@ -212,9 +226,8 @@ class RemoteSource:
             return
         if part is not None:
             if not self._came_from_elsewhere(digest, part):
-                for offset in range(0, part.size_bytes, CHUNK_BYTES):
-                    self._download(digest, part, offset, min(CHUNK_BYTES, part.size_bytes - offset))
-                self._complete(digest, part)
+                self._download_unheld(digest, part)
+                self._complete(digest, part, held=False)
             return
         try:
             self._store.verify(opened.handle, digest, self._stated[digest])
@@ -240,7 +253,9 @@ class RemoteSource:
                 return  # complete meanwhile
             if not part.chunks and self._came_from_elsewhere(digest, part):
                 return
-            runs = list(_runs(set(wanted) - part.chunks, self._chunks[digest].size_bytes))
+            size = self._chunks[digest].size_bytes
+            most = self._reader.chunk_bytes // size
+            runs = list(requests(set(wanted) - part.chunks, size, most=max(1, most)))
             wanted_parts = [self._chunks_part(digest, run) for run in runs]
             for number, run in enumerate(runs, 1):
                 self._remote.expect(wanted_parts[number:])
@@ -263,6 +278,7 @@ class RemoteSource:
                 for number, piece in zip(run, pieces, strict=True)
             ):
                 part.write(wanted.offset, text)
+                self._reader.wrote(part, wanted.offset, wanted.size_bytes)
                 part.chunks.update(run)
                 return
         raise PoolError(f"object {digest}: the store has other bytes in chunks {run}")
@@ -271,12 +287,12 @@ class RemoteSource:
         """All of it, in runs, so that who needs a few rows waits for one run at most."""
         size = self._chunks[digest].size_bytes
         count = len(self._chunks[digest].digests)
-        step = max(1, CHUNK_BYTES // size)
+        step = max(1, self._reader.chunk_bytes // size)
         for first in range(0, count, step):
             self.check_part(digest, range(first, min(first + step, count)))
         with part.parts_lock:
             if digest not in self._right:
-                self._complete(digest, part)
+                self._complete(digest, part, held=False)
 
     def close(self) -> None:
         self._settler.close()
@@ -292,29 +308,50 @@ class RemoteSource:
                 path.unlink(missing_ok=True)
         os.close(self._directory)
 
+    def _download_unheld(self, digest: str, part: PartialObject) -> None:
+        """All of it."""
+        step = self._reader.chunk_bytes
+        for offset in range(0, part.size_bytes, step):
+            size = min(step, part.size_bytes - offset)
+            self._download(digest, part, offset, size)
+            self._reader.wrote(part, offset, size)
+
     def _download(self, digest: str, part: PartialObject, offset: int, size_bytes: int) -> None:
+        self._objects[digest].written = True
+
         def write(position: int, piece: memoryview) -> None:
             part.write(offset + position, piece)
 
         self._remote.copy(_remote_part(digest, offset, size_bytes), write)
 
-    def _complete(self, digest: str, part: PartialObject) -> None:
-        """Checks the whole; what is wrong is fetched once more, then given up."""
+    def _complete(self, digest: str, part: PartialObject, *, held: bool) -> None:
+        """Checks the whole; what is wrong is fetched once more, then given up.
+
+        `held`: all of it is in memory, and is to be.
+        """
         if not part.ours and self._came_from_elsewhere(digest, part):
             return
         stated = self._stated[digest]
         attempts = 1 if digest in self._chunks else _ATTEMPTS
         for attempt in range(attempts):
-            if is_right(self._objects[digest].bytes, stated):
+            if self._is_right(digest, part, held=held):
                 self._right.add(digest)
                 del self._parts[digest]
                 status = part.publish(self._store.path(digest))
                 self._settler.add(digest, stated, status)
                 return
             if attempt + 1 < attempts:
-                self._download(digest, part, 0, part.size_bytes)
+                if held:
+                    self._download(digest, part, 0, part.size_bytes)
+                else:
+                    self._download_unheld(digest, part)
         part.release()
         raise PoolError(f"object {digest}: the store has other bytes under this name")
+
+    def _is_right(self, digest: str, part: PartialObject, *, held: bool) -> bool:
+        if held or not self._reader.counted:
+            return is_right(self._objects[digest].bytes, self._stated[digest])
+        return hash_file(part.handle, keep=False) == self._stated[digest].blake3
 
     def _came_from_elsewhere(self, digest: str, part: PartialObject) -> bool:
         """Waits for whoever fetches it; whether it is complete then."""
@@ -325,6 +362,7 @@ class RemoteSource:
         part.ours = not part.is_published(self._store.path(digest))
         if part.ours:
             return False
+        self._objects[digest].written = True
         self._store.verify(self._objects[digest].handle, digest, self._stated[digest])
         self._right.add(digest)
         part.close()
@@ -343,49 +381,3 @@ class RemoteSource:
 
 def _remote_part(digest: str, offset: int, size_bytes: int) -> Part:
     return Part(f"objects/{digest}", offset, size_bytes)
-
-
-def _runs(wanted: Collection[int], size_bytes: int) -> Iterator[range]:
-    """Chunks in few requests: what lies between two that are wanted comes along if it is little.
-
-    >>> list(_runs({1, 2, 4, 90}, 64 << 10))
-    [range(1, 5), range(90, 91)]
-    """
-    numbers = sorted(wanted)
-    gaps = sorted((after - before for before, after in pairwise(numbers)), reverse=True)
-    least = gaps[_RUNS - 1] if len(gaps) >= _RUNS else 0
-    widest = max(least, _GAP_BYTES // size_bytes)
-    start = 0
-    for position, number in enumerate(numbers):
-        last = position == len(numbers) - 1
-        if last or numbers[position + 1] - number > widest:
-            yield range(numbers[start], number + 1)
-            start = position + 1
-
-
-class _Opened(Mapping[str, MappedObject]):
-    """Objects that are opened when somebody asks for them, whoever that is."""
-
-    def __init__(
-        self, stated: Mapping[str, PoolObject], opener: Callable[[str, int], MappedObject]
-    ) -> None:
-        self._stated = stated
-        self._open = opener
-        self._opened: dict[str, MappedObject] = {}
-        self._lock = threading.Lock()
-
-    def __getitem__(self, digest: str) -> MappedObject:
-        with self._lock:
-            if digest not in self._opened:
-                self._opened[digest] = self._open(digest, self._stated[digest].size_bytes)
-            return self._opened[digest]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stated)
-
-    def __len__(self) -> int:
-        return len(self._stated)
-
-    def close(self) -> None:
-        for opened in self._opened.values():
-            opened.close()

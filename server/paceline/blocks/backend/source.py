@@ -15,6 +15,7 @@ from typing import Protocol
 from .manifest import Chunks, Manifest, PoolError, PoolObject
 from .mapping import MappedObject
 from .objects import ObjectStore
+from .reader import Reader
 from .window import Span
 
 
@@ -60,8 +61,7 @@ class Source(Protocol):
 class LocalSource:
     """A pool directory. Only markers of what was verified are ever written there.
 
-    `counted`: no more comes into memory than what is fetched, and the span expected next. Otherwise
-    the kernel reads ahead as it sees fit, in larger pages, which are mapped faster.
+    `counted`: see `Reader`.
     """
 
     distant = False
@@ -69,10 +69,9 @@ class LocalSource:
     def __init__(self, root: Path, *, counted: bool = False) -> None:
         if not root.is_dir():
             raise PoolError(f"{root}: no such pool: `paceline blocks compile` writes one")
-        self._store = ObjectStore(root)
+        self._store = ObjectStore(root, counted=counted)
         self._objects: dict[str, MappedObject] = {}
-        self._counted = counted
-        self._next: Sequence[Span] = ()
+        self._reader = Reader(counted=counted)
         self._stated: Mapping[str, PoolObject] = {}
 
     def manifest(self, digest: str) -> Manifest:
@@ -92,15 +91,12 @@ class LocalSource:
         return self._store.root / "objects"
 
     def expect(self, spans: Sequence[Span]) -> None:
-        self._next = spans[:1]
+        self._reader.expect(spans)
 
     def fetch(self, span: Span) -> None:
         if span.offset == 0:
             self.check(span.name)
-        if self._counted:
-            for each in (span, *self._next):  # the disk reads on while pages are mapped
-                self._objects[each.name].read_ahead(each.offset, each.size_bytes)
-        self._objects[span.name].populate(span.offset, span.size_bytes)
+        self._reader.bring(self._objects, span)
 
     def check(self, digest: str) -> None:
         self._store.verify(self._objects[digest].handle, digest, self._stated[digest])
