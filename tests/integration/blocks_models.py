@@ -55,7 +55,7 @@ def compiled(
     sources: Mapping[str, Path],
     *,
     parameters: Mapping[str, str] | None = None,
-    budget_mib: int | None = 1,
+    budget_mib: int | None = 2,
 ) -> Path:
     """The model `name`, in the pool beside the repository; blocks as fine as they get.
 

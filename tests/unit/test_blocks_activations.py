@@ -118,15 +118,14 @@ def test_a_compile_offers_the_batches_that_fit(tmp_path: Path) -> None:
     def compiled(budget_mib: int) -> int:
         options = Options(budget_mib)
         made = compile_model({"": source}, tmp_path / "bert", tmp_path / "pool", options).model
-        room = budget_mib * MIB - made.manifest.largest_block_bytes
         (line,) = (
             line
             for line in (tmp_path / "bert" / "config.pbtxt").read_text().splitlines()
             if line.startswith("max_batch_size: ")
         )
         most = int(line.split()[1])
-        assert made.manifest.activation_bytes(most) <= room
-        assert most == 32 or made.manifest.activation_bytes(most + 1) > room
+        assert floor_of(made.manifest, most) <= budget_mib * MIB
+        assert most == 32 or floor_of(made.manifest, most + 1) > budget_mib * MIB
         return most
 
     assert 1 < compiled(4) < compiled(64) == 32

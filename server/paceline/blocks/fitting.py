@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
+from paceline.blocks.backend.budget import floor_bytes
 from paceline.blocks.backend.manifest import Manifest, Member
+from paceline.blocks.backend.source import tables_of
 from paceline.blocks.member import Options
 from paceline.blocks.pool import MIB
 from paceline.blocks.source import Source
@@ -50,20 +52,26 @@ def check_blocks(told: str, source: Source, member: Member, options: Options) ->
 
 
 def largest_batch(manifest: Manifest, options: Options) -> int:
-    """The largest batch that runs within the budget. Raises BudgetError if none does."""
+    """The largest batch that runs within the budget, as a load sees it. Raises BudgetError if none
+    does.
+    """
     if options.budget_mib is None:
         return options.max_batch
-    room = options.budget_mib * MIB - manifest.largest_block_bytes
+    tables = bool(tables_of(manifest))
+
+    def floor(rows: int) -> int:
+        activations_bytes = manifest.activation_bytes(rows)
+        return floor_bytes(manifest.largest_block_bytes, activations_bytes, tables=tables)
+
     fitting = [
-        rows for rows in range(1, options.max_batch + 1) if manifest.activation_bytes(rows) <= room
+        rows for rows in range(1, options.max_batch + 1) if floor(rows) <= options.budget_mib * MIB
     ]
     if not fitting:
-        activations_bytes = manifest.activation_bytes(1)
-        least_mib = -(-(manifest.largest_block_bytes + activations_bytes) // MIB)
+        least_mib = -(-floor(1) // MIB)
         raise BudgetError(
             f"{manifest.model}: its largest block and its activations need {least_mib} MiB; "
             f"give at least --budget-mib {least_mib}",
             least_mib=least_mib,
-            activations_bytes=activations_bytes,
+            activations_bytes=manifest.activation_bytes(1),
         )
     return fitting[-1]

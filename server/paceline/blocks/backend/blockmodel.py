@@ -33,7 +33,7 @@ from .mapping import MappedObject
 from .run import Durations, Sessions, compute
 from .settings import Settings
 from .skeleton import Skeleton, available_providers, empty_arena, ort_version, to_value
-from .source import LocalSource, Source, objects_of
+from .source import LocalSource, Source, loaded_objects, objects_of, tables_of
 from .window import Window
 
 
@@ -57,9 +57,9 @@ class BlockModel:
             self._members[member.name] = (member, len(blocks))
             blocks.extend(member.blocks)
         stated = objects_of(self.manifest)
-        needs = [_loaded_objects(block) for block in blocks]
+        needs = [loaded_objects(block) for block in blocks]
         loaded = {name for names in needs for name in names}
-        self._tables = [name for name in stated if name not in loaded]
+        self._tables = tables_of(self.manifest)
         # A device does not page on demand: its tables are there, and checked, as a whole.
         self._by_rows = {} if self._driver is not None else self._tables_by_rows(blocks)
         self._unchecked_tables = [name for name in self._tables if name not in self._by_rows]
@@ -282,10 +282,3 @@ def _open_source(settings: Settings) -> tuple[Source, str]:
         counted=settings.has_budget,
     )
     return source, store.channel(url)
-
-
-def _loaded_objects(block: Block) -> tuple[str, ...]:
-    """Objects that must be in memory for the block to compute: all but tables."""
-    tables = {weight.object for weight in block.weights if weight.access == "rows"}
-    names = dict.fromkeys(weight.object for weight in block.weights)
-    return tuple(name for name in names if name not in tables)

@@ -8,6 +8,7 @@ process keeps), a part for the rows of tables that are paged in on demand, the r
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -31,6 +32,15 @@ _LOAD_MEMORY_S = 5.0
 _CURVE_POINTS = 8
 
 
+def floor_bytes(largest_bytes: int, activations_bytes: int, *, tables: bool) -> int:
+    """The least budget: for the largest block, activations, and rows of tables if there are any."""
+    return math.ceil(largest_bytes / _blocks_share(tables)) + activations_bytes
+
+
+def _blocks_share(tables: bool) -> float:
+    return 1 - TABLE_SHARE if tables else 1.0
+
+
 class Budget:
     """Of one model in one process.
 
@@ -52,7 +62,8 @@ class Budget:
         self._activations = activations
         self._settings = settings
         self._ledger = ledger
-        self._blocks_share = 1 - TABLE_SHARE if tables else 1.0
+        self._tables = tables
+        self._blocks_share = _blocks_share(tables)
         self._most_rows = 1
         self._attending = threading.Lock()
         self._check(1)
@@ -138,7 +149,7 @@ class Budget:
     def _floor_bytes(self, rows: int) -> int:
         """The least that batches of `rows` run within."""
         largest = max(self._needs, default=0)
-        return int(largest / self._blocks_share) + 1 + self._activations(rows)
+        return floor_bytes(largest, self._activations(rows), tables=self._tables)
 
     def _check(self, rows: int) -> None:
         floor, activations = self._floor_bytes(rows), self._activations(rows)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from .manifest import Chunks, Manifest, PoolError, PoolObject
+from .manifest import Block, Chunks, Manifest, PoolError, PoolObject
 from .mapping import MappedObject
 from .objects import ObjectStore
 from .reader import Reader
@@ -111,6 +111,20 @@ class LocalSource:
     def close(self) -> None:
         for opened in self._objects.values():
             opened.close()
+
+
+def loaded_objects(block: Block) -> tuple[str, ...]:
+    """Objects that must be in memory for the block to compute: all but tables."""
+    tables = {weight.object for weight in block.weights if weight.access == "rows"}
+    names = dict.fromkeys(weight.object for weight in block.weights)
+    return tuple(name for name in names if name not in tables)
+
+
+def tables_of(manifest: Manifest) -> list[str]:
+    """Objects of which no block needs more than rows, which are paged in on demand."""
+    blocks = (block for member in manifest.members for block in member.blocks)
+    loaded = {name for block in blocks for name in loaded_objects(block)}
+    return [name for name in objects_of(manifest) if name not in loaded]
 
 
 def objects_of(manifest: Manifest) -> Mapping[str, PoolObject]:
