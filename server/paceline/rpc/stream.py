@@ -159,7 +159,11 @@ class InferStream(Call):
             self._told_headers = True
             head = self._connection.headers(self.id, RESPONSE_BLOCK)
         message = (PREFIX.pack(0, size), *parts)
-        self._connection.send(self, head, message, PREFIX_BYTES + size, None)
+        connection = self._connection
+        # Nothing follows soon where no other request is under way.
+        at_once = connection.alone and not self._entries
+        send = connection.send_at_once if at_once else connection.send
+        send(self, head, message, PREFIX_BYTES + size, None)
 
     def leave(self, entry: Entry, parts: Sequence[Buffer]) -> None:
         """A request ends with this message."""
