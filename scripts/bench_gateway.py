@@ -154,6 +154,10 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.before is not None and not (options.before / "server" / "paceline").is_dir():
         parser.error(f"--before {options.before}: no source tree of Paceline")
+    if options.before is None:
+        options.cases = [case for case in options.cases if case not in BEFORE]
+        if not options.cases:
+            parser.error(f"{', '.join(BEFORE)}: of which code? (--before DIR)")
     quick = options.quick
     options.sizes = options.sizes or (["64B", "600KB"] if quick else list(SIZES))
     options.modes = options.modes or (["unary"] if quick else ["unary", "stream"])
