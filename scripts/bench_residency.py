@@ -53,7 +53,7 @@ from paceline.v1 import control_pb2, control_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from scripts.bench_gateway import free_port, process  # noqa: E402
+from scripts.gateway_peers import free_port, process  # noqa: E402
 from scripts.residency_models import chain_file, write_ballast  # noqa: E402
 
 TRACE = ROOT / "examples" / "traces" / "twitter_2021-08_ipa_windows_per_second.csv"

@@ -60,7 +60,7 @@ from paceline.core.errors import PacelineError
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from scripts import slo_report, slo_workloads  # noqa: E402
-from scripts.bench_gateway import process  # noqa: E402
+from scripts.gateway_peers import process  # noqa: E402
 from scripts.slo_control import carried  # noqa: E402
 from scripts.slo_machines import measure_machines, simulate_machines  # noqa: E402
 from scripts.slo_report import SYSTEMS, Scenario  # noqa: E402

@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+_ENOUGH_REPEATS = 7
+
 Repeat = dict[str, dict[str, float]]
 """What one repeat measured: by case and quantity (p50_ms, p99_ms, rps, cpu_us)."""
 
@@ -40,11 +42,11 @@ class Results:
     def median(self, cell: Cell, case: str, key: str) -> float:
         return statistics.median(run[key] for run in self.runs[cell][case])
 
-    def paired(self, cell: Cell, combine: Callable[[Repeat], float]) -> float:
-        """Median over the repeats of something computed from one repeat's cases."""
+    def paired(self, cell: Cell, combine: Callable[[Repeat], float]) -> list[float]:
+        """Something that is computed from one repeat's cases, of every repeat, least first."""
         by_case = self.runs[cell]
         repeats = zip(*by_case.values(), strict=True)
-        return statistics.median(combine(dict(zip(by_case, r, strict=True))) for r in repeats)
+        return sorted(combine(dict(zip(by_case, r, strict=True))) for r in repeats)
 
 
 def _of(key: str, case: str) -> Callable[[Repeat], float]:
@@ -68,6 +70,7 @@ def _beside_ensemble_ms(r: Repeat) -> float:
 
 
 ONE, THREE, APART, NAIVE = "paceline-1", "paceline-3", "apart-3", "naive"
+BEFORE = ((ONE, "before-1"), (THREE, "before-3"), (APART, "before-a"))
 FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Repeat], float], str], ...] = (
     ("added latency per module, chain of 1 (ms)", (ONE, "triton"), _added_ms(ONE, 1), ".2f"),
     ("added latency per module, chain of 3 (ms)", (THREE, "triton"), _added_ms(THREE, 3), ".2f"),
@@ -95,6 +98,14 @@ FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Repeat], float], str], ...]
     ("requests/s: chain of 3 / apart", (THREE, APART), _ratio("rps", THREE, APART), ".2f"),
     ("requests/s: chain of 1 / naive", (ONE, NAIVE), _ratio("rps", ONE, NAIVE), ".2f"),
     ("CPU: naive / chain of 1", (ONE, NAIVE), _ratio("cpu_us", NAIVE, ONE), ".2f"),
+    *(
+        (f"requests/s: {now} / {old}", (now, old), _ratio("rps", now, old), ".2f")
+        for now, old in BEFORE
+    ),
+    *(
+        (f"CPU: {now} / {old}", (now, old), _ratio("cpu_us", now, old), ".2f")
+        for now, old in BEFORE
+    ),
 )
 """Name, cases it needs, how it is computed from one repeat, format."""
 
@@ -129,6 +140,14 @@ def _cell_table(results: Results, cells: list[Cell]) -> list[str]:
     return [*lines, ""]
 
 
+def _spread(values: list[float], form: str) -> str:
+    """The median, and the least and the greatest where there are enough to tell."""
+    median = format(statistics.median(values), form)
+    if len(values) < _ENOUGH_REPEATS:
+        return median
+    return f"{median} ({values[0]:{form}} to {values[-1]:{form}})"
+
+
 def _derived_table(results: Results) -> list[str]:
     """One line per figure, one column per cell; those without their cases are left out."""
     lines: list[str] = []
@@ -140,7 +159,7 @@ def _derived_table(results: Results) -> list[str]:
         lines.append("|---" * (len(cells) + 1) + "|")
         for name, needs, combine, form in FIGURES:
             if all(need in results.runs[cells[0]] for need in needs):
-                values = (format(results.paired(cell, combine), form) for cell in cells)
+                values = (_spread(results.paired(cell, combine), form) for cell in cells)
                 lines.append(f"| {name} | " + " | ".join(values) + " |")
         lines.append("")
     return lines

@@ -22,7 +22,7 @@ from pathlib import Path
 from subprocess import Popen
 
 import grpc.aio
-from scripts.bench_gateway import free_port, process, until_ready
+from scripts.gateway_peers import free_port, process, until_ready
 from scripts.slo_workloads import (
     MOST_ITEMS,
     ROW,

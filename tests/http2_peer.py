@@ -62,19 +62,22 @@ def call(stream: int, data: bytes, path: str = "/t/Echo", *more: tuple[str, str]
 
 
 class Wire(asyncio.Transport):
-    """A transport that keeps what is written; `full` makes it refuse to take more."""
+    """A transport that keeps what is written, and how much each time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written = bytearray()
+        self.sizes: list[int] = []
         self.closed = self.aborted = False
 
     def write(self, data: Any) -> None:
-        self.written += data
+        self.writelines([data])
 
     def writelines(self, list_of_data: Iterable[Any]) -> None:
+        before = len(self.written)
         for data in list_of_data:
             self.written += data
+        self.sizes.append(len(self.written) - before)
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass

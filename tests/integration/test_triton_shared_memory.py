@@ -170,6 +170,46 @@ async def test_a_region_of_a_call_that_timed_out_is_not_used_again(client: Trito
     assert pool_of(client)[0] == before + 2
 
 
+def handed_on(y: Tensor, wait_ms: int = 0) -> ModelCall:
+    """What a model wrote, in two parts that lie together, to the model again."""
+    size, data = len(y.data), memoryview(y.data)
+    first, *others = call(bytes(2), size, wait_ms).inputs
+    parts = (data[: size // 3], data[size // 3 :])
+    return ModelCall(
+        "cut", (BatchTensor("x", first.datatype, (size,), parts), *others), ("size", "y")
+    )
+
+
+async def test_what_a_model_wrote_is_read_by_the_next_one_where_it_lies(
+    client: TritonClient,
+) -> None:
+    x = random.Random(9).randbytes(SIZE)
+    for _ in range(3):
+        # Until its size is known the answer is a message.
+        _, y = await client.execute(call(x, SIZE), timeout_s=30)
+    pool = client.shared_memory
+    again = handed_on(y)
+    ((region, place), *others) = (at for at in pool.found(again.inputs) if at is not None)
+    assert not others and place.size_bytes == SIZE
+    for _ in range(3):
+        check(await client.execute(again, timeout_s=30), x, SIZE)
+    outputs = await begun(client, again)
+    assert not isinstance(outputs, BackendError)
+    check(outputs, x, SIZE)
+    del outputs
+    # What woke this test holds on to them until it waits again.
+    await asyncio.sleep(0)
+    # Triton may read it still: it does not come back, whoever drops it.
+    late = await begun(client, handed_on(y, wait_ms=300), timeout_s=0.1)
+    assert isinstance(late, BackendError) and late.kind is ErrorKind.DEADLINE
+    check(await client.execute(again, timeout_s=30), x, SIZE)
+    del y, again
+    gc.collect()
+    with pytest.raises(ValueError, match="released"):
+        bytes(region.view)
+    assert region not in list(iter(lambda: pool.take(1), None))
+
+
 async def test_a_failed_call_gives_its_regions_back(client: TritonClient) -> None:
     x = bytes(SIZE)
     for _ in range(3):

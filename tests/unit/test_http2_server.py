@@ -368,6 +368,18 @@ async def test_frames_are_no_longer_than_the_client_takes(service: Service) -> N
     assert sizes == [20_000, 20_000, 10_005]
 
 
+async def test_what_one_pass_answers_is_written_together_up_to_a_limit(service: Service) -> None:
+    client = Client(service.server)
+    room = 8_000_000
+    client.send(settings((4, room), (5, room)) + frame(WINDOW, 0, 0, word(room)))
+    client.take()
+    client.wire.sizes.clear()
+    client.send(b"".join(call(stream, b"1500000", "/t/Big") for stream in (1, 3, 5, 7)))
+    # Three reach what is kept back, and the fourth goes when the pass ends.
+    assert [size // 1_500_000 for size in client.wire.sizes] == [3, 1]
+    assert [one.stream for one in only(client.take(), DATA)] == [1, 3, 5, 7]
+
+
 async def test_a_slow_reader_holds_its_answers_back_until_the_socket_takes_more(
     service: Service,
 ) -> None:

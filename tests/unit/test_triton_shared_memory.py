@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2
 
 from paceline.core.errors import BackendError
 from paceline.core.ports import ModelCall
-from paceline.core.tensor import BatchTensor
+from paceline.core.tensor import BatchTensor, Buffer
 from paceline.triton.execution import Execution
 from paceline.triton.messages import Place
 from paceline.triton.shared_memory import DIRECTORY, SharedMemoryPool
+from paceline.triton.transport import CallFailed
 
 MIB = 1 << 20
 NAMESPACE = Path("/proc/self/ns/pid").stat().st_ino
@@ -49,7 +52,7 @@ class Registry:
         )
 
 
-def tensor(*parts: bytes) -> BatchTensor:
+def tensor(*parts: Buffer) -> BatchTensor:
     return BatchTensor("x", "UINT8", (sum(map(len, parts)),), parts)
 
 
@@ -126,6 +129,95 @@ async def test_a_region_of_a_batch_that_broke_while_it_was_sent_is_given_up() ->
     (answer,) = transport.answers
     answer(b"")
     assert pool.take(MIB) is None
+
+
+async def test_what_a_batch_wrote_is_found_where_it_lies() -> None:
+    pool = Registry().pool()
+    region = await pool.acquire(1000)
+    assert region is not None
+    view = pool.lend(region)
+    rows = [view[at : at + 64] for at in (64, 128, 192)]
+    found = pool.found([tensor(*rows[:2]), tensor(rows[1], b"", rows[2]), tensor(b"else")])
+    assert found == (
+        (region, Place(region.name, 64, 128)),
+        (region, Place(region.name, 128, 128)),
+        None,
+    )
+    # A gap, another order, what is no row of it, where no tensor begins.
+    for parts in (rows[::2], rows[::-1], [rows[0], bytes(64)], [view[1:2]], [b""], []):
+        assert pool.found([tensor(*parts)]) == ()
+    assert Registry().pool().found([tensor(*rows)]) == ()
+    del view, rows
+    gc.collect()
+    assert pool.take(1000) is region
+    assert pool.found([tensor(memoryview(region.view)[:64])]) == ()
+
+
+class Open(Unconnected):
+    """A transport that takes every call; its answers are given by hand."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[bytes, Callable[[Any], object]]] = []
+
+    def begin(self, *arguments: Any) -> bool:
+        self.calls.append((b"".join(arguments[1]), arguments[2]))
+        return True
+
+
+SILENT = CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer within 30 s")
+WRONG = CallFailed(grpc.StatusCode.INVALID_ARGUMENT, "not like this")
+
+
+@pytest.mark.parametrize(("outcome", "again"), [(SILENT, False), (WRONG, True), (None, True)])
+async def test_a_region_that_is_handed_on_is_free_when_its_last_reader_has_ended(
+    outcome: CallFailed | None, again: bool
+) -> None:
+    pool = Registry().pool()
+    region = await pool.acquire(MIB)
+    assert region is not None
+    view = pool.lend(region)
+    transport = Open()
+    execution = Execution(transport, pool, lambda: transport)
+    ended: list[object] = []
+    call = ModelCall("m", (tensor(view[:300_000], view[300_000:600_000]),), ("y",))
+    assert execution.begin(call, 30, ended.append)
+    ((message, answer),) = transport.calls
+    # By its place alone: no other region was there to copy it to.
+    assert region.name.encode() in message and len(message) < 500
+    del call, view
+    gc.collect()
+    assert pool.take(MIB) is None
+    answer(service_pb2.ModelInferResponse().SerializeToString() if outcome is None else outcome)
+    assert len(ended) == 1
+    transport.calls.clear()
+    del answer
+    gc.collect()
+    assert pool.take(MIB) is (region if again else None)
+
+
+async def test_inputs_that_are_nowhere_yet_are_written_beside_those_that_are() -> None:
+    pool = Registry().pool()
+    made, other = await pool.acquire(MIB), await pool.acquire(MIB)
+    assert made is not None and other is not None
+    view = pool.lend(made)
+    transport = Open()
+    execution = Execution(transport, pool, lambda: transport)
+    call = ModelCall("m", (tensor(b"few"), tensor(view[:600_000])), ("y",))
+    # No region for the one: nothing is begun.
+    assert not execution.begin(call, 30, lambda _: None)
+    pool.release(other)
+    assert execution.begin(call, 30, lambda _: None)
+    request = service_pb2.ModelInferRequest.FromString(transport.calls[0][0])
+    places = [
+        (
+            given.parameters["shared_memory_region"].string_param,
+            given.parameters["shared_memory_offset"].int64_param,
+            given.parameters["shared_memory_byte_size"].int64_param,
+        )
+        for given in request.inputs
+    ]
+    assert places == [(other.name, 0, 3), (made.name, 0, 600_000)]
+    assert bytes(other.view[:3]) == b"few" and not request.raw_input_contents
 
 
 async def test_tensors_are_joined_one_behind_the_other() -> None:

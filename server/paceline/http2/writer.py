@@ -19,7 +19,9 @@ from paceline.http2.frames import ErrorCode
 _TURN_BYTES = 1 << 20
 """A stream sends so much before it is the next one's turn."""
 _JOIN_BYTES = 1 << 15
-_FLUSH_BYTES = 1 << 18
+_FLUSH_BYTES = 1 << 22
+"""What a pass writes is kept back up to here, about what a socket takes at once: large answers of
+one batch, too, as each that is copied into the kernel pushes this code out of the caches."""
 
 
 class Stream:

@@ -23,6 +23,7 @@ from paceline.rpc.head import Head
 from paceline.rpc.status import Status, status_of
 
 IN_FLIGHT = 64
+_LARGE_BYTES = 1 << 18
 
 FAIL_FAST = ("triton_grpc_error", "true")
 """The header by which a client asks that the first failure ends the stream, as a unary call."""
@@ -159,7 +160,12 @@ class InferStream(Call):
             self._told_headers = True
             head = self._connection.headers(self.id, RESPONSE_BLOCK)
         message = (PREFIX.pack(0, size), *parts)
-        self._connection.send(self, head, message, PREFIX_BYTES + size, None)
+        connection = self._connection
+        # With no other request under way a large one need not wait for what this pass still does;
+        # small ones go together.
+        at_once = size >= _LARGE_BYTES and not self._entries and connection.alone
+        send = connection.send_at_once if at_once else connection.send
+        send(self, head, message, PREFIX_BYTES + size, None)
 
     def leave(self, entry: Entry, parts: Sequence[Buffer]) -> None:
         """A request ends with this message."""

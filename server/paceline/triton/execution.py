@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -17,7 +16,7 @@ from paceline.core.errors import BackendError
 from paceline.core.ports import ModelCall
 from paceline.core.tensor import ITEM_BYTES, BatchTensor, Buffer, Tensor
 from paceline.triton.messages import Place, infer_request, read_response
-from paceline.triton.shared_memory import LEAST_BYTES, Region, SharedMemoryPool
+from paceline.triton.shared_memory import LEAST_BYTES, Found, Region, SharedMemoryPool
 from paceline.triton.transport import INFER, CallFailed, ChannelClosed, Transport
 
 _ALIKE_BEFORE_SHARED = 2
@@ -31,9 +30,10 @@ Outcome = dict[str, Tensor] | CallFailed | ChannelClosed | BackendError
 class _Shared:
     """The shared memory of one call: a region with its inputs, one for its outputs, or both.
 
+    `found`: inputs that are where other calls wrote them, in regions that their views keep.
     The first of `unused`, `failed` and `answered` says what becomes of them."""
 
-    __slots__ = ("_over", "given", "places", "pool", "taken")
+    __slots__ = ("_found", "_over", "given", "places", "pool", "taken")
 
     def __init__(
         self,
@@ -41,8 +41,10 @@ class _Shared:
         given: Region | None,
         taken: Region | None,
         sizes: Sequence[int],
+        found: Sequence[Found | None] = (),
     ) -> None:
         self.pool = pool
+        self._found = found
         self.given = given
         self.taken = taken
         self.places = taken.places(sizes) if taken is not None else ()
@@ -51,11 +53,17 @@ class _Shared:
     def request(self, call: ModelCall) -> list[Buffer]:
         """The call's message, its inputs written where they belong. Raises BackendError."""
         try:
-            inputs = self.given.write(call.inputs) if self.given is not None else ()
-            return infer_request(call, inputs, self.places)
+            return infer_request(call, self._inputs(call), self.places)
         except BaseException:
             self.unused()
             raise
+
+    def _inputs(self, call: ModelCall) -> Sequence[Place]:
+        if not self._found:
+            return self.given.write(call.inputs) if self.given is not None else ()
+        missing = _missing(call, self._found)
+        written = iter(self.given.write(missing) if self.given is not None else ())
+        return [found[1] if found is not None else next(written) for found in self._found]
 
     def unused(self) -> None:
         """The server was told nothing of it."""
@@ -65,6 +73,10 @@ class _Shared:
     def failed(self, error: BaseException) -> None:
         """The call has failed: unless the server said so, it may still use the regions."""
         ended = isinstance(error, CallFailed) and error.answered
+        if not (ended or self._over):
+            for found in self._found:
+                if found is not None:
+                    found[0].usable = False
         for region in self._regions():
             (self.pool.release if ended else self.pool.give_up)(region)
 
@@ -73,7 +85,7 @@ class _Shared:
         view = None
         for region in self._regions():
             if region is self.taken:
-                view = region.lend(partial(self.pool.release, region))
+                view = self.pool.lend(region)
             else:
                 self.pool.release(region)
         return view
@@ -195,10 +207,11 @@ class Execution:
         """The regions that a call should have, from those that there are; None without them."""
         pool = self._pool
         assert pool is not None
-        given_bytes, expected = _given_bytes(call), self._expected(call)
+        found, given_bytes = self._given(pool, call)
+        expected = self._expected(call)
         given = pool.take(given_bytes) if given_bytes else None
         taken = pool.take(_room(expected)) if expected else None
-        shared = _Shared(pool, given, taken, expected)
+        shared = _Shared(pool, given, taken, expected, found)
         if (given is None and given_bytes) or (taken is None and expected):
             shared.unused()
             return None
@@ -208,14 +221,28 @@ class Execution:
         """The regions that a call should have, as far as they can be had."""
         pool = self._pool
         assert pool is not None
-        given_bytes, expected = _given_bytes(call), self._expected(call)
+        found, given_bytes = self._given(pool, call)
+        expected = self._expected(call)
         given = await pool.acquire(given_bytes) if given_bytes else None
         try:
             taken = await pool.acquire(_room(expected)) if expected else None
         except BaseException:
             _Shared(pool, given, None, ()).unused()
             raise
-        return _Shared(pool, given, taken, expected) if given or taken else None
+        if given is None and given_bytes:
+            found = ()
+        some = found or given or taken
+        return _Shared(pool, given, taken, expected, found) if some else None
+
+    @staticmethod
+    def _given(pool: SharedMemoryPool, call: ModelCall) -> tuple[Sequence[Found | None], int]:
+        """Where inputs are already, and the bytes of a region for the others; 0: there are none,
+        or a message is as cheap."""
+        size_bytes = _size_bytes(call.inputs)
+        if size_bytes < LEAST_BYTES:
+            return (), 0
+        found = pool.found(call.inputs)
+        return found, _room([t.size_bytes for t in _missing(call, found)])
 
     def _unshare(self, error: CallFailed, call: ModelCall, shared: _Shared | None) -> bool:
         """Whether it was the shared memory that failed; it is used less from now on."""
@@ -265,14 +292,15 @@ def _size_bytes(inputs: Sequence[BatchTensor]) -> int:
     return sum([tensor.size_bytes for tensor in inputs])
 
 
-def _given_bytes(call: ModelCall) -> int:
-    """Bytes of a region for the inputs; 0 where a message is as cheap."""
-    size_bytes = _size_bytes(call.inputs)
-    return size_bytes + 64 * len(call.inputs) if size_bytes >= LEAST_BYTES else 0
+def _missing(call: ModelCall, found: Sequence[Found | None]) -> Sequence[BatchTensor]:
+    """Inputs that are in no region yet."""
+    if not found:
+        return call.inputs
+    return [tensor for tensor, at in zip(call.inputs, found, strict=True) if at is None]
 
 
 def _room(sizes: Sequence[int]) -> int:
-    """Bytes of a region for outputs of these sizes."""
+    """Bytes of a region for tensors of these sizes."""
     return sum(sizes) + 64 * len(sizes)
 
 

@@ -4,10 +4,11 @@ Above about half a megabyte a copy into shared memory is several times cheaper t
 pool holds regions that are made and registered once, when first needed, and used again.
 
 Invariants: a region is written or lent to one batch at a time, and comes back when the last view
-of it is gone; all regions together stay below `limit_bytes`; the name of a region is gone as soon
-as Triton has mapped it, so whatever ends Paceline leaves nothing in /dev/shm. Where memory or
-registration is refused (another machine, a full /dev/shm), the pool is off for good and messages
-carry everything.
+of it is gone, so that what a model wrote can be read where it lies, by clients and by the next
+models of a chain (`found`); all regions together stay below `limit_bytes`; the name of a region is
+gone as soon as Triton has mapped it, so whatever ends Paceline leaves nothing in /dev/shm. Where
+memory or registration is refused (another machine, a full /dev/shm), the pool is off for good and
+messages carry everything.
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ _lent: dict[str, weakref.ref[object]] = {}
 class Region:
     """One mapped file."""
 
-    __slots__ = ("_memory", "name", "size_bytes", "view")
+    __slots__ = ("_memory", "name", "size_bytes", "usable", "view")
 
     def __init__(self, name: str, memory: mmap.mmap, size_bytes: int) -> None:
         self.name = name
         self.size_bytes = size_bytes
+        self.usable = True
+        """Whether it may be used again when it comes back."""
         self._memory = memory
         self.view = memoryview(memory)
 
@@ -101,6 +104,10 @@ class Region:
             self._memory.close()
 
 
+Found = tuple[Region, Place]
+"""Where a tensor is, and the region that has to stay what it is while a batch reads it."""
+
+
 class SharedMemoryPool:
     """The regions of one Triton. See the module docstring."""
 
@@ -117,6 +124,8 @@ class SharedMemoryPool:
         self._registered = registered
         self._limit_bytes = min(limit_bytes, _free_bytes() // _SHARE_OF_FREE)
         self._free: list[Region] = []
+        self._lent: dict[int, Region] = {}
+        """By the identity of what the views of a region hold on to."""
         self._bytes = 0
         self._making = asyncio.Lock()
         self.on = self._limit_bytes >= _LEAST_REGION_BYTES
@@ -151,6 +160,38 @@ class SharedMemoryPool:
             self._free.append(region)
         else:
             region.close()
+
+    def lend(self, region: Region) -> memoryview:
+        """A view of what a batch wrote there; the region is free when no slice of it is left."""
+        view = region.lend(lambda: self._returned(key, region))
+        key = id(view.obj)
+        self._lent[key] = region
+        return view
+
+    def _returned(self, key: int, region: Region) -> None:
+        del self._lent[key]
+        (self.release if region.usable else self.give_up)(region)
+
+    def found(self, tensors: Sequence[BatchTensor]) -> tuple[Found | None, ...]:
+        """Where these tensors are already, as batches wrote them; () where none of them is."""
+        found = tuple(map(self._found, tensors)) if self._lent else ()
+        return found if any(found) else ()
+
+    def _found(self, tensor: BatchTensor) -> Found | None:
+        """Parts that lie one behind the other in a region that is lent."""
+        parts = [part for part in tensor.parts if len(part)]
+        first = parts[0] if parts else b""
+        if not isinstance(first, memoryview) or id(first.obj) not in self._lent:
+            return None
+        region, owner = self._lent[id(first.obj)], first.obj
+        begin = end = _address(first)
+        for part in parts:
+            if not isinstance(part, memoryview) or part.obj is not owner or _address(part) != end:
+                return None
+            end += len(part)
+        offset = begin - _address(region.view)
+        # A model may compute where a tensor lies, and expect it where tensors begin.
+        return None if offset % _ALIGNMENT else (region, Place(region.name, offset, end - begin))
 
     def give_up(self, region: Region) -> None:
         """Triton may still use it: it is never used again, and stays registered and counted."""
@@ -226,6 +267,11 @@ def _create(path: Path, size_bytes: int) -> mmap.mmap:
         raise
     finally:
         os.close(descriptor)
+
+
+def _address(view: memoryview) -> int:
+    address: int = np.frombuffer(view, "B").__array_interface__["data"][0]
+    return address
 
 
 def _owner_prefix(pid: int) -> str:
