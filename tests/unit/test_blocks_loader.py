@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from paceline.blocks.backend import loader as loader_module
 from paceline.blocks.backend.loader import Loader
 from paceline.blocks.backend.manifest import PAGE_BYTES, Chunks, Manifest, PoolError, PoolObject
 from paceline.blocks.backend.mapping import MappedObject
+from paceline.blocks.backend.source import Waiting
 from paceline.blocks.backend.window import Span, Window
 
 PAGES = {"a": 1, "b": 3, "c": 1, "d": 2, "e": 5}
@@ -31,7 +33,7 @@ class Link:
     def expect(self, spans: Sequence[Span]) -> None:
         self._now = tuple(spans)
 
-    def fetch(self, span: Span) -> None:
+    def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
         if span in self.failing:
             self.failing.remove(span)
             raise PoolError("the link is down")

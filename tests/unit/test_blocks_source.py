@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 from blake3 import blake3
 from tests.http_stores import StoreHandler, answering
 
+from paceline.blocks.backend.loader import Loader
 from paceline.blocks.backend.manifest import Chunks, PoolObject
 from paceline.blocks.backend.mapping import MappedObject
 from paceline.blocks.backend.remote import RemoteSource
 from paceline.blocks.backend.source import LocalSource, Source
 from paceline.blocks.backend.store import HttpStore
-from paceline.blocks.backend.window import Span
+from paceline.blocks.backend.window import Span, Window
 
 MIB = 1 << 20
 OBJECT_BYTES = 8 * MIB
@@ -156,3 +158,42 @@ def test_of_what_is_expected_the_next_span_is_read_too(opened: Callable[[], Open
             time.sleep(0.001)  # the disk is at it
         assert found.cached_bytes() == wanted
     source.close()
+
+
+class Turns:
+    """All are had at once; tells when one is given back."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.given_back = threading.Event()
+
+    def begin(self, urgent: Callable[[], bool]) -> bool:
+        self.told.append("begin")
+        return False
+
+    def end(self, size_bytes: int) -> None:
+        self.told.append("end")
+        self.given_back.set()
+
+
+def test_who_waits_for_what_another_process_fetches_gives_its_turn_back(
+    remote: Callable[[], RemoteSource],
+) -> None:
+    """The other one needs a turn to go on: waiting for each other they would both stand still."""
+    other, source = remote(), remote()
+    other.open(STATED)
+    other.fetch(SPANS[0])
+    turns = Turns()
+    window = Window([[NAME]], {NAME: OBJECT_BYTES}, chunk_bytes=2 * MIB)
+    loader = Loader(window, source.open(STATED), source, turns=turns)
+    loader.start()
+    try:
+        assert turns.given_back.wait(TIMEOUT_S) and turns.told == ["begin", "end"]
+        for span in SPANS[1:]:
+            other.fetch(span)
+        assert loader.wait_complete(TIMEOUT_S)
+        assert turns.told[2] == "begin"
+    finally:
+        other.close()  # whatever it has locked, so that nobody waits for it
+        loader.close()
+        source.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from .manifest import PoolError
@@ -242,12 +242,11 @@ class Loader:
         began_s = time.perf_counter()
         try:
             if self._turn_since_s is None:
-                self._alone = self._turns.begin(self._waited_for)
-                self._turn_since_s = began_s = time.perf_counter()
+                began_s = self._begin_turn()
             spans = (*step.fetch, *self._fetched_next())
             for number, span in enumerate(step.fetch, 1):
                 self._source.expect(spans[number:])
-                self._source.fetch(span)
+                self._source.fetch(span, self._without_turn)
                 moved += span.size_bytes
                 with self._changed:
                     self._window.fetched(span)
@@ -275,6 +274,18 @@ class Loader:
         with self._changed:
             self._following = self._window.next_step()
             return () if self._following is None else self._following.fetch
+
+    def _begin_turn(self) -> float:
+        self._alone = self._turns.begin(self._waited_for)
+        self._turn_since_s = time.perf_counter()
+        return self._turn_since_s
+
+    @contextlib.contextmanager
+    def _without_turn(self) -> Iterator[None]:
+        """While another process fetches what is wanted here: it may need a turn for that."""
+        self._end_turn()
+        yield
+        self._begin_turn()
 
     def _end_turn(self) -> None:
         if self._turn_since_s is not None:

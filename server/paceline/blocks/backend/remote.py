@@ -20,6 +20,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from blake3 import blake3
@@ -31,6 +32,7 @@ from .objects import Altered, ObjectStore, hash_file, is_right
 from .partial import PartialObject
 from .reader import Reader
 from .settler import Settler
+from .source import Waiting
 from .store import Part, Store
 from .window import Span
 
@@ -199,14 +201,16 @@ class RemoteSource:
             part.ours = part.try_lock() and not part.is_published(self._store.path(digest))
         return part.ours
 
-    def fetch(self, span: Span) -> None:
+    def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
         opened = self._objects[span.name]
         part = self._parts.get(span.name)
         size = min(span.size_bytes, opened.size_bytes - span.offset)  # spans are whole pages
         if span.name in self._chunks:  # others may use its rows: nothing unchecked is written there
             if span.last:
                 self.check(span.name)
-        elif part is not None and (part.ours or not self._came_from_elsewhere(span.name, part)):
+        elif part is not None and (
+            part.ours or not self._came_from_elsewhere(span.name, part, waiting)
+        ):
             self._download(span.name, part, span.offset, size)
             self._reader.wrote_span(part, span.offset, size)
         elif span.offset == 0:
@@ -353,12 +357,15 @@ class RemoteSource:
             return is_right(self._objects[digest].bytes, self._stated[digest])
         return hash_file(part.handle, keep=False) == self._stated[digest].blake3
 
-    def _came_from_elsewhere(self, digest: str, part: PartialObject) -> bool:
+    def _came_from_elsewhere(
+        self, digest: str, part: PartialObject, waiting: Waiting = nullcontext
+    ) -> bool:
         """Waits for whoever fetches it; whether it is complete then."""
         if not part.try_lock():
             for other in list(self._parts.values()):
                 other.release()  # two that wait for each other would wait for ever
-            part.lock()
+            with waiting():
+                part.lock()
         part.ours = not part.is_published(self._store.path(digest))
         if part.ours:
             return False

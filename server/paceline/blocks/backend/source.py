@@ -8,7 +8,8 @@ block computes with bytes that nobody checked.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from .mapping import MappedObject
 from .objects import ObjectStore
 from .reader import Reader
 from .window import Span
+
+Waiting = Callable[[], AbstractContextManager[None]]
 
 
 class Source(Protocol):
@@ -41,8 +44,11 @@ class Source(Protocol):
     def expect(self, spans: Sequence[Span]) -> None:
         """What will be fetched after the next span, in this order."""
 
-    def fetch(self, span: Span) -> None:
-        """Brings the span's bytes into memory. Raises PoolError; the object is then not held."""
+    def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
+        """Brings the span's bytes into memory. Raises PoolError; the object is then not held.
+
+        In `waiting()` it does nothing but wait for another process that fetches the object.
+        """
 
     def check(self, digest: str) -> None:
         """Makes sure that an object that is paged in on demand has the right bytes."""
@@ -93,7 +99,7 @@ class LocalSource:
     def expect(self, spans: Sequence[Span]) -> None:
         self._reader.expect(spans)
 
-    def fetch(self, span: Span) -> None:
+    def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
         if span.offset == 0:
             self.check(span.name)
         self._reader.bring(self._objects, span)
