@@ -51,11 +51,9 @@ from paceline.core.errors import PacelineError
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from scripts.gateway_peers import MAX_BATCH, Peer, peers, process  # noqa: E402
-from scripts.gateway_report import Cell, Results, report  # noqa: E402
+from scripts.gateway_report import BEFORE, FRONTED, Cell, Results, report  # noqa: E402
 
 SIZES = {"64B": 64, "600KB": 600_000, "5MB": 5_000_000}
-FRONTED = ("paceline-1", "paceline-3", "apart-3")
-BEFORE = ("before-1", "before-3", "before-a")
 
 
 def ask(generator: subprocess.Popen[str], peer: Peer, cell: Cell, seconds_s: float) -> Any:

@@ -229,9 +229,8 @@ def serving(
     A chain's requests have no batch axis: with `rows` its only model is asked by its own name.
     """
     names = [name for way in ways for name in way.models]
-    for (
-        left
-    ) in repository.iterdir():  # of an earlier run: no chain uses it, so it would stay loaded
+    # What an earlier run left is in no chain, and would stay loaded.
+    for left in repository.iterdir():
         if left.name not in names:
             shutil.rmtree(left)
     specs = asyncio.run(_declared(repository, names))

@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc.aio
 import psutil
+from scripts.gateway_report import BEFORE, FRONTED
 from tritonclient.grpc import service_pb2
 
 from paceline.core.errors import PacelineError
@@ -210,18 +211,18 @@ async def peers(
             )
         )
         add("naive", f"127.0.0.1:{port}", "a", True, lambda: (naive.pid,))
-        target, pid = await start_front(work, options, stack)
-        for case, chain in (("paceline-1", "one"), ("paceline-3", "three"), ("apart-3", "apart")):
-            add(case, target, chain, False, lambda: (pid,))
+        fronts = [(HERE.parent, FRONTED)]
         if options.before is not None:
-            target, before = await start_front(work, options, stack, options.before)
-            for case, chain in (("before-1", "one"), ("before-3", "three"), ("before-a", "apart")):
-                add(case, target, chain, False, lambda: (before,))
+            fronts.append((options.before, BEFORE))
+        for tree, cases in fronts:
+            target, front = await start_front(work, options, stack, tree)
+            for case, chain in zip(cases, ("one", "three", "apart"), strict=True):
+                add(case, target, chain, False, lambda pid=front: (pid,))
         yield made
 
 
 async def start_front(
-    work: Path, options: argparse.Namespace, stack: AsyncExitStack, tree: Path = HERE.parent
+    work: Path, options: argparse.Namespace, stack: AsyncExitStack, tree: Path
 ) -> tuple[str, int]:
     """`paceline serve` of a source tree with a local Triton of its own: where it listens, its
     process.

@@ -70,7 +70,9 @@ def _beside_ensemble_ms(r: Repeat) -> float:
 
 
 ONE, THREE, APART, NAIVE = "paceline-1", "paceline-3", "apart-3", "naive"
-BEFORE = ((ONE, "before-1"), (THREE, "before-3"), (APART, "before-a"))
+FRONTED = (ONE, THREE, APART)
+BEFORE = ("before-1", "before-3", "before-a")
+"""The same chains by the code of another source tree."""
 FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Repeat], float], str], ...] = (
     ("added latency per module, chain of 1 (ms)", (ONE, "triton"), _added_ms(ONE, 1), ".2f"),
     ("added latency per module, chain of 3 (ms)", (THREE, "triton"), _added_ms(THREE, 3), ".2f"),
@@ -100,11 +102,11 @@ FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Repeat], float], str], ...]
     ("CPU: naive / chain of 1", (ONE, NAIVE), _ratio("cpu_us", NAIVE, ONE), ".2f"),
     *(
         (f"requests/s: {now} / {old}", (now, old), _ratio("rps", now, old), ".2f")
-        for now, old in BEFORE
+        for now, old in zip(FRONTED, BEFORE, strict=True)
     ),
     *(
         (f"CPU: {now} / {old}", (now, old), _ratio("cpu_us", now, old), ".2f")
-        for now, old in BEFORE
+        for now, old in zip(FRONTED, BEFORE, strict=True)
     ),
 )
 """Name, cases it needs, how it is computed from one repeat, format."""
