@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from paceline.blocks.backend.budget import floor_bytes
+from paceline.blocks.backend.budget import budget_for
 from paceline.blocks.backend.manifest import Manifest, Member
 from paceline.blocks.backend.source import tables_of
 from paceline.blocks.member import Options
@@ -61,7 +61,7 @@ def largest_batch(manifest: Manifest, options: Options) -> int:
 
     def floor(rows: int) -> int:
         activations_bytes = manifest.activation_bytes(rows)
-        return floor_bytes(manifest.largest_block_bytes, activations_bytes, tables=tables)
+        return budget_for(manifest.largest_block_bytes, activations_bytes, tables=tables)
 
     fitting = [
         rows for rows in range(1, options.max_batch + 1) if floor(rows) <= options.budget_mib * MIB

@@ -58,7 +58,6 @@ class BlockModel:
             blocks.extend(member.blocks)
         stated = objects_of(self.manifest)
         needs = [loaded_objects(block) for block in blocks]
-        loaded = {name for names in needs for name in names}
         self._tables = tables_of(self.manifest)
         # A device does not page on demand: its tables are there, and checked, as a whole.
         self._by_rows = {} if self._driver is not None else self._tables_by_rows(blocks)
@@ -79,7 +78,10 @@ class BlockModel:
                 ledger=ledger,
             )
         else:
-            ledger.expect(name or self.manifest.model, sum(held[each] for each in loaded))
+            ledger.expect(
+                name or self.manifest.model,
+                sum(held[each] for each in stated if each not in self._tables),
+            )
         self._objects: Mapping[str, MappedObject] = source.open(stated)
         for name in self._tables:
             self._objects[name].expect_rows()

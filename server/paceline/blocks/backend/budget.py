@@ -32,9 +32,16 @@ _LOAD_MEMORY_S = 5.0
 _CURVE_POINTS = 8
 
 
-def floor_bytes(largest_bytes: int, activations_bytes: int, *, tables: bool) -> int:
-    """The least budget: for the largest block, activations, and rows of tables if there are any."""
-    return math.ceil(largest_bytes / _blocks_share(tables)) + activations_bytes
+def budget_for(blocks_bytes: int, activations_bytes: int, *, tables: bool) -> int:
+    """The least budget that holds so much of blocks, activations, and rows of tables if there are
+    any.
+    """
+    return math.ceil(blocks_bytes / _blocks_share(tables)) + activations_bytes
+
+
+def blocks_within(budget_bytes: int, activations_bytes: int, *, tables: bool) -> int:
+    """What a budget leaves for blocks: the inverse of `budget_for`."""
+    return int(max(budget_bytes - activations_bytes, 0) * _blocks_share(tables))
 
 
 def _blocks_share(tables: bool) -> float:
@@ -63,7 +70,6 @@ class Budget:
         self._settings = settings
         self._ledger = ledger
         self._tables = tables
-        self._blocks_share = _blocks_share(tables)
         self._most_rows = 1
         self._attending = threading.Lock()
         self._check(1)
@@ -86,7 +92,7 @@ class Budget:
     @property
     def limit_bytes(self) -> int:
         """For blocks."""
-        return int(max(self._bytes - self.activation_bytes, 0) * self._blocks_share)
+        return blocks_within(self._bytes, self.activation_bytes, tables=self._tables)
 
     @property
     def activation_bytes(self) -> int:
@@ -149,7 +155,7 @@ class Budget:
     def _floor_bytes(self, rows: int) -> int:
         """The least that batches of `rows` run within."""
         largest = max(self._needs, default=0)
-        return floor_bytes(largest, self._activations(rows), tables=self._tables)
+        return budget_for(largest, self._activations(rows), tables=self._tables)
 
     def _check(self, rows: int) -> None:
         floor, activations = self._floor_bytes(rows), self._activations(rows)
@@ -201,7 +207,7 @@ class Budget:
         rows = self._rows
         if self._shared:
             held = max(self._loader.held_bytes, self.limit_bytes)
-            held_bytes = int(held / self._blocks_share) + 1 + self.activation_bytes
+            held_bytes = budget_for(held, self.activation_bytes, tables=self._tables)
             held_bytes = min(held_bytes, max(self._bytes, held))
             self._bytes = self._ledger.exchange(self._claim(rows), held_bytes)
         if self.limit_bytes < max(self._needs, default=0):
@@ -212,14 +218,14 @@ class Budget:
 
     def _claim(self, rows: int) -> Claim:
         beside, floor = self.activation_bytes, self._floor_bytes(self._most_rows)
-        everything = int(sum(self._needs) / self._blocks_share) + 1 + beside
+        everything = budget_for(sum(self._needs), beside, tables=self._tables)
         most = min(everything, self._settings.memory_budget_bytes or everything)
         step = max((most - floor) // _CURVE_POINTS, 1)
         sizes = [*range(floor, most, step)][:_CURVE_POINTS] or [floor]
         if most > sizes[-1]:
             sizes.append(most)
         curve = tuple(
-            (size, self._plan(int((size - beside) * self._blocks_share), rows).latency_s)
+            (size, self._plan(blocks_within(size, beside, tables=self._tables), rows).latency_s)
             for size in sizes
         )
         with self._lock:
