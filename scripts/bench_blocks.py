@@ -74,7 +74,7 @@ def main() -> None:
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
             )
-        if name in ("fuse", "share"):
+        if name in ("fuse", "share", "cgroup"):
             places = ("triton" if name == "fuse" else "process", "paceline")
             command.add_argument("--at", nargs="+", choices=places, default=places)
         if name in ("cgroup", "served"):
@@ -88,6 +88,8 @@ def main() -> None:
     if arguments.command == "child":
         print(json.dumps(CHILDREN[arguments.job.pop("do")](**arguments.job)))
         return
+    if arguments.command == "cgroup" and arguments.link_mbps and "paceline" in arguments.at:
+        parser.error("--link-mbps: behind a link only --at process is measured")
     arguments.work.mkdir(parents=True, exist_ok=True)
     PARTS[arguments.command](Bench(arguments.work.resolve()), arguments)
 

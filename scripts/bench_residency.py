@@ -134,10 +134,13 @@ def message(name: str, *, batched: bool = True) -> bytes:
 
 
 @contextmanager
-def served(work: Path, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """`paceline serve`, ready: its gRPC target and HTTP address."""
+def served(
+    work: Path, arguments: Sequence[str], within: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """`paceline serve`, ready: its gRPC target and HTTP address. `within`: what runs a command."""
     grpc_port, http_port = free_port(), free_port()
     command: list[str | Path] = [
+        *within,
         *(sys.executable, "-m", "paceline", "serve", "--state-dir", work / "state"),
         *("--grpc-port", str(grpc_port), "--http-port", str(http_port), *arguments),
     ]

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,23 @@ from scripts.blocks_measure import (
     Bench,
     Budget,
     drop_page_cache,
+    entering,
     feed_of,
     in_child,
     open_model,
     plain_feed,
     plain_session,
 )
+from scripts.blocks_served import Way, serving, write_config, write_within
 
 from paceline.blocks.backend.settings import MIB
+from paceline.blocks.repository import read_config
 
 SLACK_MIB = 6
 """For what the kernel charges ahead."""
 SETTLED_S = 2.0
+_NEVER_S = 3600.0
+_ONE_INSTANCE = ("--slots", "1", "--replan-window-s", "0")
 
 
 def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -49,8 +55,11 @@ def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
     for model in arguments.models:
         for ratio in arguments.ratios:
             budget = bench.budget(model, ratio, arguments.batch)
-            with served(bench.work / "blocks", arguments.link_mbps) as url:
-                print_limited(bench, arguments, model, ratio, budget, url)
+            if "process" in arguments.at:
+                with served(bench.work / "blocks", arguments.link_mbps) as url:
+                    print_limited(bench, arguments, model, ratio, budget, url)
+            if "paceline" in arguments.at:
+                print_through(bench, arguments, model, ratio, budget.weights_mib)
 
 
 def print_limited(
@@ -93,6 +102,91 @@ def print_limited(
             f"| {limit_mib} | {how} | {took} | {peak_mib:.0f} | {hits} |",
             flush=True,
         )
+
+
+def print_through(
+    bench: Bench, arguments: argparse.Namespace, model: str, ratio: float, weights_mib: float
+) -> None:
+    """Each way's row; the cgroup holds `paceline serve`, its Triton and the model's process.
+
+    What they take by themselves is measured with the model loaded and nothing asked. Every way is
+    served once without a limit before, so that its profile is there.
+    """
+    home = bench.work / "served" / f"{model}-{arguments.batch}-limited"
+    within, paged = home / "within", home / "paged"
+    budget_mib = write_within(bench, model, within / model, ratio, arguments.batch)
+    write_within(bench, model, paged / model, ratio, arguments.batch)
+    _let_page(paged / model)
+    with tempfile.TemporaryDirectory(dir=bench.work) as made:
+        through = partial(_through, bench, Path(made), arguments)
+        limit_mib = arguments.limit_mib
+        for how, repository in (("budget", within), ("paged by the kernel", paged)):
+            through(repository, None, 0)
+            if limit_mib is None:
+                drop_page_cache(bench.work)
+                parameters = {"memory_budget_mib": f"{budget_mib}"}
+                directory = str(within / model)
+                held = in_child(bench, None, do="idle", directory=directory, parameters=parameters)
+                drop_page_cache(bench.work)
+                beside_mib = through(repository, None, 0).most_mib - held["held_mib"]
+                limit_mib = math.ceil(budget_mib + beside_mib + SLACK_MIB)
+            found = through(repository, limit_mib, WARM_UP_RUNS + arguments.repeats)
+            took = statistics.median(found.took_s[WARM_UP_RUNS:])
+            print(
+                f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {arguments.batch} "
+                f"| {limit_mib} | through Paceline, {how} | {1e3 * took:.0f} "
+                f"| {found.most_mib:.0f} | {found.limit_hits} |",
+                flush=True,
+            )
+
+
+@dataclass(frozen=True)
+class Through:
+    took_s: list[float]
+    most_mib: float
+    limit_hits: int
+
+
+def _through(
+    bench: Bench,
+    work: Path,
+    arguments: argparse.Namespace,
+    repository: Path,
+    limit_mib: int | None,
+    runs: int,
+) -> Through:
+    """A server in a cgroup of its own and `runs` requests, one after another."""
+    way = Way("", [model.name for model in repository.iterdir()])
+    state = work / repository.name
+    state.mkdir(exist_ok=True)
+    drop_page_cache(bench.work)
+    took_s: list[float] = []
+    with cgroup(limit_mib) as group:
+        with serving(
+            bench,
+            repository,
+            [way],
+            arguments.batch,
+            keep_alive_s=_NEVER_S,
+            given=_ONE_INSTANCE,
+            within=entering(group),
+            kept=state,
+        ) as (_, (ask,)):
+            time.sleep(SETTLED_S)
+            for _ in range(runs):
+                began_s = time.perf_counter()
+                ask()
+                took_s.append(time.perf_counter() - began_s)
+        hits = int((group / "memory.failcnt").read_text())
+        return Through(took_s, most_mib(group), hits)
+
+
+def _let_page(directory: Path) -> None:
+    """The blocks of a budget without it."""
+    config = read_config(directory / "config.pbtxt")
+    assert config is not None
+    del config.parameters["memory_budget_mib"]
+    write_config(directory, config)
 
 
 @contextmanager

@@ -125,8 +125,7 @@ def in_child(bench: Bench, group: Path | None = None, **job: Any) -> dict[str, A
         json.dumps(job),
     ]
     if group is not None:
-        enter = 'echo $$ > "$0"/cgroup.procs && exec "$@"'
-        command = ["sh", "-c", enter, str(group), *command]
+        command = [*entering(group), *command]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if group is not None and done.returncode in (-9, 137):
         return {}
@@ -134,6 +133,11 @@ def in_child(bench: Bench, group: Path | None = None, **job: Any) -> dict[str, A
         raise SystemExit(f"{job}: {done.stderr.strip()[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def entering(group: Path) -> list[str]:
+    """What runs the command after it in this cgroup."""
+    return ["sh", "-c", 'echo $$ > "$0"/cgroup.procs && exec "$@"', str(group)]
 
 
 def open_model(directory: Path, **parameters: str) -> BlockModel:

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -33,7 +33,7 @@ from google.protobuf import text_format
 from scripts.bench_residency import served, until_cold
 from scripts.blocks_cold import download
 from scripts.blocks_cold import served as served_link
-from scripts.blocks_measure import WARM_UP_RUNS, Bench, drop_page_cache, filled
+from scripts.blocks_measure import ITEMS, WARM_UP_RUNS, Bench, drop_page_cache, filled
 
 from paceline.blocks.backend.settings import MIB
 from paceline.blocks.compile import compile_model
@@ -71,12 +71,13 @@ def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|")
     rows = arguments.batch
     for model in arguments.models:
+        ratios = () if model in ITEMS else arguments.ratios  # no block of those is so small
         for mbps in arguments.link_mbps:
             with served_link(bench.work, mbps) as url:
                 if url:
                     repository, ways = _behind(bench, model, url, rows)
                 else:
-                    repository, ways = _on_disk(bench, model, arguments.ratios, rows)
+                    repository, ways = _on_disk(bench, model, ratios, rows)
                 found = measured(
                     bench, repository, ways, arguments.repeats, rows=rows, dropped=not url
                 )
@@ -90,17 +91,13 @@ def _on_disk(
 ) -> tuple[Path, list[Way]]:
     """Plain, as blocks, as blocks within budgets: weights by the ratio, and activations."""
     repository = bench.work / "served" / f"{model}-{rows}" / "models"
-    manifest = bench.manifest(model)
     plain, blocks = f"{model}_plain", f"{model}_blocks"
     write_blocks(bench, {"": model}, repository / blocks, None, rows)
     write_plain(repository / plain, repository / blocks, bench.onnx(model))
     ways = [Way("plain", [plain]), Way("blocks", [blocks])]
     for ratio in ratios:
         name = f"{model}_{ratio:g}"
-        budget_mib = ceil((manifest.weights_bytes / ratio + manifest.activation_bytes(rows)) / MIB)
-        # Where its largest block leaves room for fewer rows, as much more as all of them take.
-        while write_blocks(bench, {"": model}, repository / name, budget_mib, rows) < rows:
-            budget_mib += 1
+        budget_mib = write_within(bench, model, repository / name, ratio, rows)
         ways.append(Way(f"blocks, budget {budget_mib} MiB ({ratio:g})", [name]))
     return repository, ways
 
@@ -166,7 +163,21 @@ def write_blocks(
         shutil.rmtree(directory.parent / name, ignore_errors=True)
     config = read_config(directory / "config.pbtxt")
     assert config is not None
+    for model in members.values():
+        if model in ITEMS:
+            config.input[0].dims[:] = ITEMS[model][1:]
+            write_config(directory, config)
     return int(config.max_batch_size)
+
+
+def write_within(bench: Bench, model: str, directory: Path, ratio: float, rows: int) -> int:
+    """The budget of the model it writes: weights by the ratio, and the rows' activations."""
+    manifest = bench.manifest(model)
+    budget_mib = ceil((manifest.weights_bytes / ratio + manifest.activation_bytes(rows)) / MIB)
+    # Where its largest block leaves room for fewer rows, as much more as all of them take.
+    while write_blocks(bench, {"": model}, directory, budget_mib, rows) < rows:
+        budget_mib += 1
+    return budget_mib
 
 
 def write_plain(directory: Path, compiled: Path, onnx: Path) -> None:
@@ -223,10 +234,15 @@ def serving(
     ways: Sequence[Way],
     rows: int = 1,
     keep_alive_s: float = _KEEP_ALIVE_S,
+    *,
+    given: Sequence[str] = (),
+    within: Sequence[str] = (),
+    kept: Path | None = None,
 ) -> Iterator[tuple[Any, list[Callable[[], None]]]]:
     """A `paceline serve` with a chain for each way: a channel to it, and what asks each way once.
 
     A chain's requests have no batch axis: with `rows` its only model is asked by its own name.
+    `given`: more arguments; `within`: what runs the command; `kept`: where its state is kept.
     """
     names = [name for way in ways for name in way.models]
     # What an earlier run left is in no chain, and would stay loaded.
@@ -234,16 +250,17 @@ def serving(
         if left.name not in names:
             shutil.rmtree(left)
     specs = asyncio.run(_declared(repository, names))
-    with tempfile.TemporaryDirectory(dir=bench.work) as made:
-        work = Path(made)
-        arguments = ["--model-repository", str(repository)]
+    made = tempfile.TemporaryDirectory(dir=bench.work) if kept is None else nullcontext(kept)
+    with made as place:
+        work = Path(place)
+        arguments = [*given, "--model-repository", str(repository)]
         for number, way in enumerate(ways):
             file = work / f"way{number}.yaml"
             of_way = [specs[name] for name in way.models]
             file.write_text(_chain(f"way{number}", of_way, keep_alive_s), "utf-8")
             arguments += ["--chains", str(file)]
         with (
-            served(work, arguments) as (target, _),
+            served(work, arguments, within) as (target, _),
             grpc.insecure_channel(target) as channel,
             triton.InferenceServerClient(target) as client,
         ):
