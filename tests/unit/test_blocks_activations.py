@@ -19,7 +19,7 @@ from paceline.blocks.backend.manifest import Manifest, PoolError
 from paceline.blocks.backend.settings import read_settings
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
-from paceline.blocks.repository import CompiledModel
+from paceline.blocks.repository import CompiledModel, read_config
 from paceline.core.errors import BudgetError, ConfigError
 
 MIB = 1 << 20
@@ -162,6 +162,25 @@ def test_a_budget_of_which_activations_take_most_has_smaller_blocks(tmp_path: Pa
     assert halves + made.activation_bytes(1) > least_mib * MIB
     assert made.document["options"]["piece_mib"] * MIB < halves
     assert {path.name for path in pool.iterdir()} == {"external", *made.objects}
+
+
+def test_blocks_fit_twice_beside_the_batch_that_was_asked_for(tmp_path: Path) -> None:
+    """One comes while the other computes; smaller blocks are made for that, and for that only."""
+    source = written(tmp_path, "wide")
+
+    def compiled(max_batch: int) -> Manifest:
+        directory, options = tmp_path / "repo" / "wide", Options(12, max_batch)
+        made = compile_model({"": source}, directory, tmp_path / "pool", options).model
+        config = read_config(directory / "config.pbtxt")
+        assert config is not None
+        assert 1 <= config.max_batch_size < 32
+        return made.manifest
+
+    coarse = compiled(32)  # nobody asked for just as many rows as fit
+    assert coarse.largest_block_bytes == Options(12).piece_bytes
+    assert 2 * coarse.largest_block_bytes + coarse.activation_bytes(1) > 12 * MIB
+    finer = compiled(1)
+    assert 2 * finer.largest_block_bytes + finer.activation_bytes(1) <= 12 * MIB
 
 
 MEASURE = """

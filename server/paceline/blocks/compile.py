@@ -33,7 +33,7 @@ from paceline.blocks.backend.manifest import (
     runtime_here,
 )
 from paceline.blocks.backend.objects import ObjectStore
-from paceline.blocks.fitting import check_blocks, largest_batch, within_budget
+from paceline.blocks.fitting import Check, check_blocks, within_budget
 from paceline.blocks.group import Group
 from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
 from paceline.blocks.pool import MIB, PoolWriter
@@ -41,7 +41,7 @@ from paceline.blocks.repository import CompiledModel, compiled_model, is_ours, p
 from paceline.blocks.source import Optimised, Source, examine, optimise
 from paceline.core.errors import ConfigError
 
-COMPILER = 6
+COMPILER = 7
 """Raised whenever the same input would give another result."""
 
 _MEASURED_BATCHES = (1, 8)
@@ -149,8 +149,9 @@ def _make(
     runtime: Runtime,
     progress: Progress,
     options: Options,
+    check: Check,
 ) -> _Made:
-    """Compiles into the pool; nothing is there unless it returns."""
+    """Compiles into the pool; nothing is there unless it returns. Raises what `check` does."""
     with PoolWriter(pool) as writer:
         compiler = _Compiler(writer, model, options, runtime, progress)
         members = [compiler.member(name, source) for name, source in sources.items()]
@@ -160,7 +161,7 @@ def _make(
         document["activations"] = compiler.activations(document)
         text = json.dumps(document, indent=1).encode()
         manifest = parse(text, "the manifest that was just made")
-        max_batch = largest_batch(manifest, options)
+        max_batch = check(manifest, options)
         digest = writer.add_manifest(text, manifest.objects.keys())
     return _Made(manifest, digest, max_batch, writer.written_bytes)
 

@@ -15,25 +15,36 @@ from paceline.blocks.source import Source
 from paceline.core.errors import BudgetError
 
 Made = TypeVar("Made")
+Check = Callable[[Manifest, Options], int]
+"""The largest batch of what was made; raises BudgetError if it is not made well enough."""
 
 
-def within_budget(make: Callable[[Options], Made], options: Options) -> Made:
-    """Made of pieces of half the budget; if that is refused, of half of what activations leave.
+class _CrowdedError(BudgetError):
+    """It runs, but nothing is fetched while a block computes."""
+
+
+def within_budget(make: Callable[[Options, Check], Made], options: Options) -> Made:
+    """Made of pieces of half the budget; where activations take too much of it, of half the rest.
 
     Not of those at once: activations are known only when a model has run in its blocks, and
-    smaller blocks than need be are slower ones. Raises BudgetError if neither fits.
+    smaller blocks than need be are slower ones. Too much: the model is refused, or, beside the
+    largest batch that was asked for, a block has no room to come while another one computes.
+    Raises BudgetError if neither fits.
     """
     try:
-        return make(options)
+        return make(options, _roomy_batch)
     except BudgetError as error:
         refused = error
-    finer = replace(options, activations_bytes=refused.activations_bytes)
-    if finer.piece_bytes >= options.piece_bytes:
-        raise refused
-    try:
-        return make(finer)
-    except BudgetError as error:
-        raise min(refused, error, key=lambda each: each.least_mib) from None
+    crowded = isinstance(refused, _CrowdedError)
+    finer = _finer(options, refused.activations_bytes)
+    if finer is not None:
+        try:
+            return make(finer, _whole_batch if crowded else largest_batch)
+        except BudgetError as error:
+            refused = min(refused, error, key=lambda each: each.least_mib)
+    if crowded:
+        return make(options, largest_batch)
+    raise refused
 
 
 def check_blocks(told: str, source: Source, member: Member, options: Options) -> None:
@@ -51,23 +62,51 @@ def check_blocks(told: str, source: Source, member: Member, options: Options) ->
         )
 
 
+def _roomy_batch(manifest: Manifest, options: Options) -> int:
+    """`largest_batch`; raises _CrowdedError where that is all, but its blocks come one by one."""
+    rows = largest_batch(manifest, options)
+    budget_mib = options.budget_mib
+    if budget_mib is None or rows < options.max_batch:
+        return rows  # of fewer rows and less room nobody said which
+    both_bytes = _floor_bytes(manifest, rows, blocks=2)
+    activations_bytes = manifest.activation_bytes(rows)
+    if both_bytes > budget_mib * MIB and _finer(options, activations_bytes) is not None:
+        raise _CrowdedError(
+            f"{manifest.model}: two blocks do not fit beside a batch of {rows}",
+            least_mib=-(-both_bytes // MIB),
+            activations_bytes=activations_bytes,
+        )
+    return rows
+
+
+def _finer(options: Options, activations_bytes: int) -> Options | None:
+    """Options for smaller pieces, as those activations leave room for; None if they are not."""
+    finer = replace(options, activations_bytes=activations_bytes)
+    return finer if finer.piece_bytes < options.piece_bytes else None
+
+
+def _whole_batch(manifest: Manifest, options: Options) -> int:
+    """The batch that was asked for. Raises BudgetError if it does not run within the budget."""
+    rows = largest_batch(manifest, options)
+    if rows < options.max_batch:
+        least_mib = -(-_floor_bytes(manifest, options.max_batch) // MIB)
+        raise BudgetError(f"{manifest.model}: only {rows} rows fit", least_mib=least_mib)
+    return rows
+
+
 def largest_batch(manifest: Manifest, options: Options) -> int:
     """The largest batch that runs within the budget, as a load sees it. Raises BudgetError if none
     does.
     """
     if options.budget_mib is None:
         return options.max_batch
-    tables = bool(tables_of(manifest))
-
-    def floor(rows: int) -> int:
-        activations_bytes = manifest.activation_bytes(rows)
-        return budget_for(manifest.largest_block_bytes, activations_bytes, tables=tables)
-
     fitting = [
-        rows for rows in range(1, options.max_batch + 1) if floor(rows) <= options.budget_mib * MIB
+        rows
+        for rows in range(1, options.max_batch + 1)
+        if _floor_bytes(manifest, rows) <= options.budget_mib * MIB
     ]
     if not fitting:
-        least_mib = -(-floor(1) // MIB)
+        least_mib = -(-_floor_bytes(manifest, 1) // MIB)
         raise BudgetError(
             f"{manifest.model}: its largest block and its activations need {least_mib} MiB; "
             f"give at least --budget-mib {least_mib}",
@@ -75,3 +114,12 @@ def largest_batch(manifest: Manifest, options: Options) -> int:
             activations_bytes=manifest.activation_bytes(1),
         )
     return fitting[-1]
+
+
+def _floor_bytes(manifest: Manifest, rows: int, blocks: int = 1) -> int:
+    """The least budget for a batch of `rows` and so many of the largest blocks."""
+    return budget_for(
+        blocks * manifest.largest_block_bytes,
+        manifest.activation_bytes(rows),
+        tables=bool(tables_of(manifest)),
+    )
