@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -35,7 +36,7 @@ from scripts.blocks_measure import (
     plain_feed,
     plain_session,
 )
-from scripts.blocks_served import Way, serving, write_config, write_within
+from scripts.blocks_served import Way, on_disk, serving, write_config, write_within
 
 from paceline.blocks.backend.settings import MIB
 from paceline.blocks.repository import read_config
@@ -112,11 +113,14 @@ def print_through(
     What they take by themselves is measured with the model loaded and nothing asked. Every way is
     served once without a limit before, so that its profile is there.
     """
-    home = bench.work / "served" / f"{model}-{arguments.batch}-limited"
-    within, paged = home / "within", home / "paged"
-    budget_mib = write_within(bench, model, within / model, ratio, arguments.batch)
-    write_within(bench, model, paged / model, ratio, arguments.batch)
-    _let_page(paged / model)
+    served_from = bench.work / "served"
+    written = on_disk(bench, model, arguments.batch) / f"{model}_{ratio:g}"
+    budget_mib = write_within(bench, model, written, ratio, arguments.batch)
+    shutil.rmtree(served_from / "limited", ignore_errors=True)
+    within, paged = (served_from / "limited" / how for how in ("within", "paged"))
+    for repository in (within, paged):
+        shutil.copytree(written, repository / written.name)
+    _let_page(paged / written.name)
     with tempfile.TemporaryDirectory(dir=bench.work) as made:
         through = partial(_through, bench, Path(made), arguments)
         limit_mib = arguments.limit_mib
@@ -125,7 +129,7 @@ def print_through(
             if limit_mib is None:
                 drop_page_cache(bench.work)
                 parameters = {"memory_budget_mib": f"{budget_mib}"}
-                directory = str(within / model)
+                directory = str(written)
                 held = in_child(bench, None, do="idle", directory=directory, parameters=parameters)
                 drop_page_cache(bench.work)
                 beside_mib = through(repository, None, 0).most_mib - held["held_mib"]

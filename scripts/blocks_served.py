@@ -86,11 +86,16 @@ def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
                 print(f"| {model} | {came_from} | {rows} | {name} | {_cells(row)} |", flush=True)
 
 
+def on_disk(bench: Bench, model: str, rows: int) -> Path:
+    """The repository of its ways."""
+    return bench.work / "served" / f"{model}-{rows}" / "models"
+
+
 def _on_disk(
     bench: Bench, model: str, ratios: Sequence[float], rows: int
 ) -> tuple[Path, list[Way]]:
     """Plain, as blocks, as blocks within budgets: weights by the ratio, and activations."""
-    repository = bench.work / "served" / f"{model}-{rows}" / "models"
+    repository = on_disk(bench, model, rows)
     plain, blocks = f"{model}_plain", f"{model}_blocks"
     write_blocks(bench, {"": model}, repository / blocks, None, rows)
     write_plain(repository / plain, repository / blocks, bench.onnx(model))
@@ -165,7 +170,8 @@ def write_blocks(
     assert config is not None
     for model in members.values():
         if model in ITEMS:
-            config.input[0].dims[:] = ITEMS[model][1:]
+            (given,) = config.input
+            given.dims[:] = ITEMS[model][-len(given.dims) :]
             write_config(directory, config)
     return int(config.max_batch_size)
 
