@@ -69,7 +69,7 @@ def main() -> None:
         if name == "swap":
             command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
         if name in ("swap", "cgroup", "served"):
-            command.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+            command.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
         if name in ("cold", "served"):
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"

@@ -11,23 +11,18 @@ import argparse
 import gc
 import math
 import os
-import queue
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
-import numpy as np
-import onnxruntime as ort
+from scripts.blocks_in_order import InOrder, Stages
 from scripts.blocks_measure import (
     SCRIPTS,
     Bench,
@@ -45,14 +40,11 @@ from scripts.blocks_measure import (
 )
 
 from paceline.blocks.backend import skeleton
-from paceline.blocks.backend.manifest import Block
 from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.backend.settings import MIB
-from paceline.blocks.backend.skeleton import DTYPES
 from paceline.blocks.backend.store import HttpStore, Part
 from paceline.blocks.repository import compiled_model
 
-Bytes = bytes | memoryview
 COLD_METHODS = ("plain", "in-order", "in-order compiled", "blocks")
 
 
@@ -122,7 +114,17 @@ def cold(method: str, onnx: str, directory: str, url: str, fresh: str) -> dict[s
     elif method.startswith("in-order"):
         pool = "raw/blocks" if method == "in-order" else "blocks"
         url = f"{url}/{pool}" if url else ""
-        kept = in_order(Path(directory), url, stages, optimise=method == "in-order")
+        found = compiled_model(Path(directory))
+        assert found is not None
+        manifest, store = found.manifest, ObjectStore(found.pool)
+        pipeline = InOrder(store, manifest, url, stages, optimise=method == "in-order")
+        pipeline.infer(
+            {
+                tensor.value: filled(tensor.name, tensor.dtype, item_of(manifest, 1, tensor))
+                for tensor in pipeline.member.inputs
+            }
+        )
+        pipeline.join()
     else:
         made, run = skeleton.Session.__init__, skeleton.Session.run
         mock.patch.object(skeleton.Session, "__init__", stages.timed("construct", made)).start()
@@ -137,128 +139,7 @@ def cold(method: str, onnx: str, directory: str, url: str, fresh: str) -> dict[s
         loader = model.loader
         stages.busy_s["fetch"] = loader.moved_bytes / (loader.rate() or math.inf)
         model.close()
-    elif method.startswith("in-order"):
-        kept.clear()  # what it holds was measured with the rest
     return {**result, "utilisation": max(stages.busy_s.values(), default=0.0) / took_s}
-
-
-class Stages:
-    """How long each stage of a pipeline was at work."""
-
-    def __init__(self) -> None:
-        self.busy_s: dict[str, float] = {}
-
-    def timed(self, stage: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **named: Any) -> Any:
-            began_s = time.perf_counter()
-            try:
-                return work(*arguments, **named)
-            finally:
-                took_s = time.perf_counter() - began_s
-                self.busy_s[stage] = self.busy_s.get(stage, 0.0) + took_s
-
-        return timed
-
-
-def in_order(directory: Path, url: str, stages: Stages, *, optimise: bool) -> list[Any]:
-    """PISeL's pipeline: fetch, construct and compute, each in layer order on a thread of its own.
-
-    Over a link its requests are out as far ahead as ours.
-    Blocks are constructed as ONNX Runtime does by default: optimised, weights copied and packed.
-    Of compiled blocks nothing is left to optimise: what then is left is the pipeline alone.
-    """
-    found = compiled_model(directory)
-    assert found is not None
-    store = ObjectStore(found.pool)
-    member = found.manifest.members[0]
-    remote = HttpStore(url) if url else None
-    fetched: queue.Queue[tuple[Block, Bytes, dict[str, Bytes]]] = queue.Queue()
-    built: queue.Queue[tuple[Block, ort.InferenceSession]] = queue.Queue()
-
-    parts = {
-        digest: Part(f"objects/{digest}", 0, found.manifest.objects[digest].size_bytes)
-        for block in member.blocks
-        for digest in (*(weight.object for weight in block.weights), block.graph)
-    }
-
-    def read(digest: str) -> Bytes:
-        if remote is None:
-            return store.path(digest).read_bytes()
-        part = parts.pop(digest)
-        remote.expect(tuple(parts.values()))
-        return remote.read(part)
-
-    timed_read = stages.timed("fetch", read)
-
-    def fetch() -> None:
-        have: dict[str, Bytes] = {}
-        for block in member.blocks:
-            for digest in (*(weight.object for weight in block.weights), block.graph):
-                if digest not in have:
-                    have[digest] = timed_read(digest)
-            needed = {weight.object: have[weight.object] for weight in block.weights}
-            fetched.put((block, have[block.graph], needed))
-
-    build = stages.timed("construct", partial(session_of, store, remote, optimise=optimise))
-
-    def construct() -> None:
-        for _ in member.blocks:
-            block, graph, objects = fetched.get()
-            built.put((block, build(block, graph, objects, kept)))
-
-    kept: list[Any] = []
-    threads = [threading.Thread(target=work) for work in (fetch, construct)]
-    for thread in threads:
-        thread.start()
-    values: dict[str, Any] = {
-        tensor.value: filled(tensor.name, tensor.dtype, item_of(found.manifest, 1, tensor))
-        for tensor in member.inputs
-    }
-    compute = stages.timed("compute", ort.InferenceSession.run)
-    for _ in member.blocks:
-        block, session = built.get()
-        feed = {
-            node.name: values[value]
-            for node, value in zip(session.get_inputs(), block.inputs, strict=True)
-        }
-        values.update(zip(block.outputs, compute(session, None, feed), strict=True))
-        kept.append(session)
-    for thread in threads:
-        thread.join()
-    return kept
-
-
-def session_of(
-    store: ObjectStore,
-    remote: HttpStore | None,
-    block: Block,
-    graph: Bytes,
-    objects: Mapping[str, Bytes],
-    kept: list[Any],
-    *,
-    optimise: bool,
-) -> ort.InferenceSession:
-    """As ONNX Runtime makes them; what must live as long as it is `kept`."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    values = []
-    for weight in block.weights:
-        text = objects[weight.object][weight.offset : weight.offset + weight.bytes]
-        array = np.frombuffer(text, DTYPES[weight.dtype]).reshape(weight.shape)
-        values.append(ort.OrtValue.ortvalue_from_numpy(array))
-    names = [weight.name for weight in block.weights]
-    if optimise:  # the optimiser cannot see through `add_initializer`; this copies
-        options.add_external_initializers(names, values)
-        values.clear()
-    for name, value in zip(names, values, strict=False):
-        options.add_initializer(name, value)
-        kept.append((objects, value))
-    if remote is not None:
-        folder = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(folder, str(store.root / "objects"))
-    model = str(store.path(block.graph)) if remote is None else bytes(graph)
-    return ort.InferenceSession(model, options, ["CPUExecutionProvider"])
 
 
 @contextmanager

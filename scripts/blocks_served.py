@@ -33,12 +33,19 @@ from google.protobuf import text_format
 from scripts.bench_residency import served, until_cold
 from scripts.blocks_cold import download
 from scripts.blocks_cold import served as served_link
-from scripts.blocks_measure import ITEMS, WARM_UP_RUNS, Bench, drop_page_cache, filled
+from scripts.blocks_measure import (
+    ITEMS,
+    SCRIPTS,
+    WARM_UP_RUNS,
+    Bench,
+    drop_page_cache,
+    filled,
+)
 
 from paceline.blocks.backend.settings import MIB
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
-from paceline.blocks.repository import read_config
+from paceline.blocks.repository import compiled_model, read_config
 from paceline.core.model import ModelSpec
 from paceline.core.tensor import TensorSpec
 from paceline.triton.client import TritonClient
@@ -100,6 +107,9 @@ def _on_disk(
     write_blocks(bench, {"": model}, repository / blocks, None, rows)
     write_plain(repository / plain, repository / blocks, bench.onnx(model))
     ways = [Way("plain", [plain]), Way("blocks", [blocks])]
+    if rows == 1:
+        in_order = write_in_order(bench, model, repository, repository / blocks)
+        ways.insert(1, Way("in-order", [in_order]))
     for ratio in ratios:
         name = f"{model}_{ratio:g}"
         budget_mib = write_within(bench, model, repository / name, ratio, rows)
@@ -131,7 +141,13 @@ def _behind(bench: Bench, model: str, url: str, rows: int) -> tuple[Path, list[W
         for path in fetched.iterdir():
             path.replace(repository / plain / "1" / path.name)
 
-    return repository, [Way("plain", [plain], fetch=fetch), Way("blocks", [blocks], forget)]
+    ways = [Way("plain", [plain], fetch=fetch), Way("blocks", [blocks], forget)]
+    if rows == 1:
+        in_order = write_in_order(
+            bench, model, repository, repository / blocks, f"{url}/raw/blocks"
+        )
+        ways.insert(1, Way("in-order", [in_order]))
+    return repository, ways
 
 
 def print_group(bench: Bench, models: Sequence[str], repeats: int) -> None:
@@ -198,6 +214,29 @@ def write_plain(directory: Path, compiled: Path, onnx: Path) -> None:
         if source.exists() and not link.exists():
             os.link(source, link)
     write_config(directory, config)
+
+
+def write_in_order(
+    bench: Bench, model: str, repository: Path, compiled: Path, url: str = ""
+) -> str:
+    """The same tensors for PISeL's pipeline, on Triton's Python backend; the model's name."""
+    directory = repository / f"{model}_inorder"
+    found = compiled_model(bench.uncompiled(model))
+    config = read_config(compiled / "config.pbtxt")
+    assert found is not None and config is not None
+    config.name, config.backend = directory.name, "python"
+    config.parameters.clear()
+    for name, text in (
+        ("python", os.pathsep.join(map(str, (SCRIPTS.parent, SCRIPTS.parent / "server")))),
+        ("pool", str(found.pool)),
+        ("manifest", found.digest),
+        ("url", url),
+    ):
+        config.parameters[name].string_value = text
+    (directory / "1").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(SCRIPTS / "blocks_in_order_model.py", directory / "1" / "model.py")
+    write_config(directory, config)
+    return directory.name
 
 
 def write_config(directory: Path, config: Any) -> None:
