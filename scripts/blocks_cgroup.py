@@ -36,7 +36,14 @@ from scripts.blocks_measure import (
     plain_feed,
     plain_session,
 )
-from scripts.blocks_served import Way, on_disk, serving, write_config, write_within
+from scripts.blocks_served import (
+    ONE_INSTANCE,
+    Way,
+    on_disk,
+    serving,
+    write_config,
+    write_within,
+)
 
 from paceline.blocks.backend.settings import MIB
 from paceline.blocks.repository import read_config
@@ -45,7 +52,6 @@ SLACK_MIB = 6
 """For what the kernel charges ahead."""
 SETTLED_S = 2.0
 _NEVER_S = 3600.0
-_ONE_INSTANCE = ("--slots", "1", "--replan-window-s", "0")
 
 
 def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -172,7 +178,7 @@ def _through(
             [way],
             arguments.batch,
             keep_alive_s=_NEVER_S,
-            given=_ONE_INSTANCE,
+            given=ONE_INSTANCE,
             within=entering(group),
             kept=state,
         ) as (_, (ask,)):

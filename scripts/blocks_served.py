@@ -54,6 +54,8 @@ from paceline.triton.repository import TritonRepository
 _KEEP_ALIVE_S = 0.5
 _WARM = 5
 _GIVE_UP_S = 60.0
+ONE_INSTANCE = ("--slots", "1", "--replan-window-s", "0")
+"""However busy it is: else a cold model comes with as many as were busy before."""
 
 
 def _nothing() -> None: ...
@@ -86,7 +88,13 @@ def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
                 else:
                     repository, ways = _on_disk(bench, model, ratios, rows)
                 found = measured(
-                    bench, repository, ways, arguments.repeats, rows=rows, dropped=not url
+                    bench,
+                    repository,
+                    ways,
+                    arguments.repeats,
+                    rows=rows,
+                    dropped=not url,
+                    given=ONE_INSTANCE,
                 )
             came_from = f"{mbps:g} MB/s" if url else "disk"
             for name, row in found.items():
@@ -252,13 +260,14 @@ def measured(
     *,
     rows: int = 1,
     dropped: bool = True,
+    given: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
     """Medians by way: milliseconds to the first answer, then of an answer; memory after it.
 
-    `dropped`: the page cache is, before.
+    `dropped`: the page cache is, before. `given`: more arguments of `paceline serve`.
     """
     found: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
-    with serving(bench, repository, ways, rows) as (channel, asks):
+    with serving(bench, repository, ways, rows, given=given) as (channel, asks):
         for _ in range(repeats):
             for way, ask in zip(ways, asks, strict=True):
                 until_cold(channel)
