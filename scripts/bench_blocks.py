@@ -5,6 +5,7 @@
     .venv/bin/python scripts/bench_blocks.py --work DIR cold resnet50 --link-mbps 0 1000 200
     .venv/bin/python scripts/bench_blocks.py --work DIR share vit_b16
     .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --link-mbps 1000
+    .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --at paceline
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse resnet50 squeezenet densenet121
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse ocr    # the example's chain
     .venv/bin/python scripts/bench_blocks.py --work DIR served vit_b16    # through Paceline
@@ -69,14 +70,16 @@ def main() -> None:
         if name == "swap":
             command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
         if name in ("swap", "cgroup", "served"):
-            command.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
+            some = "*" if name == "served" else "+"
+            command.add_argument("--ratios", type=float, nargs=some, default=RATIOS)
         if name in ("cold", "served"):
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
             )
         if name in ("fuse", "share", "cgroup"):
             places = ("triton" if name == "fuse" else "process", "paceline")
-            command.add_argument("--at", nargs="+", choices=places, default=places)
+            first = places[:1] if name == "cgroup" else places  # a link is not for the others
+            command.add_argument("--at", nargs="+", choices=places, default=first)
         if name in ("cgroup", "served"):
             command.add_argument("--batch", type=int, default=1)
         if name == "cgroup":

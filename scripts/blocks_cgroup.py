@@ -4,7 +4,8 @@ Without --limit-mib the limit is the budget (weights by the ratio, and activatio
 process with the model's sessions, but no weights and no run, takes by itself. Cgroups of version 1:
 those of version 2 have no controllers where this was written. With --link-mbps the model's pool is
 a store behind a link, which serves from outside the cgroup; the cache begins empty, so that the
-first run fetches and writes it, and later ones swap in from there.
+first run fetches and writes it, and later ones swap in from there. With `--at paceline` the cgroup
+holds `paceline serve` with its Triton.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,14 @@ from scripts.blocks_measure import (
 from scripts.blocks_served import (
     ONE_INSTANCE,
     Way,
-    on_disk,
+    config_of,
+    repository_of,
     serving,
     write_config,
     write_within,
 )
 
 from paceline.blocks.backend.settings import MIB
-from paceline.blocks.repository import read_config
 
 SLACK_MIB = 6
 """For what the kernel charges ahead."""
@@ -102,7 +102,7 @@ def print_limited(
             parameters = {**limits, **pool}
             result = in_child(bench, group, do="limited", **job, onnx=onnx, parameters=parameters)
             peak_mib = most_mib(group)
-            hits = int((group / "memory.failcnt").read_text())
+            hits = limit_hits(group)
         took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
         print(
             f"| {model} | {ratio:g} ({budget.weights_mib:.0f} MiB) | {arguments.batch} "
@@ -119,84 +119,67 @@ def print_through(
     What they take by themselves is measured with the model loaded and nothing asked. Every way is
     served once without a limit before, so that its profile is there.
     """
-    served_from = bench.work / "served"
-    written = on_disk(bench, model, arguments.batch) / f"{model}_{ratio:g}"
-    budget_mib = write_within(bench, model, written, ratio, arguments.batch)
-    shutil.rmtree(served_from / "limited", ignore_errors=True)
-    within, paged = (served_from / "limited" / how for how in ("within", "paged"))
+    rows = arguments.batch
+    written = repository_of(bench, model, rows) / f"{model}_{ratio:g}"
+    budget_mib = write_within(bench, model, written, ratio, rows)
+    limited = bench.work / "served" / "limited"
+    shutil.rmtree(limited, ignore_errors=True)
+    within, paged = limited / "within", limited / "paged"
     for repository in (within, paged):
         shutil.copytree(written, repository / written.name)
-    _let_page(paged / written.name)
+    config = config_of(paged / written.name)
+    del config.parameters["memory_budget_mib"]
+    write_config(paged / written.name, config)
     with tempfile.TemporaryDirectory(dir=bench.work) as made:
-        through = partial(_through, bench, Path(made), arguments)
+        through = partial(_through, bench, Path(made), rows)
+        for repository in (within, paged):
+            through(repository, None, None)
         limit_mib = arguments.limit_mib
+        if limit_mib is None:
+            drop_page_cache(bench.work)
+            parameters = {"memory_budget_mib": f"{budget_mib}"}
+            held = in_child(bench, do="idle", directory=str(written), parameters=parameters)
+            _, alone_mib, _ = through(within, None, None)
+            limit_mib = math.ceil(budget_mib + alone_mib - held["held_mib"] + SLACK_MIB)
         for how, repository in (("budget", within), ("paged by the kernel", paged)):
-            through(repository, None, 0)
-            if limit_mib is None:
-                drop_page_cache(bench.work)
-                parameters = {"memory_budget_mib": f"{budget_mib}"}
-                directory = str(written)
-                held = in_child(bench, None, do="idle", directory=directory, parameters=parameters)
-                drop_page_cache(bench.work)
-                beside_mib = through(repository, None, 0).most_mib - held["held_mib"]
-                limit_mib = math.ceil(budget_mib + beside_mib + SLACK_MIB)
-            found = through(repository, limit_mib, WARM_UP_RUNS + arguments.repeats)
-            took = statistics.median(found.took_s[WARM_UP_RUNS:])
+            median_s, peak_mib, hits = through(repository, limit_mib, arguments.repeats)
             print(
-                f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {arguments.batch} "
-                f"| {limit_mib} | through Paceline, {how} | {1e3 * took:.0f} "
-                f"| {found.most_mib:.0f} | {found.limit_hits} |",
+                f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {rows} "
+                f"| {limit_mib} | through Paceline, {how} | {1e3 * median_s:.0f} "
+                f"| {peak_mib:.0f} | {hits} |",
                 flush=True,
             )
-
-
-@dataclass(frozen=True)
-class Through:
-    took_s: list[float]
-    most_mib: float
-    limit_hits: int
 
 
 def _through(
     bench: Bench,
     work: Path,
-    arguments: argparse.Namespace,
+    rows: int,
     repository: Path,
     limit_mib: int | None,
-    runs: int,
-) -> Through:
-    """A server in a cgroup of its own and `runs` requests, one after another."""
+    repeats: int | None,
+) -> tuple[float, float, int]:
+    """A server in a cgroup of its own: median of a request (None: nothing is asked), the most MiB
+    that were in use, how often the limit was hit.
+    """
     way = Way("", [model.name for model in repository.iterdir()])
     state = work / repository.name
     state.mkdir(exist_ok=True)
     drop_page_cache(bench.work)
-    took_s: list[float] = []
     with cgroup(limit_mib) as group:
         with serving(
             bench,
             repository,
             [way],
-            arguments.batch,
+            rows,
             keep_alive_s=_NEVER_S,
             given=ONE_INSTANCE,
             within=entering(group),
             kept=state,
         ) as (_, (ask,)):
             time.sleep(SETTLED_S)
-            for _ in range(runs):
-                began_s = time.perf_counter()
-                ask()
-                took_s.append(time.perf_counter() - began_s)
-        hits = int((group / "memory.failcnt").read_text())
-        return Through(took_s, most_mib(group), hits)
-
-
-def _let_page(directory: Path) -> None:
-    """The blocks of a budget without it."""
-    config = read_config(directory / "config.pbtxt")
-    assert config is not None
-    del config.parameters["memory_budget_mib"]
-    write_config(directory, config)
+            median_s = math.nan if repeats is None else _median_s(ask, repeats)
+        return median_s, most_mib(group), limit_hits(group)
 
 
 @contextmanager
@@ -212,6 +195,10 @@ def cold_pool(bench: Bench, url: str) -> Iterator[dict[str, str]]:
 
 def most_mib(group: Path) -> float:
     return int((group / "memory.max_usage_in_bytes").read_text()) / MIB
+
+
+def limit_hits(group: Path) -> int:
+    return int((group / "memory.failcnt").read_text())
 
 
 def idle(directory: str, parameters: dict[str, str]) -> dict[str, float]:
@@ -236,15 +223,21 @@ def limited(
         model = open_model(Path(directory), **parameters)
         names = [tensor.name for tensor in model.members[0].outputs]
         run = partial(model.infer, "", feed_of(model, batch), names, batch)
+    median_s = _median_s(run, repeats)
+    if model is not None:
+        model.close()
+    return {"median_s": median_s}
+
+
+def _median_s(run: Callable[[], Any], repeats: int) -> float:
+    """Of runs one after another, warmed up."""
     times = []
     for number in range(WARM_UP_RUNS + repeats):
         began_s = time.perf_counter()
         run()
         if number >= WARM_UP_RUNS:
             times.append(time.perf_counter() - began_s)
-    if model is not None:
-        model.close()
-    return {"median_s": statistics.median(times)}
+    return statistics.median(times)
 
 
 @contextmanager

@@ -101,23 +101,17 @@ def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
                 print(f"| {model} | {came_from} | {rows} | {name} | {_cells(row)} |", flush=True)
 
 
-def on_disk(bench: Bench, model: str, rows: int) -> Path:
-    """The repository of its ways."""
+def repository_of(bench: Bench, model: str, rows: int) -> Path:
+    """Where the model's ways on the disk are."""
     return bench.work / "served" / f"{model}-{rows}" / "models"
 
 
 def _on_disk(
     bench: Bench, model: str, ratios: Sequence[float], rows: int
 ) -> tuple[Path, list[Way]]:
-    """Plain, as blocks, as blocks within budgets: weights by the ratio, and activations."""
-    repository = on_disk(bench, model, rows)
-    plain, blocks = f"{model}_plain", f"{model}_blocks"
-    write_blocks(bench, {"": model}, repository / blocks, None, rows)
-    write_plain(repository / plain, repository / blocks, bench.onnx(model))
-    ways = [Way("plain", [plain]), Way("blocks", [blocks])]
-    if rows == 1:
-        in_order = write_in_order(bench, model, repository, repository / blocks)
-        ways.insert(1, Way("in-order", [in_order]))
+    """Without a budget, and as blocks within budgets: weights by the ratio, and activations."""
+    repository = repository_of(bench, model, rows)
+    ways = _unlimited(bench, model, repository, rows)
     for ratio in ratios:
         name = f"{model}_{ratio:g}"
         budget_mib = write_within(bench, model, repository / name, ratio, rows)
@@ -126,17 +120,9 @@ def _on_disk(
 
 
 def _behind(bench: Bench, model: str, url: str, rows: int) -> tuple[Path, list[Way]]:
-    """Plain, as blocks, both from a store that keeps the bench's directory."""
+    """The same without a budget from a store that keeps the bench's directory."""
     home = bench.work / "served" / f"{model}-{rows}-remote"
     repository, cache = home / "models", home / "cache"
-    plain, blocks = f"{model}_plain", f"{model}_blocks"
-    write_blocks(bench, {"": model}, repository / blocks, None, rows)
-    write_plain(repository / plain, repository / blocks, bench.onnx(model))
-    config = read_config(repository / blocks / "config.pbtxt")
-    assert config is not None
-    config.parameters["pool"].string_value = f"{url}/blocks"
-    config.parameters["cache"].string_value = str(cache)
-    write_config(repository / blocks, config)
 
     def forget() -> None:
         shutil.rmtree(cache, ignore_errors=True)
@@ -147,15 +133,36 @@ def _behind(bench: Bench, model: str, url: str, rows: int) -> tuple[Path, list[W
         first = download(url, bench.onnx(model), fetched)
         first.rename(first.with_name("model.onnx"))
         for path in fetched.iterdir():
-            path.replace(repository / plain / "1" / path.name)
+            path.replace(repository / f"{model}_plain" / "1" / path.name)
 
-    ways = [Way("plain", [plain], fetch=fetch), Way("blocks", [blocks], forget)]
-    if rows == 1:
-        in_order = write_in_order(
-            bench, model, repository, repository / blocks, f"{url}/raw/blocks"
-        )
-        ways.insert(1, Way("in-order", [in_order]))
+    ways = _unlimited(bench, model, repository, rows, url=url, forget=forget, fetch=fetch)
+    blocks = repository / f"{model}_blocks"
+    config = config_of(blocks)
+    config.parameters["pool"].string_value = f"{url}/blocks"
+    config.parameters["cache"].string_value = str(cache)
+    write_config(blocks, config)
     return repository, ways
+
+
+def _unlimited(
+    bench: Bench,
+    model: str,
+    repository: Path,
+    rows: int,
+    *,
+    url: str = "",
+    forget: Callable[[], None] = _nothing,
+    fetch: Callable[[], None] = _nothing,
+) -> list[Way]:
+    """Plain (`fetch` its file before), by PISeL's pipeline, as blocks (`forget` theirs)."""
+    plain, in_order, blocks = (f"{model}_{kind}" for kind in ("plain", "inorder", "blocks"))
+    write_blocks(bench, {"": model}, repository / blocks, None, rows)
+    write_plain(repository / plain, repository / blocks, bench.onnx(model))
+    ways = [Way("plain", [plain], fetch=fetch)]
+    if rows == 1:
+        write_in_order(bench, model, repository / in_order, repository / blocks, url)
+        ways.append(Way("in-order", [in_order]))
+    return [*ways, Way("blocks", [blocks], forget)]
 
 
 def print_group(bench: Bench, models: Sequence[str], repeats: int) -> None:
@@ -190,8 +197,7 @@ def write_blocks(
     compile_model(sources, directory, bench.work / "blocks", options)
     for name in filter(None, members):  # its own name, which nobody asks for here
         shutil.rmtree(directory.parent / name, ignore_errors=True)
-    config = read_config(directory / "config.pbtxt")
-    assert config is not None
+    config = config_of(directory)
     for model in members.values():
         if model in ITEMS:
             (given,) = config.input
@@ -212,8 +218,7 @@ def write_within(bench: Bench, model: str, directory: Path, ratio: float, rows: 
 
 def write_plain(directory: Path, compiled: Path, onnx: Path) -> None:
     """The same tensors for the backend `onnxruntime`, which reads the ONNX file itself."""
-    config = read_config(compiled / "config.pbtxt")
-    assert config is not None
+    config = config_of(compiled)
     config.name, config.backend = directory.name, "onnxruntime"
     config.parameters.clear()
     (directory / "1").mkdir(parents=True, exist_ok=True)
@@ -224,27 +229,30 @@ def write_plain(directory: Path, compiled: Path, onnx: Path) -> None:
     write_config(directory, config)
 
 
-def write_in_order(
-    bench: Bench, model: str, repository: Path, compiled: Path, url: str = ""
-) -> str:
-    """The same tensors for PISeL's pipeline, on Triton's Python backend; the model's name."""
-    directory = repository / f"{model}_inorder"
+def write_in_order(bench: Bench, model: str, directory: Path, compiled: Path, url: str) -> None:
+    """The same tensors for PISeL's pipeline, on Triton's Python backend; `url`: of a store."""
     found = compiled_model(bench.uncompiled(model))
-    config = read_config(compiled / "config.pbtxt")
-    assert found is not None and config is not None
+    assert found is not None
+    config = config_of(compiled)
     config.name, config.backend = directory.name, "python"
     config.parameters.clear()
     for name, text in (
         ("python", os.pathsep.join(map(str, (SCRIPTS.parent, SCRIPTS.parent / "server")))),
         ("pool", str(found.pool)),
         ("manifest", found.digest),
-        ("url", url),
+        ("url", url and f"{url}/raw/blocks"),
     ):
         config.parameters[name].string_value = text
     (directory / "1").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(SCRIPTS / "blocks_in_order_model.py", directory / "1" / "model.py")
     write_config(directory, config)
-    return directory.name
+
+
+def config_of(directory: Path) -> Any:
+    """Of a compiled model."""
+    config = read_config(directory / "config.pbtxt")
+    assert config is not None
+    return config
 
 
 def write_config(directory: Path, config: Any) -> None:

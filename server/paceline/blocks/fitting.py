@@ -33,18 +33,29 @@ def within_budget(make: Callable[[Options, Check], Made], options: Options) -> M
     """
     try:
         return make(options, _roomy_batch)
+    except _CrowdedError as error:
+        crowded = error
     except BudgetError as error:
-        refused = error
-    crowded = isinstance(refused, _CrowdedError)
-    finer = _finer(options, refused.activations_bytes)
-    if finer is not None:
-        try:
-            return make(finer, _whole_batch if crowded else largest_batch)
-        except BudgetError as error:
-            refused = min(refused, error, key=lambda each: each.least_mib)
-    if crowded:
+        return _within_the_rest(make, options, error)
+    finer = _finer(options, crowded.activations_bytes)
+    assert finer is not None, "else it is not crowded"
+    try:
+        return make(finer, _whole_batch)
+    except BudgetError:
         return make(options, largest_batch)
-    raise refused
+
+
+def _within_the_rest(
+    make: Callable[[Options, Check], Made], options: Options, refused: BudgetError
+) -> Made:
+    """Made finer than what was refused. Raises the error that asks for less if that is, too."""
+    finer = _finer(options, refused.activations_bytes)
+    if finer is None:
+        raise refused
+    try:
+        return make(finer, largest_batch)
+    except BudgetError as error:
+        raise min(refused, error, key=lambda each: each.least_mib) from None
 
 
 def check_blocks(told: str, source: Source, member: Member, options: Options) -> None:
@@ -68,7 +79,7 @@ def _roomy_batch(manifest: Manifest, options: Options) -> int:
     budget_mib = options.budget_mib
     if budget_mib is None or rows < options.max_batch:
         return rows  # of fewer rows and less room nobody said which
-    both_bytes = _floor_bytes(manifest, rows, blocks=2)
+    both_bytes = _floor_of(manifest)(2, rows)
     activations_bytes = manifest.activation_bytes(rows)
     if both_bytes > budget_mib * MIB and _finer(options, activations_bytes) is not None:
         raise _CrowdedError(
@@ -89,7 +100,7 @@ def _whole_batch(manifest: Manifest, options: Options) -> int:
     """The batch that was asked for. Raises BudgetError if it does not run within the budget."""
     rows = largest_batch(manifest, options)
     if rows < options.max_batch:
-        least_mib = -(-_floor_bytes(manifest, options.max_batch) // MIB)
+        least_mib = -(-_floor_of(manifest)(1, options.max_batch) // MIB)
         raise BudgetError(f"{manifest.model}: only {rows} rows fit", least_mib=least_mib)
     return rows
 
@@ -100,13 +111,13 @@ def largest_batch(manifest: Manifest, options: Options) -> int:
     """
     if options.budget_mib is None:
         return options.max_batch
+    floor_bytes = _floor_of(manifest)
+    budget_bytes = options.budget_mib * MIB
     fitting = [
-        rows
-        for rows in range(1, options.max_batch + 1)
-        if _floor_bytes(manifest, rows) <= options.budget_mib * MIB
+        rows for rows in range(1, options.max_batch + 1) if floor_bytes(1, rows) <= budget_bytes
     ]
     if not fitting:
-        least_mib = -(-_floor_bytes(manifest, 1) // MIB)
+        least_mib = -(-floor_bytes(1, 1) // MIB)
         raise BudgetError(
             f"{manifest.model}: its largest block and its activations need {least_mib} MiB; "
             f"give at least --budget-mib {least_mib}",
@@ -116,10 +127,12 @@ def largest_batch(manifest: Manifest, options: Options) -> int:
     return fitting[-1]
 
 
-def _floor_bytes(manifest: Manifest, rows: int, blocks: int = 1) -> int:
-    """The least budget for a batch of `rows` and so many of the largest blocks."""
-    return budget_for(
-        blocks * manifest.largest_block_bytes,
-        manifest.activation_bytes(rows),
-        tables=bool(tables_of(manifest)),
-    )
+def _floor_of(manifest: Manifest) -> Callable[[int, int], int]:
+    """The least budget for so many of the largest blocks and a batch of so many rows."""
+    tables = bool(tables_of(manifest))
+
+    def floor_bytes(blocks: int, rows: int) -> int:
+        blocks_bytes = blocks * manifest.largest_block_bytes
+        return budget_for(blocks_bytes, manifest.activation_bytes(rows), tables=tables)
+
+    return floor_bytes
