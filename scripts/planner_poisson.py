@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from itertools import takewhile
-from math import ceil, floor, inf
+from math import ceil, floor
 from pathlib import Path
 from statistics import mean, median
 from time import process_time, time
@@ -79,19 +79,13 @@ class Verifier:
 
     def verified(self, options: Options) -> Plan | None:
         """What `paceline.sim.search.verified` finds: for the optimum the cheapest one of its own
-        plan and of those that are asked for as the other policies', but what is dearer as planned.
+        plan and of those that are asked for as the other policies'. That leaves out searches that
+        cannot be cheaper; here every one is made, as it is asked for as a policy, too.
         """
-        best = self._searched(options)
         if options != OPTIMAL:
-            return best
-        for policy in HEURISTICS:
-            other = self.planned(KINDS[policy])
-            limit = inf if best is None else best.cost_per_hour
-            if other is not None and other.cost_per_hour < limit:
-                found = self._searched(KINDS[policy])
-                if found is not None and found.cost_per_hour < limit:
-                    best = found
-        return best
+            return self._searched(options)
+        found = (self._searched(each) for each in (options, *(KINDS[p] for p in HEURISTICS)))
+        return min(filter(None, found), key=lambda plan: plan.cost_per_hour, default=None)
 
     def _searched(self, options: Options) -> Plan | None:
         key = options.policy, options.billing

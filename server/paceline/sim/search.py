@@ -9,8 +9,10 @@ that took no part in the search; the same seed gives the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from math import ceil, inf, log
 
 from paceline.core.chain import Chain
@@ -34,6 +36,7 @@ hundredth of a machine keeps up with the rate, and a request whose items come to
 whole ones."""
 SLO_FACTORS = ((0.8,), (0.9, 1.0), (0.7, 0.6, 0.5))
 """First what is the cheapest most often; from there each way, as long as it gets cheaper."""
+FACTORS = tuple(factor for way in SLO_FACTORS for factor in way)
 WORTHWHILE = 0.99
 """Another factor of the objective is looked at where it can cost no more than this share."""
 CONFIRMATIONS = 12
@@ -97,8 +100,10 @@ def verified(
             plans.append(own_base)
             continue
         plan, headroom, shown = _cheapest(
-            _Search(own_chains, own_demands, options, profiles, how, own_base, progress, policy)
-            for policy in policies
+            [
+                _Search(own_chains, own_demands, options, profiles, how, own_base, progress, policy)
+                for policy in policies
+            ]
         )
         plans.append(plan)
         found |= headroom
@@ -116,13 +121,17 @@ Found = tuple[Plan, dict[str, Headroom], list[ChainAttainment]]
 """A verified plan, the headroom that it has, and what it attained."""
 
 
-def _cheapest(searches: Iterable[_Search]) -> Found:
-    """The cheapest plan that they find. Raises what the first one raised if none finds any."""
+def _cheapest(searches: Sequence[_Search]) -> Found:
+    """The cheapest plan that they find, of equal ones the first. Raises what the first one raised
+    if none finds any.
+    """
     best: Found | None = None
     refusal: PlanError | ConfigError | None = None
     for search in searches:
+        limit = inf if best is None else best[0].cost_per_hour
         try:
-            best = search.run(inf if best is None else best[0].cost_per_hour) or best
+            # Every policy's plan costs at least the optimum's for the same headroom.
+            best = search.run(limit, searches[0].steps_below(limit)) or best
         except (PlanError, ConfigError) as error:
             refusal = refusal or error
     if best is None:
@@ -165,16 +174,31 @@ class _Search:
         self._plans: dict[tuple[int, float], Plan | None] = {}
         self._enough: dict[tuple[int, float], bool] = {}
 
-    def run(self, limit: float) -> Found | None:
-        """The cheapest verified plan; None if it would cost `limit` or more."""
-        if self._cost((0, 1.0)) >= limit:
+    def steps_below(self, limit: float) -> int:
+        """With so many steps, or more, the optimum's plan costs `limit` or more: it never gets
+        cheaper for a higher rate, as it may be served as a part of one (dummy requests).
+        """
+        if limit == inf:
+            return RATE_STEPS + 1
+        cost = self._cost_for_all
+        return bisect_left(range(RATE_STEPS + 1), limit, key=lambda step: cost((step, 1.0)))
+
+    def run(self, limit: float, below: int) -> Found | None:
+        """The cheapest verified plan; None if it would cost `limit` or more, as every plan with
+        `below` steps or more does.
+
+        What it costs as planned, or where the search has come to, does not tell: a greedy policy
+        may find a cheaper plan for more headroom.
+        """
+        if limit < inf and not self._can_cost_less(limit, range(below), FACTORS):
             return None
         found = self._cheapest()
         tried = RATE_STEPS
         for attempt in range(CONFIRMATIONS):
             if found is None:
                 break
-            if self._cost(found) >= limit:
+            left = range(found[0], below)
+            if limit < inf and not self._can_cost_less(limit, left, found[1:]):
                 return None
             steps = 1
             plan = self._plan(found)
@@ -189,7 +213,8 @@ class _Search:
                 shown = [self._attained(chain, result, found, sure) for chain in self._judged]
                 short = refuted.chains | {c.chain for c in shown if c.at_least < c.target}
                 if not short:
-                    return plan, self._headroom(found), shown
+                    cheaper = plan.cost_per_hour < limit
+                    return (plan, self._headroom(found), shown) if cheaper else None
                 if not short <= self._needing:
                     self._need(short)
                     found = self._cheapest()
@@ -363,7 +388,22 @@ class _Search:
 
     def _cost(self, at: tuple[int, float]) -> float:
         plan = self._plan(at)
-        return float("inf") if plan is None else plan.cost_per_hour
+        return inf if plan is None else plan.cost_per_hour
+
+    def _can_cost_less(self, limit: float, steps: range, factors: Sequence[float]) -> bool:
+        """Whether any plan with such headroom costs less than `limit`."""
+        return any(self._cost_for_all(at) < limit for at in product(steps, factors))
+
+    def _cost_for_all(self, at: tuple[int, float]) -> float:
+        """With headroom for every chain, whether it needs any or not."""
+        given = Headroom(RATE_STEP ** at[0], at[1], self._policy)
+        try:
+            names = (demand.name for demand in self._demands)
+            return plan_with(
+                self._demands, self._options, dict.fromkeys(names, given)
+            ).cost_per_hour
+        except PlanError:
+            return inf
 
     def _unreachable(self, steps: int) -> PlanError:
         chain = min(self._judged, key=lambda c: (c.name not in self._needing, c.name))
