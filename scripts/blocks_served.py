@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,9 @@ from paceline.triton.repository import TritonRepository
 _KEEP_ALIVE_S = 0.5
 _WARM = 5
 _GIVE_UP_S = 60.0
+CLIENTS = 4
+"""Of a group, at once: each asks again when it is answered."""
+_LOADED_S = 8.0
 ONE_INSTANCE = ("--slots", "1", "--replan-window-s", "0")
 """However busy it is: else a cold model comes with as many as were busy before."""
 
@@ -178,8 +182,11 @@ def print_group(bench: Bench, models: Sequence[str], repeats: int) -> None:
         Way("blocks, one each", [f"{model}_blocks" for model in models]),
         Way("blocks, fused", ["fused"]),
     ]
-    print("| group through Paceline | cold ms | then ms | PSS MiB |\n|---|---|---|---|")
-    for name, row in measured(bench, repository, ways, repeats).items():
+    print(
+        f"| group through Paceline | cold ms | then ms | PSS MiB | {CLIENTS} clients, requests/s |"
+    )
+    print("|---|---|---|---|---|")
+    for name, row in measured(bench, repository, ways, repeats, clients=CLIENTS).items():
         print(f"| {name} | {_cells(row)} |", flush=True)
 
 
@@ -269,8 +276,10 @@ def measured(
     rows: int = 1,
     dropped: bool = True,
     given: Sequence[str] = (),
+    clients: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Medians by way: milliseconds to the first answer, then of an answer; memory after it.
+    """Medians by way: milliseconds to the first answer, then of an answer; memory after it; with
+    `clients` the requests/s that so many get.
 
     `dropped`: the page cache is, before. `given`: more arguments of `paceline serve`.
     """
@@ -283,6 +292,8 @@ def measured(
                     drop_page_cache(bench.work)
                 way.forget()
                 found[way.name].append(_asked(ask, way))
+                if clients:
+                    found[way.name][-1]["rps"] = _throughput(ask, clients)
     return {
         name: {key: statistics.median(one[key] for one in found[name]) for key in found[name][0]}
         for name in found
@@ -352,6 +363,23 @@ def _asked(ask: Callable[[], None], way: Way) -> dict[str, float]:
     }
 
 
+def _throughput(ask: Callable[[], None], clients: int) -> float:
+    """Answers per second, to so many who ask one after the other. A second is for warming up."""
+    answers: list[float] = []
+
+    def keep_asking(until_s: float) -> None:
+        while time.perf_counter() < until_s:
+            ask()
+            answers.append(time.perf_counter())
+
+    began_s = time.perf_counter() + 1.0
+    with ThreadPoolExecutor(clients) as pool:
+        for done in [pool.submit(keep_asking, began_s + _LOADED_S) for _ in range(clients)]:
+            done.result()
+    counted = [at_s for at_s in answers if at_s >= began_s]
+    return len(counted) / (max(counted) - began_s)
+
+
 def stubs(models: Sequence[str]) -> Iterator[psutil.Process]:
     """The processes of these models' instances, whatever else is loaded: `NAME_0_0`, and so on."""
     instance = re.compile(rf"({'|'.join(map(re.escape, models))})_\d+_\d+")
@@ -405,4 +433,4 @@ def _given(name: str, tensor: TensorSpec, shape: Sequence[int]) -> Any:
 
 
 def _cells(row: Mapping[str, float]) -> str:
-    return " | ".join(f"{value:.0f}" for value in row.values())
+    return " | ".join(f"{value:.0f}" if value >= 20 else f"{value:.1f}" for value in row.values())
