@@ -265,7 +265,7 @@ class Residence:
 
     def _loading(self, machine: str) -> int:
         known = self.state.machines.get(machine)
-        return known.loading if known is not None else 0
+        return known.starting if known is not None else 0
 
     def _holder(self, model: str) -> str | None:
         for name, machine in sorted(self.state.machines.items()):
@@ -347,7 +347,7 @@ class Residence:
     async def _load(self, action: ev.Load) -> None:
         name, model = action.machine, action.model
         machine = self._machines.named()[name]
-        logger.info("loading %s on %s", model, name)
+        logger.info("loading %s on %s, instances: %d", model, name, action.instances)
         try:
             async with self.lock(name, model):
                 await machine.repository.load(model, instances=action.instances)
