@@ -304,6 +304,21 @@ async def test_what_a_triton_holds_already_counts_and_is_taken_over() -> None:
     await engine.close()
 
 
+async def test_models_that_come_and_go_from_now_on_keep_the_instances_that_were_planned() -> None:
+    echo, repository = Echo(), Repository()
+    engine = Engine(echo)
+    machines = Machines(engine, Share())
+    machines.add(Machine(Site("m", "cpu", 2), repository, repository, memory=repository))
+    await machines.grow_to({"m": {"a": 2}}, first=True)
+    machines.announce("m")
+    machines.residence.engage()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert repository.told == ["load 2 a"] and machines.placed["m"] == {"a": 2}
+    await machines.close()
+    await engine.close()
+
+
 async def test_a_keep_alive_unloads_what_is_not_used_where_memory_has_no_bound() -> None:
     echo, repository = Echo(), Repository()
     engine = Engine(echo)

@@ -74,6 +74,7 @@ class Residence:
         placed = {name: self._machines.models_on(name) for name in self._machines.named()}
         for model in sorted({model for held in placed.values() for model in held}):
             self._declare(model)
+        self.want(placed)
         for name, held in placed.items():
             if self._machines.is_up(name) or not held:
                 self._up(name, held)
