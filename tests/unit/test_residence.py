@@ -280,10 +280,13 @@ async def test_a_cold_model_has_one_instance_until_the_answer_and_serves_while_o
     async with machines.using("a", "m"):
         pass
     assert machines.residence.state.models["a"].footprint.own_bytes == 10, "not two as one"
-    repository.gate.set()
+    loading = asyncio.create_task(machines.load("a"))  # as a client asks for it
     for _ in range(20):
         await asyncio.sleep(0)
-    assert machines.placed["m"] == {"a": 2}
+    assert repository.told[2:] == ["load 2 a"], "one load of a model at a time"
+    repository.gate.set()
+    await loading
+    assert repository.told[2:] == ["load 2 a"] * 2 and machines.placed["m"] == {"a": 2}
     await served.ask("a")
     await machines.close()
     await engine.close()

@@ -102,11 +102,7 @@ class Residence:
         try:
             async with self.using(model):
                 for name in before:
-                    if model in self._machines.placed[name]:
-                        instances = self._machines.placed[name][model]
-                        await self._machines.named()[name].repository.load(
-                            model, instances=instances
-                        )
+                    await self._load_again(name, model)
                 (name, *_) = self.state.holders(model)
                 return await self._machines.named()[name].repository.spec(model)
         except ResidencyError:
@@ -369,6 +365,13 @@ class Residence:
                 if self._machines.is_up(name):
                     self._machines.announce(name)
         self._changed(model)
+
+    async def _load_again(self, name: str, model: str) -> None:
+        """Afresh, where it still is; its instances may be being changed. Raises ResidencyError."""
+        async with self.lock(name, model):
+            instances = self._machines.placed.get(name, {}).get(model)
+            if instances is not None:
+                await self._machines.named()[name].repository.load(model, instances=instances)
 
     def _unplace(self, name: str, model: str) -> None:
         """No batch is sent to it from now on."""
