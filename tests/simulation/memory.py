@@ -7,6 +7,8 @@
     lease      a model is unloaded only where no batch of it runs and nobody was granted its use
                who could not use it on another machine
     answered   whoever wants a model is granted it or refused once, or ends
+    first      a model that somebody waits for comes with one instance, and gets others only when
+               one of those who waited is over
     drained    in the end no lease is left, and nothing is being loaded or unloaded
 """
 
@@ -88,7 +90,10 @@ class MemoryOracle:
         self._own = {name: model.believed_bytes for name, model in memory.models.items()}
         self._held: dict[str, dict[str, int]] = {}
         self._going: dict[str, set[str]] = {}
-        self._coming: dict[str, dict[str, int]] = {}
+        self._coming: dict[str, dict[str, tuple[int, int]]] = {}
+        """Instances of what is being loaded, before and after."""
+        self._awaited: dict[str, set[int]] = {}
+        """Who waited for a model that had come nowhere else, none of whom is over."""
         self._wants: dict[tuple[int, str], str] = {}
         self.world: ResidentWorld | None = None
 
@@ -108,6 +113,7 @@ class MemoryOracle:
                     self._wants[key] = "granted"
                     if isinstance(action, ev.Refuse):
                         del self._wants[key]
+                        self._over(action.request)
 
     def watch(self, world: ResidentWorld) -> None:
         """The world it looks at, before anything happens there."""
@@ -135,8 +141,11 @@ class MemoryOracle:
             case ev.Reach():
                 if self._wants.get((event.request, event.model)) == "later":
                     self._wants[event.request, event.model] = "now"
-            case ev.Passed() | ev.Leave():
+            case ev.Passed():
                 self._settle()
+            case ev.Leave():
+                self._settle()
+                self._over(event.request)
             case ev.MachineUp():
                 self._lost(event.machine)
                 self._held[event.machine] = {}
@@ -145,15 +154,18 @@ class MemoryOracle:
                 self._lost(event.machine)
             case ev.LoadDone():
                 if event.model in self._coming.get(event.machine, {}):
-                    shrunk = self._coming[event.machine].pop(event.model)
-                    self._held[event.machine][event.model] = shrunk
+                    before, after = self._coming[event.machine].pop(event.model)
+                    self._held[event.machine][event.model] = after
+                    if not before:
+                        self._came(event.machine, event.model)
                     if event.own_bytes is not None:
                         self._own[event.model] = event.own_bytes
             case ev.LoadFailed():
                 if event.machine in self._held:
-                    before = self._coming[event.machine].pop(event.model, 0)
-                    if before >= 0:
-                        self._held[event.machine].pop(event.model, None)
+                    before, _ = self._coming[event.machine].pop(event.model, (0, 0))
+                    self._held[event.machine].pop(event.model, None)
+                    if before:
+                        self._held[event.machine][event.model] = before
             case ev.UnloadDone():
                 if event.machine in self._held:
                     self._held[event.machine].pop(event.model, None)
@@ -177,6 +189,29 @@ class MemoryOracle:
             elif not lease.current:
                 self._wants[request, model] = "later"
 
+    def _wanting(self, model: str) -> set[int]:
+        """Who will need it, and has not been granted it."""
+        return {
+            request
+            for (request, wanted), state in self._wants.items()
+            if wanted == model and state != "granted"
+        }
+
+    def _is_alone(self, machine: str, model: str) -> bool:
+        """Whether no other machine has anything of it."""
+        return not any(model in held for name, held in self._held.items() if name != machine)
+
+    def _came(self, machine: str, model: str) -> None:
+        self._awaited.pop(model, None)
+        waited = self._wanting(model)
+        if waited and self._is_alone(machine, model):
+            self._awaited[model] = waited
+
+    def _over(self, request: int) -> None:
+        over = [model for model, waited in self._awaited.items() if request in waited]
+        for model in over:
+            del self._awaited[model]
+
     def _used(self, name: str) -> int:
         held = self._held[name]
         blocks = {k: s for model in held for k, s in self._memory.models[model].blocks.items()}
@@ -190,11 +225,16 @@ class MemoryOracle:
             not over or action.instances < before, "memory", f"{action} while too much is held"
         )
         self._held[name][model] = max(before, action.instances)
-        self._coming[name][model] = action.instances
+        self._coming[name][model] = before, action.instances
         used = self._used(name)
         self._require(
             over or used <= budget, "memory", f"{action}: {used} of {budget} bytes on {name}"
         )
+        if before:
+            early = action.instances > before and model in self._awaited
+            self._require(not early, "first", f"{action} before {self._awaited} are over")
+        elif self._is_alone(name, model) and self._wanting(model):
+            self._require(action.instances == 1, "first", f"{action}, which somebody waits for")
 
     def _unload(self, action: ev.Unload) -> None:
         name, model = action.machine, action.model

@@ -11,6 +11,7 @@ from tests.simulation.swarm import draw
 
 from paceline.dispatch import Action, Answer, Dispatcher, Event, Execute, Fail, Wake
 from paceline.residency import events as ev
+from paceline.residency.leases import Leases
 from paceline.residency.residency import Residency
 from paceline.residency.state import Limits, Machine
 from paceline.residency.upkeep import Upkeep
@@ -131,7 +132,24 @@ class Greedy(Residency):
         ]
 
 
-@pytest.mark.parametrize(("residency", "check"), [(Careless, "lease"), (Greedy, "memory")])
+class Deaf(Leases):
+    """Does not know who waited."""
+
+    def awaited(self, model: str) -> bool:
+        return False
+
+
+class Hasty(Residency):
+    """Starts what is wanted of a model beside the first request that uses it."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        super().__init__(limits)
+        self.leases = Deaf()
+
+
+@pytest.mark.parametrize(
+    ("residency", "check"), [(Careless, "lease"), (Greedy, "memory"), (Hasty, "first")]
+)
 def test_a_planted_bug_of_residency_is_caught(residency: type[Residency], check: str) -> None:
     cases = (case for seed in range(120) if (case := draw(seed)).memory is not None)
     found = (violation(replace(case, residency=residency)) for case in cases)

@@ -60,10 +60,12 @@ class Echo:
 
 @dataclass
 class Repository:
-    """A Triton of models of ten bytes each; `told` is everything it was asked, in order."""
+    """A Triton of models of ten bytes an instance; `told` is everything it was asked, in order."""
 
     told: list[str] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
+    processes: dict[str, int] = field(default_factory=dict)
+    """Of each model, those that start too."""
     most: int = 0
     refused: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,8 +87,9 @@ class Repository:
         raise AssertionError("there are no runs here")
 
     async def load(self, model: str, *, instances: int) -> None:
-        self.told.append(f"load {model}")
+        self.told.append(f"load {model}" if instances == 1 else f"load {instances} {model}")
         self.held.add(model)
+        self.processes[model] = instances
         self.changed.set()
         self.most = max(self.most, len(self.held))
         await self.gate.wait()
@@ -118,7 +121,7 @@ class Repository:
         pass
 
     async def measured_bytes(self, model: str) -> int | None:
-        return 10
+        return 10 * self.processes.get(model, 1)
 
     async def server_bytes(self) -> int | None:
         return 10
@@ -248,6 +251,47 @@ async def test_a_machine_that_comes_back_empty_is_filled_again(one_fits: Served)
     assert one_fits.repository.most == 1
 
 
+async def test_a_cold_model_has_one_instance_until_the_answer_and_serves_while_others_start() -> (
+    None
+):
+    echo, repository = Echo(), Repository()
+    engine = Engine(echo)
+    machines = Machines(engine, Share())
+    site = Site("m", "cpu", 2)
+    machines.add(Machine(site, repository, repository, budget_bytes=30.0, memory=repository))
+    await machines.load("a")
+    engine.install(route_chain(single_model_chain(SPECS["a"])))
+    machines.announce("m")
+    served = Served(engine, machines, repository, echo)
+    machines.down("m")
+    repository.held.clear()
+    await machines.grow_to({"m": {"a": 2}})
+    echo.gate.clear()
+    waiting = asyncio.create_task(served.ask("a"))
+    await asyncio.sleep(0)
+    await machines.up("m")
+    await echo.running.wait()
+    assert repository.told == ["load a", "load a"]
+    repository.gate.clear()
+    echo.gate.set()
+    await waiting
+    await served.ask("a")
+    assert repository.told[2:] == ["load 2 a"] and machines.placed["m"] == {"a": 1}
+    async with machines.using("a", "m"):
+        pass
+    assert machines.residence.state.models["a"].footprint.own_bytes == 10, "not two as one"
+    loading = asyncio.create_task(machines.load("a"))  # as a client asks for it
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert repository.told[2:] == ["load 2 a"], "one load of a model at a time"
+    repository.gate.set()
+    await loading
+    assert repository.told[2:] == ["load 2 a"] * 2 and machines.placed["m"] == {"a": 2}
+    await served.ask("a")
+    await machines.close()
+    await engine.close()
+
+
 async def test_what_a_triton_holds_already_counts_and_is_taken_over() -> None:
     echo, repository = Echo(), Repository(held={"b"})
     engine = Engine(echo)
@@ -259,6 +303,21 @@ async def test_what_a_triton_holds_already_counts_and_is_taken_over() -> None:
         await machines.load(model)
     assert repository.most == 1, "another Paceline left b there: it goes before a comes"
     assert repository.told[:2] == ["unload b", "load a"]
+    await machines.close()
+    await engine.close()
+
+
+async def test_models_that_come_and_go_from_now_on_keep_the_instances_that_were_planned() -> None:
+    echo, repository = Echo(), Repository()
+    engine = Engine(echo)
+    machines = Machines(engine, Share())
+    machines.add(Machine(Site("m", "cpu", 2), repository, repository, memory=repository))
+    await machines.grow_to({"m": {"a": 2}}, first=True)
+    machines.announce("m")
+    machines.residence.engage()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert repository.told == ["load 2 a"] and machines.placed["m"] == {"a": 2}
     await machines.close()
     await engine.close()
 

@@ -8,7 +8,7 @@ ever; it makes its model the last that is evicted, for nobody who is less urgent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -54,6 +54,8 @@ class Leases:
         self._by_model: dict[str, dict[int, Lease]] = {}
         self._pins: dict[str, int] = {}
         self._bound: dict[tuple[str, str], int] = {}
+        self._came_for: dict[int, list[str]] = {}
+        self._awaited: set[str] = set()
 
     def __len__(self) -> int:
         return sum(len(leases) for leases in self._by_model.values())
@@ -139,6 +141,22 @@ class Leases:
         del of_model[lease.request]
         if not of_model:
             del self._by_model[lease.model]
+
+    def came(self, model: str, waiting: Sequence[Lease]) -> None:
+        """A model has just come for those that wait."""
+        for lease in waiting:
+            self._awaited.add(model)
+            self._came_for.setdefault(lease.request, []).append(model)
+
+    def awaited(self, model: str) -> bool:
+        """Whether it came for requests that waited, none of which is over yet."""
+        return model in self._awaited
+
+    def over(self, request: int) -> bool:
+        """A request has ended, or will at once; whether some model is no longer `awaited`."""
+        came = self._awaited.intersection(self._came_for.pop(request, ()))
+        self._awaited -= came
+        return bool(came)
 
     def _count(self, lease: Lease, change: int) -> None:
         _add(self._pins, lease.model, change)

@@ -110,6 +110,7 @@ class Residency:
             case Leave():
                 for lease in self.leases.of_request(event.request):
                     self._ended(lease, now_s)
+                self._attention = self.leases.over(event.request) or self._attention
             case Tick():
                 self._wake_s, self._attention = inf, True
             case Moving():
@@ -185,6 +186,14 @@ class Residency:
             return machine is not None and machine.copy(lease.model) is not None
         return any(m.copy(lease.model) is not None for m in self.machines.values())
 
+    def waiting_for(self, model: str, machine: str) -> list[Lease]:
+        """Leases of a model that have no copy, and for which one on that machine would do."""
+        return [
+            lease
+            for lease in self.leases.of(model)
+            if lease.machine in ("", machine) and not lease.granted and not self.has_copy_for(lease)
+        ]
+
     def _is_resident_for(self, lease: Lease) -> bool:
         """Whether the lease can still be used, if not granted: also on a copy that is closed."""
         holders = self.holders(lease.model)
@@ -203,6 +212,7 @@ class Residency:
     def refuse(self, lease: Lease, reason: str, actions: list[Action]) -> None:
         self.counts.refused += 1
         self.leases.drop(lease)
+        self.leases.over(lease.request)  # what came for it may grow: `_serve` is under way
         actions.append(Refuse(lease.request, lease.model, reason))
 
     def _passed(self, lease: Lease, now_s: float, *, used: bool) -> None:
@@ -345,6 +355,7 @@ class Residency:
         machine, model = self.machines[event.machine], self.models[event.model]
         if held.phase is Phase.LOADING:
             model.learn_load(now_s - held.since_s)
+            self.leases.came(event.model, self.waiting_for(event.model, event.machine))
             machine.ledger.loaded(event.model, now_s)
             self.counts.loads += 1
             self.counts.loaded_bytes += held.footprint.own_bytes * held.instances
@@ -404,6 +415,7 @@ class Residency:
         room.relieve(now_s, actions)
         room.meet(list(self._wanted), now_s, actions)
         room.recycle(now_s, actions)
+        self._wanted = {m: None for m in self._wanted if room.waits(m)}
         room.fill(now_s, actions)
         self._wanted = {m: None for m in self._wanted if room.waits(m)}
         self._stuck = not all(self._is_loading(model) for model in self._wanted)

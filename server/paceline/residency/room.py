@@ -6,6 +6,8 @@ with the least loss per byte), in the place of models that less urgent requests 
 or else, once those are done that use them now, in the place of models that less urgent requests
 lease: these are closed, so that no new lease prolongs their stay. What a more urgent request
 needs never goes. Room found for a more urgent model is not given to a less urgent one.
+
+Who waits for a model gets one instance: others would take its part of the link and the cores.
 """
 
 from __future__ import annotations
@@ -168,7 +170,7 @@ class Room:
         if place.kind >= 2 and self._too_soon(one, place, rank, now_s):
             return
         if place.kind == 0 and self._may_load(machine, since_s, now_s):
-            self._r.load(machine, model, self._instances(machine, model), now_s, actions)
+            self._r.load(machine, model, 1, now_s, actions)
             return
         missing = machine.ledger.missing_bytes(model.footprint)
         self._reserved[machine.name] = self._reserved.get(machine.name, 0.0) + missing
@@ -323,14 +325,6 @@ class Room:
         if loading < machine.allowed_loads(limits.most_loads):
             return True
         return loading == 0 and since_s is not None and now_s - since_s >= limits.held_s
-
-    def _instances(self, machine: Machine, model: Model) -> int:
-        """As many as are wanted and fit: only the first is worth another model's place."""
-        wanted = max(1, model.instances.get(machine.name, 1))
-        free = machine.ledger.free_bytes - self._reserved.get(machine.name, 0.0)
-        while wanted > 1 and machine.ledger.missing_bytes(model.footprint, wanted) > free:
-            wanted -= 1
-        return wanted
 
     def _evict(
         self,

@@ -159,6 +159,11 @@ class Machine:
         """Loads under way."""
         return sum(held.phase is Phase.LOADING for held in self.ledger.held())
 
+    @property
+    def starting(self) -> int:
+        """Loads under way, those of further instances too."""
+        return self.loading + len(self.growing)
+
     def allowed_loads(self, most: int) -> int:
         """Loads at a time that what runs can bear."""
         if not self.interference or self.bearable == inf:

@@ -143,14 +143,30 @@ class Upkeep(Room):
         self._evict(machine, victims, why, now_s, actions)
         return False
 
+    def _instances(self, machine: Machine, model: Model) -> int:
+        """To begin with: as many as are wanted and fit, but one where somebody waits for it."""
+        if self.waits(model.name):
+            return 1
+        wanted = max(1, model.instances.get(machine.name, 1))
+        free = machine.ledger.free_bytes - self._reserved.get(machine.name, 0.0)
+        while wanted > 1 and machine.ledger.missing_bytes(model.footprint, wanted) > free:
+            wanted -= 1
+        return wanted
+
     def _grow(self, machine: Machine, actions: list[Action]) -> None:
-        """Bring resident models to the instances that are wanted, as far as there is room."""
+        """Bring resident models to the instances that are wanted, as far as there is room; what
+        came for requests that waited, after the first of them is over: its weights may still be
+        on their way, and a process that starts takes the cores that compute.
+        """
         if machine.recycling or machine.ledger.over_bytes or self._r.waiting or machine.fill:
             return
         for held in machine.ledger.held():
             model = self._r.models[held.model]
             wanted = model.instances.get(machine.name, 1)
             if not held.open or held.operation or wanted == held.instances:
+                continue
+            busy = machine.starting >= self._r.limits.most_loads
+            if wanted > held.instances and (busy or self._r.leases.awaited(held.model)):
                 continue
             room = machine.ledger.free_bytes
             own = held.footprint.own_bytes

@@ -74,6 +74,7 @@ class Residence:
         placed = {name: self._machines.models_on(name) for name in self._machines.named()}
         for model in sorted({model for held in placed.values() for model in held}):
             self._declare(model)
+        self.want(placed)
         for name, held in placed.items():
             if self._machines.is_up(name) or not held:
                 self._up(name, held)
@@ -101,11 +102,7 @@ class Residence:
         try:
             async with self.using(model):
                 for name in before:
-                    if model in self._machines.placed[name]:
-                        instances = self._machines.placed[name][model]
-                        await self._machines.named()[name].repository.load(
-                            model, instances=instances
-                        )
+                    await self._load_again(name, model)
                 (name, *_) = self.state.holders(model)
                 return await self._machines.named()[name].repository.spec(model)
         except ResidencyError:
@@ -265,7 +262,7 @@ class Residence:
 
     def _loading(self, machine: str) -> int:
         known = self.state.machines.get(machine)
-        return known.loading if known is not None else 0
+        return known.starting if known is not None else 0
 
     def _holder(self, model: str) -> str | None:
         for name, machine in sorted(self.state.machines.items()):
@@ -347,7 +344,7 @@ class Residence:
     async def _load(self, action: ev.Load) -> None:
         name, model = action.machine, action.model
         machine = self._machines.named()[name]
-        logger.info("loading %s on %s", model, name)
+        logger.info("loading %s on %s, instances: %d", model, name, action.instances)
         try:
             async with self.lock(name, model):
                 await machine.repository.load(model, instances=action.instances)
@@ -368,6 +365,13 @@ class Residence:
                 if self._machines.is_up(name):
                     self._machines.announce(name)
         self._changed(model)
+
+    async def _load_again(self, name: str, model: str) -> None:
+        """Afresh, where it still is; its instances may be being changed. Raises ResidencyError."""
+        async with self.lock(name, model):
+            instances = self._machines.placed.get(name, {}).get(model)
+            if instances is not None:
+                await self._machines.named()[name].repository.load(model, instances=instances)
 
     def _unplace(self, name: str, model: str) -> None:
         """No batch is sent to it from now on."""

@@ -48,18 +48,24 @@ class Sizes:
 
     async def measure(self, name: str, model: str) -> None:
         """One model on one machine, if it is there."""
-        machine, placed = self._machines.named().get(name), self._machines.placed.get(name, {})
-        instances = placed.get(model)
+        machine, instances = self._machines.named().get(name), self._instances(name, model)
         if machine is None or instances is None:
             return
         own_bytes = await own_bytes_of(machine, model, instances)
-        if own_bytes is None or placed.get(model) != instances:
+        if own_bytes is None or self._instances(name, model) != instances:
             return
         believed = self._state.models[model].footprint.own_bytes
         if abs(own_bytes - believed) > SIZE_TOLERANCE * believed:
             if machine.memory is not None:
                 machine.memory.remember(model, own_bytes)
             self._tell(ev.SizeMeasured(model, own_bytes))
+
+    def _instances(self, name: str, model: str) -> int | None:
+        """How many there are; None where it is not there, or their number is being changed."""
+        known = self._state.machines.get(name)
+        if known is not None and model in known.growing:
+            return None
+        return self._machines.placed.get(name, {}).get(model)
 
     async def _measure_server(self, name: str) -> None:
         machine = self._machines.named().get(name)
