@@ -4,8 +4,8 @@ Triton takes 0.2 to 0.3 s to start a model's process and its Python, in which no
 comes. Whoever has Triton load a model tells this process at the same moment, a line of JSON each:
 `{"model", "directory", "parameters"}`, parameters as in a config.pbtxt. It fetches the model into
 its cache as the model's own process does, which finds what is there, waits for what is on its way,
-and takes over where this process fails: nothing is said here that the load itself does not say.
-Ends with its standard input.
+and takes over where this process fails, or gives way to other loads: nothing is said here that the
+load itself does not say. Ends with its standard input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,32 @@ MOST = 4
 """Models at once; more are left to their own processes."""
 LONGEST_S = 600.0
 """As long as Triton is given for a load."""
+
+
+class _Yielding:
+    """Turns until others load as well and the model's own process is there: that one is weighed
+    by who waits for it, and must not wait for us. See `loader.Turns`.
+    """
+
+    def __init__(self, ledger: Ledger, model: str) -> None:
+        self._ledger = ledger
+        self._model = model
+
+    def begin(self, urgent: Callable[[], bool]) -> bool:
+        """Raises PoolError when there are no more."""
+        alone = self._ledger.begin(urgent)
+        if not alone and any(
+            row.model == self._model and row.loading_bytes for row in self._ledger.rows().values()
+        ):
+            self._ledger.end(0)
+            raise PoolError(f"model {self._model!r} is fetched by its own process now")
+        return alone
+
+    def end(self, size_bytes: int) -> None:
+        self._ledger.end(size_bytes)
+
+    def moved(self, size_bytes: int) -> None:
+        self._ledger.moved(size_bytes)
 
 
 def serve(lines: Iterable[str]) -> None:
@@ -57,7 +83,7 @@ def fetch(model: str, settings: Settings) -> None:
             [loaded_objects(block) for block in blocks],
             {name: pages(one.size_bytes) for name, one in stated.items()},
         )
-        loader = Loader(window, source.open(stated), source, turns=ledger)
+        loader = Loader(window, source.open(stated), source, turns=_Yielding(ledger, model))
         stack.callback(loader.close)
         loader.start()
         for block in blocks:

@@ -349,6 +349,8 @@ class RemoteSource:
                 self._right.add(digest)
                 del self._parts[digest]
                 status = part.publish(self._store.path(digest))
+                self._store.mark_unsettled(digest, stated, status)  # who waits need not hash it
+                part.close()
                 self._settler.add(digest, stated, status)
                 return
             if attempt + 1 < attempts:
