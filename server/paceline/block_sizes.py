@@ -14,7 +14,7 @@ from paceline.blocks.backend.objects import ObjectStore
 from paceline.core.errors import ConfigError
 from paceline.triton.config import read_config
 
-_BUDGETS = ("memory_budget_mib", "shared_budget_mib")
+BUDGETS = frozenset(("memory_budget_mib", "shared_budget_mib"))
 
 
 def blocks_of(directory: Path) -> Mapping[str, int]:
@@ -25,7 +25,7 @@ def blocks_of(directory: Path) -> Mapping[str, int]:
         return {}
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     pool, manifest = parameters.get("pool", ""), parameters.get("manifest", "")
-    swapped = any(key in parameters for key in _BUDGETS)
+    swapped = not BUDGETS.isdisjoint(parameters)
     if config.backend != "paceline_blocks" or swapped or "://" in pool:
         return {}
     try:

@@ -14,6 +14,7 @@ from math import inf
 from pathlib import Path
 from time import perf_counter
 
+from paceline.block_fetches import BlockFetches
 from paceline.block_links import BlockLinks
 from paceline.block_sizes import blocks_of
 from paceline.core.errors import BackendError, PacelineError, ResidencyError
@@ -208,9 +209,13 @@ async def connected_machine(
     local: bool,
     budget_bytes: float = inf,
     process: LocalTriton | None = None,
+    fetches: BlockFetches | None = None,
 ) -> Machine:
-    """A Triton that answers, as the controller uses it; `process` where we run it ourselves."""
-    repository = TritonRepository(client, model_repositories)
+    """A Triton that answers, as the controller uses it; `process` and `fetches` where we run it
+    ourselves.
+    """
+    on_load = fetches.begin if fetches is not None else None
+    repository = TritonRepository(client, model_repositories, on_load=on_load)
     profiler = TritonProfiler(repository, cache_directory=state_directory, local=local)
     took_s = await _probe(client)
     machine = Machine(

@@ -19,6 +19,7 @@ from functools import partial
 from math import inf
 from pathlib import Path
 
+from paceline.block_fetches import BlockFetches
 from paceline.config import parse_chain, read_chains, read_hardware
 from paceline.core.chain import Chain
 from paceline.core.errors import BackendError, ConfigError, PacelineError, ResidencyError
@@ -362,6 +363,8 @@ async def _start_local(
         died.clear()
         return True
 
+    fetches = BlockFetches()
+    stack.callback(fetches.close)
     triton = local_triton(settings, events)
     triton.on_down, triton.on_up = on_down, on_up
     stack.push_async_callback(triton.stop)
@@ -378,6 +381,7 @@ async def _start_local(
             local=True,
             budget_bytes=_budget_bytes(settings, LOCAL_HARDWARE),
             process=triton,
+            fetches=fetches,
         )
     )
     return is_back

@@ -33,6 +33,9 @@ class Link:
     def expect(self, spans: Sequence[Span]) -> None:
         self._now = tuple(spans)
 
+    def takes_turn(self, span: Span) -> bool:
+        return True
+
     def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
         if span in self.failing:
             self.failing.remove(span)
@@ -74,6 +77,8 @@ class Turns:
         return self._alone
 
     def end(self, size_bytes: int) -> None: ...
+
+    def moved(self, size_bytes: int) -> None: ...
 
 
 @pytest.fixture

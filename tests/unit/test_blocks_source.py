@@ -64,15 +64,19 @@ def pool(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def remote(pool: Path, tmp_path: Path) -> Iterator[Callable[[], RemoteSource]]:
+def remote(pool: Path, tmp_path: Path) -> Iterator[Callable[..., RemoteSource]]:
     """A source with an empty cache."""
     with answering(OneObject) as url:
-        yield lambda: RemoteSource(lambda: HttpStore(url), tmp_path / "cache", counted=True)
+
+        def remote(*, counted: bool = True) -> RemoteSource:
+            return RemoteSource(lambda: HttpStore(url), tmp_path / "cache", counted=counted)
+
+        yield remote
 
 
 @pytest.fixture(params=["local", "remote"])
 def opened(
-    pool: Path, remote: Callable[[], RemoteSource], request: pytest.FixtureRequest
+    pool: Path, remote: Callable[..., RemoteSource], request: pytest.FixtureRequest
 ) -> Callable[[], Opened]:
     """A source with one object, verified, none of it in memory."""
 
@@ -175,9 +179,40 @@ class Turns:
         self.told.append("end")
         self.given_back.set()
 
+    def moved(self, size_bytes: int) -> None:
+        self.told.append(f"moved {size_bytes >> 20} MiB")
+
+
+def test_what_another_process_fetches_or_has_fetched_takes_no_turn(
+    remote: Callable[..., RemoteSource],
+) -> None:
+    """The other one needs the turns; how much there is then is told."""
+    other, source, third = (remote(counted=False) for _ in range(3))
+    other.open(STATED)
+    other.fetch(SPANS[0])
+    turns = [Turns(), Turns()]
+    window = Window([[NAME]], {NAME: OBJECT_BYTES}, chunk_bytes=2 * MIB)
+    loaders = [Loader(window, source.open(STATED), source, turns=turns[0])]
+    loaders[0].start()
+    try:
+        for span in SPANS[1:]:
+            other.fetch(span)
+        assert loaders[0].wait_complete(TIMEOUT_S)
+        window = Window([[NAME]], {NAME: OBJECT_BYTES}, chunk_bytes=2 * MIB)
+        loaders.append(Loader(window, third.open(STATED), third, turns=turns[1]))
+        loaders[1].start()
+        assert loaders[1].wait_complete(TIMEOUT_S)
+    finally:
+        other.close()  # whatever it has locked, so that nobody waits for it
+        for loader in loaders:
+            loader.close()
+        source.close()
+        third.close()
+    assert [each.told for each in turns] == [["moved 8 MiB"]] * 2
+
 
 def test_who_waits_for_what_another_process_fetches_gives_its_turn_back(
-    remote: Callable[[], RemoteSource],
+    remote: Callable[..., RemoteSource],
 ) -> None:
     """The other one needs a turn to go on: waiting for each other they would both stand still."""
     other, source = remote(), remote()

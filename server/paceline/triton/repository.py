@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -56,7 +56,10 @@ class TritonRepository:
         *,
         load_timeout_s: float = 600.0,
         unload_timeout_s: float = 60.0,
+        on_load: Callable[[Path, ModelConfig], None] | None = None,
     ) -> None:
+        """`on_load` is told the directory and configuration of a model that is about to load."""
+        self._on_load = on_load
         self._client = client
         self._directories = tuple(directories)
         self._load_timeout_s = load_timeout_s
@@ -153,6 +156,8 @@ class TritonRepository:
             config.parameters[CONTENT].string_value = content = content_mark(directory)
             if adopt and await self._holds(model, content, instances):
                 return
+            if self._on_load is not None:
+                self._on_load(directory, config)
         await self._load(model, config_json(with_instances(config, instances)))
 
     async def unload(self, model: str) -> None:

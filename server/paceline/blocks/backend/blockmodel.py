@@ -12,7 +12,6 @@ import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from .budget import Budget
@@ -33,7 +32,7 @@ from .mapping import MappedObject
 from .run import Durations, Sessions, compute
 from .settings import Settings
 from .skeleton import Skeleton, available_providers, empty_arena, ort_version, to_value
-from .source import LocalSource, Source, loaded_objects, objects_of, tables_of
+from .source import Source, loaded_objects, objects_of, open_source, tables_of
 from .window import Window
 
 
@@ -119,7 +118,7 @@ class BlockModel:
     @classmethod
     def open(cls, settings: Settings, name: str = "") -> BlockModel:
         """The model that a config.pbtxt describes, called so by its server. Raises PoolError."""
-        source, channel = _open_source(settings)
+        source, channel = open_source(settings)
         ledger = Ledger(channel, priority=settings.priority)
         try:
             return cls(settings, source, ledger, name)
@@ -268,19 +267,3 @@ def _open_device(settings: Settings, manifest: Manifest) -> Driver | None:
             "or leave the parameter device out (and set KIND_CPU)"
         )
     return open_cuda(settings.gpu, available_providers())
-
-
-def _open_source(settings: Settings) -> tuple[Source, str]:
-    """Where the model's objects come from, and the name of what they come through."""
-    if isinstance(settings.pool, Path):
-        local = LocalSource(settings.pool, counted=settings.has_budget)
-        return local, f"disk {settings.pool.stat().st_dev}"
-    from . import remote, store  # a local pool needs no HTTP
-
-    url, endpoint = settings.pool, settings.s3_endpoint
-    source = remote.RemoteSource(
-        lambda: store.open_store(url, s3_endpoint=endpoint),
-        settings.cache,
-        counted=settings.has_budget,
-    )
-    return source, store.channel(url)

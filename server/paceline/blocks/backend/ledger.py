@@ -143,10 +143,14 @@ class Ledger:
                 rows[self._name] = replace(
                     rows[self._name], load=began(load, now_s) if mine else load
                 )
+                model = rows[self._name].model
                 others = [row for name, row in rows.items() if name != self._name]
             if mine:
+                # Processes of one model fetch each object once: they have nothing to overtake.
                 return not any(
-                    row.load.channel == self._channel and (row.left_bytes or row.load.busy)
+                    row.load.channel == self._channel
+                    and (row.left_bytes or row.load.busy)
+                    and not (model and row.model == model)
                     for row in others
                 )
             self._turn_bell.wait(_RETRY_S)
@@ -164,6 +168,12 @@ class Ledger:
             following = next_load(loads, self._channel, time.monotonic())
         if following is not None:
             ring(following)
+
+    def moved(self, size_bytes: int) -> None:
+        """See `loader.Turns`."""
+        with self._table() as rows:
+            mine = rows[self._name]
+            rows[self._name] = replace(mine, moved_bytes=mine.moved_bytes + size_bytes)
 
     def join(self, group: str, total_bytes: int, floor_bytes: int) -> None:
         """Claims a share of the group's budget. Raises PoolError if it cannot hold one more."""

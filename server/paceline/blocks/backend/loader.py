@@ -37,6 +37,9 @@ class Turns(Protocol):
     def end(self, size_bytes: int) -> None:
         """The bytes are moved."""
 
+    def moved(self, size_bytes: int) -> None:
+        """So many bytes are there that took no turn."""
+
 
 class FreeTurns:
     """Nobody to share with."""
@@ -45,6 +48,8 @@ class FreeTurns:
         return True
 
     def end(self, size_bytes: int) -> None: ...
+
+    def moved(self, size_bytes: int) -> None: ...
 
 
 class Loader:
@@ -77,6 +82,7 @@ class Loader:
         """What was asked for ahead of its turn."""
         self._turn_since_s: float | None = None
         self._turn_bytes = 0
+        self._found_bytes = 0
         self._peak_bytes = 0
         self._moved_bytes = 0
         self._moving_s = 0.0
@@ -196,6 +202,7 @@ class Loader:
                 step = None if self._closed else self._ready_step()
             if step is None:
                 self._end_turn()  # nobody else waits for one that is idle
+                self._tell_found()
                 with self._changed:
                     step = self._next_step()
             if step is None:
@@ -241,13 +248,20 @@ class Loader:
         moved = 0
         began_s = time.perf_counter()
         try:
-            if self._turn_since_s is None:
-                began_s = self._begin_turn()
-            spans = (*step.fetch, *self._fetched_next())
+            later: tuple[Span, ...] = ()
             for number, span in enumerate(step.fetch, 1):
-                self._source.expect(spans[number:])
+                if self._turn_since_s is None and self._source.takes_turn(span):
+                    asked_s = time.perf_counter()
+                    began_s += self._begin_turn() - asked_s
+                if self._turn_since_s is not None:
+                    later = later or self._fetched_next()
+                self._source.expect((*step.fetch[number:], *later))
                 self._source.fetch(span, self._without_turn)
                 moved += span.size_bytes
+                if self._turn_since_s is None:
+                    self._found_bytes += span.size_bytes
+                else:
+                    self._turn_bytes += span.size_bytes
                 with self._changed:
                     self._window.fetched(span)
                     self._error, self._backoff_s = None, FIRST_BACKOFF_S
@@ -259,7 +273,6 @@ class Loader:
             with self._changed:
                 self._moved_bytes += moved
                 self._moving_s += now_s - began_s
-            self._turn_bytes += moved
             if self._turn_since_s is not None and now_s - self._turn_since_s >= TURN_S:
                 self._end_turn()
 
@@ -283,9 +296,11 @@ class Loader:
     @contextlib.contextmanager
     def _without_turn(self) -> Iterator[None]:
         """While another process fetches what is wanted here: it may need a turn for that."""
+        had_turn = self._turn_since_s is not None
         self._end_turn()
         yield
-        self._begin_turn()
+        if had_turn:
+            self._begin_turn()
 
     def _end_turn(self) -> None:
         if self._turn_since_s is not None:
@@ -293,6 +308,12 @@ class Loader:
             with contextlib.suppress(PoolError, OSError):  # its lease ends without us
                 self._turns.end(self._turn_bytes)
             self._turn_bytes = 0
+
+    def _tell_found(self) -> None:
+        if self._found_bytes:
+            with contextlib.suppress(PoolError, OSError):  # of use to who divides links, no more
+                self._turns.moved(self._found_bytes)
+            self._found_bytes = 0
 
     def _waited_for(self) -> bool:
         with self._changed:

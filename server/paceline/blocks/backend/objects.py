@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import stat
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,10 @@ class ObjectStore:
                 "compile the model again"
             )
         state = _state(status, stated.blake3)
-        if self._verified.get(digest) == state or self._marker(digest) == state:
+        if self._verified.get(digest) == state or self._marker(digest) in (
+            state,
+            _unsettled(state),
+        ):
             self._verified[digest] = state
             return True
         found = hash_file(handle, keep=not self._counted)
@@ -119,7 +123,13 @@ class ObjectStore:
 
     def mark_verified(self, digest: str, stated: PoolObject, status: os.stat_result) -> None:
         """Remembers that an object that looks like this has the bytes that are stated."""
-        state = self.remember(digest, stated, status)
+        self._mark(digest, self.remember(digest, stated, status))
+
+    def mark_unsettled(self, digest: str, stated: PoolObject, status: os.stat_result) -> None:
+        """The same of one that is not on the disk yet, until this machine is started again."""
+        self._mark(digest, _unsettled(self.remember(digest, stated, status)))
+
+    def _mark(self, digest: str, state: str) -> None:
         marker = self.root / "verified" / digest
         fresh = marker.with_name(f".{digest}.{os.getpid()}.{os.urandom(4).hex()}")
         # A pool that cannot be written is hashed by every process once.
@@ -183,3 +193,19 @@ def hash_file(handle: int, *, keep: bool = True) -> str:
 
 def _state(status: os.stat_result, hashed: str) -> str:
     return f"{status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns} {hashed}"
+
+
+@cache
+def _boot() -> str:
+    """Another one after each start of the machine; empty where that is not known."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _unsettled(state: str) -> str:
+    """As a marker says of an object that a crash of the machine may alter; unlike any other if
+    nobody could tell that there was one.
+    """
+    return f"{state} {_boot() or os.getpid()}"

@@ -87,14 +87,13 @@ class PartialObject:
         return self._handle
 
     def publish(self, path: Path) -> os.stat_result:
-        """Under its name, in memory at least; ends the lock. What it looks like then."""
+        """Under its name, in memory at least, and locked until `close`. What it looks like then."""
         try:
             self.path.rename(path)
             os.fchmod(self._handle, 0o444)
             status = os.fstat(self._handle)
         except OSError as error:
             raise PoolError(f"cache {path}: {error.strerror}") from None
-        self.close()
         return status
 
     def is_published(self, path: Path) -> bool:

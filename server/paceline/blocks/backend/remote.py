@@ -201,6 +201,13 @@ class RemoteSource:
             part.ours = part.try_lock() and not part.is_published(self._store.path(digest))
         return part.ours
 
+    def takes_turn(self, span: Span) -> bool:
+        if self._reader.counted:
+            return True  # swapped in again and again, from a disk that others want as well
+        if self._is_there(span.name):
+            return False
+        return span.name in self._chunks or self._is_ours(span.name, self._parts[span.name])
+
     def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
         opened = self._objects[span.name]
         part = self._parts.get(span.name)
@@ -342,6 +349,8 @@ class RemoteSource:
                 self._right.add(digest)
                 del self._parts[digest]
                 status = part.publish(self._store.path(digest))
+                self._store.mark_unsettled(digest, stated, status)  # who waits need not hash it
+                part.close()
                 self._settler.add(digest, stated, status)
                 return
             if attempt + 1 < attempts:

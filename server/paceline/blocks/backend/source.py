@@ -17,6 +17,7 @@ from .manifest import Block, Chunks, Manifest, PoolError, PoolObject
 from .mapping import MappedObject
 from .objects import ObjectStore
 from .reader import Reader
+from .settings import Settings
 from .window import Span
 
 Waiting = Callable[[], AbstractContextManager[None]]
@@ -43,6 +44,11 @@ class Source(Protocol):
 
     def expect(self, spans: Sequence[Span]) -> None:
         """What will be fetched after the next span, in this order."""
+
+    def takes_turn(self, span: Span) -> bool:
+        """Whether bytes of it would come through what loads share: not what is on this machine
+        already, and not what another process is fetching.
+        """
 
     def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
         """Brings the span's bytes into memory. Raises PoolError; the object is then not held.
@@ -99,6 +105,9 @@ class LocalSource:
     def expect(self, spans: Sequence[Span]) -> None:
         self._reader.expect(spans)
 
+    def takes_turn(self, span: Span) -> bool:
+        return True
+
     def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
         if span.offset == 0:
             self.check(span.name)
@@ -142,3 +151,19 @@ def objects_of(manifest: Manifest) -> Mapping[str, PoolObject]:
         for weight in block.weights
     )
     return {name: manifest.objects[name] for name in dict.fromkeys(names)}
+
+
+def open_source(settings: Settings) -> tuple[Source, str]:
+    """Where the model's objects come from, and the name of what they come through."""
+    if isinstance(settings.pool, Path):
+        local = LocalSource(settings.pool, counted=settings.has_budget)
+        return local, f"disk {settings.pool.stat().st_dev}"
+    from . import remote, store  # a local pool needs no HTTP
+
+    url, endpoint = settings.pool, settings.s3_endpoint
+    source = remote.RemoteSource(
+        lambda: store.open_store(url, s3_endpoint=endpoint),
+        settings.cache,
+        counted=settings.has_budget,
+    )
+    return source, store.channel(url)
