@@ -82,6 +82,12 @@ def main() -> None:
             command.add_argument("--at", nargs="+", choices=places, default=first)
         if name in ("cgroup", "served"):
             command.add_argument("--batch", type=int, default=1)
+        if name == "served":
+            command.add_argument(
+                "--as-planned",
+                action="store_true",
+                help="replanned while serving; default: one instance each",
+            )
         if name == "cgroup":
             command.add_argument("--limit-mib", type=int, help="of the cgroup")
             command.add_argument("--link-mbps", type=float, default=0, help="0: local disk")

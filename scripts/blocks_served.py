@@ -59,7 +59,7 @@ CLIENTS = 4
 """Of a group, at once: each asks again when it is answered."""
 _LOADED_S = 8.0
 ONE_INSTANCE = ("--slots", "1", "--replan-window-s", "0")
-"""However busy it is: else a cold model comes with as many as were busy before."""
+"""However busy it is: else there are as many as Paceline plans for what it sees."""
 
 
 def _nothing() -> None: ...
@@ -98,7 +98,7 @@ def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
                     arguments.repeats,
                     rows=rows,
                     dropped=not url,
-                    given=ONE_INSTANCE,
+                    given=() if arguments.as_planned else ONE_INSTANCE,
                 )
             came_from = f"{mbps:g} MB/s" if url else "disk"
             for name, row in found.items():
