@@ -140,6 +140,8 @@ def test_a_process_fetches_what_will_be_loaded_and_is_replaced_when_it_dies(
         assert waited_for(lambda: pool.sent_bytes() >= least) and fetches.pid == first is not None
         objects_there = tmp_path / "cache" / "objects"
         assert waited_for(lambda: len([*objects_there.iterdir()]) > LAYERS)
+        mapped = Path(f"/proc/{first}/maps")
+        assert waited_for(lambda: str(tmp_path) not in mapped.read_text(encoding="utf-8"))
         assert fetches._process is not None
         fetches._process.send_signal(signal.SIGKILL)
         fetches._process.wait()

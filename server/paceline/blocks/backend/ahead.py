@@ -10,6 +10,7 @@ load itself does not say. Ends with its standard input.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -102,6 +103,7 @@ def _fetch_and_free(
     except (PoolError, SettingsError, OSError):
         pass  # the model's own process meets it, too, and says so
     finally:
+        gc.collect()  # a mapping that lives on keeps its pages from being dropped by their owner
         free.release()
 
 
