@@ -127,13 +127,17 @@ def _cheapest(searches: Sequence[_Search]) -> Found:
     """
     best: Found | None = None
     refusal: PlanError | ConfigError | None = None
+    limit, below = inf, RATE_STEPS + 1
     for search in searches:
-        limit = inf if best is None else best[0].cost_per_hour
         try:
-            # Every policy's plan costs at least the optimum's for the same headroom.
-            best = search.run(limit, searches[0].steps_below(limit)) or best
+            found = search.run(limit, below)
         except (PlanError, ConfigError) as error:
             refusal = refusal or error
+            continue
+        if found is not None:
+            best, limit = found, found[0].cost_per_hour
+            # Every policy's plan costs at least the optimum's for the same headroom.
+            below = searches[0].steps_below(limit)
     if best is None:
         assert refusal is not None, "a search without a limit finds a plan or raises"
         raise refusal
@@ -178,8 +182,6 @@ class _Search:
         """With so many steps, or more, the optimum's plan costs `limit` or more: it never gets
         cheaper for a higher rate, as it may be served as a part of one (dummy requests).
         """
-        if limit == inf:
-            return RATE_STEPS + 1
         cost = self._cost_for_all
         return bisect_left(range(RATE_STEPS + 1), limit, key=lambda step: cost((step, 1.0)))
 
@@ -190,15 +192,14 @@ class _Search:
         What it costs as planned, or where the search has come to, does not tell: a greedy policy
         may find a cheaper plan for more headroom.
         """
-        if limit < inf and not self._can_cost_less(limit, range(below), FACTORS):
+        if not self._can_cost_less(limit, range(below), FACTORS):
             return None
         found = self._cheapest()
         tried = RATE_STEPS
         for attempt in range(CONFIRMATIONS):
             if found is None:
                 break
-            left = range(found[0], below)
-            if limit < inf and not self._can_cost_less(limit, left, found[1:]):
+            if not self._can_cost_less(limit, range(found[0], below), found[1:]):
                 return None
             steps = 1
             plan = self._plan(found)
@@ -392,7 +393,7 @@ class _Search:
 
     def _can_cost_less(self, limit: float, steps: range, factors: Sequence[float]) -> bool:
         """Whether any plan with such headroom costs less than `limit`."""
-        return any(self._cost_for_all(at) < limit for at in product(steps, factors))
+        return limit == inf or any(self._cost_for_all(at) < limit for at in product(steps, factors))
 
     def _cost_for_all(self, at: tuple[int, float]) -> float:
         """With headroom for every chain, whether it needs any or not."""
