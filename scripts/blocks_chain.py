@@ -46,6 +46,7 @@ CHAIN, FUSED = ROOT / "examples/chains/ocr.yaml", ROOT / "examples/fused/ocr.yam
 GROUPS = {"ocr_front": ("prepare", "detect", "extract"), "ocr_lines": ("classify", "recognize")}
 CALLS = 8
 CLIENTS = 4
+"""At once: each asks again when it is answered."""
 LOADED_S = 15.0
 MIB = 1 << 20
 

@@ -32,6 +32,7 @@ import psutil
 import tritonclient.grpc as triton
 from google.protobuf import text_format
 from scripts.bench_residency import served, until_cold
+from scripts.blocks_chain import CLIENTS
 from scripts.blocks_cold import download
 from scripts.blocks_cold import served as served_link
 from scripts.blocks_measure import (
@@ -55,8 +56,6 @@ from paceline.triton.repository import TritonRepository
 _KEEP_ALIVE_S = 0.5
 _WARM = 5
 _GIVE_UP_S = 60.0
-CLIENTS = 4
-"""Of a group, at once: each asks again when it is answered."""
 _LOADED_S = 8.0
 ONE_INSTANCE = ("--slots", "1", "--replan-window-s", "0")
 """However busy it is: else there are as many as Paceline plans for what it sees."""
