@@ -126,6 +126,9 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         controller.machines.residence.state.limits = ResidencyLimits(
             eviction=settings.eviction, paced=settings.pace_loads
         )
+        # Whatever loads, sends and asks is at rest before the Tritons go.
+        tritons = await stack.enter_async_context(AsyncExitStack())
+        tritons.push_async_callback(fleet.close)
         stack.push_async_callback(engine.close)
         stack.push_async_callback(controller.close)
         web = await start_web(
@@ -142,9 +145,8 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             shared_port=settings.share.count > 1,
         )
         stack.push_async_callback(rpc.stop, 1.0)
-        stack.push_async_callback(fleet.close)
         starting = asyncio.create_task(
-            _start(settings, chains, declared, controller, fleet, stack, events), name="start"
+            _start(settings, chains, declared, controller, fleet, tritons, events), name="start"
         )
         if not await _finished_before(starting, stop):
             return
@@ -267,7 +269,7 @@ async def _start(
     declared: tuple[Chain, ...],
     controller: Controller,
     fleet: TritonFleet,
-    stack: AsyncExitStack,
+    tritons: AsyncExitStack,
     events: Events,
 ) -> Plan:
     """Bring up every Triton, then load, profile, plan and install the chains.
@@ -286,11 +288,11 @@ async def _start(
             budget_bytes=partial(_budget_bytes, settings),
             on_note=events.on_note,
         )
-        stack.push_async_callback(remote.close)
+        tritons.push_async_callback(remote.close)
         await remote.start()
         is_back: Callable[[], Awaitable[bool]] = _never
     else:
-        is_back = await _start_local(settings, controller, fleet, stack, events)
+        is_back = await _start_local(settings, controller, fleet, tritons, events)
     try:
         plan = await start_chains(partial(controller.start, chains), is_back)
     except PacelineError as error:
@@ -327,7 +329,7 @@ async def _start_local(
     settings: ServeSettings,
     controller: Controller,
     fleet: TritonFleet,
-    stack: AsyncExitStack,
+    tritons: AsyncExitStack,
     events: Events,
 ) -> Callable[[], Awaitable[bool]]:
     """Bring up a Triton of our own. What is returned tells, after something has failed, whether
@@ -364,10 +366,10 @@ async def _start_local(
         return True
 
     fetches = BlockFetches()
-    stack.callback(fetches.close)
+    tritons.callback(fetches.close)
     triton = local_triton(settings, events)
     triton.on_down, triton.on_up = on_down, on_up
-    stack.push_async_callback(triton.stop)
+    tritons.push_async_callback(triton.stop)
     url = await triton.start()
     client = await TritonClient.connect(url, name=LOCAL)
     fleet.add(LOCAL, client)

@@ -135,6 +135,23 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(
     assert "Traceback" not in server.said
 
 
+def test_nothing_is_unloaded_any_more_once_triton_stops(
+    models: Path, start_paceline: Start, tmp_path: Path
+) -> None:
+    """The model is due to go, by its chain's keep-alive, while Triton is stopped."""
+    chain = tmp_path / "calm.yaml"
+    chain.write_text(CHAIN.replace("rate_rps: 1", "rate_rps: 1\nkeep_alive_s: 0.1"), "utf-8")
+    given = ("--model-repository", str(models), "--chains", str(chain))
+    server = start_paceline(*given).wait_ready()
+    with inference(server) as stub:
+        accepted = stub.ModelInfer.future(slow_request("calm"), timeout=TIMEOUT_S)
+        wait_status(server, in_flight(1))
+        server.process.send_signal(signal.SIGTERM)
+        assert len(accepted.result().raw_output_contents) == 1
+    assert server.end() == 0
+    assert "ERROR" not in server.said, server.said
+
+
 def test_a_repeated_sigterm_still_drains(models: Path, start_paceline: Start) -> None:
     """Supervisors send it to the process and again to its group."""
     server = start_paceline("--model-repository", str(models)).wait_ready()

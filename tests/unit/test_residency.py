@@ -382,6 +382,21 @@ def test_an_idle_model_goes_after_its_chains_keep_alive_and_comes_back_on_demand
     assert loads(enter(made, 2, "a", now_s=NOW_S + 40)) == ["a"]
 
 
+def test_a_replan_neither_wakes_what_went_idle_nor_keeps_it_from_going() -> None:
+    made = residency({"a": 10, "b": 10})
+    first, second = ({"a": rps, "b": 1.0} for rps in (1.0, 2.0))
+    begun = made.handle(ev.ChainUp("c", first, keep_alive_s=30.0), now_s=NOW_S)
+    for load in [a for a in begun if isinstance(a, ev.Load)]:
+        done(made, load)
+    made.handle(ev.ChainUp("c", second, keep_alive_s=30.0), now_s=NOW_S + 29)
+    gone = made.handle(ev.Tick(), now_s=NOW_S + 30)
+    assert unloads(gone) == ["a", "b"]
+    for unload in [a for a in gone if isinstance(a, ev.Unload)]:
+        done(made, unload, now_s=NOW_S + 31)
+    assert not made.handle(ev.ChainUp("c", first, keep_alive_s=30.0), now_s=NOW_S + 40)
+    assert loads(made.handle(ev.ChainUp("d", {"b": 1.0}), now_s=NOW_S + 41)) == ["b"], "new use"
+
+
 def test_whoever_runs_residency_is_asked_to_come_back_when_a_model_has_been_idle() -> None:
     made = residency({"a": 10})
     begun = made.handle(ev.ChainUp("c", {"a": 1.0}, keep_alive_s=30.0), now_s=NOW_S)

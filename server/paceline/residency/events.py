@@ -52,7 +52,7 @@ class MachineDown:
 
 @dataclass(frozen=True, slots=True)
 class ChainUp:
-    """A chain is served: its models are worth something before they are used.
+    """A chain is served, or by another plan: its models are worth something before they are used.
 
     `keep_alive_s`: how long they stay without use (None: as long as there is room).
     """

@@ -232,10 +232,16 @@ class Residency:
 
     def _ended(self, lease: Lease, now_s: float) -> None:
         self.leases.drop(lease)
-        model = self.models[lease.model]
-        model.used_s = now_s
-        if model.keep_alive_s is not None:
-            self._idle_s = min(self._idle_s, now_s + model.keep_alive_s)
+        self._used(self.models[lease.model], now_s)
+
+    def _used(self, model: Model, now_s: float) -> None:
+        """Its keep-alive begins anew."""
+        model.used_s, model.asleep = now_s, False
+        self._notice_idle(model)
+
+    def _notice_idle(self, model: Model) -> None:
+        if model.keep_alive_s is not None and not model.asleep:
+            self._idle_s = min(self._idle_s, model.used_s + model.keep_alive_s)
 
     # -- what else it is told ---------------------------------------------------------------
 
@@ -300,6 +306,7 @@ class Residency:
         self.machines[event.machine] = machine
         for name, instances in sorted(event.resident.items()):
             machine.ledger.adopt(name, self.models[name].footprint, instances, now_s)
+            self._used(self.models[name], now_s)
         if event.fill:
             machine.fill = self._by_worth(now_s)
 
@@ -315,17 +322,16 @@ class Residency:
                     self._wanted[held.model] = None
 
     def _chain_up(self, event: ChainUp, now_s: float) -> None:
-        for model in self.models.values():
-            model.chains.pop(event.chain, None)
+        before = {m.name for m in self.models.values() if m.chains.pop(event.chain, None)}
         for name, rate_rps in event.rates_rps.items():
             model = self.models[name]
             model.chains[event.chain] = Worth(rate_rps, event.priority, event.keep_alive_s)
-            model.used_s, model.asleep = now_s, False
+            if name not in before:  # another plan of the chain is no use of its models
+                self._used(model, now_s)
+            self._notice_idle(model)  # who replans may also keep it for another time
             declared_rps = sum(worth.rate_rps for worth in model.chains.values())
             if model.rate.at(now_s) < declared_rps:
                 model.rate = Rate(declared_rps, now_s)
-            if model.keep_alive_s is not None:
-                self._idle_s = min(self._idle_s, now_s + model.keep_alive_s)
         for machine in self.machines.values():
             machine.fill = self._by_worth(now_s)
 
@@ -359,9 +365,7 @@ class Residency:
             machine.ledger.loaded(event.model, now_s)
             self.counts.loads += 1
             self.counts.loaded_bytes += held.footprint.own_bytes * held.instances
-            model.used_s, model.asleep = max(model.used_s, now_s), False
-            if model.keep_alive_s is not None:
-                self._idle_s = min(self._idle_s, now_s + model.keep_alive_s)
+            self._used(model, now_s)
         elif (change := machine.growing.pop(event.model, None)) is not None:
             machine.ledger.correct(event.model, held.footprint, change.after)
         held.operation = 0
