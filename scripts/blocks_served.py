@@ -181,10 +181,9 @@ def print_group(bench: Bench, models: Sequence[str], repeats: int) -> None:
         Way("blocks, one each", [f"{model}_blocks" for model in models]),
         Way("blocks, fused", ["fused"]),
     ]
-    print(
-        f"| group through Paceline | cold ms | then ms | PSS MiB | {CLIENTS} clients, requests/s |"
-    )
-    print("|---|---|---|---|---|")
+    loaded = f"{CLIENTS} clients, requests/s | CPU ms each"
+    print(f"| group through Paceline | cold ms | then ms | PSS MiB | {loaded} |")
+    print("|---|---|---|---|---|---|")
     for name, row in measured(bench, repository, ways, repeats, clients=CLIENTS).items():
         print(f"| {name} | {_cells(row)} |", flush=True)
 
@@ -278,7 +277,7 @@ def measured(
     clients: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Medians by way: milliseconds to the first answer, then of an answer; memory after it; with
-    `clients` the requests/s that so many get.
+    `clients` the requests/s that so many get, and their CPU.
 
     `dropped`: the page cache is, before. `given`: more arguments of `paceline serve`.
     """
@@ -292,7 +291,7 @@ def measured(
                 way.forget()
                 found[way.name].append(_asked(ask, way))
                 if clients:
-                    found[way.name][-1]["rps"] = _throughput(ask, clients)
+                    found[way.name][-1] |= _loaded(ask, clients)
     return {
         name: {key: statistics.median(one[key] for one in found[name]) for key in found[name][0]}
         for name in found
@@ -362,9 +361,12 @@ def _asked(ask: Callable[[], None], way: Way) -> dict[str, float]:
     }
 
 
-def _throughput(ask: Callable[[], None], clients: int) -> float:
-    """Answers per second, to so many who ask one after the other. A second is for warming up."""
+def _loaded(ask: Callable[[], None], clients: int) -> dict[str, float]:
+    """Answers per second, to so many who ask one after the other, a second left out to warm up;
+    CPU milliseconds an answer of whatever serves them, with that second.
+    """
     answers: list[float] = []
+    before_s = _cpu_s()
 
     def keep_asking(until_s: float) -> None:
         while time.perf_counter() < until_s:
@@ -376,7 +378,20 @@ def _throughput(ask: Callable[[], None], clients: int) -> float:
         for done in [pool.submit(keep_asking, began_s + _LOADED_S) for _ in range(clients)]:
             done.result()
     counted = [at_s for at_s in answers if at_s >= began_s]
-    return len(counted) / (max(counted) - began_s)
+    return {
+        "rps": len(counted) / (max(counted) - began_s),
+        "cpu": 1e3 * (_cpu_s() - before_s) / len(answers),
+    }
+
+
+def _cpu_s() -> float:
+    """Of all processes that this one has started and that are there."""
+    spent_s = 0.0
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # other models come and go
+            times = one.cpu_times()
+            spent_s += times.user + times.system
+    return spent_s
 
 
 def stubs(models: Sequence[str]) -> Iterator[psutil.Process]:
