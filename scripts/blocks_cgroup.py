@@ -19,10 +19,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 from scripts.blocks_cold import served
 from scripts.blocks_measure import (
     WARM_UP_RUNS,
@@ -42,6 +44,7 @@ from scripts.blocks_served import (
     config_of,
     repository_of,
     serving,
+    stubs,
     write_config,
     write_within,
 )
@@ -116,8 +119,9 @@ def print_through(
 ) -> None:
     """Each way's row; the cgroup holds `paceline serve`, its Triton and the model's process.
 
-    What they take by themselves is measured with the model loaded and nothing asked. Every way is
-    served once without a limit before, so that its profile is there.
+    What they take by themselves is measured with the model loaded and nothing asked, and what
+    requests on their way take, without a limit. Every way is served once before, so that its
+    profile is there.
     """
     rows = arguments.batch
     written = repository_of(bench, model, rows) / f"{model}_{ratio:g}"
@@ -139,16 +143,30 @@ def print_through(
             drop_page_cache(bench.work)
             parameters = {"memory_budget_mib": f"{budget_mib}"}
             held = in_child(bench, do="idle", directory=str(written), parameters=parameters)
-            _, alone_mib, _ = through(within, None, None)
-            limit_mib = math.ceil(budget_mib + alone_mib - held["held_mib"] + SLACK_MIB)
+            beside_mib = through(within, None, None).most_mib - held["held_mib"]
+            beside_mib += through(within, None, arguments.repeats).carried_mib
+            limit_mib = math.ceil(budget_mib + beside_mib + SLACK_MIB)
         for how, repository in (("budget", within), ("paged by the kernel", paged)):
-            median_s, peak_mib, hits = through(repository, limit_mib, arguments.repeats)
+            seen = through(repository, limit_mib, arguments.repeats)
             print(
                 f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {rows} "
-                f"| {limit_mib} | through Paceline, {how} | {1e3 * median_s:.0f} "
-                f"| {peak_mib:.0f} | {hits} |",
+                f"| {limit_mib} | through Paceline, {how} | {1e3 * seen.median_s:.0f} "
+                f"| {seen.most_mib:.0f} | {seen.limit_hits} |",
                 flush=True,
             )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of a server in a cgroup: a request's median (none asked: NaN), the most that was in use, how
+    often the limit was hit, and what the requests on their way took: memory shared among the
+    processes, and all but the model's own.
+    """
+
+    median_s: float
+    most_mib: float
+    limit_hits: int
+    carried_mib: float
 
 
 def _through(
@@ -158,10 +176,8 @@ def _through(
     repository: Path,
     limit_mib: int | None,
     repeats: int | None,
-) -> tuple[float, float, int]:
-    """A server in a cgroup of its own: median of a request (None: nothing is asked), the most MiB
-    that were in use, how often the limit was hit.
-    """
+) -> Seen:
+    """A server in a cgroup of its own. `repeats` None: nothing is asked."""
     way = Way("", [model.name for model in repository.iterdir()])
     state = work / repository.name
     state.mkdir(exist_ok=True)
@@ -178,8 +194,19 @@ def _through(
             kept=state,
         ) as (_, (ask,)):
             time.sleep(SETTLED_S)
+            before_mib = _carried_mib(group, way)
             median_s = math.nan if repeats is None else _median_s(ask, repeats)
-        return median_s, most_mib(group), limit_hits(group)
+            carried_mib = _carried_mib(group, way) - before_mib
+        return Seen(median_s, most_mib(group), limit_hits(group), carried_mib)
+
+
+def _carried_mib(group: Path, way: Way) -> float:
+    """Memory shared among a cgroup's processes, and the own memory of all but the model's."""
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    own = {stub.pid for stub in stubs(way.models)}
+    others = {int(pid) for pid in (group / "cgroup.procs").read_text().split()} - own
+    rss = (psutil.Process(pid).memory_info() for pid in others)
+    return (int(stat["shmem"]) + sum(one.rss - one.shared for one in rss)) / MIB
 
 
 @contextmanager
