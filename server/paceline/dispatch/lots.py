@@ -61,28 +61,29 @@ class _Lots:
     def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
         best: Offer | None = None
         look_s = pool.next_probe_s(self.route.model, now_s)
-        for index in range(len(self._lots)):
-            offer = self._lot_offer(index, pool, now_s)
-            if offer is None:
+        for index, lot in enumerate(self._lots):
+            if lot.running >= lot.machines:
                 continue
-            if not offer.closed:
-                look_s = min(look_s, offer.head.launch_by_s)
+            offer = self._lot_offer(index, pool, now_s)
+            if not isinstance(offer, Offer):
+                look_s = min(look_s, offer)
             elif best is None or offer.rank < best.rank:
                 best = offer
         return look_s if best is None else best
 
-    def _lot_offer(self, index: int, pool: MachinePool, now_s: float) -> Offer | None:
-        """The lot's next batch if a machine could take it, closed or not."""
+    def _lot_offer(self, index: int, pool: MachinePool, now_s: float) -> Offer | float:
+        """The lot's most urgent closed batch that a machine could take, or when one closes."""
         lot = self._lots[index]
-        head = lot.queue.head() if lot.running < lot.machines else None
-        if head is None:
-            return None
-        free = pool.free(self.route.model, now_s, head.failed_on)
-        machine = next((m for _, _, m in free if m.hardware == lot.hardware), None)
-        if machine is None:
-            return None
-        closed = now_s >= head.launch_by_s or lot.queue.rows_like(head, lot.size) >= lot.size
-        return Offer(lot.queue, head, machine, lot.size, closed, index)
+        look_s = inf
+        for head in lot.queue.heads():
+            free = pool.free(self.route.model, now_s, head.failed_on)
+            machine = next((m for _, _, m in free if m.hardware == lot.hardware), None)
+            if machine is None:
+                continue
+            if now_s >= head.launch_by_s or lot.queue.rows_like(head, lot.size) >= lot.size:
+                return Offer(lot.queue, head, machine, lot.size, True, index)
+            look_s = min(look_s, head.launch_by_s)
+        return look_s
 
     def _put(self, entry: Entry, index: int) -> Entry:
         entry.lot = index

@@ -63,40 +63,36 @@ class Pooled:
         return self._queue.next_expiry_s()
 
     def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
-        first = self._first(pool, now_s)
-        if first is None:
-            return pool.next_probe_s(self.route.model, now_s)
-        head, machine = first
-        size = self.route.batch_size(machine.hardware)
-        rows = self._queue.rows_like(head, size)
-        closed = rows >= size or now_s >= head.launch_by_s
-        if not closed:
+        """The most urgent closed batch, or else the most urgent one that may go early."""
+        early: tuple[Entry, Machine, int, int] | None = None
+        look_s = inf
+        for head in self._queue.heads():
+            machine = self._machine(pool, head, now_s)
+            if machine is None:
+                if not head.failed_on:
+                    break
+                # It waits for another machine than those that are free; others need not.
+                continue
+            size = self.route.batch_size(machine.hardware)
+            rows = self._queue.rows_like(head, size)
+            if rows >= size or now_s >= head.launch_by_s:
+                fitting = _in_time(head, machine, rows, now_s)
+                return Offer(self._queue, head, machine, fitting, True)
+            early = early or (head, machine, rows, size)
+            look_s = min(look_s, head.launch_by_s)
+        if early is not None:
+            head, machine, rows, size = early
             unsafe_s = self._unsafe_s(pool, machine, rows, size, now_s)
-            if unsafe_s > 0:
-                safe_s = nextafter(now_s + unsafe_s, inf)
-                probe_s = pool.next_probe_s(self.route.model, now_s)
-                return min(head.launch_by_s, safe_s, probe_s)
-        return Offer(self._queue, head, machine, _in_time(head, machine, rows, now_s), closed)
+            if unsafe_s <= 0:
+                return Offer(self._queue, head, machine, rows, False)
+            look_s = min(look_s, nextafter(now_s + unsafe_s, inf))
+        return min(look_s, pool.next_probe_s(self.route.model, now_s))
 
     def launched(self, offer: Offer) -> None:
         """Nothing to keep."""
 
     def ended(self, lot: int) -> None:
         """Nothing to keep."""
-
-    def _first(self, pool: MachinePool, now_s: float) -> tuple[Entry, Machine] | None:
-        """The most urgent entry that a free machine may take, and the machine."""
-        head = self._queue.head()
-        if head is None:
-            return None
-        if (machine := self._machine(pool, head, now_s)) is not None:
-            return head, machine
-        if head.failed_on:
-            # It waits for another machine than those that are free; others need not wait with it.
-            for other in self._queue.heads():
-                if (machine := self._machine(pool, other, now_s)) is not None:
-                    return other, machine
-        return None
 
     def _machine(self, pool: MachinePool, head: Entry, now_s: float) -> Machine | None:
         """Planned hardware first, then the machine that is the least busy."""

@@ -162,15 +162,14 @@ class ModuleQueue:
 
     def head(self) -> Entry | None:
         """The most urgent entry."""
-        if len(self._buckets) == 1:
-            return self._bucket_head(next(iter(self._buckets)))
         heads = self.heads()
         return heads[0] if heads else None
 
     def heads(self) -> list[Entry]:
         """The most urgent entry of every kind that may share a batch, most urgent first."""
         found = [entry for key in list(self._buckets) if (entry := self._bucket_head(key))]
-        found.sort(key=lambda entry: entry.order)
+        if len(found) > 1:
+            found.sort(key=lambda entry: entry.order)
         return found
 
     def rows_like(self, entry: Entry, limit: int) -> int:
