@@ -334,6 +334,23 @@ def test_an_objective_that_cannot_be_met_says_by_how_much(front: Paceline) -> No
     assert "module 'each'" in error.details()
 
 
+def test_what_an_overload_refuses_is_told_when_to_try_again(front: Paceline) -> None:
+    """256 rows at once, for a model that takes 4 in 80 ms, and half a second for each request."""
+    request = service_pb2.ModelInferRequest(model_name="items")
+    request.inputs.add(name="x", datatype="FP32", shape=[4, 4])
+    request.raw_input_contents.append(bytes(64))
+    request.parameters["slo_ms"].int64_param = 500
+    with front.channel() as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        calls = [stub.ModelInfer.future(request, timeout=TIMEOUT_S) for _ in range(64)]
+        ended = [(call.code(), dict(call.trailing_metadata())) for call in calls]
+    refused = [told for code, told in ended if code is grpc.StatusCode.RESOURCE_EXHAUSTED]
+    assert refused and any(code is grpc.StatusCode.OK for code, _ in ended)
+    for told in refused:
+        assert told["paceline-reason"] == "overloaded"
+        assert int(told["retry-after-ms"]) > 0 and float(told["paceline-shortfall-ms"]) > 0
+
+
 @pytest.mark.parametrize(
     ("parameter", "value"), [("slo_ms", "soon"), ("slo_ms", -1), ("slo_ms", 0), ("sequence_id", 7)]
 )

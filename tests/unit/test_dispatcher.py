@@ -9,7 +9,7 @@ import pytest
 
 from paceline.core.bind import bind, single_model_chain
 from paceline.core.chain import Chain, Module, Source
-from paceline.core.errors import BackendError, ErrorKind
+from paceline.core.errors import BackendError, ErrorKind, Rejected
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan
 from paceline.core.profile import Durations
@@ -285,6 +285,7 @@ def test_an_unknown_chain_and_a_full_chain_are_refused_in_tritons_words() -> Non
         submit(dispatcher, request, 0)
     (fail,) = submit(dispatcher, 9999, 0)
     assert isinstance(fail, Fail) and str(fail.error) == "Exceeds maximum queue size"
+    assert isinstance(fail.error, Rejected) and fail.error.retry_after_s > 0
 
 
 # -- chains -------------------------------------------------------------------------------------

@@ -486,6 +486,23 @@ async def test_a_rejection_says_why_and_by_how_much_in_its_metadata(stand: Stand
     assert metadata["paceline-shortfall-ms"] == "12.500"
 
 
+async def test_a_rejection_on_a_stream_says_it_in_the_parameters_of_its_response(
+    stand: Stand,
+) -> None:
+    stand.inference.failure = Rejected(
+        ErrorKind.OVERLOADED, "too much", shortfall_s=0.0125, retry_after_s=0.0301
+    )
+    call = stand.stub.ModelStreamInfer(iter([request(id="7")]))
+    (answer,) = [response async for response in call]
+    assert (answer.error_message, answer.infer_response.id) == ("too much", "7")
+    told = {key: one.string_param for key, one in answer.infer_response.parameters.items()}
+    assert told == {
+        "paceline-reason": "overloaded",
+        "paceline-shortfall-ms": "12.500",
+        "retry-after-ms": "31",
+    }
+
+
 async def test_failures_of_triton_and_our_own_bugs_are_internal_errors(
     stand: Stand, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,7 +11,14 @@ import pytest
 from paceline.config import parse_chain
 from paceline.core.bind import single_model_chain
 from paceline.core.chain import Module, Source
-from paceline.core.errors import BackendError, ErrorKind, RequestError, ResidencyError, RunError
+from paceline.core.errors import (
+    BackendError,
+    ErrorKind,
+    Rejected,
+    RequestError,
+    ResidencyError,
+    RunError,
+)
 from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelCall, ModelState, OnExecuted
 from paceline.core.profile import ProfileRow
@@ -182,6 +189,7 @@ async def test_more_bytes_than_the_limit_are_refused_and_given_back_when_answere
     with pytest.raises(RequestError, match="maximum bytes") as refused:
         await engine.infer(request(2))
     assert refused.value.kind is ErrorKind.QUEUE_FULL
+    assert isinstance(refused.value, Rejected) and refused.value.retry_after_s > 0
     ended.set_result(None)
     await task
     again = asyncio.create_task(engine.infer(request(3)))

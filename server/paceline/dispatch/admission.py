@@ -24,12 +24,12 @@ from math import exp
 
 from paceline.core.errors import ErrorKind, Rejected
 from paceline.dispatch.machines import MachinePool
+from paceline.dispatch.refusals import LEAST_RETRY_S
 from paceline.dispatch.stage import Served, Stage
 
 ReadyIn = Callable[[str, float], float]
 """How long from an instant on until a model can be used; 0 when it can."""
 
-LEAST_RETRY_S = 0.001
 _NOTHING_ROWS = 1e-6
 
 MISS_STEP = 0.05

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from math import inf
 
-from paceline.core.errors import BackendError, ErrorKind, Rejected, RequestError
+from paceline.core.errors import BackendError, ErrorKind, RequestError
 from paceline.core.ports import ModelCall
 from paceline.core.tensor import Tensor
 from paceline.dispatch.admission import Admission, ReadyIn
@@ -51,7 +51,7 @@ from paceline.dispatch.holders import Machine
 from paceline.dispatch.learned import LearnedDuration
 from paceline.dispatch.machines import HangLimits, MachinePool
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
-from paceline.dispatch.refusals import never_entered, too_late
+from paceline.dispatch.refusals import never_entered, queue_full, too_late
 from paceline.dispatch.route import ChainRoute
 from paceline.dispatch.stage import Served, Stage, served
 from paceline.dispatch.waiting import Waiting
@@ -209,7 +209,7 @@ class Dispatcher:
             raise RequestError(ErrorKind.UNKNOWN_MODEL, message)
         route = served.route
         if self._per_chain.get(event.chain, 0) >= route.max_requests:
-            raise Rejected(ErrorKind.QUEUE_FULL, "Exceeds maximum queue size")
+            raise queue_full(route.longest.floor_s)
         if now_s + route.longest.floor_s > event.deadline_s:
             raise too_late(route.longest, now_s, event.deadline_s)
         priority = route.bound.chain.priority if event.priority is None else event.priority

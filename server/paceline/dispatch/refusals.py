@@ -7,6 +7,8 @@ from paceline.core.request import Timeline
 from paceline.dispatch.events import Submit
 from paceline.dispatch.route import ModuleRoute
 
+LEAST_RETRY_S = 0.001
+
 
 def too_late(route: ModuleRoute, now_s: float, deadline_s: float) -> Rejected:
     """A module and what follows cannot finish by the deadline."""
@@ -19,6 +21,14 @@ def too_late(route: ModuleRoute, now_s: float, deadline_s: float) -> Rejected:
             f"{route.floor_s * 1e3:.1f} ms, {shortfall_s * 1e3:.1f} ms more than are left"
         )
     return Rejected(ErrorKind.DEADLINE, message, shortfall_s=shortfall_s)
+
+
+def queue_full(floor_s: float, limit: str = "queue size") -> Rejected:
+    """As much is in flight as is let in; a request that began now would be over in `floor_s`, and
+    some of those before it are.
+    """
+    message = f"Exceeds maximum {limit}"
+    return Rejected(ErrorKind.QUEUE_FULL, message, retry_after_s=max(LEAST_RETRY_S, floor_s))
 
 
 def never_entered(event: Submit, error: RequestError, now_s: float) -> Timeline:

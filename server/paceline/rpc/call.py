@@ -24,6 +24,10 @@ from paceline.rpc.status import Status, status_of
 
 log = logging.getLogger(__name__)
 
+_EXPIRED = Status(
+    grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", (("paceline-reason", "deadline"),)
+)
+
 Begin = Callable[["UnaryCall", Buffer], None]
 """Serves a request's bytes: calls `answer` or `refuse`, now or later."""
 
@@ -251,7 +255,7 @@ class Call(ServerStream):
         raise NotImplementedError
 
     def _expired(self) -> None:
-        self.stop(Status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"))
+        self.stop(_EXPIRED)
 
 
 class UnaryCall(Call):

@@ -303,9 +303,13 @@ _PROTOBUF = _Form(wire.read_protobuf, _response)
 
 
 def _stream_failure(request: Any, status: Status) -> bytes:
-    """A failure carries the id of its request in an otherwise empty response, as Triton's does."""
+    """A failure carries the id of its request in an otherwise empty response, as Triton's does; why
+    and when to try again, which a call of its own has in its trailers, in that one's parameters.
+    """
     response = service_pb2.ModelStreamInferResponse(error_message=status.details)
     response.infer_response.id = request.id
+    for key, text in status.metadata:
+        response.infer_response.parameters[key].string_param = text
     data: bytes = response.SerializeToString()
     return data
 

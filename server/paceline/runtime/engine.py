@@ -48,6 +48,7 @@ from paceline.dispatch import (
     TooCold,
     Wake,
 )
+from paceline.dispatch.refusals import queue_full
 from paceline.dispatch.route import ChainRoute
 
 logger = logging.getLogger(__name__)
@@ -173,8 +174,9 @@ class Engine:
         if self.draining:
             on_end(Rejected(ErrorKind.DRAINING, "the server is shutting down; retry elsewhere"))
         elif self._bytes + size_bytes > self._limits.max_in_flight_bytes:
-            message = "Exceeds maximum bytes of requests in flight"
-            on_end(Rejected(ErrorKind.QUEUE_FULL, message))
+            route = self._routes.get(request.chain)
+            floor_s = route.longest.floor_s if route is not None else 0.0
+            on_end(queue_full(floor_s, "bytes of requests in flight"))
         else:
             self._calls[number] = _Call(request.chain, size_bytes, on_end, on_partial)
             self._bytes += size_bytes
