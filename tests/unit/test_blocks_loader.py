@@ -49,6 +49,9 @@ class Link:
     def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
         raise NotImplementedError
 
+    def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
+        raise NotImplementedError
+
     def graph(self, digest: str, stated: PoolObject) -> bytes:
         raise NotImplementedError
 

@@ -32,7 +32,7 @@ from .mapping import MappedObject
 from .run import Durations, Sessions, compute
 from .settings import Settings
 from .skeleton import Skeleton, available_providers, empty_arena, ort_version, to_value
-from .source import Source, loaded_objects, objects_of, open_source, tables_of
+from .source import Source, graphs_of, loaded_objects, objects_of, open_source, tables_of
 from .window import Window
 
 
@@ -81,6 +81,7 @@ class BlockModel:
                 name or self.manifest.model,
                 sum(held[each] for each in stated if each not in self._tables),
             )
+        source.find_graphs(graphs_of(self.manifest))
         self._objects: Mapping[str, MappedObject] = source.open(stated)
         for name in self._tables:
             self._objects[name].expect_rows()

@@ -75,11 +75,7 @@ class ObjectStore:
     def _is_verified(self, handle: int, path: Path, digest: str, stated: PoolObject) -> bool:
         """False if the file was changed or replaced meanwhile."""
         status = os.fstat(handle)
-        if status.st_size != stated.size_bytes:
-            raise PoolError(
-                f"{path}: {status.st_size} bytes instead of {stated.size_bytes}; "
-                "compile the model again"
-            )
+        _check_size(status, path, stated)
         state = _state(status, stated.blake3)
         if self._verified.get(digest) == state or self._marker(digest) in (
             state,
@@ -94,6 +90,12 @@ class ObjectStore:
             raise Altered(f"{path}: altered (its hash is another); compile the model again")
         self.mark_verified(digest, stated, status)
         return True
+
+    def find(self, digest: str, stated: PoolObject) -> None:
+        """Raises PoolError if the object is missing or has another size; reads nothing."""
+        path = self.path(digest)
+        with self._open(path) as file:
+            _check_size(os.fstat(file.fileno()), path, stated)
 
     def read(self, digest: str, stated: PoolObject) -> bytes:
         """All of a small object. Raises PoolError if missing or altered."""
@@ -189,6 +191,14 @@ def hash_file(handle: int, *, keep: bool = True) -> str:
         if not keep:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_NORMAL)
     return digest.hexdigest()
+
+
+def _check_size(status: os.stat_result, path: Path, stated: PoolObject) -> None:
+    if status.st_size != stated.size_bytes:
+        raise PoolError(
+            f"{path}: {status.st_size} bytes instead of {stated.size_bytes}; "
+            "compile the model again"
+        )
 
 
 def _state(status: os.stat_result, hashed: str) -> str:

@@ -158,6 +158,9 @@ class RemoteSource:
             hashed = blake3(b"".join((hashed.encode(), *self._chunks[digest].digests))).hexdigest()
         return f"{digest}.{hashed}"
 
+    def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
+        """Any of them may be in the store."""
+
     def graph(self, digest: str, stated: PoolObject) -> bytes:
         path = self._store.path(digest)
         if path.is_file():

@@ -35,6 +35,9 @@ class Source(Protocol):
     def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
         """The objects mapped, their bytes maybe not there yet. Raises PoolError."""
 
+    def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
+        """Raises PoolError if one of these should be on this machine already and is not."""
+
     def graph(self, digest: str, stated: PoolObject) -> bytes:
         """A graph, complete and checked. Raises PoolError."""
 
@@ -95,6 +98,10 @@ class LocalSource:
             self._objects[digest] = MappedObject(self._store.path(digest), one.size_bytes)
         return self._objects
 
+    def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
+        for digest, one in stated.items():
+            self._store.find(digest, one)
+
     def graph(self, digest: str, stated: PoolObject) -> bytes:
         return self._store.read(digest, stated)
 
@@ -150,6 +157,12 @@ def objects_of(manifest: Manifest) -> Mapping[str, PoolObject]:
         for block in member.blocks
         for weight in block.weights
     )
+    return {name: manifest.objects[name] for name in dict.fromkeys(names)}
+
+
+def graphs_of(manifest: Manifest) -> Mapping[str, PoolObject]:
+    """Graphs of the blocks."""
+    names = (block.graph for member in manifest.members for block in member.blocks)
     return {name: manifest.objects[name] for name in dict.fromkeys(names)}
 
 
