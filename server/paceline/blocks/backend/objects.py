@@ -60,8 +60,9 @@ class ObjectStore:
             self.verify(file.fileno(), digest, stated)
         return path
 
-    def verify(self, handle: int, digest: str, stated: PoolObject) -> None:
-        """Checks an open object. Raises Altered, or PoolError for one of another size.
+    def verify(self, handle: int, digest: str, stated: PoolObject) -> os.stat_result:
+        """What an open object looks like, its bytes checked. Raises Altered, or PoolError for one
+        of another size.
 
         It may have another path by now, or none: others replace what they find to be altered. So
         who has mapped it asks by its handle.
@@ -69,12 +70,16 @@ class ObjectStore:
         path = self.path(digest)
         # Two compiles at a time write what both found missing: the later copy takes the place of
         # the earlier, which may be the one that is being read.
-        if not any(self._is_verified(handle, path, digest, stated) for _ in range(2)):
-            raise PoolError(f"{path}: changed while it was read")
+        for _ in range(2):
+            status = os.fstat(handle)
+            if self._is_verified(handle, status, path, digest, stated):
+                return status
+        raise PoolError(f"{path}: changed while it was read")
 
-    def _is_verified(self, handle: int, path: Path, digest: str, stated: PoolObject) -> bool:
-        """False if the file was changed or replaced meanwhile."""
-        status = os.fstat(handle)
+    def _is_verified(
+        self, handle: int, status: os.stat_result, path: Path, digest: str, stated: PoolObject
+    ) -> bool:
+        """False if the file was changed or replaced since it looked like this."""
         _check_size(status, path, stated)
         state = _state(status, stated.blake3)
         if self._verified.get(digest) == state or self._marker(digest) in (
