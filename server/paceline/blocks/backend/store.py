@@ -4,15 +4,17 @@ What is asked for next goes out while an answer comes: a store takes a while to 
 link would be idle meanwhile. Answers are read in the order of use, and wait in the kernel's buffers
 until then.
 
-A store retries what may pass (no connection, timeouts, 408, 429, 5xx, short answers) with back-off
-and then raises PoolError that names the URL; what will not pass (404, 403) fails at once. An answer
-is never longer than what was asked for. Each thread that fetches has a store of its own.
+A store retries what may pass (no connection, timeouts, answers that trickle, 408, 429, 5xx, short
+answers) with back-off and then raises PoolError that names the URL; what will not pass (404, 403)
+fails at once. An answer is never longer than what was asked for. Each thread that fetches has a
+store of its own.
 """
 
 from __future__ import annotations
 
 import fcntl
 import http.client
+import io
 import random
 import ssl
 import termios
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from .manifest import MAX_MANIFEST_BYTES, PoolError
@@ -32,6 +34,9 @@ Asked = TypeVar("Asked")
 """A request that is out: where its answer comes."""
 
 TIMEOUT_S = 10.0
+"""For a connection, and for the next bytes of an answer."""
+LEAST_BYTES_PER_S = 64 << 10
+"""Of an answer, after `TIMEOUT_S`: one that comes more slowly is given up."""
 ATTEMPTS = 5
 FIRST_PAUSE_S = 0.1
 """Doubles from one attempt to the next: 1.5 s in all before a store is given up."""
@@ -97,6 +102,24 @@ class Store(Protocol):
 
 class Passing(Exception):
     """A failure that may be over at the next attempt."""
+
+
+class Pace:
+    """How fast an answer comes; what is done with its bytes meanwhile does not count."""
+
+    def __init__(self) -> None:
+        self._waited_s = 0.0
+        self._received_bytes = 0
+
+    def came(self, size_bytes: int, waited_s: float) -> None:
+        """So many bytes came after that time. Raises Passing if the answer is too slow."""
+        self._waited_s += waited_s
+        self._received_bytes += size_bytes
+        if self._waited_s > TIMEOUT_S + self._received_bytes / LEAST_BYTES_PER_S:
+            raise Passing(
+                f"{self._received_bytes} bytes in {self._waited_s:.1f} s: "
+                f"slower than {LEAST_BYTES_PER_S} bytes/s"
+            )
 
 
 class Ahead(Generic[Asked]):
@@ -276,11 +299,45 @@ class HttpStore:
         self._idle.append(connection)
 
 
+class _Paced(io.RawIOBase):
+    """What comes through a socket, as long as it does not trickle."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._pace = Pace()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        began_s = time.perf_counter()
+        count: int | None = self._raw.readinto(buffer)
+        self._pace.came(count or 0, time.perf_counter() - began_s)
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """One that is given up when it trickles, its head as well."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fp = io.BufferedReader(_Paced(self.fp.detach()))
+
+
 def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
     if scheme == "https":
         context = ssl.create_default_context()
-        return http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
-    return http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+        made: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host, port, timeout=TIMEOUT_S, context=context
+        )
+    else:
+        made = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    made.response_class = _Answer
+    return made
 
 
 def _check_status(answer: http.client.HTTPResponse, part: Part | None) -> None:
