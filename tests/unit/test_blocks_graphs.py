@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -183,3 +184,38 @@ def test_a_graph_that_is_missing_in_a_local_pool_is_a_load_error(
             aside.rename(path)
     x = np.zeros((1, WIDTH), np.float32)
     assert np.isfinite(opened().infer("", {"x": x}, ["y"])["y"]).all()
+
+
+def test_a_model_whose_store_hangs_can_be_unloaded(
+    built: CompiledModel,
+    opened: Callable[..., BlockModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither graphs nor weights come, and nobody waits until the store is given up."""
+    monkeypatch.setattr(store, "TIMEOUT_S", 1000.0)
+    asked = {"graph": threading.Event(), "weights": threading.Event()}
+    going_on = threading.Event()
+
+    class Handler(StoreHandler):
+        def do_GET(self) -> None:
+            if self.path.startswith("/objects/"):
+                asked["weights" if "Range" in self.headers else "graph"].set()
+                going_on.wait(60)
+            body = self.part((built.pool / self.path.lstrip("/")).read_bytes())
+            with contextlib.suppress(OSError):  # nobody takes it
+                self.send_response(206 if "Range" in self.headers else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+    with answering(Handler) as url:
+        model = opened(pool=url, cache=str(tmp_path / "cache"))
+        assert all(event.wait(TIMEOUT_S) for event in asked.values())
+        ending = threading.Thread(target=model.close, daemon=True)
+        ending.start()
+        ending.join(TIMEOUT_S)
+        ended = not ending.is_alive()
+        going_on.set()
+    assert ended
+    assert not list((tmp_path / "cache" / "tmp" / "fetch").iterdir())

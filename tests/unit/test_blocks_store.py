@@ -11,7 +11,14 @@ from tests.http_stores import StoreHandler, answering
 
 from paceline.blocks.backend import s3, store
 from paceline.blocks.backend.manifest import PoolError
-from paceline.blocks.backend.store import MOST_AHEAD, Pace, Part, Passing, Store, open_store
+from paceline.blocks.backend.store import (
+    MOST_AHEAD,
+    Pace,
+    Part,
+    Passing,
+    Store,
+    open_store,
+)
 
 SIZE = 3 << 20
 NAMES = "abcdefghijkl"
@@ -249,3 +256,28 @@ def test_an_answer_has_the_time_that_its_bytes_take_at_the_least_rate() -> None:
     pace.came(store.LEAST_BYTES_PER_S, 1.0)
     with pytest.raises(Passing, match="65536 bytes in 11.5 s: slower than 65536 bytes/s"):
         pace.came(0, 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_is_stopped_waits_for_no_answer(
+    served: Served, opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be asked for again and again; over S3 one wait for bytes is sat out."""
+    monkeypatch.setattr(store, "ATTEMPTS", 1 << 30)
+    served.silent = threading.Event()
+    refused = []
+
+    def ask() -> None:
+        try:
+            copied(opened, part("a"))
+        except PoolError as error:
+            refused.append(str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    assert served.seen["a"].wait(10)
+    opened.stop()
+    asking.join(30)
+    served.silent.set()
+    (said,) = refused
+    assert said.endswith("/a: given up: the model is being unloaded")

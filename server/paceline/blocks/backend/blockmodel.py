@@ -180,6 +180,7 @@ class BlockModel:
         self._ran.set()
         if self.budget is not None:
             self.budget.close()
+        self._source.stop()
         self._loader.close()
         self._skeleton.close()
         if self._tables_thread.is_alive():

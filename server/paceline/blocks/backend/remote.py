@@ -52,6 +52,7 @@ class RemoteSource:
         self._connect = connect
         self._threads = threading.local()
         self._stores: list[Store] = []
+        self._stopped = False
         self._cache = cache
         try:
             for name in ("objects", "manifests", "verified", "tmp/fetch"):
@@ -75,6 +76,8 @@ class RemoteSource:
         if not hasattr(self._threads, "store"):
             self._threads.store = self._connect()
             self._stores.append(self._threads.store)
+            if self._stopped:
+                self._threads.store.stop()
         store: Store = self._threads.store
         return store
 
@@ -290,7 +293,9 @@ class RemoteSource:
                 blake3(piece).digest() == hashes[number]
                 for number, piece in zip(run, pieces, strict=True)
             ):
-                part.write(wanted.offset, text)
+                # Whoever has completed it meanwhile has it as it is.
+                if part.ours or not part.is_published(self._store.path(digest)):
+                    part.write(wanted.offset, text)
                 self._reader.wrote(part, wanted.offset, wanted.size_bytes)
                 part.chunks.update(run)
                 return
@@ -306,6 +311,11 @@ class RemoteSource:
         with part.parts_lock:
             if self._objects[digest].right is None:
                 self._complete(digest, part, held=False)
+
+    def stop(self) -> None:
+        self._stopped = True  # those that are made from now on
+        for store in list(self._stores):
+            store.stop()
 
     def close(self) -> None:
         self._settler.close()
@@ -335,7 +345,11 @@ class RemoteSource:
         def write(position: int, piece: memoryview) -> None:
             part.write(offset + position, piece)
 
-        self._remote.copy(_remote_part(digest, offset, size_bytes), write)
+        try:
+            self._remote.copy(_remote_part(digest, offset, size_bytes), write)
+        except PoolError:
+            part.release()  # whoever waits for it is not to wait for our next try
+            raise
 
     def _complete(self, digest: str, part: PartialObject, *, held: bool) -> None:
         """Checks the whole; what is wrong is fetched once more, then given up.

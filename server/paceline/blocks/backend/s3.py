@@ -7,6 +7,7 @@ by who wants them.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,6 +59,7 @@ class S3Store:
             urllib3.exceptions.HTTPError,
             OSError,
         )
+        self._stopped = threading.Event()
         self._piece = memoryview(bytearray(PIECE_BYTES))
         self._threads = ThreadPoolExecutor(MOST_AHEAD + 1, "blocks-s3")
         self._ahead: Ahead[Future[Any]] = Ahead(lambda unread_bytes, _: unread_bytes, _drop)
@@ -75,7 +77,7 @@ class S3Store:
         return text
 
     def copy(self, part: Part, write: Write) -> None:
-        persist(f"{self._url}/{part.key}", lambda: self._copy(part, write))
+        persist(f"{self._url}/{part.key}", lambda: self._copy(part, write), self._stopped)
 
     def all(self, key: str) -> bytes:
         def attempt() -> bytes:
@@ -87,7 +89,11 @@ class S3Store:
                         raise Passing(f"less than its {len(text)} bytes")
                 return bytes(text)
 
-        return persist(f"{self._url}/{key}", attempt)
+        return persist(f"{self._url}/{key}", attempt, self._stopped)
+
+    def stop(self) -> None:
+        """Within `TIMEOUT_S`: what waits for the next bytes goes on waiting for those."""
+        self._stopped.set()
 
     def close(self) -> None:
         self._ahead.close()
@@ -111,8 +117,7 @@ class S3Store:
                     position += len(piece)
                     self._ahead.ask(part.size_bytes - position, self._send)
 
-    @staticmethod
-    def _fill(room: memoryview, body: Any, pace: Pace) -> int:
+    def _fill(self, room: memoryview, body: Any, pace: Pace) -> int:
         """How many bytes of the body came: as many as there is room for, or all that were left.
 
         botocore's own `read` would wait for them however they trickle; what it reads from does not.
@@ -123,6 +128,8 @@ class S3Store:
             began_s = time.perf_counter()
             some = read(len(room) - count)
             pace.came(len(some), time.perf_counter() - began_s)
+            if self._stopped.is_set():
+                raise Passing("stopped")
             if not some:
                 break
             room[count : count + len(some)] = some

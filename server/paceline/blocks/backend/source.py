@@ -69,6 +69,9 @@ class Source(Protocol):
     def check_part(self, digest: str, wanted: Collection[int]) -> None:
         """Makes sure of these chunks of an object of `by_parts`. Raises PoolError."""
 
+    def stop(self) -> None:
+        """What is being fetched fails, however long its store would have taken."""
+
     def close(self) -> None:
         """Nothing is fetched any more."""
 
@@ -134,6 +137,9 @@ class LocalSource:
 
     def check_part(self, digest: str, wanted: Collection[int]) -> None:
         self.check(digest)
+
+    def stop(self) -> None:
+        """A disk answers."""
 
     def close(self) -> None:
         self._objects.close()

@@ -12,12 +12,15 @@ store of its own.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import http.client
 import io
 import random
+import socket
 import ssl
 import termios
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable
@@ -95,6 +98,9 @@ class Store(Protocol):
 
     def all(self, key: str) -> bytes:
         """The whole of a small file. Raises PoolError."""
+
+    def stop(self) -> None:
+        """Whoever waits for bytes is refused them, in another thread than this one."""
 
     def close(self) -> None:
         """Its connections."""
@@ -201,6 +207,8 @@ class HttpStore:
         self._idle: list[http.client.HTTPConnection] = []
         self._ahead: Ahead[http.client.HTTPConnection] = Ahead(_coming, self._give_up)
         self._opened = False
+        self._stopped = threading.Event()
+        self._reading: socket.socket | None = None
 
     def expect(self, parts: Iterable[Part]) -> None:
         self._ahead.expect(parts)
@@ -227,13 +235,20 @@ class HttpStore:
                 done(position, piece[:count])
                 position += count
 
-        persist(f"{self._url}/{part.key}", lambda: self._get(part.key, part, take))
+        what = f"{self._url}/{part.key}"
+        persist(what, lambda: self._get(part.key, part, take), self._stopped)
 
     def all(self, key: str) -> bytes:
         def take(answer: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
             return answer.read(MAX_MANIFEST_BYTES)
 
-        return persist(f"{self._url}/{key}", lambda: self._get(key, None, take))
+        return persist(f"{self._url}/{key}", lambda: self._get(key, None, take), self._stopped)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._reading is not None:
+            with contextlib.suppress(OSError):  # it is over anyway
+                self._reading.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._ahead.close()
@@ -251,6 +266,9 @@ class HttpStore:
         try:
             if asked is None:
                 self._ask(connection, key, part)
+            self._reading = connection.sock
+            if self._stopped.is_set():
+                raise Passing("stopped")
             if part is not None:
                 self._ahead.begin(part)
                 self._ask_ahead(part.size_bytes, connection)
@@ -267,6 +285,7 @@ class HttpStore:
             connection.close()
             raise
         finally:
+            self._reading = None
             self._idle.append(connection)
 
     def _free(self) -> http.client.HTTPConnection:
@@ -364,7 +383,8 @@ def _coming(unread_bytes: int, connection: http.client.HTTPConnection) -> int:
     return max(0, unread_bytes - received[0])
 
 
-def persist(what: str, attempt: Callable[[], T]) -> T:
+def persist(what: str, attempt: Callable[[], T], stopped: threading.Event) -> T:
+    """Raises PoolError when there is no use in trying again."""
     pause_s = FIRST_PAUSE_S
     for number in range(1, ATTEMPTS + 1):
         try:
@@ -375,6 +395,7 @@ def persist(what: str, attempt: Callable[[], T]) -> T:
             if number == ATTEMPTS:
                 raise PoolError(f"{what}: {error}, {ATTEMPTS} times in a row") from None
             # Many that failed together shall not come back together.
-            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            if stopped.wait(pause_s * random.uniform(0.5, 1.0)):
+                raise PoolError(f"{what}: given up: the model is being unloaded") from None
             pause_s *= 2
     raise AssertionError("unreachable")
