@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import onnxruntime as ort
 import psutil
 from tests.integration.blocks_models import WIDTH
 
+from paceline.blocks.backend.manifest import Block
 from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.repository import read_config
 from paceline.core.ports import ModelCall
@@ -80,23 +81,38 @@ def plain(repository: Path, name: str, feed: Mapping[str, Any]) -> np.ndarray[An
 
 def weights_of(repository: Path, model: str, member: int = 0) -> list[Path]:
     """Objects of the model's weights, in the order in which they are loaded."""
+    store, blocks = _blocks_of(repository, model, member)
+    return [store.path(weight.object) for block in blocks for weight in block.weights]
+
+
+def graphs_of(repository: Path, model: str, member: int = 0) -> list[Path]:
+    """Objects of the model's graphs, in the order of its blocks."""
+    store, blocks = _blocks_of(repository, model, member)
+    return [store.path(block.graph) for block in blocks]
+
+
+def _blocks_of(repository: Path, model: str, member: int) -> tuple[ObjectStore, Sequence[Block]]:
     config = read_config(repository / model / "config.pbtxt")
     assert config is not None
     store = ObjectStore(repository.parent / "blocks")
     manifest = store.manifest(config.parameters["manifest"].string_value)
-    blocks = manifest.members[member].blocks
-    return [store.path(weight.object) for block in blocks for weight in block.weights]
+    return store, manifest.members[member].blocks
 
 
 def stub_of(triton: LocalTriton, model: str) -> psutil.Process:
     """The process of a model with one instance; of one that was loaded again, the latest."""
+    return max(stubs_of(triton, model), key=lambda one: one.create_time())
+
+
+def stubs_of(triton: LocalTriton, model: str) -> list[psutil.Process]:
+    """Processes of a model with one instance."""
     assert triton.pid is not None
     stubs = []
     for one in psutil.Process(triton.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it is ending
             if f"{model}_0_0" in one.cmdline():
                 stubs.append(one)
-    return max(stubs, key=lambda one: one.create_time())
+    return stubs
 
 
 def ended(process: psutil.Process) -> bool:

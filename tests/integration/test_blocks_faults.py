@@ -6,13 +6,15 @@ Pools that are damaged, stubs that are killed while they load or swap, a store t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -24,11 +26,13 @@ from tests.integration.blocks_triton import (
     batch,
     connected,
     ended,
+    graphs_of,
     infer,
     mappers,
     plain,
     started,
     stub_of,
+    stubs_of,
     weights_of,
 )
 
@@ -51,6 +55,8 @@ class Store:
     root: Path
     url: str = ""
     withheld: frozenset[str] = frozenset()
+    failing: bool = False
+    """All is answered 503."""
     released: threading.Event = field(default_factory=threading.Event)
     waiting: threading.Event = field(default_factory=threading.Event)
     """Somebody asked for what is withheld."""
@@ -78,9 +84,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
     class Handler(StoreHandler):
         def do_GET(self) -> None:
-            part = self.part(served.read(f"/blocks{self.path}"))
+            part = b"" if served.failing else self.part(served.read(f"/blocks{self.path}"))
+            answered = 206 if "Range" in self.headers else 200
             try:
-                self.send_response(206 if "Range" in self.headers else 200)
+                self.send_response(503 if served.failing else answered)
                 self.send_header("Content-Length", str(len(part)))
                 self.end_headers()
                 self.wfile.write(part)
@@ -259,6 +266,10 @@ class Damaged:
     path: Path
     right: bytes
 
+    @classmethod
+    def of(cls, path: Path) -> Damaged:
+        return cls(path, path.read_bytes())
+
     def write(self, text: bytes) -> None:
         """With the modification time that it had."""
         status = self.path.stat()
@@ -272,12 +283,52 @@ class Damaged:
 
 @pytest.fixture
 def damaged(repository: Path) -> Iterator[Damaged]:
-    onnx = write_mlp(repository.parent / "damaged.onnx", layers=4, seed=77)
+    onnx = write_mlp(repository.parent / "damaged.onnx", layers=4, seed=77, head_seed=77)
     compiled(repository, "damaged", {"": onnx}, budget_mib=None)
-    path = weights_of(repository, "damaged")[-1]
-    right = path.read_bytes()
-    yield Damaged(path, right)
-    path.write_bytes(right)
+    found = Damaged.of(weights_of(repository, "damaged")[-1])
+    yield found
+    found.path.write_bytes(found.right)
+
+
+async def healed(models: TritonRepository, feed: Mapping[str, Any]) -> Any:
+    """The first answer of `damaged`; errors may come before."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                (got,) = await infer(models, "damaged", feed)
+            except BackendError:
+                await asyncio.sleep(0.05)
+            else:
+                return got
+
+
+@contextlib.asynccontextmanager
+async def undisturbed(models: TritonRepository) -> AsyncIterator[None]:
+    """Another model, which swaps, gives the same bits all the time."""
+    await models.load("first", instances=1)
+    (expected,) = await infer(models, "first", {"x": batch(3)})
+    answers = 0
+
+    async def keep_asking() -> None:
+        nonlocal answers
+        while True:
+            (got,) = await infer(models, "first", {"x": batch(3)})
+            np.testing.assert_array_equal(got, expected)
+            answers += 1
+
+    async with asyncio.TaskGroup() as group:
+        asking = group.create_task(keep_asking())
+        yield
+        await becomes(lambda: answers > 0)
+        asking.cancel()
+
+
+async def nothing_left(triton: LocalTriton, model: str, ledger: Path, pool: Path) -> None:
+    """Of a load that failed: no process, no mapping, nothing accounted for."""
+    await becomes(lambda: all(map(ended, stubs_of(triton, model))))
+    alive = {stub_of(triton, "first").pid}
+    await becomes(lambda: set(mappers(pool)) <= alive)
+    assert {row.pid for row in read_rows(ledger).values()} == alive
 
 
 async def test_bytes_that_were_altered_are_never_computed_with(
@@ -290,22 +341,77 @@ async def test_bytes_that_were_altered_are_never_computed_with(
         with pytest.raises(BackendError, match=r"altered \(its hash is another\)"):
             await infer(models, "damaged", {"x": batch(1)})
     damaged.write(damaged.right)
-    async with asyncio.timeout(30):
-        while True:
-            try:
-                await infer(models, "damaged", {"x": batch(1)})
-                break
-            except BackendError:
-                await asyncio.sleep(0.1)
+    await healed(models, {"x": batch(1)})
 
 
-async def test_truncated_and_missing_objects_are_load_errors(
-    models: TritonRepository, damaged: Damaged
+async def test_objects_that_change_under_a_loaded_model_are_in_no_answer(
+    models: TritonRepository, triton: LocalTriton, damaged: Damaged
 ) -> None:
+    """Altered or cut short, its process lives on, and heals with them."""
+    await models.load("damaged", instances=1)
+    x = batch(1)
+    (expected,) = await infer(models, "damaged", {"x": x})
+    stub = stub_of(triton, "damaged")
+    name, right = damaged.path.name, damaged.right
+    async with undisturbed(models):
+        for wrong in (right[:-1] + bytes([right[-1] ^ 1]), right[:4096], b""):
+            damaged.write(wrong)
+            with pytest.raises(BackendError, match=f"'damaged': object {name}: its file changed"):
+                await infer(models, "damaged", {"x": x})
+            with pytest.raises(BackendError, match=f"{name}: (altered|its file changed)"):
+                await infer(models, "damaged", {"x": x})
+            damaged.write(right)
+            np.testing.assert_array_equal(await healed(models, {"x": x}), expected)
+    assert stub_of(triton, "damaged") == stub and not ended(stub)
+
+
+@pytest.mark.parametrize("which", ["weights", "graph"])
+async def test_truncated_and_missing_objects_are_load_errors(
+    models: TritonRepository,
+    triton: LocalTriton,
+    repository: Path,
+    ledger: Path,
+    damaged: Damaged,
+    which: str,
+) -> None:
+    if which == "graph":
+        damaged = Damaged.of(graphs_of(repository, "damaged")[0])
     size = len(damaged.right)
-    damaged.write(damaged.right[:-4096])
-    with pytest.raises(ResidencyError, match=rf"{size - 4096} bytes instead of {size}"):
-        await models.load("damaged", instances=1)
-    damaged.remove()
-    with pytest.raises(ResidencyError, match=rf"{damaged.path.name}: missing; compile the model"):
-        await models.load("damaged", instances=1)
+    try:
+        async with undisturbed(models):
+            damaged.write(damaged.right[:-1])
+            with pytest.raises(ResidencyError, match=rf"{size - 1} bytes instead of {size}"):
+                await models.load("damaged", instances=1)
+            await nothing_left(triton, "damaged", ledger, repository.parent / "blocks")
+            damaged.remove()
+            missing = rf"{damaged.path.name}: missing; compile the model"
+            with pytest.raises(ResidencyError, match=missing):
+                await models.load("damaged", instances=1)
+            await nothing_left(triton, "damaged", ledger, repository.parent / "blocks")
+    finally:
+        damaged.path.write_bytes(damaged.right)
+
+
+async def test_a_store_that_fails_is_a_load_error_and_disturbs_nobody(
+    models: TritonRepository, triton: LocalTriton, repository: Path, store: Store, ledger: Path
+) -> None:
+    """And once it is back the model can be loaded."""
+    cache = store.root / "other-cache"
+    remote = {"pool": store.url, "cache": str(cache)}
+    onnx = write_mlp(repository.parent / "unlucky.onnx", layers=4, seed=78)
+    compiled(repository, "unlucky", {"": onnx}, parameters=remote)
+    async with undisturbed(models):
+        store.failing = True
+        try:
+            with pytest.raises(ResidencyError, match=r"manifests/.*: HTTP 503 .* in a row"):
+                await models.load("unlucky", instances=1)
+            await nothing_left(triton, "unlucky", ledger, cache)
+            assert [path for path in cache.rglob("*") if path.is_file()] == [
+                cache / "objects" / "external"
+            ]
+        finally:
+            store.failing = False
+        await models.load("unlucky", instances=1)
+        x = batch(1)
+        (got,) = await infer(models, "unlucky", {"x": x})
+    np.testing.assert_allclose(got, plain(repository, "unlucky", {"x": x}), rtol=1e-4, atol=1e-6)

@@ -76,6 +76,24 @@ def test_every_block_finds_its_own_bytes_in_a_pool_smaller_than_all(tmp_path: Pa
     assert pool.copied_bytes < 2 * sum(sizes.values())
 
 
+def test_an_object_that_changed_in_host_memory_is_copied_again(tmp_path: Path) -> None:
+    """Once, and nothing else is."""
+    sizes = {"a": 1000, "b": 2000}
+    memory, objects = Memory(), _objects(tmp_path, sizes)
+    pool = device.DevicePool(memory, [["a"], ["b"]], objects, None)
+    for block in (0, 1):
+        pool.ready(block)
+    before = pool.copied_bytes
+    with objects["a"].path.open("r+b") as file:
+        file.write(b"another")
+    objects["a"].found_changed()
+    for block in (0, 1, 0, 1):
+        pool.ready(block)
+    assert pool.copied_bytes == before + sizes["a"]
+    at = pool.address("a")
+    assert memory.bytes[at : at + 7].tobytes() == b"another"
+
+
 @given(
     st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=3), min_size=1, max_size=6),
     st.integers(1, 20),

@@ -11,7 +11,7 @@ import pytest
 from paceline.blocks.backend import loader as loader_module
 from paceline.blocks.backend.loader import Loader
 from paceline.blocks.backend.manifest import PAGE_BYTES, Chunks, Manifest, PoolError, PoolObject
-from paceline.blocks.backend.mapping import MappedObject
+from paceline.blocks.backend.mapping import LazyObjects, MappedObject
 from paceline.blocks.backend.source import Waiting
 from paceline.blocks.backend.window import Span, Window
 
@@ -46,7 +46,10 @@ class Link:
     def manifest(self, digest: str) -> Manifest:
         raise NotImplementedError
 
-    def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
+    def open(self, stated: Mapping[str, PoolObject]) -> LazyObjects:
+        raise NotImplementedError
+
+    def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
         raise NotImplementedError
 
     def graph(self, digest: str, stated: PoolObject) -> bytes:
@@ -63,6 +66,8 @@ class Link:
         return {}
 
     def check_part(self, digest: str, wanted: object) -> None: ...
+
+    def stop(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -176,3 +181,41 @@ def test_what_was_expected_when_a_fetch_failed_comes_from_its_start(
         start = max(number for number, span in enumerate(mine) if span.offset == 0)
         assert sum(span.size_bytes for span in mine[start:]) == pages * PAGE_BYTES
         assert mine[-1].last
+
+
+def test_an_object_that_cannot_be_opened_fails_who_waits_and_is_tried_again(
+    objects: Mapping[str, MappedObject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk of a cache is full, say, when its file is made: there is nothing to be dropped."""
+    monkeypatch.setattr(loader_module, "FIRST_BACKOFF_S", 0.001)
+    full = True
+
+    def opener(name: str, size_bytes: int) -> MappedObject:
+        if full and name == "b":
+            raise PoolError("cache: No space left on device")
+        return objects[name]
+
+    stated = {name: PoolObject(pages * PAGE_BYTES, "") for name, pages in PAGES.items()}
+    opened = LazyObjects(stated, opener)
+
+    class Opening(Link):
+        def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
+            assert opened[span.name].size_bytes
+            super().fetch(span, waiting)
+
+    window = Window([[name] for name in PAGES], {n: one.size_bytes for n, one in stated.items()})
+    loader = Loader(window, opened, Opening())
+    loader.start()
+    run = loader.begin([1])
+    try:
+        with pytest.raises(PoolError, match="No space left on device"):
+            loader.take(run, [1])
+        full = False
+        while True:
+            try:
+                assert loader.take(run, [1]) == 1
+                break
+            except PoolError:
+                continue
+    finally:
+        loader.close()

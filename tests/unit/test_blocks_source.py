@@ -13,8 +13,9 @@ import pytest
 from blake3 import blake3
 from tests.http_stores import StoreHandler, answering
 
+from paceline.blocks.backend import store
 from paceline.blocks.backend.loader import Loader
-from paceline.blocks.backend.manifest import Chunks, PoolObject
+from paceline.blocks.backend.manifest import Chunks, PoolError, PoolObject
 from paceline.blocks.backend.mapping import MappedObject
 from paceline.blocks.backend.remote import RemoteSource
 from paceline.blocks.backend.source import LocalSource, Source
@@ -232,3 +233,46 @@ def test_who_waits_for_what_another_process_fetches_gives_its_turn_back(
         other.close()  # whatever it has locked, so that nobody waits for it
         loader.close()
         source.close()
+
+
+def test_who_cannot_fetch_leaves_it_to_who_waits(
+    remote: Callable[..., RemoteSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process whose store fails in the middle of an object tries again later, not holding it."""
+    monkeypatch.setattr(store, "FIRST_PAUSE_S", 0.001)
+    failing, other = remote(), remote()
+    opened = [source.open(STATED)[NAME] for source in (failing, other)]
+    failing.fetch(SPANS[0])
+    waiting = threading.Thread(target=other.check, args=(NAME,), daemon=True)
+    waiting.start()
+    failing._connect, failing._threads = lambda: HttpStore("http://127.0.0.1:1"), threading.local()
+    with pytest.raises(PoolError, match="refused"):
+        failing.fetch(SPANS[1])
+    waiting.join(TIMEOUT_S)
+    assert not waiting.is_alive()
+    failing.check(NAME)
+    assert [one.bytes.tobytes() for one in opened] == [TEXT] * 2
+    failing.close()
+    other.close()
+
+
+def test_who_fetches_rows_leaves_a_table_alone_that_another_one_completes(
+    remote: Callable[..., RemoteSource],
+) -> None:
+    """It may have lost its lock; what was written after the hash would look like a change."""
+    hashes = (blake3(TEXT[at : at + CHUNK_BYTES]) for at in range(0, OBJECT_BYTES, CHUNK_BYTES))
+    chunks = {NAME: Chunks(CHUNK_BYTES, tuple(each.digest() for each in hashes))}
+    first, other = remote(), remote()
+    opened = []
+    for source in (first, other):
+        source._chunks = chunks
+        opened.append(source.open(STATED)[NAME])
+    first.check_part(NAME, {3})
+    first._parts[NAME].release()
+    other.check(NAME)
+    first.check_part(NAME, {7})
+    assert opened[1].look() == opened[1].right
+    first.check(NAME)
+    assert opened[0].look() == opened[0].right == opened[1].right
+    first.close()
+    other.close()

@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 import pytest
 from tests.http_stores import StoreHandler, answering
 
-from paceline.blocks.backend import store
+from paceline.blocks.backend import s3, store
 from paceline.blocks.backend.manifest import PoolError
-from paceline.blocks.backend.store import MOST_AHEAD, Part, Store, open_store
+from paceline.blocks.backend.store import (
+    MOST_AHEAD,
+    Pace,
+    Part,
+    Passing,
+    Store,
+    open_store,
+)
 
 SIZE = 3 << 20
 NAMES = "abcdefghijkl"
@@ -29,6 +36,10 @@ class Served:
     """So many answers end in the middle."""
     held: dict[str, threading.Event] = field(default_factory=dict)
     """Their bytes come when it is set."""
+    silent: threading.Event | None = None
+    """Not even a head comes before it is set."""
+    drops: tuple[int, int] | None = None
+    """Bytes come in pieces of so many, that number of them a second."""
 
 
 @pytest.fixture
@@ -41,8 +52,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
             name = self.path.rpartition("/")[2]
             served.asked.append(name)
             served.seen[name].set()
-            assert "Range" in self.headers, "a store is never asked for a whole object"
+            assert "Range" in self.headers or served.drops, "of an object parts are asked for"
             body = self.part(CONTENTS[name])
+            if "Range" not in self.headers:
+                body = body[:2000]
+            if served.silent is not None:
+                served.silent.wait(60)
             self.send_response(206)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -51,8 +66,11 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
             if served.cut_short:
                 served.cut_short -= 1
                 body, self.close_connection = body[: len(body) // 2], True
+            size, rate = served.drops or (len(body), 0)
             try:
-                self.wfile.write(body)
+                for start in range(0, len(body), size):
+                    threading.Event().wait(1 / rate if rate else 0)
+                    self.wfile.write(body[start : start + size])
             except OSError:  # its answer was not wanted any more
                 self.close_connection = True
 
@@ -181,3 +199,85 @@ def test_a_store_that_never_answers_in_full_is_given_up(served: Served, opened: 
     served.cut_short = 1000
     with pytest.raises(PoolError, match=r"/a: .*, 5 times in a row"):
         copied(opened, part("a"))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores that were opened before have the usual timeout."""
+    for module in (store, s3):
+        monkeypatch.setattr(module, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(store, "ATTEMPTS", 3)
+
+
+@pytest.mark.parametrize("when", ["before the head", "before the bytes"])
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_hangs_is_asked_again_and_given_up(
+    served: Served, opened: Store, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it has after that can be had."""
+    going_on = threading.Event()
+    if when == "before the head":
+        served.silent = going_on
+    else:
+        served.held["a"] = going_on
+    with pytest.raises(PoolError, match=r"/a: .*[Tt]ime.*, 3 times in a row"):
+        copied(opened, part("a"))
+    assert len(served.asked) <= 3
+    going_on.set()
+    monkeypatch.setattr(store, "ATTEMPTS", 50)
+    assert copied(opened, part("a")) == CONTENTS["a"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_trickles_is_given_up(served: Served, opened: Store) -> None:
+    """Bytes come all the time, but all of them would take 20 s."""
+    served.drops = (1, 100)
+    said = r"/a: .*(slower than 65536 bytes/s|[Tt]ime.*), 3 times in a row"
+    with pytest.raises(PoolError, match=said):
+        copied(opened, part("a", size=2000))
+    with pytest.raises(PoolError, match=said):
+        opened.all("a")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_store_that_is_slow_but_steady_is_waited_for(
+    served: Served, opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers take several times the timeout."""
+    monkeypatch.setattr(store, "LEAST_BYTES_PER_S", 100)
+    monkeypatch.setattr(store, "ATTEMPTS", 10)  # on a machine that stands still now and then
+    served.drops = (12, 200)
+    assert copied(opened, part("a", size=2000)) == CONTENTS["a"][:2000]
+
+
+def test_an_answer_has_the_time_that_its_bytes_take_at_the_least_rate() -> None:
+    pace = Pace()
+    pace.came(0, store.TIMEOUT_S)
+    pace.came(store.LEAST_BYTES_PER_S, 1.0)
+    with pytest.raises(Passing, match="65536 bytes in 11.5 s: slower than 65536 bytes/s"):
+        pace.came(0, 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_is_stopped_waits_for_no_answer(
+    served: Served, opened: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be asked for again and again; over S3 one wait for bytes is sat out."""
+    monkeypatch.setattr(store, "ATTEMPTS", 1 << 30)
+    served.silent = threading.Event()
+    refused = []
+
+    def ask() -> None:
+        try:
+            copied(opened, part("a"))
+        except PoolError as error:
+            refused.append(str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    assert served.seen["a"].wait(10)
+    opened.stop()
+    asking.join(30)
+    served.silent.set()
+    (said,) = refused
+    assert said.endswith("/a: given up: the model is being unloaded")

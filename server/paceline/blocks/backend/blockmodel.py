@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from .budget import Budget
+from .changes import Changes
 from .chunks import chunks_of
 from .device import DevicePool, DeviceRuns, DeviceSession, Driver, open_cuda
 from .ledger import Ledger
@@ -28,11 +29,10 @@ from .manifest import (
     pages,
     runtime_here,
 )
-from .mapping import MappedObject
-from .run import Durations, Sessions, compute
+from .run import Durations, Sessions, compute, needed_blocks
 from .settings import Settings
 from .skeleton import Skeleton, available_providers, empty_arena, ort_version, to_value
-from .source import Source, loaded_objects, objects_of, open_source, tables_of
+from .source import Source, graphs_of, loaded_objects, objects_of, open_source, tables_of
 from .window import Window
 
 
@@ -81,7 +81,8 @@ class BlockModel:
                 name or self.manifest.model,
                 sum(held[each] for each in stated if each not in self._tables),
             )
-        self._objects: Mapping[str, MappedObject] = source.open(stated)
+        source.find_graphs(graphs_of(self.manifest))
+        self._objects = source.open(stated)
         for name in self._tables:
             self._objects[name].expect_rows()
         self._durations = Durations(blocks)
@@ -111,6 +112,8 @@ class BlockModel:
             )
             fetched = partial(self._loader.wait_complete, 0.0)
             self._runs = DeviceRuns(self._skeleton, self._pool, len(blocks), fetched)
+        self._changes = Changes(self._objects, source.check, self._lose)
+        self._used: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
         self._one_at_a_time = threading.Lock()
         self._last_shapes: tuple[Any, ...] = ()
         self._closed = False
@@ -177,6 +180,7 @@ class BlockModel:
         self._ran.set()
         if self.budget is not None:
             self.budget.close()
+        self._source.stop()
         self._loader.close()
         self._skeleton.close()
         if self._tables_thread.is_alive():
@@ -197,19 +201,37 @@ class BlockModel:
         member, first = self._members[name]
         given = {tensor.value: to_value(feed[tensor.name]) for tensor in member.inputs}
         wanted = {tensor.name: tensor.value for tensor in member.outputs if tensor.name in outputs}
+        asked = tuple(dict.fromkeys(wanted.values()))
+        used = self._used.get((name, asked)) or self._use(member, asked)
         self._check_tables()
+        by_rows = self._by_rows
+        counts = self._changes.before(used)
         values = compute(
             member,
             first,
             given,
-            tuple(dict.fromkeys(wanted.values())),
+            asked,
             rows=rows,
             weights=self._loader,
             sessions=self,
             durations=self._durations,
         )
+        self._changes.after(used, counts, by_rows)
         self._ran.set()
         return {output: values[value].numpy() for output, value in wanted.items()}
+
+    def _use(self, member: Member, values: tuple[str, ...]) -> tuple[str, ...]:
+        """Objects that a run reads which computes these values."""
+        blocks = (member.blocks[position] for position in needed_blocks(member.blocks, values))
+        names = tuple(dict.fromkeys(w.object for block in blocks for w in block.weights))
+        self._used[member.name, values] = names
+        return names
+
+    def _lose(self, names: Sequence[str]) -> None:
+        """These objects are not what they were when they were checked."""
+        with self._tables_lock:
+            self._unchecked_tables.extend(name for name in names if name in self._tables)
+            self._loader.lose(names)
 
     def run(self, block: int, values: list[Any]) -> list[Any]:
         """See `run.Sessions`: after the rows that the block reads were checked."""

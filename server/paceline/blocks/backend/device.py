@@ -109,6 +109,8 @@ class DevicePool:
         self._busy: list[Any] = [None] * _STAGES
         self._turn = 0
         self._present: dict[str, Any] = {}
+        self._changes: dict[str, int] = {}
+        """Of what was copied: `MappedObject.changes` then."""
         self.copied_bytes = 0
 
     def address(self, name: str, offset: int = 0) -> int:
@@ -117,8 +119,10 @@ class DevicePool:
     def fetch(self, block: int) -> None:
         """Begins to copy what of a block's objects is not there; they are in host memory."""
         for name in self._needs[block]:
-            if name not in self._present:
+            changes = self._objects[name].changes
+            if name not in self._present or self._changes[name] != changes:
                 self._evict(name)
+                self._changes[name] = changes
                 self._present[name] = self._copy(name)
 
     def ready(self, block: int) -> None:

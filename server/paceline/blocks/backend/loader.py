@@ -180,6 +180,16 @@ class Loader:
             self._window.end(run)
             self._changed.notify_all()
 
+    def lose(self, names: Iterable[str]) -> None:
+        """These objects are not what they were: they are fetched, so checked, again before another
+        run takes a block that needs them.
+        """
+        with self._changed:
+            for name in names:
+                self._objects[name].found_changed()  # before anybody can begin to fetch it
+                self._lose(name)
+            self._changed.notify_all()
+
     def wait_complete(self, timeout_s: float) -> bool:
         """Whether everything is in memory within that time. Raises PoolError if it cannot be."""
         with self._changed:
@@ -323,14 +333,21 @@ class Loader:
         wrong = error if isinstance(error, PoolError) else PoolError(f"weights: {error!r}")
         with self._changed:
             following, self._following = self._following, None
-            for span in (*spans, *(following.fetch if following is not None else ())):
+            spans = (*spans, *(following.fetch if following is not None else ()))
+            for span in spans:
                 if not self._window.holds(span.name):
-                    self._window.lost(span.name)
-                    # Within a budget it would count: what is fetched again comes from the store.
-                    counts = self._in_turn and not self._keep_page_cache
-                    with contextlib.suppress(OSError):
-                        self._objects[span.name].drop(page_cache=counts)
+                    self._lose(span.name)
             self._error = wrong
             self._retry_at_s = time.monotonic() + self._backoff_s
             self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
             self._changed.notify_all()
+
+    def _lose(self, name: str) -> None:
+        self._window.lost(name)
+        # Within a budget it would count: what is fetched again comes from the store.
+        counts = self._in_turn and not self._keep_page_cache
+        with contextlib.suppress(OSError, PoolError):  # there is nothing of one that is not open
+            opened = self._objects[name]
+            if opened.right is not None and opened.look() != opened.right:
+                opened.found_changed()
+            opened.drop(page_cache=counts)

@@ -22,6 +22,8 @@ import numpy.typing as npt
 from .manifest import PAGE_BYTES, PoolError, PoolObject
 
 Bytes = npt.NDArray[np.uint8]
+Look = tuple[int, int, int]
+"""What a file looks like: its size, its mtime and its ctime in ns."""
 
 MADV_RANDOM = 1
 MADV_WILLNEED = 3
@@ -61,6 +63,10 @@ class MappedObject:
             raise PoolError(f"{path}: cannot be mapped: {error}") from None
         self.bytes: Bytes = np.frombuffer(self._map, np.uint8, count=size_bytes)
         self._address = int(self.bytes.ctypes.data)
+        self.right: Look | None = None
+        """What the file looked like when its bytes were found to be right; None if nobody knows."""
+        self.changes = 0
+        """How often its bytes may have become others since they were found right first."""
         self.written = False
         """Maybe not all of the file is on the disk yet; what is not cannot leave memory."""
 
@@ -109,10 +115,30 @@ class MappedObject:
         """The file's descriptor, until `close`."""
         return self._handle
 
-    def has_its_path(self) -> bool:
-        """Whether the file was neither removed nor replaced since it was opened there."""
+    def found_right(self, look: Look) -> None:
+        """The file's bytes are what they should be, and it looks like this."""
+        if self.right is not None and self.right[:2] != look[:2]:
+            self.changes += 1  # it was written to, and maybe the right bytes again
+        self.right = look
+
+    def found_changed(self) -> None:
+        """The file is not what it was when its bytes were found right."""
+        self.changes += 1
+        self.right = None
+
+    def look(self) -> Look:
+        """What the file looks like now."""
+        return look_of(os.fstat(self._handle))
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the file has not its size any more: to touch its pages may kill the process."""
+        return os.lseek(self._handle, 0, os.SEEK_END) != self.size_bytes  # a fifth of an fstat
+
+    def has_path(self, path: Path) -> bool:
+        """Whether it is this file that has the path now."""
         try:
-            return os.path.samestat(os.fstat(self._handle), self.path.stat())
+            return os.path.samestat(os.fstat(self._handle), path.stat())
         except OSError:
             return False
 
@@ -137,6 +163,10 @@ class MappedObject:
             raise OSError(code, os.strerror(code))
 
 
+def look_of(status: os.stat_result) -> Look:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 class LazyObjects(Mapping[str, MappedObject]):
     """Objects that are opened when somebody asks for them, whoever that is."""
 
@@ -153,6 +183,16 @@ class LazyObjects(Mapping[str, MappedObject]):
             if digest not in self._opened:
                 self._opened[digest] = self._open(digest, self._stated[digest].size_bytes)
             return self._opened[digest]
+
+    @property
+    def opened(self) -> Mapping[str, MappedObject]:
+        """Those that somebody has asked for."""
+        return self._opened
+
+    def open_all(self) -> LazyObjects:
+        """Raises PoolError if one cannot be."""
+        assert len(tuple(self.values())) == len(self)
+        return self
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stated)

@@ -60,8 +60,9 @@ class ObjectStore:
             self.verify(file.fileno(), digest, stated)
         return path
 
-    def verify(self, handle: int, digest: str, stated: PoolObject) -> None:
-        """Checks an open object. Raises Altered, or PoolError for one of another size.
+    def verify(self, handle: int, digest: str, stated: PoolObject) -> os.stat_result:
+        """What an open object looks like, its bytes checked. Raises Altered, or PoolError for one
+        of another size.
 
         It may have another path by now, or none: others replace what they find to be altered. So
         who has mapped it asks by its handle.
@@ -69,17 +70,17 @@ class ObjectStore:
         path = self.path(digest)
         # Two compiles at a time write what both found missing: the later copy takes the place of
         # the earlier, which may be the one that is being read.
-        if not any(self._is_verified(handle, path, digest, stated) for _ in range(2)):
-            raise PoolError(f"{path}: changed while it was read")
+        for _ in range(2):
+            status = os.fstat(handle)
+            if self._is_verified(handle, status, path, digest, stated):
+                return status
+        raise PoolError(f"{path}: changed while it was read")
 
-    def _is_verified(self, handle: int, path: Path, digest: str, stated: PoolObject) -> bool:
-        """False if the file was changed or replaced meanwhile."""
-        status = os.fstat(handle)
-        if status.st_size != stated.size_bytes:
-            raise PoolError(
-                f"{path}: {status.st_size} bytes instead of {stated.size_bytes}; "
-                "compile the model again"
-            )
+    def _is_verified(
+        self, handle: int, status: os.stat_result, path: Path, digest: str, stated: PoolObject
+    ) -> bool:
+        """False if the file was changed or replaced since it looked like this."""
+        _check_size(status, path, stated)
         state = _state(status, stated.blake3)
         if self._verified.get(digest) == state or self._marker(digest) in (
             state,
@@ -94,6 +95,12 @@ class ObjectStore:
             raise Altered(f"{path}: altered (its hash is another); compile the model again")
         self.mark_verified(digest, stated, status)
         return True
+
+    def find(self, digest: str, stated: PoolObject) -> None:
+        """Raises PoolError if the object is missing or has another size; reads nothing."""
+        path = self.path(digest)
+        with self._open(path) as file:
+            _check_size(os.fstat(file.fileno()), path, stated)
 
     def read(self, digest: str, stated: PoolObject) -> bytes:
         """All of a small object. Raises PoolError if missing or altered."""
@@ -189,6 +196,14 @@ def hash_file(handle: int, *, keep: bool = True) -> str:
         if not keep:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_NORMAL)
     return digest.hexdigest()
+
+
+def _check_size(status: os.stat_result, path: Path, stated: PoolObject) -> None:
+    if status.st_size != stated.size_bytes:
+        raise PoolError(
+            f"{path}: {status.st_size} bytes instead of {stated.size_bytes}; "
+            "compile the model again"
+        )
 
 
 def _state(status: os.stat_result, hashed: str) -> str:

@@ -26,9 +26,11 @@ class PartialObject:
         except OSError as error:
             raise PoolError(f"cache {path}: {error.strerror}") from None
         try:
-            # Allocated, not just long: writing into a hole of a full disk would kill the process.
-            os.posix_fallocate(self._handle, 0, size_bytes)
-            os.ftruncate(self._handle, size_bytes)
+            # Another process may have completed it just now: it is to look as it did then.
+            if os.fstat(self._handle).st_size != size_bytes:
+                # Allocated, not just long: writing into a hole of a full disk would kill us.
+                os.posix_fallocate(self._handle, 0, size_bytes)
+                os.ftruncate(self._handle, size_bytes)
         except OSError as error:
             os.close(self._handle)
             path.unlink(missing_ok=True)

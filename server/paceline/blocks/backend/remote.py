@@ -27,7 +27,7 @@ from blake3 import blake3
 
 from .chunks import requests
 from .manifest import Chunks, Manifest, PoolError, PoolObject, is_digest, parse
-from .mapping import LazyObjects, MappedObject
+from .mapping import LazyObjects, MappedObject, look_of
 from .objects import Altered, ObjectStore, hash_file, is_right
 from .partial import PartialObject
 from .reader import Reader
@@ -52,6 +52,7 @@ class RemoteSource:
         self._connect = connect
         self._threads = threading.local()
         self._stores: list[Store] = []
+        self._stopped = False
         self._cache = cache
         try:
             for name in ("objects", "manifests", "verified", "tmp/fetch"):
@@ -66,7 +67,6 @@ class RemoteSource:
         self._reader = Reader(counted=counted)
         self._objects = LazyObjects({}, self._open)
         self._parts: dict[str, PartialObject] = {}
-        self._right: set[str] = set()
         self._stated: Mapping[str, PoolObject] = {}
         self._chunks: Mapping[str, Chunks] = {}
         self._settler = Settler(self._store)
@@ -76,6 +76,8 @@ class RemoteSource:
         if not hasattr(self._threads, "store"):
             self._threads.store = self._connect()
             self._stores.append(self._threads.store)
+            if self._stopped:
+                self._threads.store.stop()
         store: Store = self._threads.store
         return store
 
@@ -94,7 +96,7 @@ class RemoteSource:
         self._chunks = manifest.chunks
         return manifest
 
-    def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
+    def open(self, stated: Mapping[str, PoolObject]) -> LazyObjects:
         """Each is opened when it is first used: making a hundred files takes a while."""
         missing = sum(
             one.size_bytes for digest, one in stated.items() if not self._has(digest, one)
@@ -157,6 +159,9 @@ class RemoteSource:
         if digest in self._chunks:
             hashed = blake3(b"".join((hashed.encode(), *self._chunks[digest].digests))).hexdigest()
         return f"{digest}.{hashed}"
+
+    def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
+        """Any of them may be in the store."""
 
     def graph(self, digest: str, stated: PoolObject) -> bytes:
         path = self._store.path(digest)
@@ -228,9 +233,9 @@ class RemoteSource:
             self._complete(span.name, part, held=True)
 
     def check(self, digest: str) -> None:
-        if digest in self._right:
-            return
         opened = self._objects[digest]
+        if opened.right is not None and opened.right == opened.look():
+            return
         part = self._parts.get(digest)
         if part is not None and digest in self._chunks:
             self._check_parts(digest, part)
@@ -241,12 +246,12 @@ class RemoteSource:
                 self._complete(digest, part, held=False)
             return
         try:
-            self._store.verify(opened.handle, digest, self._stated[digest])
+            status = self._store.verify(opened.handle, digest, self._stated[digest])
         except Altered as error:
-            if opened.has_its_path():
+            if opened.has_path(self._store.path(digest)):
                 self._discard(digest, "other bytes")
             raise PoolError(f"{error}; removed from the cache: load the model again") from None
-        self._right.add(digest)
+        opened.found_right(look_of(status))
 
     @property
     def by_parts(self) -> Mapping[str, Chunks]:
@@ -254,13 +259,13 @@ class RemoteSource:
 
     def check_part(self, digest: str, wanted: Collection[int]) -> None:
         """Fetches the chunks that are not there, each usable once its hash is right."""
-        assert self._objects[digest].size_bytes  # opens it
+        opened = self._objects[digest]
         part = self._parts.get(digest)
         if part is None:
             self.check(digest)
             return
         with part.parts_lock:
-            if digest in self._right:
+            if opened.right is not None:
                 return  # complete meanwhile
             if not part.chunks and self._came_from_elsewhere(digest, part):
                 return
@@ -288,7 +293,9 @@ class RemoteSource:
                 blake3(piece).digest() == hashes[number]
                 for number, piece in zip(run, pieces, strict=True)
             ):
-                part.write(wanted.offset, text)
+                # Whoever has completed it meanwhile has it as it is.
+                if part.ours or not part.is_published(self._store.path(digest)):
+                    part.write(wanted.offset, text)
                 self._reader.wrote(part, wanted.offset, wanted.size_bytes)
                 part.chunks.update(run)
                 return
@@ -302,8 +309,13 @@ class RemoteSource:
         for first in range(0, count, step):
             self.check_part(digest, range(first, min(first + step, count)))
         with part.parts_lock:
-            if digest not in self._right:
+            if self._objects[digest].right is None:
                 self._complete(digest, part, held=False)
+
+    def stop(self) -> None:
+        self._stopped = True  # those that are made from now on
+        for store in list(self._stores):
+            store.stop()
 
     def close(self) -> None:
         self._settler.close()
@@ -333,7 +345,11 @@ class RemoteSource:
         def write(position: int, piece: memoryview) -> None:
             part.write(offset + position, piece)
 
-        self._remote.copy(_remote_part(digest, offset, size_bytes), write)
+        try:
+            self._remote.copy(_remote_part(digest, offset, size_bytes), write)
+        except PoolError:
+            part.release()  # whoever waits for it is not to wait for our next try
+            raise
 
     def _complete(self, digest: str, part: PartialObject, *, held: bool) -> None:
         """Checks the whole; what is wrong is fetched once more, then given up.
@@ -345,10 +361,15 @@ class RemoteSource:
         stated = self._stated[digest]
         attempts = 1 if digest in self._chunks else _ATTEMPTS
         for attempt in range(attempts):
+            if self._objects[digest].truncated:  # to hash what is not there would kill the process
+                raise PoolError(f"cache {part.path}: truncated by somebody else")
+            written = os.fstat(part.handle)
             if self._is_right(digest, part, held=held):
-                self._right.add(digest)
-                del self._parts[digest]
                 status = part.publish(self._store.path(digest))
+                # What was written since then nobody has hashed.
+                look = written.st_size, written.st_mtime_ns, status.st_ctime_ns
+                self._objects[digest].found_right(look)
+                del self._parts[digest]
                 self._store.mark_unsettled(digest, stated, status)  # who waits need not hash it
                 part.close()
                 self._settler.add(digest, stated, status)
@@ -378,9 +399,10 @@ class RemoteSource:
         part.ours = not part.is_published(self._store.path(digest))
         if part.ours:
             return False
-        self._objects[digest].written = True
-        self._store.verify(self._objects[digest].handle, digest, self._stated[digest])
-        self._right.add(digest)
+        opened = self._objects[digest]
+        opened.written = True
+        status = self._store.verify(opened.handle, digest, self._stated[digest])
+        opened.found_right(look_of(status))
         part.close()
         del self._parts[digest]
         return True

@@ -7,13 +7,26 @@ by who wants them.
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
 from .manifest import MAX_MANIFEST_BYTES, PoolError
-from .store import MOST_AHEAD, PASSING, PIECE_BYTES, TIMEOUT_S, Ahead, Part, Passing, Write, persist
+from .store import (
+    MOST_AHEAD,
+    PASSING,
+    PIECE_BYTES,
+    TIMEOUT_S,
+    Ahead,
+    Pace,
+    Part,
+    Passing,
+    Write,
+    persist,
+)
 
 
 class S3Store:
@@ -24,6 +37,7 @@ class S3Store:
             import botocore.config
             import botocore.exceptions
             import botocore.session
+            import urllib3.exceptions
         except ImportError:
             raise PoolError(f"pool {url}: needs botocore: pip install 'paceline[s3]'") from None
         parts = urlsplit(url)
@@ -40,7 +54,13 @@ class S3Store:
             ),
         )
         self._client_error: Any = botocore.exceptions.ClientError
-        self._failures = (botocore.exceptions.BotoCoreError, OSError)
+        self._failures = (
+            botocore.exceptions.BotoCoreError,
+            urllib3.exceptions.HTTPError,
+            OSError,
+        )
+        self._stopped = threading.Event()
+        self._piece = memoryview(bytearray(PIECE_BYTES))
         self._threads = ThreadPoolExecutor(MOST_AHEAD + 1, "blocks-s3")
         self._ahead: Ahead[Future[Any]] = Ahead(lambda unread_bytes, _: unread_bytes, _drop)
 
@@ -57,15 +77,23 @@ class S3Store:
         return text
 
     def copy(self, part: Part, write: Write) -> None:
-        persist(f"{self._url}/{part.key}", lambda: self._copy(part, write))
+        persist(f"{self._url}/{part.key}", lambda: self._copy(part, write), self._stopped)
 
     def all(self, key: str) -> bytes:
         def attempt() -> bytes:
             with self._failures_told():
-                body: bytes = self._get(key)["Body"].read(MAX_MANIFEST_BYTES)
-                return body
+                answer = self._get(key)
+                text = bytearray(min(answer["ContentLength"], MAX_MANIFEST_BYTES))
+                with contextlib.closing(answer["Body"]) as body:
+                    if self._fill(memoryview(text), body, Pace()) < len(text):
+                        raise Passing(f"less than its {len(text)} bytes")
+                return bytes(text)
 
-        return persist(f"{self._url}/{key}", attempt)
+        return persist(f"{self._url}/{key}", attempt, self._stopped)
+
+    def stop(self) -> None:
+        """Within `TIMEOUT_S`: what waits for the next bytes goes on waiting for those."""
+        self._stopped.set()
 
     def close(self) -> None:
         self._ahead.close()
@@ -77,16 +105,36 @@ class S3Store:
             asked = self._ahead.pop(part) or self._send(part)
             self._ahead.begin(part)
             self._ahead.ask(part.size_bytes, self._send)
-            body = asked.result()["Body"]
+            body, pace = asked.result()["Body"], Pace()
             with contextlib.closing(body):
                 position = 0
                 while position < part.size_bytes:
-                    piece = body.read(min(PIECE_BYTES, part.size_bytes - position))
+                    room = self._piece[: part.size_bytes - position]
+                    piece = room[: self._fill(room, body, pace)]
                     if not piece:
                         raise Passing(f"{position} bytes instead of {part.size_bytes}")
-                    write(position, memoryview(piece))
+                    write(position, piece)
                     position += len(piece)
                     self._ahead.ask(part.size_bytes - position, self._send)
+
+    def _fill(self, room: memoryview, body: Any, pace: Pace) -> int:
+        """How many bytes of the body came: as many as there is room for, or all that were left.
+
+        botocore's own `read` would wait for them however they trickle; what it reads from does not.
+        """
+        raw, count = body._raw_stream, 0
+        read = getattr(raw, "read1", raw.read)  # urllib3 1 has none
+        while count < len(room):
+            began_s = time.perf_counter()
+            some = read(len(room) - count)
+            pace.came(len(some), time.perf_counter() - began_s)
+            if self._stopped.is_set():
+                raise Passing("stopped")
+            if not some:
+                break
+            room[count : count + len(some)] = some
+            count += len(some)
+        return count
 
     def _send(self, part: Part) -> Future[Any]:
         return self._threads.submit(self._get, part.key, Range=part.range)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from .loader import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
 from .manifest import Block, PoolError
 from .mapping import MappedObject
 
@@ -110,7 +111,11 @@ class Session:
 
 
 class Skeleton:
-    """Sessions of all blocks, built in order by a thread; a run waits for the one it needs."""
+    """Sessions of all blocks, built in order by a thread; a run waits for the one it needs.
+
+    One that cannot be built fails the runs that need it, no others, and is tried again after a
+    back-off: a graph that comes back is enough to heal a model, as weights are (`loader`).
+    """
 
     def __init__(
         self,
@@ -126,7 +131,8 @@ class Skeleton:
         self._graph = graph
         self._make = on_device or partial(Session, folder=folder, objects=objects, threads=threads)
         self._built: dict[str, Any] = {}
-        self._error: Exception | None = None
+        self._errors: dict[str, Exception] = {}
+        """Of sessions that could not be built, until they are tried again."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._build, name="blocks-skeleton", daemon=True)
@@ -145,35 +151,49 @@ class Skeleton:
 
     def close(self) -> None:
         """Ends the thread; sessions stay usable by runs that have them."""
-        self._closed = True
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
 
     def _await(self, key: str) -> Any:
         with self._changed:
-            self._changed.wait_for(lambda: key in self._built or self._error or self._closed)
+            self._changed.wait_for(
+                lambda: key in self._built or key in self._errors or self._closed
+            )
             if key in self._built:
                 return self._built[key]
-            raise self._error or PoolError("the model is being unloaded")
+            raise self._errors.get(key) or PoolError("the model is being unloaded")
 
     def _build(self) -> None:
-        for block in self._blocks:
+        backoff_s = FIRST_BACKOFF_S
+        while not self._build_missing():
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closed, backoff_s):
+                    return
+            backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+
+    def _build_missing(self) -> bool:
+        """Tries each session that there is not yet, once; whether none is left to be tried."""
+        for block in {block.key: block for block in self._blocks}.values():
             if self._closed:
-                break
+                return True
             if block.key in self._built:
                 continue
+            with self._changed:
+                self._errors.pop(block.key, None)  # who needs it waits for what comes of this try
             try:
                 session = self._make(self._graph(block), block)
-            except Exception as error:  # whoever waits must be told
+            except Exception as error:  # a thread that died would leave runs waiting for ever
                 with self._changed:
-                    self._error = error
+                    self._errors[block.key] = error
                     self._changed.notify_all()
-                return
+                continue
             with self._changed:
                 self._built[block.key] = session
                 self._changed.notify_all()
-        with self._changed:
-            self._changed.notify_all()
+        return not self._errors
 
 
 def ort_version() -> str:

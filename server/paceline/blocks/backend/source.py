@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .manifest import Block, Chunks, Manifest, PoolError, PoolObject
-from .mapping import MappedObject
+from .mapping import LazyObjects, MappedObject, look_of
 from .objects import ObjectStore
 from .reader import Reader
 from .settings import Settings
@@ -32,8 +32,11 @@ class Source(Protocol):
     def manifest(self, digest: str) -> Manifest:
         """Raises PoolError if it cannot be had or is unsound."""
 
-    def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
+    def open(self, stated: Mapping[str, PoolObject]) -> LazyObjects:
         """The objects mapped, their bytes maybe not there yet. Raises PoolError."""
+
+    def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
+        """Raises PoolError if one of these should be on this machine already and is not."""
 
     def graph(self, digest: str, stated: PoolObject) -> bytes:
         """A graph, complete and checked. Raises PoolError."""
@@ -57,7 +60,7 @@ class Source(Protocol):
         """
 
     def check(self, digest: str) -> None:
-        """Makes sure that an object that is paged in on demand has the right bytes."""
+        """Makes sure that an object has the right bytes; see `MappedObject.right`."""
 
     @property
     def by_parts(self) -> Mapping[str, Chunks]:
@@ -65,6 +68,9 @@ class Source(Protocol):
 
     def check_part(self, digest: str, wanted: Collection[int]) -> None:
         """Makes sure of these chunks of an object of `by_parts`. Raises PoolError."""
+
+    def stop(self) -> None:
+        """What is being fetched fails, however long its store would have taken."""
 
     def close(self) -> None:
         """Nothing is fetched any more."""
@@ -82,18 +88,25 @@ class LocalSource:
         if not root.is_dir():
             raise PoolError(f"{root}: no such pool: `paceline blocks compile` writes one")
         self._store = ObjectStore(root, counted=counted)
-        self._objects: dict[str, MappedObject] = {}
+        self._objects = LazyObjects({}, self._open)
         self._reader = Reader(counted=counted)
         self._stated: Mapping[str, PoolObject] = {}
 
     def manifest(self, digest: str) -> Manifest:
         return self._store.manifest(digest)
 
-    def open(self, stated: Mapping[str, PoolObject]) -> Mapping[str, MappedObject]:
+    def open(self, stated: Mapping[str, PoolObject]) -> LazyObjects:
+        """All of them at once: what is missing is found before the load answers."""
         self._stated = stated
+        self._objects = LazyObjects(stated, self._open)
+        return self._objects.open_all()
+
+    def _open(self, digest: str, size_bytes: int) -> MappedObject:
+        return MappedObject(self._store.path(digest), size_bytes)
+
+    def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
         for digest, one in stated.items():
-            self._objects[digest] = MappedObject(self._store.path(digest), one.size_bytes)
-        return self._objects
+            self._store.find(digest, one)
 
     def graph(self, digest: str, stated: PoolObject) -> bytes:
         return self._store.read(digest, stated)
@@ -114,7 +127,9 @@ class LocalSource:
         self._reader.bring(self._objects, span)
 
     def check(self, digest: str) -> None:
-        self._store.verify(self._objects[digest].handle, digest, self._stated[digest])
+        opened = self._objects[digest]
+        status = self._store.verify(opened.handle, digest, self._stated[digest])
+        opened.found_right(look_of(status))
 
     @property
     def by_parts(self) -> Mapping[str, Chunks]:
@@ -123,9 +138,11 @@ class LocalSource:
     def check_part(self, digest: str, wanted: Collection[int]) -> None:
         self.check(digest)
 
+    def stop(self) -> None:
+        """A disk answers."""
+
     def close(self) -> None:
-        for opened in self._objects.values():
-            opened.close()
+        self._objects.close()
 
 
 def loaded_objects(block: Block) -> tuple[str, ...]:
@@ -150,6 +167,12 @@ def objects_of(manifest: Manifest) -> Mapping[str, PoolObject]:
         for block in member.blocks
         for weight in block.weights
     )
+    return {name: manifest.objects[name] for name in dict.fromkeys(names)}
+
+
+def graphs_of(manifest: Manifest) -> Mapping[str, PoolObject]:
+    """Graphs of the blocks."""
+    names = (block.graph for member in manifest.members for block in member.blocks)
     return {name: manifest.objects[name] for name in dict.fromkeys(names)}
 
 

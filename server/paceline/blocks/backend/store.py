@@ -4,25 +4,30 @@ What is asked for next goes out while an answer comes: a store takes a while to 
 link would be idle meanwhile. Answers are read in the order of use, and wait in the kernel's buffers
 until then.
 
-A store retries what may pass (no connection, timeouts, 408, 429, 5xx, short answers) with back-off
-and then raises PoolError that names the URL; what will not pass (404, 403) fails at once. An answer
-is never longer than what was asked for. Each thread that fetches has a store of its own.
+A store retries what may pass (no connection, timeouts, answers that trickle, 408, 429, 5xx, short
+answers) with back-off and then raises PoolError that names the URL; what will not pass (404, 403)
+fails at once. An answer is never longer than what was asked for. Each thread that fetches has a
+store of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import http.client
+import io
 import random
+import socket
 import ssl
 import termios
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from .manifest import MAX_MANIFEST_BYTES, PoolError
@@ -32,6 +37,9 @@ Asked = TypeVar("Asked")
 """A request that is out: where its answer comes."""
 
 TIMEOUT_S = 10.0
+"""For a connection, and for the next bytes of an answer."""
+LEAST_BYTES_PER_S = 64 << 10
+"""Of an answer, after `TIMEOUT_S`: one that comes more slowly is given up."""
 ATTEMPTS = 5
 FIRST_PAUSE_S = 0.1
 """Doubles from one attempt to the next: 1.5 s in all before a store is given up."""
@@ -91,12 +99,33 @@ class Store(Protocol):
     def all(self, key: str) -> bytes:
         """The whole of a small file. Raises PoolError."""
 
+    def stop(self) -> None:
+        """Whoever waits for bytes is refused them, in another thread than this one."""
+
     def close(self) -> None:
         """Its connections."""
 
 
 class Passing(Exception):
     """A failure that may be over at the next attempt."""
+
+
+class Pace:
+    """How fast an answer comes; what is done with its bytes meanwhile does not count."""
+
+    def __init__(self) -> None:
+        self._waited_s = 0.0
+        self._received_bytes = 0
+
+    def came(self, size_bytes: int, waited_s: float) -> None:
+        """So many bytes came after that time. Raises Passing if the answer is too slow."""
+        self._waited_s += waited_s
+        self._received_bytes += size_bytes
+        if self._waited_s > TIMEOUT_S + self._received_bytes / LEAST_BYTES_PER_S:
+            raise Passing(
+                f"{self._received_bytes} bytes in {self._waited_s:.1f} s: "
+                f"slower than {LEAST_BYTES_PER_S} bytes/s"
+            )
 
 
 class Ahead(Generic[Asked]):
@@ -178,6 +207,8 @@ class HttpStore:
         self._idle: list[http.client.HTTPConnection] = []
         self._ahead: Ahead[http.client.HTTPConnection] = Ahead(_coming, self._give_up)
         self._opened = False
+        self._stopped = threading.Event()
+        self._reading: socket.socket | None = None
 
     def expect(self, parts: Iterable[Part]) -> None:
         self._ahead.expect(parts)
@@ -204,13 +235,20 @@ class HttpStore:
                 done(position, piece[:count])
                 position += count
 
-        persist(f"{self._url}/{part.key}", lambda: self._get(part.key, part, take))
+        what = f"{self._url}/{part.key}"
+        persist(what, lambda: self._get(part.key, part, take), self._stopped)
 
     def all(self, key: str) -> bytes:
         def take(answer: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
             return answer.read(MAX_MANIFEST_BYTES)
 
-        return persist(f"{self._url}/{key}", lambda: self._get(key, None, take))
+        return persist(f"{self._url}/{key}", lambda: self._get(key, None, take), self._stopped)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._reading is not None:
+            with contextlib.suppress(OSError):  # it is over anyway
+                self._reading.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._ahead.close()
@@ -228,6 +266,9 @@ class HttpStore:
         try:
             if asked is None:
                 self._ask(connection, key, part)
+            self._reading = connection.sock
+            if self._stopped.is_set():
+                raise Passing("stopped")
             if part is not None:
                 self._ahead.begin(part)
                 self._ask_ahead(part.size_bytes, connection)
@@ -244,6 +285,7 @@ class HttpStore:
             connection.close()
             raise
         finally:
+            self._reading = None
             self._idle.append(connection)
 
     def _free(self) -> http.client.HTTPConnection:
@@ -276,11 +318,45 @@ class HttpStore:
         self._idle.append(connection)
 
 
+class _Paced(io.RawIOBase):
+    """What comes through a socket, as long as it does not trickle."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._pace = Pace()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        began_s = time.perf_counter()
+        count: int | None = self._raw.readinto(buffer)
+        self._pace.came(count or 0, time.perf_counter() - began_s)
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """One that is given up when it trickles, its head as well."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fp = io.BufferedReader(_Paced(self.fp.detach()))
+
+
 def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
     if scheme == "https":
         context = ssl.create_default_context()
-        return http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
-    return http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+        made: http.client.HTTPConnection = http.client.HTTPSConnection(
+            host, port, timeout=TIMEOUT_S, context=context
+        )
+    else:
+        made = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    made.response_class = _Answer
+    return made
 
 
 def _check_status(answer: http.client.HTTPResponse, part: Part | None) -> None:
@@ -307,7 +383,8 @@ def _coming(unread_bytes: int, connection: http.client.HTTPConnection) -> int:
     return max(0, unread_bytes - received[0])
 
 
-def persist(what: str, attempt: Callable[[], T]) -> T:
+def persist(what: str, attempt: Callable[[], T], stopped: threading.Event) -> T:
+    """Raises PoolError when there is no use in trying again."""
     pause_s = FIRST_PAUSE_S
     for number in range(1, ATTEMPTS + 1):
         try:
@@ -318,6 +395,7 @@ def persist(what: str, attempt: Callable[[], T]) -> T:
             if number == ATTEMPTS:
                 raise PoolError(f"{what}: {error}, {ATTEMPTS} times in a row") from None
             # Many that failed together shall not come back together.
-            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            if stopped.wait(pause_s * random.uniform(0.5, 1.0)):
+                raise PoolError(f"{what}: given up: the model is being unloaded") from None
             pause_s *= 2
     raise AssertionError("unreachable")
