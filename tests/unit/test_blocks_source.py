@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from tests.http_stores import StoreHandler, answering
 from paceline.blocks.backend.loader import Loader
 from paceline.blocks.backend.manifest import Chunks, PoolObject
 from paceline.blocks.backend.mapping import MappedObject
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.backend.remote import RemoteSource
+from paceline.blocks.backend.settler import Settler
 from paceline.blocks.backend.source import LocalSource, Source
 from paceline.blocks.backend.store import HttpStore
 from paceline.blocks.backend.window import Span, Window
@@ -232,3 +235,21 @@ def test_who_waits_for_what_another_process_fetches_gives_its_turn_back(
         other.close()  # whatever it has locked, so that nobody waits for it
         loader.close()
         source.close()
+
+
+def test_a_source_that_is_closed_as_soon_as_it_was_opened_ends(tmp_path: Path) -> None:
+    """As when a manifest cannot be had: its threads may not be waiting yet."""
+
+    def open_and_close() -> None:
+        for _ in range(2000):
+            Settler(ObjectStore(tmp_path)).close()
+
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=open_and_close, daemon=True)
+        thread.start()
+        thread.join(60)
+    finally:
+        sys.setswitchinterval(before_s)
+    assert not thread.is_alive(), "one was told before it listened, and never again"
