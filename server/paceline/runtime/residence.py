@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,8 @@ class Residence:
         Raises ResidencyError, and forgets a model that did not load.
         """
         finding = self._spawn(self._find_blocks(model), f"find blocks of {model}")
-        await asyncio.wait([finding], timeout=FIND_WITHIN_S)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(finding), FIND_WITHIN_S)
         known = model in self.state.models and not self.state.models[model].withdrawn
         before = self.state.holders(model) if known else []
         self._declare(model)
