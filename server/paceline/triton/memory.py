@@ -4,8 +4,8 @@ Every instance of a python-based model is a process of its own, a child of trito
 carries `<model>_<group>_<number>` in its command line. Its proportional set size (PSS) counts
 pages that several processes map once in all; half as much of them again is added, because each has
 more of them to itself once others have gone: sums are about what is used, or more. Where a model
-has parameter blocks, those are mapped files, which the ledger counts by their content: of its
-processes only what is not a file's is then its own. Where a model's processes hold memory of a GPU,
+has parameter blocks, those are mapped files, each of which the ledger counts once: of its processes
+only what is not a file's is then its own. Where a model's processes hold memory of a GPU,
 that is what they are measured by: there the budget is the GPU's.
 """
 
