@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from paceline.block_sizes import BUDGETS
+from paceline.block_sizes import kept_blocks
 from paceline.triton.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -38,14 +38,16 @@ class BlockFetches:
 
     def begin(self, directory: Path, config: ModelConfig) -> None:
         """The model in that directory is about to be loaded."""
-        parameters = {key: value.string_value for key, value in config.parameters.items()}
-        remote = "://" in parameters.get("pool", "")
-        if config.backend != "paceline_blocks" or not remote or BUDGETS & parameters.keys():
+        settings = kept_blocks(directory, config)
+        if settings is None or isinstance(settings.pool, Path):
             return
         request = {
             "model": config.name or directory.name,
             "directory": str(directory),
-            "parameters": {key: {"string_value": text} for key, text in parameters.items()},
+            "parameters": {
+                key: {"string_value": value.string_value}
+                for key, value in config.parameters.items()
+            },
         }
         try:
             self._send(json.dumps(request).encode() + b"\n")

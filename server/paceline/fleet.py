@@ -16,7 +16,7 @@ from time import perf_counter
 
 from paceline.block_fetches import BlockFetches
 from paceline.block_links import BlockLinks
-from paceline.block_sizes import blocks_of
+from paceline.block_sizes import blocks_of, fetch_manifest
 from paceline.core.errors import BackendError, PacelineError, ResidencyError
 from paceline.core.quantities import percentile
 from paceline.database import Measurements
@@ -231,7 +231,9 @@ async def connected_machine(
         return replace(machine, memory=GuessedMemory(repository, sizes, blocks_of))
     return replace(
         machine,
-        memory=ProcessMemory(repository, sizes, lambda: process.pid, blocks_of, GpuMemory.find()),
+        memory=ProcessMemory(
+            repository, sizes, lambda: process.pid, blocks_of, fetch_manifest, GpuMemory.find()
+        ),
         restart=process.restart,
         links=BlockLinks(lambda: process.pid),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ from paceline.blocks.backend import store
 from paceline.blocks.backend.loader import Loader
 from paceline.blocks.backend.manifest import Chunks, PoolError, PoolObject
 from paceline.blocks.backend.mapping import MappedObject
+from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.backend.remote import RemoteSource
+from paceline.blocks.backend.settler import Settler
 from paceline.blocks.backend.source import LocalSource, Source
 from paceline.blocks.backend.store import HttpStore
 from paceline.blocks.backend.window import Span, Window
@@ -276,3 +279,21 @@ def test_who_fetches_rows_leaves_a_table_alone_that_another_one_completes(
     assert opened[0].look() == opened[0].right == opened[1].right
     first.close()
     other.close()
+
+
+def test_a_source_that_is_closed_as_soon_as_it_was_opened_ends(tmp_path: Path) -> None:
+    """As when a manifest cannot be had: its threads may not be waiting yet."""
+
+    def open_and_close() -> None:
+        for _ in range(2000):
+            Settler(ObjectStore(tmp_path)).close()
+
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=open_and_close, daemon=True)
+        thread.start()
+        thread.join(60)
+    finally:
+        sys.setswitchinterval(before_s)
+    assert not thread.is_alive(), "one was told before it listened, and never again"

@@ -17,6 +17,7 @@ from paceline.core.profile import ProfileRow
 from paceline.core.request import InferAnswer, InferRequest
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import route_chain
+from paceline.runtime import residence
 from paceline.runtime.engine import Engine
 from paceline.runtime.interference import FORGOTTEN_S, LEAST_BATCHES, Interference
 from paceline.runtime.machines import Machine, Machines
@@ -70,9 +71,13 @@ class Repository:
     refused: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    shared: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Blocks of each model, as far as they were found."""
+    found: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.gate.set()
+        self.found.set()
 
     async def index(self) -> tuple[ModelState, ...]:
         return tuple(ModelState(name, "1", "READY") for name in sorted(self.held))
@@ -112,15 +117,18 @@ class Repository:
         return ()
 
     def blocks(self, model: str) -> Mapping[str, int]:
-        return {}
+        return self.shared.get(model, {}) if self.found.is_set() else {}
 
-    def guessed_bytes(self, model: str) -> int:
+    async def find_blocks(self, model: str) -> None:
+        await self.found.wait()
+
+    def guessed_bytes(self, model: str, blocks: Mapping[str, int]) -> int:
         return 10
 
-    def remember(self, model: str, own_bytes: int) -> None:
+    def remember(self, model: str, own_bytes: int, blocks: Mapping[str, int]) -> None:
         pass
 
-    async def measured_bytes(self, model: str) -> int | None:
+    async def measured_bytes(self, model: str, blocks: Mapping[str, int]) -> int | None:
         return 10 * self.processes.get(model, 1)
 
     async def server_bytes(self) -> int | None:
@@ -318,6 +326,45 @@ async def test_models_that_come_and_go_from_now_on_keep_the_instances_that_were_
     for _ in range(20):
         await asyncio.sleep(0)
     assert repository.told == ["load 2 a"] and machines.placed["m"] == {"a": 2}
+    await machines.close()
+    await engine.close()
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+async def test_a_load_waits_a_moment_for_what_its_manifest_says_and_learns_it_later(
+    in_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten bytes each, and a hundred that they share; a store that does not answer holds up none."""
+    monkeypatch.setattr(residence, "FIND_WITHIN_S", 5.0 if in_time else 0.01)
+    echo, repository = Echo(), Repository()
+    repository.shared = {name: {"backbone": 100} for name in ("a", "b")}
+    repository.found.clear()
+    engine = Engine(echo)
+    machines = Machines(engine, Share())
+    site = Site("m", "cpu", 2)
+    machines.add(Machine(site, repository, repository, budget_bytes=125.0, memory=repository))
+    ledger = machines.residence.state.machines["m"].ledger
+    if in_time:
+        loading = asyncio.create_task(machines.load("a"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not repository.told, "what it takes is not known yet"
+        repository.found.set()
+        await loading
+    else:
+        repository.gate.clear()
+        loading = asyncio.create_task(machines.load("a"))
+        async with asyncio.timeout(5):
+            await repository.changed.wait()
+        assert ledger.used_bytes == 10, "it was not waited for"
+        repository.found.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert ledger.used_bytes == 110, "while it loads"
+        repository.gate.set()
+        await loading
+    await machines.load("b")
+    assert repository.told == ["load a", "load b"] and ledger.used_bytes == 120
     await machines.close()
     await engine.close()
 

@@ -290,6 +290,24 @@ def test_a_size_that_was_twice_as_large_is_made_good_before_anything_is_loaded()
     assert loads(done(made, only(actions, ev.Unload))) == ["c"]
 
 
+def test_blocks_that_became_known_are_counted_once_from_then_on() -> None:
+    """As of models that were loaded from a store that did not answer before."""
+    made = residency({"a": 10, "b": 10, "c": 60}, budget=100)
+    load = only(enter(made, 1, "a"), ev.Load)
+    assert isinstance(load, ev.Load)
+    blocks = {"backbone": 60, "head": 1}
+    made.handle(ev.LoadDone(load.operation, "m", "a", 12, blocks), now_s=NOW_S)
+    made.handle(ev.Leave(1), now_s=NOW_S)
+    ledger = made.machines["m"].ledger
+    assert ledger.used_bytes == 73
+    load = only(enter(made, 2, "b"), ev.Load)
+    assert isinstance(load, ev.Load)
+    made.handle(ev.SizeMeasured("b", 10, {"backbone": 60}), now_s=NOW_S)
+    assert ledger.used_bytes == 83, "while it loads"
+    made.handle(ev.LoadDone(load.operation, "m", "b", 11), now_s=NOW_S)
+    assert ledger.used_bytes == 84, "what was not said is as it was believed"
+
+
 def test_a_model_larger_than_every_machine_is_refused_with_both_sizes() -> None:
     made = residency({"a": 300 << 20}, budget=200 << 20)
     refused = only(enter(made, 1, "a"), ev.Refuse)

@@ -101,19 +101,27 @@ class ModelMemory(Protocol):
     """What models take on one machine."""
 
     def blocks(self, model: str) -> Mapping[str, int]:
-        """Bytes by content of the parameter blocks that it shares with models that have them."""
+        """Bytes of the parameter blocks that it shares with models that have them, by block; none
+        where that is not known (yet).
+        """
         ...
 
-    def guessed_bytes(self, model: str) -> int:
-        """What each instance will take: as remembered of the same files, else by their size."""
+    async def find_blocks(self, model: str) -> None:
+        """Have `blocks` know what can be known; that may come from afar, and take long."""
         ...
 
-    def remember(self, model: str, own_bytes: int) -> None:
-        """An instance was measured to take that much."""
+    def guessed_bytes(self, model: str, blocks: Mapping[str, int]) -> int:
+        """What each instance will take beside its blocks: as remembered of the same files, else by
+        their size.
+        """
         ...
 
-    async def measured_bytes(self, model: str) -> int | None:
-        """What the instances of a loaded model take in all, blocks left out; None where that
+    def remember(self, model: str, own_bytes: int, blocks: Mapping[str, int]) -> None:
+        """An instance was measured to take that much beside its blocks."""
+        ...
+
+    async def measured_bytes(self, model: str, blocks: Mapping[str, int]) -> int | None:
+        """What the instances of a loaded model take in all beside its blocks; None where that
         cannot be told.
         """
         ...

@@ -116,12 +116,15 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class LoadDone:
-    """`own_bytes`: what each instance was measured to take (None: not measured)."""
+    """`own_bytes`: what each instance was measured to take (None: not measured) beside `blocks`
+    (None: those it was believed to have).
+    """
 
     operation: int
     machine: str
     model: str
     own_bytes: int | None = None
+    blocks: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +167,13 @@ class UnloadStuck:
 
 @dataclass(frozen=True, slots=True)
 class SizeMeasured:
-    """A model takes that much for each instance, blocks left out."""
+    """A model takes that much for each instance beside `blocks` (None: those it was believed to
+    have).
+    """
 
     model: str
     own_bytes: int
+    blocks: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

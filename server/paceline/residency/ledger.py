@@ -17,7 +17,7 @@ from math import inf
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model takes: `own_bytes` for each instance, and blocks by content hash.
+    """What a model takes: `own_bytes` for each instance, and blocks by what makes them one.
 
     >>> Footprint(10, {"backbone": 90}).alone_bytes(2)
     110

@@ -13,6 +13,7 @@ asked for; this module keeps the books.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from itertools import count
 from math import inf
 
@@ -277,7 +278,7 @@ class Residency:
                     self.machines[event.machine].ledger.leaked(event.model, now_s)
                     self.counts.leaks += 1
             case SizeMeasured():
-                self._measured(event.model, event.own_bytes)
+                self._measured(event.model, event.own_bytes, event.blocks)
             case ServerMeasured():
                 if (machine := self.machines.get(event.machine)) is not None:
                     machine.server_measured(event.size_bytes)
@@ -371,7 +372,7 @@ class Residency:
         held.operation = 0
         model.failures.pop(event.machine, None)
         if event.own_bytes is not None:
-            self._measured(event.model, event.own_bytes)
+            self._measured(event.model, event.own_bytes, event.blocks)
 
     def _load_failed(self, event: LoadFailed, now_s: float) -> None:
         held = self.under_way(event.machine, event.model, event.operation)
@@ -398,12 +399,12 @@ class Residency:
         self.machines[event.machine].growing.pop(event.model, None)
         self._room.hung.append((event.machine, event.model))
 
-    def _measured(self, model: str, own_bytes: int) -> None:
+    def _measured(self, model: str, own_bytes: int, blocks: Mapping[str, int] | None) -> None:
         """The model is that large on every machine; where it is held, the ledger is corrected."""
         known = self.models.get(model)
         if known is None:
             return
-        known.footprint = Footprint(own_bytes, known.footprint.blocks)
+        known.footprint = Footprint(own_bytes, known.footprint.blocks if blocks is None else blocks)
         for machine in self.machines.values():
             if (held := machine.ledger.get(model)) is not None:
                 machine.ledger.correct(model, known.footprint, held.instances)

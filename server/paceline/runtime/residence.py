@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from paceline.runtime.bandwidth import Bandwidth
 from paceline.runtime.engine import Engine
 from paceline.runtime.interference import Interference, Slack
 from paceline.runtime.needs import needs
-from paceline.runtime.sizes import Sizes, own_bytes_of
+from paceline.runtime.sizes import Sizes, footprint_of
 
 if TYPE_CHECKING:
     from paceline.runtime.machines import Machines
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 PACE_EVERY_S = 0.01
 """How often, at most, it is looked at what running requests can bear."""
+
+FIND_WITHIN_S = 2.0
+"""How long a model's load waits to be told what blocks the model has."""
 
 
 class Residence:
@@ -96,6 +99,9 @@ class Residence:
 
         Raises ResidencyError, and forgets a model that did not load.
         """
+        finding = self._spawn(self._find_blocks(model), f"find blocks of {model}")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(finding), FIND_WITHIN_S)
         known = model in self.state.models and not self.state.models[model].withdrawn
         before = self.state.holders(model) if known else []
         self._declare(model)
@@ -243,17 +249,31 @@ class Residence:
                 self._wishes[number] = model
                 self._tell(ev.Enter(number, (ev.Need(model),)))
 
+    async def _find_blocks(self, model: str) -> None:
+        """Tells them as soon as they are known; what is loaded by then has been measured."""
+        for machine in self._machines.all():
+            if machine.memory is not None:
+                await machine.memory.find_blocks(model)
+        known = self.state.models.get(model)
+        if known is not None and not known.loads:
+            found = self._guessed(model)
+            if found.blocks != known.footprint.blocks:
+                self._tell(ev.SizeMeasured(model, found.own_bytes, found.blocks))
+
     def _declare(self, model: str) -> None:
         known = self.state.models.get(model)
-        if known is not None:
-            self._tell(ev.Declare(model, known.footprint, known.instances))
-            return
+        footprint = known.footprint if known is not None else self._guessed(model)
+        instances = known.instances if known is not None else {}
+        self._tell(ev.Declare(model, footprint, instances))
+
+    def _guessed(self, model: str) -> Footprint:
         own_bytes, blocks = 0, dict[str, int]()
         for machine in self._machines.all():
             if machine.memory is not None:
-                own_bytes = max(own_bytes, machine.memory.guessed_bytes(model))
-                blocks.update(machine.memory.blocks(model))
-        self._tell(ev.Declare(model, Footprint(own_bytes, blocks)))
+                its = machine.memory.blocks(model)
+                own_bytes = max(own_bytes, machine.memory.guessed_bytes(model, its))
+                blocks.update(its)
+        return Footprint(own_bytes, blocks)
 
     def _up(self, name: str, resident: Mapping[str, int]) -> None:
         machine = self._machines.named()[name]
@@ -320,10 +340,11 @@ class Residence:
                     loop = asyncio.get_running_loop()
                     self._wake = loop.call_at(action.at_s, self._tell, ev.Tick())
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _grant(self, request: int) -> None:
         if (granted := self._granted.get(request)) is not None and not granted.done():
@@ -348,7 +369,7 @@ class Residence:
         try:
             async with self.lock(name, model):
                 await machine.repository.load(model, instances=action.instances)
-                own_bytes = await own_bytes_of(machine, model, action.instances)
+                found = await footprint_of(machine, model, action.instances)
         except LoadTimeoutError as error:
             logger.error("%s", error)
             self._tell(ev.LoadHung(action.operation, name, model, str(error)))
@@ -359,9 +380,11 @@ class Residence:
             logger.info("loaded %s on %s", model, name)
             if self.state.is_under_way(name, model, action.operation):
                 self._machines.placed[name][model] = action.instances
-                if own_bytes is not None and machine.memory is not None:
-                    machine.memory.remember(model, own_bytes)
-                self._tell(ev.LoadDone(action.operation, name, model, own_bytes))
+                own_bytes, blocks = None, None
+                if found is not None and machine.memory is not None:
+                    own_bytes, blocks = found.own_bytes, found.blocks
+                    machine.memory.remember(model, own_bytes, blocks)
+                self._tell(ev.LoadDone(action.operation, name, model, own_bytes, blocks))
                 if self._machines.is_up(name):
                     self._machines.announce(name)
         self._changed(model)

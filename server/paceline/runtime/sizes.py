@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from paceline.residency import events as ev
+from paceline.residency.ledger import Footprint
 from paceline.residency.residency import Residency
 
 if TYPE_CHECKING:
@@ -18,12 +19,13 @@ SIZE_TOLERANCE = 0.02
 """A size that differs by less is no correction."""
 
 
-async def own_bytes_of(machine: Machine, model: str, instances: int) -> int | None:
-    """What an instance of a loaded model takes; None where nobody can tell."""
+async def footprint_of(machine: Machine, model: str, instances: int) -> Footprint | None:
+    """What a loaded model takes, as measured; None where nobody can tell."""
     if machine.memory is None:
         return None
-    total = await machine.memory.measured_bytes(model)
-    return None if total is None else -(-total // instances)
+    blocks = machine.memory.blocks(model)
+    total = await machine.memory.measured_bytes(model, blocks)
+    return None if total is None else Footprint(-(-total // instances), blocks)
 
 
 class Sizes:
@@ -51,14 +53,15 @@ class Sizes:
         machine, instances = self._machines.named().get(name), self._instances(name, model)
         if machine is None or instances is None:
             return
-        own_bytes = await own_bytes_of(machine, model, instances)
-        if own_bytes is None or self._instances(name, model) != instances:
+        found = await footprint_of(machine, model, instances)
+        if found is None or self._instances(name, model) != instances:
             return
-        believed = self._state.models[model].footprint.own_bytes
-        if abs(own_bytes - believed) > SIZE_TOLERANCE * believed:
+        believed = self._state.models[model].footprint
+        more_bytes = abs(found.own_bytes - believed.own_bytes)
+        if more_bytes > SIZE_TOLERANCE * believed.own_bytes or found.blocks != believed.blocks:
             if machine.memory is not None:
-                machine.memory.remember(model, own_bytes)
-            self._tell(ev.SizeMeasured(model, own_bytes))
+                machine.memory.remember(model, found.own_bytes, found.blocks)
+            self._tell(ev.SizeMeasured(model, found.own_bytes, found.blocks))
 
     def _instances(self, name: str, model: str) -> int | None:
         """How many there are; None where it is not there, or their number is being changed."""

@@ -4,8 +4,8 @@ Every instance of a python-based model is a process of its own, a child of trito
 carries `<model>_<group>_<number>` in its command line. Its proportional set size (PSS) counts
 pages that several processes map once in all; half as much of them again is added, because each has
 more of them to itself once others have gone: sums are about what is used, or more. Where a model
-has parameter blocks, those are mapped files, which the ledger counts by their content: of its
-processes only what is not a file's is then its own. Where a model's processes hold memory of a GPU,
+has parameter blocks, those are mapped files, each of which the ledger counts once: of its processes
+only what is not a file's is then its own. Where a model's processes hold memory of a GPU,
 that is what they are measured by: there the budget is the GPU's.
 """
 
@@ -15,7 +15,7 @@ import asyncio
 import logging
 import re
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -41,10 +41,15 @@ _INSTANCE = re.compile(r"(.+)_\d+_\d+")
 
 
 BlocksOf = Callable[[Path], Mapping[str, int]]
+FindBlocks = Callable[[Path], Awaitable[None]]
 
 
 def _no_blocks(directory: Path) -> Mapping[str, int]:
     return {}
+
+
+async def _nowhere(directory: Path) -> None:
+    """There is nothing to find."""
 
 
 class GuessedMemory:
@@ -53,7 +58,7 @@ class GuessedMemory:
     def __init__(
         self, repository: TritonRepository, sizes: Measurements, blocks: BlocksOf = _no_blocks
     ) -> None:
-        """`blocks`: bytes by content of the parameter blocks of the model in a directory."""
+        """`blocks`: bytes of the parameter blocks of the model in a directory, by block."""
         self._repository = repository
         self._sizes = sizes
         self._blocks = blocks
@@ -63,33 +68,36 @@ class GuessedMemory:
         directory = self._repository.directory(model)
         return self._blocks(directory) if directory is not None else {}
 
-    def guessed_bytes(self, model: str) -> int:
+    async def find_blocks(self, model: str) -> None:
+        """See `ModelMemory.find_blocks`: what can be read here is known."""
+
+    def guessed_bytes(self, model: str, blocks: Mapping[str, int]) -> int:
         """See `ModelMemory.guessed_bytes`: its files and a process to hold them."""
         directory = self._repository.directory(model)
         if directory is None:
             return PROCESS_BYTES
         try:
-            known = self._sizes.size_bytes(model, content_mark(directory))
+            known = self._sizes.size_bytes(model, _mark(directory, blocks))
         except sqlite3.Error as error:
             logger.warning("the size of %s is not remembered: %s", model, error)
             known = None
         if known is not None:
             return known
-        if self._blocks(directory):
+        if blocks:
             return PROCESS_BYTES
         sizes = (path.stat().st_size for path in directory.rglob("*") if path.is_file())
         return PROCESS_BYTES + sum(sizes)
 
-    def remember(self, model: str, own_bytes: int) -> None:
+    def remember(self, model: str, own_bytes: int, blocks: Mapping[str, int]) -> None:
         """See `ModelMemory.remember`. A disk that is full costs only that."""
         directory = self._repository.directory(model)
         if directory is not None:
             try:
-                self._sizes.keep_size(model, content_mark(directory), own_bytes)
+                self._sizes.keep_size(model, _mark(directory, blocks), own_bytes)
             except sqlite3.Error as error:
                 logger.warning("the size of %s is not kept: %s", model, error)
 
-    async def measured_bytes(self, model: str) -> int | None:
+    async def measured_bytes(self, model: str, blocks: Mapping[str, int]) -> int | None:
         """See `ModelMemory.measured_bytes`."""
         return None
 
@@ -103,7 +111,9 @@ class GuessedMemory:
 
 
 class ProcessMemory(GuessedMemory):
-    """A Triton whose processes can be looked at; `pid` is its process id while it runs."""
+    """A Triton whose processes can be looked at; `pid` is its process id while it runs, `find`
+    has `blocks` know more of the model in a directory.
+    """
 
     def __init__(
         self,
@@ -111,13 +121,21 @@ class ProcessMemory(GuessedMemory):
         sizes: Measurements,
         pid: Callable[[], int | None],
         blocks: BlocksOf = _no_blocks,
+        find: FindBlocks = _nowhere,
         gpu: GpuMemory | None = None,
     ) -> None:
         super().__init__(repository, sizes, blocks)
         self._pid = pid
+        self._find = find
         self._gpu = gpu
 
-    async def measured_bytes(self, model: str) -> int | None:
+    async def find_blocks(self, model: str) -> None:
+        """See `ModelMemory.find_blocks`."""
+        directory = self._repository.directory(model)
+        if directory is not None:
+            await self._find(directory)
+
+    async def measured_bytes(self, model: str, blocks: Mapping[str, int]) -> int | None:
         """See `ModelMemory.measured_bytes`."""
         pid = self._pid()
         if pid is None:
@@ -126,8 +144,7 @@ class ProcessMemory(GuessedMemory):
             on_gpu = await asyncio.to_thread(gpu_bytes, pid, model, self._gpu)
             if on_gpu:
                 return on_gpu
-        shares = bool(self.blocks(model))
-        return await asyncio.to_thread(model_bytes, pid, model, files=not shares)
+        return await asyncio.to_thread(model_bytes, pid, model, files=not blocks)
 
     async def server_bytes(self) -> int | None:
         """See `ModelMemory.server_bytes`: of tritonserver's own process, files and what it shares
@@ -144,6 +161,12 @@ class ProcessMemory(GuessedMemory):
                 return True
             await asyncio.sleep(GONE_POLL_S)
         return False
+
+
+def _mark(directory: Path, blocks: Mapping[str, int]) -> str:
+    """Of what a size is remembered: one beside blocks is another than one that has them in it."""
+    mark = content_mark(directory)
+    return f"{mark} beside blocks" if blocks else mark
 
 
 def model_processes(triton_pid: int, model: str) -> list[psutil.Process]:

@@ -42,8 +42,10 @@ class Settler:
         self._thread.join()
 
     def _work(self) -> None:
-        while not self._closed:
+        while True:
             with self._changed:
+                if self._closed:
+                    return  # looked at in here: `close` says so once
                 count = len(self._waiting)
                 self._changed.wait(_SETTLE_S if count else None)
                 if not count or len(self._waiting) > count:
