@@ -33,7 +33,7 @@ from scripts.prepare_models import NETWORKS
 from paceline.blocks.backend.manifest import Member
 from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import compile_model
-from paceline.blocks.measure import BlockRunner, guess_axes, same, sample
+from paceline.blocks.measure import BlockRunner, Draw, guess_axes, same, sample
 from paceline.blocks.member import Options
 from paceline.core.errors import BudgetError, ConfigError
 
@@ -96,7 +96,7 @@ def check(name: str, factor: float, cache: Path) -> bool | None:
         return False
     worst, exact = 0.0, True
     for batch in BATCHES if member.batching else BATCHES[:1]:
-        feed = sample(member, batch, guess, {}, seed=batch)
+        feed = sample(member, batch, guess, {}, Draw(batch))
         blocks, whole = (runner.run(member, feed, whole=w, drop=True) for w in (False, True))
         exact = exact and same(blocks, whole)
         worst = max(worst, difference(blocks, plain(source, member, feed)))
