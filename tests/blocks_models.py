@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from scripts.make_models import Network, Sizes, bert, gpt2, vit, wide_mlp
 
+_BOOL = TensorProto.BOOL
 SMALL = Sizes(width=256, layers=2, heads=4, vocabulary=2000, sequence=16)
 
 
@@ -73,6 +74,58 @@ def choice(name: str = "choice") -> Network:
     return network
 
 
+def owning(name: str = "owning") -> Network:
+    """Branches, a branch in a branch, and a loop, each with weights of its own, of 256 KiB.
+
+    Weights of the same name are different ones; one is a branch's output as it is.
+    """
+    network = Network(name, "owning")
+    network.inputs.append(_value("x", ["N", 256]))
+    network.inputs.append(_value("flip", [], TensorProto.BOOL))
+    network.inputs.append(_value("deep", [], TensorProto.BOOL))
+    own = [_drawn("w", seed) for seed in range(3)]
+
+    product = helper.make_node("MatMul", ["x", "w"], ["inner"])
+    inner = _body("a", [product], ["inner"], [own[0]])
+    # It reads the weight of the branch around it.
+    product = helper.make_node("MatMul", ["x", "around"], ["other"])
+    other = _body("b", [product], ["other"], [])
+    chosen = helper.make_node("If", ["deep"], ["chosen"], then_branch=inner, else_branch=other)
+    added = helper.make_node("Gemm", ["chosen", "w1"], ["then.y"], transB=1)
+    given = [_drawn("around", 4), _drawn("w1", 5)]
+    then = _body("then", [chosen, added], ["then.y", "kept"], [*given, _drawn("kept", 6)])
+
+    product = helper.make_node("MatMul", ["x", "w"], ["else.y"])
+    also = helper.make_node("Neg", ["w"], ["negative"])
+    otherwise = _body("else", [product, also], ["else.y", "negative"], [own[1]])
+    made = helper.make_node("If", ["flip"], ["y", "z"], then_branch=then, else_branch=otherwise)
+    network.nodes.append(made)
+    network.outputs.append(_value("z", [256, 256]))
+
+    step = helper.make_node("MatMul", ["carried", "w"], ["next"])
+    on = helper.make_node("Identity", ["going"], ["still"])
+    body = _body("body", [step, on], ["still", "next"], [own[2]])
+    body.input.extend([_value("count", [], TensorProto.INT64), _value("going", [], _BOOL)])
+    body.input.append(_value("carried", ["N", 256]))
+    body.output[0].CopyFrom(_value("still", [], _BOOL))
+    times = network.constant("times", np.array(3, np.int64))
+    network.node("Loop", [times, "", network.node("Tanh", ["y"], "tanh")], "looped", body=body)
+    network.outputs.append(_value("looped", ["N", 256]))
+    return network
+
+
+def _drawn(name: str, seed: int) -> TensorProto:
+    drawn = np.random.default_rng(seed).standard_normal((256, 256), dtype=np.float32)
+    return numpy_helper.from_array(drawn / np.float32(16), name)
+
+
+def _body(
+    name: str, nodes: list[onnx.NodeProto], outputs: list[str], weights: list[TensorProto]
+) -> onnx.GraphProto:
+    values = [helper.make_tensor_value_info(output, TensorProto.FLOAT, None) for output in outputs]
+    return helper.make_graph(nodes, name, [], values, weights)
+
+
 def mixing(name: str = "mixing") -> Network:
     """Its rows depend on each other: it must not be batched."""
     network = Network(name, "mixing")
@@ -128,6 +181,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "conv": conv,
     "branches": branches,
     "choice": choice,
+    "owning": owning,
     "mixing": mixing,
     "fixed": fixed,
     "unranked": unranked,

@@ -19,7 +19,7 @@ from tritonclient.grpc import model_config_pb2
 from paceline.blocks.backend.manifest import Manifest, runtime_here
 from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import Outcome, compile_model
-from paceline.blocks.measure import BlockRunner, sample
+from paceline.blocks.measure import BlockRunner, Draw, sample
 from paceline.blocks.member import Options
 from paceline.core.errors import ConfigError
 
@@ -61,7 +61,7 @@ def test_blocks_compute_what_the_whole_model_computes(
     (member,) = model.manifest.members
     runner = BlockRunner(ObjectStore(model.pool), model.manifest.objects)
     for batch in (1, 3):
-        feed = sample(member, batch, 3, {}, seed=batch)
+        feed = sample(member, batch, 3, {}, Draw(batch))
         blocks, whole = (runner.run(member, feed, whole=which) for which in (False, True))
         plain = _plain(source, feed)
         for name, array in plain.items():

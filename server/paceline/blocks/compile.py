@@ -38,10 +38,11 @@ from paceline.blocks.group import Group
 from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
 from paceline.blocks.pool import MIB, PoolWriter
 from paceline.blocks.repository import CompiledModel, compiled_model, is_ours, publish
+from paceline.blocks.rows import why_not_batched
 from paceline.blocks.source import Optimised, Source, examine, optimise
 from paceline.core.errors import ConfigError
 
-COMPILER = 7
+COMPILER = 8
 """Raised whenever the same input would give another result."""
 
 _MEASURED_BATCHES = (1, 8)
@@ -292,7 +293,7 @@ class _Compiler:
             return replace(member, batching=False, notes=(*member.notes, f"{note}; give --shape"))
 
         def equal(batch: int) -> bool:
-            feed = measure.sample(member, batch, guess, shapes, seed=batch)
+            feed = measure.sample(member, batch, guess, shapes, measure.Draw(batch))
             wanted = plain(feed)
             try:
                 got = [in_blocks(feed, whole=whole) for whole in (False, True)]
@@ -306,11 +307,9 @@ class _Compiler:
 
         if compared and not equal(1):
             return None
-        if member.batching and not measure.rows_independent(runner, member, guess, shapes):
-            note = (
-                "no batching: rows of a batch are not independent, or an output has no batch axis"
-            )
-            member = replace(member, batching=False, notes=(*member.notes, note))
+        if member.batching and (why := why_not_batched(runner, member, guess, shapes)):
+            notes = (*member.notes, f"no batching: {why}")
+            member = replace(member, batching=False, notes=notes)
         if compared and member.batching and not equal(2):
             return None
         if compared:

@@ -6,14 +6,15 @@ names of nodes, symbols of axes and documentation are dropped (docs/blocks-forma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
-from onnx import AttributeProto, TensorProto, helper
+from onnx import TensorProto, helper
 
 from paceline.blocks.backend.manifest import EXTERNAL
 from paceline.blocks.source import Stored, Value
+from paceline.blocks.subgraphs import external_tensors
 
 # The newest that the checker of an older ONNX Runtime would take is of no interest: the manifest
 # names the one version the graph is for.
@@ -29,14 +30,6 @@ class BlockGraph:
     outputs: tuple[str, ...]
     weights: tuple[tuple[str, str], ...]
     """(name in the graph, name in the model)"""
-
-
-def has_subgraphs(nodes: Iterable[onnx.NodeProto]) -> bool:
-    return any(
-        attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS)
-        for node in nodes
-        for attribute in node.attribute
-    )
 
 
 def build(
@@ -146,4 +139,10 @@ def _serialised(model: onnx.ModelProto, graph: onnx.GraphProto) -> bytes:
     made.opset_import.extend(sorted(model.opset_import, key=lambda opset: opset.domain))
     made.functions.extend(model.functions)
     made.graph.CopyFrom(graph)
+    elsewhere = [
+        tensor.name
+        for tensor in external_tensors(made)
+        if all(entry.value != EXTERNAL for entry in tensor.external_data if entry.key == "location")
+    ]
+    assert not elsewhere, f"a block would go without its weights {elsewhere}"
     return made.SerializeToString(deterministic=True)

@@ -39,6 +39,7 @@ from paceline.blocks.source import (
     item_bytes,
     values_of,
 )
+from paceline.blocks.subgraphs import has_subgraphs, read_within
 from paceline.core.errors import ConfigError
 
 OWN_OBJECT_BYTES = 64 << 10
@@ -300,7 +301,7 @@ def _weight(digest: str, offset: int, tensor: Stored) -> Weight:
 
 def _uncuttable(model: onnx.ModelProto) -> str:
     """Why the graph has to stay one block; empty if it need not."""
-    if graph.has_subgraphs(model.graph.node):
+    if has_subgraphs(model.graph.node):
         return "one block: control flow (If, Loop or Scan)"
     made = {name for node in model.graph.node for name in node.output}
     if unmade := [value.name for value in model.graph.output if value.name not in made]:
@@ -335,6 +336,7 @@ def _tables(nodes: Iterable[onnx.NodeProto], stored: Mapping[str, Stored]) -> fr
         for position, name in enumerate(node.input):
             by_row = (node.op_type, position) in _ROWS and first_axis
             (rows if by_row else whole).add(name)
+        whole.update(read_within(node))
     large = {name for name in rows - whole if name in stored}
     return frozenset(name for name in large if stored[name].size_bytes >= _TABLE_BYTES)
 

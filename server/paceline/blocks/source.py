@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from paceline.blocks.backend.manifest import WEIGHT_TYPES
+from paceline.blocks.subgraphs import external_tensors, hoist
 from paceline.core.errors import ConfigError, ResidencyError
 
 CHUNK_BYTES = 8 << 20
@@ -204,7 +205,7 @@ def examine(path: Path) -> Source:
     locations = sorted(
         {
             entry.value
-            for tensor in model.graph.initializer
+            for tensor in external_tensors(model)
             for entry in tensor.external_data
             if entry.key == "location"
         }
@@ -268,6 +269,7 @@ def optimise(source: Source, stage: Path, *, portable: bool = False) -> Optimise
             ) from None
         raise ConfigError(f"ONNX Runtime refuses it: {said}", where=str(source.path)) from None
     model = onnx.load(path, load_external_data=False)
+    hoist(model)
     stored = {}
     for tensor in model.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
