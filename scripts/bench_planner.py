@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -209,21 +210,28 @@ def report_whole(results: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
+def random_dag(modules: int, seed: int) -> list[tuple[int, ...]]:
+    """Each waits for each of those before it with probability 0.3: hardly ever series-parallel."""
+    rng = random.Random(seed)
+    return [tuple(a for a in range(b) if rng.random() < 0.3) for b in range(modules)]
+
+
 def timings(workloads: Workloads, repeats: int) -> None:
     """Four modules on four kinds of hardware; twelve modules."""
     long_chain = tuple((i - 1,) if i else () for i in range(12))
-    cases = {
+    cases: dict[str, tuple[Sequence[Sequence[int]] | None, bool]] = {
         "4 modules, 4 kinds of hardware, series": (SHAPES["chain of 4"], True),
         "4 modules, 4 kinds of hardware, diamond": (SHAPES["diamond"], True),
         "4 modules, not series-parallel (the letter N)": (((), (), (0,), (0, 1)), True),
         "12 modules in series": (long_chain, False),
+        "12 modules, random DAGs (every edge with probability 0.3)": (None, False),
     }
     print("\n| optimal | ms, median | p99 | gap, max |")
     print("|---|---|---|---|")
     for name, (shape, four) in cases.items():
         times, gaps = [], []
         for i in range(repeats):
-            chain = workloads.chain(f"timing {i}", shape)
+            chain = workloads.chain(f"timing {i}", shape or random_dag(12, i))
             chain = four_kinds(chain) if four else chain
             started = process_time()
             plan = solve([chain], OPTIMAL)

@@ -12,11 +12,13 @@ import pytest
 
 from paceline.core.errors import PlanError
 from paceline.core.profile import Configuration
-from paceline.planner.compose import compose, latency_prices
+from paceline.planner.branch import by_branching
+from paceline.planner.compose import compose
 from paceline.planner.frontier import Frontier
 from paceline.planner.optimal import GAP
 from paceline.planner.paths import Graph
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
+from paceline.planner.relaxed import latency_prices
 from paceline.planner.series_parallel import tree
 from paceline.planner.solve import solve
 
@@ -121,7 +123,36 @@ def test_composition_equals_brute_force_on_every_dag_of_five_modules() -> None:
     assert feasible >= 400
 
 
-def test_what_no_end_can_be_taken_off_is_solved_as_a_program() -> None:
+def test_branching_is_exact_within_its_tolerance_and_says_where_it_ended_at_its_limit() -> None:
+    cut_short = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        parents = [tuple(a for a in range(b) if rng.random() < 0.4) for b in range(5)]
+        offers = [
+            [(rng.randint(1, 40) / 40, float(rng.randint(1, 999))) for _ in range(5)]
+            for _ in parents
+        ]
+        arrays = [(np.array([p[0] for p in o]), np.array([p[1] for p in o])) for o in offers]
+        graph, slo_s = Graph.of(parents), rng.choice((0.9, 1.4, 1.9))
+        least = brute_force(parents, offers, slo_s)
+        for tolerance, most_nodes in ((0.0, 0), (50.0, 0), (0.0, 2)):
+            found = by_branching(graph, arrays, slo_s, inf, tolerance, most_nodes)
+            assert (found is None) == (least == inf), seed
+            if found is None:
+                continue
+            cost = sum(offer[at][1] for offer, at in zip(offers, found.chosen, strict=True))
+            taken_s = [offer[at][0] for offer, at in zip(offers, found.chosen, strict=True)]
+            assert graph.longest(taken_s) <= slo_s + 1e-9, seed
+            assert found.bound <= least * (1 + 1e-9) <= cost * (1 + 2e-9), seed
+            cut_short += found.cut_short
+            if not found.cut_short:
+                assert cost - found.bound <= max(tolerance, 1e-6 * cost), seed
+            if not most_nodes:
+                assert not found.cut_short, seed
+    assert cut_short >= 5
+
+
+def test_what_no_end_can_be_taken_off_is_solved_by_branching() -> None:
     # Three starts, three ends, each start before two of the ends: a crown.
     crown = ((), (), (), (0, 1), (1, 2), (0, 2))
     assert tree(Graph.of(crown)) is None

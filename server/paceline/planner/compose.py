@@ -6,81 +6,29 @@ Each module offers options (latency, cost). Series-parallel DAGs are solved by d
 over Pareto fronts: latencies add up along series, and parallel parts share a latency. In any other
 DAG a module between the start and one other module, or between one other and the end, is decided
 with that one (the letter N is then a series of two); what is left and not series-parallel either is
-a mixed integer program for HiGHS (algorithms 1.4).
+searched by branching on latencies (`branch`; algorithms 1.4).
 
-`Prices` of latency come from the linear relaxation. Whatever keeps the objective costs at least
-sum over modules of (cost + price * latency) - total price * objective; where a part alone makes
-that exceed a cost that is known to be possible, it is left out without losing the minimum.
+`Prices` of latency (`relaxed`) tell what no combination of a part can be of use for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array
 
+from paceline.planner.branch import Composed, by_branching
 from paceline.planner.frontier import SAME_S, Floats
 from paceline.planner.paths import Graph
+from paceline.planner.relaxed import Index, Offers, Prices, pareto
 from paceline.planner.series_parallel import Series, Tree, tree
-
-Index = npt.NDArray[np.intp]
 
 _MANY, _MOST = 200, 500
 """From how many options on a front is thinned as the tolerance allows, and to how many at most."""
 
 _PAIRS_AT_ONCE = 1 << 20
-_NODES = 50
-"""After that many nodes HiGHS gives the best plan found, and its bound."""
-
-Offers = tuple[Floats, Floats]
-"""Latencies and costs of one module's options."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """What a second of latency costs for each module, and the latencies of the relaxed optimum.
-
-    For any latencies that keep the objective, sum(per_s * latency) <= total_per_s * objective.
-    """
-
-    per_s: tuple[float, ...]
-    total_per_s: float
-    latencies_s: tuple[float, ...]
-
-
-def latency_prices(graph: Graph, offers: Sequence[Offers], slo_s: float) -> Prices | None:
-    """Solve the linear relaxation, in which options may be blended; None if infeasible."""
-    hulls = [_lower_hull(*offer) for offer in offers]
-    costs, latencies, owner = _columns(hulls)
-    matrix, limits = _path_rows(graph, latencies, owner, slo_s)
-    count = len(graph.parents)
-    one_each = csr_array(
-        (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(count, len(owner) + count)
-    )
-    answer = linprog(
-        np.concatenate((costs, np.zeros(count))),
-        A_ub=matrix,
-        b_ub=limits,
-        A_eq=one_each,
-        b_eq=np.ones(count),
-        method="highs-ds",
-    )
-    if not answer.success:
-        return None
-    duals = np.maximum(0.0, -np.asarray(answer.ineqlin.marginals))
-    per_s = np.zeros(count)
-    total = 0.0
-    for row, (module, child) in enumerate(_rows(graph)):
-        per_s[module] += duals[row]
-        total += duals[row] if child is None else 0.0
-    blended = np.bincount(owner, weights=latencies * answer.x[: len(owner)], minlength=count)
-    return Prices(tuple(per_s.tolist()), float(total), tuple(blended.tolist()))
 
 
 def compose(
@@ -91,30 +39,24 @@ def compose(
     prices: Prices | None = None,
     at_most: float = inf,
     tolerance: float = 0.0,
+    enough: float = inf,
 ) -> Composed | None:
     """The cheapest option of every module; None if no combination keeps `slo_s`.
 
     With `prices`, combinations that cost more than `at_most` may be left out: None then means
     that there may be only those. With a `tolerance` (money) above 0, work is limited: the result
-    need not be the cheapest, but nothing costs less than its bound.
+    need not be the cheapest, but nothing costs less than its bound. Nor need it be when it is known
+    that nothing costs less than `enough`.
     """
     if any(len(costs) == 0 for _, costs in offers):
         return None
     structure = tree(graph)
     if structure is None:
         if (ends := _ends(graph)) is not None:
-            return _by_ends(graph, offers, slo_s, at_most, tolerance, ends)
-        return _by_program(graph, offers, slo_s, tolerance)
+            return _by_ends(graph, offers, slo_s, at_most, tolerance, enough, ends)
+        return by_branching(graph, offers, slo_s, min(at_most, enough), tolerance)
     free = Prices((0.0,) * len(offers), 0.0, ())
     return _Search.of(offers, slo_s, prices or free, at_most, tolerance).cheapest(structure)
-
-
-@dataclass(frozen=True, slots=True)
-class Composed:
-    """For every module the index of its option; what no combination can cost less than."""
-
-    chosen: tuple[int, ...]
-    bound: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,11 +229,12 @@ def _by_ends(
     slo_s: float,
     at_most: float,
     tolerance: float,
+    enough: float,
     ends: tuple[int, int],
 ) -> Composed | None:
     """Without the second of `ends`, which has what the first leaves of the objective."""
     stays, goes = ends
-    (latencies_s, costs), kept = _pareto(*offers[goes])
+    (latencies_s, costs), kept = pareto(*offers[goes])
     own_s, own = offers[stays]
     at = np.searchsorted(latencies_s, slo_s + SAME_S - own_s, side="right") - 1
     possible = np.flatnonzero(at >= 0)
@@ -299,14 +242,16 @@ def _by_ends(
     fewer = list(offers)
     fewer[stays] = (own_s[possible], own[possible] + costs[at])
     del fewer[goes]
-    found = compose(_without(graph, goes), fewer, slo_s, at_most=at_most, tolerance=tolerance)
+    found = compose(
+        _without(graph, goes), fewer, slo_s, at_most=at_most, tolerance=tolerance, enough=enough
+    )
     if found is None:
         return None
     chosen = list(found.chosen)
     chosen.insert(goes, 0)
     picked = chosen[stays]
     chosen[stays], chosen[goes] = int(possible[picked]), int(kept[at[picked]])
-    return Composed(tuple(chosen), found.bound)
+    return replace(found, chosen=tuple(chosen))
 
 
 def _without(graph: Graph, module: int) -> Graph:
@@ -318,96 +263,3 @@ def _without(graph: Graph, module: int) -> Graph:
             if i != module
         ]
     )
-
-
-def _by_program(
-    graph: Graph, offers: Sequence[Offers], slo_s: float, tolerance: float
-) -> Composed | None:
-    """One binary for every option, a start time for every module; solved by HiGHS."""
-    offers, kept = zip(*(_pareto(*offer) for offer in offers), strict=True)
-    costs, latencies, owner = _columns(offers)
-    matrix, limits = _path_rows(graph, latencies / slo_s, owner, 1.0)
-    count, size = len(offers), len(owner) + len(offers)
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(count, size))
-    scale = max(float(np.max(costs)), 1e-300)
-    answer = milp(
-        np.concatenate((costs / scale, np.zeros(count))),
-        constraints=[
-            LinearConstraint(matrix, -inf, limits + SAME_S),
-            LinearConstraint(one_each, 1.0, 1.0),
-        ],
-        integrality=np.concatenate((np.ones(len(owner)), np.zeros(count))),
-        bounds=Bounds(0.0, np.concatenate((np.ones(len(owner)), np.ones(count)))),
-        options={"mip_rel_gap": 0.0}
-        if not tolerance
-        else {
-            "mip_rel_gap": tolerance / (2 * sum(float(np.min(each)) for _, each in offers)),
-            "node_limit": _NODES,
-        },
-    )
-    if answer.x is None:
-        return None
-    chosen = [0] * count
-    for column in np.flatnonzero(answer.x[: len(owner)] > 0.5):
-        module = owner[column]
-        chosen[module] = int(kept[module][column - np.searchsorted(owner, module)])
-    bound = answer.mip_dual_bound if tolerance else answer.fun
-    return Composed(tuple(chosen), float(bound) * scale)
-
-
-def _pareto(latencies_s: Floats, costs: Floats) -> tuple[Offers, Index]:
-    order = np.lexsort((costs, latencies_s))
-    ordered = costs[order]
-    order = order[ordered < np.minimum.accumulate(np.concatenate(([inf], ordered)))[:-1]]
-    return (latencies_s[order], costs[order]), order
-
-
-def _columns(offers: Sequence[Offers]) -> tuple[Floats, Floats, Any]:
-    costs = np.concatenate([costs for _, costs in offers])
-    latencies = np.concatenate([latencies for latencies, _ in offers])
-    owner = np.repeat(np.arange(len(offers)), [len(costs) for _, costs in offers])
-    return costs, latencies, owner
-
-
-def _rows(graph: Graph) -> list[tuple[int, int | None]]:
-    """What must end before what starts; None: before the objective."""
-    return [
-        (module, child)
-        for module, below in enumerate(graph.children)
-        for child in (below or (None,))
-    ]
-
-
-def _path_rows(graph: Graph, latencies: Floats, owner: Any, slo_s: float) -> tuple[Any, Floats]:
-    """start + latency - next start <= 0, and start + latency <= objective at the ends."""
-    rows: list[Any] = []
-    columns: list[Any] = []
-    values: list[Any] = []
-    limits: list[float] = []
-    for row, (module, child) in enumerate(_rows(graph)):
-        own = np.flatnonzero(owner == module)
-        starts = [len(owner) + module] + ([] if child is None else [len(owner) + child])
-        columns += [own, starts]
-        values += [latencies[own], [1.0, -1.0][: len(starts)]]
-        rows += [np.full(len(own), row), [row] * len(starts)]
-        limits.append(slo_s if child is None else 0.0)
-    shape = (len(limits), len(owner) + len(graph.parents))
-    flat = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-    return csr_array(flat, shape=shape), np.array(limits)
-
-
-def _lower_hull(latencies_s: Floats, costs: Floats) -> Offers:
-    """The corners of the convex hull from below: all that a blend can use."""
-    order = np.lexsort((costs, latencies_s))
-    hull: list[tuple[float, float]] = []
-    for x, y in zip(latencies_s[order].tolist(), costs[order].tolist(), strict=True):
-        if hull and y >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _above(hull[-2], hull[-1], (x, y)):
-            hull.pop()
-        hull.append((x, y))
-    return np.array([x for x, _ in hull]), np.array([y for _, y in hull])
-
-
-def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])

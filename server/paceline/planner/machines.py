@@ -20,12 +20,13 @@ import numpy as np
 from paceline.core.plan import Plan
 from paceline.core.profile import Configuration
 from paceline.planner.assemble import budgets_s, graph_of, infeasible
-from paceline.planner.compose import compose, latency_prices
+from paceline.planner.compose import compose
 from paceline.planner.cycle import Load, together
 from paceline.planner.frontier import Choice, Curve, Frontier
 from paceline.planner.optimal import Optimum, optimum
 from paceline.planner.pack import Machine, Packing, pack
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
+from paceline.planner.relaxed import latency_prices
 from paceline.planner.schedule import TOLERANCE
 from paceline.planner.whole_plan import (
     Full,

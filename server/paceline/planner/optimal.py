@@ -1,7 +1,8 @@
 """The optimum for fractional machines: exact frontiers, composed exactly (algorithms 1.4).
 
 Invariant: no plan under any policy costs less than `Optimum.bound_per_hour`. Cutting ends when the
-plan is within `GAP` of it, or after `ROUNDS`; the worst gap seen is then 0.3 %.
+plan is within `GAP` of it, after `ROUNDS`, or when composing ends at its limit; the worst gap seen
+is then 0.3 %.
 
 A frontier falls continuously where batches are topped up to fill in time. It is cut into intervals;
 taking each for its cost at the start gives a plan, taking it for its cost at the end gives a bound.
@@ -19,9 +20,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from paceline.planner.compose import Offers, Prices, compose, latency_prices
+from paceline.planner.compose import compose
 from paceline.planner.frontier import SAME_S, Choice, Floats
 from paceline.planner.paths import Graph
+from paceline.planner.relaxed import Offers, Prices, latency_prices
 
 GAP = 1e-4
 """The relative distance from the bound at which a plan is taken for optimal."""
@@ -115,7 +117,15 @@ def optimum(graph: Graph, frontiers: Sequence[Costs], slo_s: float) -> Optimum |
         # Coarse while the gap is wide: it only shows where to cut.
         gap = cost - max(bound, _relaxed(cuts, prices, slo_s))
         tolerance = max(GAP * cost / 64, gap / care)
-        found = compose(graph, low, slo_s, prices=prices, at_most=cost, tolerance=tolerance)
+        found = compose(
+            graph,
+            low,
+            slo_s,
+            prices=prices,
+            at_most=cost,
+            tolerance=tolerance,
+            enough=cost * (1 - GAP / 2),
+        )
         known, bound = bound, max(bound, min(cost, cost if found is None else found.bound))
         if bound - known < gap / 20:
             care *= 4
@@ -125,7 +135,7 @@ def optimum(graph: Graph, frontiers: Sequence[Costs], slo_s: float) -> Optimum |
         filled_s = _with_slack(graph, frontiers, starts_s, slo_s)
         if (then := _cost(frontiers, filled_s)) < cost:
             best_s, cost = filled_s, then
-        if cost - bound <= GAP * cost:
+        if cost - bound <= GAP * cost or found.cut_short:
             break
         cuts = [_split(*each) for each in zip(cuts, frontiers, found.chosen, strict=True)]
     choices = [f.at(latency_s) for f, latency_s in zip(frontiers, best_s, strict=True)]
