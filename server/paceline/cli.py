@@ -301,7 +301,7 @@ def main() -> None:
         print(f"paceline: {error}", file=sys.stderr)
         code = 2 if isinstance(error, ConfigError) else 3 if isinstance(error, PlanError) else 1
         sys.exit(code)
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (KeyboardInterrupt, typer.Abort, asyncio.CancelledError):
         sys.exit(130)
 
 

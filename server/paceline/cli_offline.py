@@ -6,6 +6,7 @@ They read files and print; `cli` registers them.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ from paceline.report import Working, console, plan_report, simulation_report
 
 if TYPE_CHECKING:
     from paceline.planner.problem import Options
+    from paceline.planning import Offline
     from paceline.sim.headroom import Verification
 
 ChainsArgument = Annotated[list[Path], typer.Argument(metavar="CHAIN.yaml...", show_default=False)]
@@ -99,9 +101,9 @@ def plan(
 
     Exits 3 when no plan meets an objective, naming the module that lacks how many ms.
     """
+    from paceline.advice import check_plot
     from paceline.planner.worst_case import DISPATCHES
-    from paceline.planning import cheaper_slo, check_plot, plan_offline, read_demand
-    from paceline.planning import plot as draw
+    from paceline.planning import plan_offline, read_demand
 
     one_of("--format", output, ("text", "json"))
     one_of("--dispatch", dispatch, DISPATCHES)
@@ -128,14 +130,29 @@ def plan(
     )
     with Working() as working:
         made = plan_offline(wanted, verification=how if verify else None, progress=working)
+    try:
+        if output == "json":
+            print(json.dumps(made.plan.as_json(), indent=2), flush=True)
+        else:
+            console().print(plan_report(made.plan))
+        _advise(made, cheaper=output == "text", plot=plot)
+    except KeyboardInterrupt:
+        print("paceline: stopped before all that was asked for was told", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _advise(made: Offline, *, cheaper: bool, plot: Path | None) -> None:
+    """What takes further plans, after the plan itself is printed."""
+    from paceline.advice import cheaper_slo
+    from paceline.advice import plot as draw
+
+    if cheaper:
+        with Working() as working:
+            found = cheaper_slo(made, working)
+        console().print(found.told(made), markup=False, soft_wrap=True)
     if plot is not None:
-        draw(made, plot)
-    if output == "json":
-        print(json.dumps(made.plan.as_json(), indent=2))
-    else:
-        cheaper = cheaper_slo(made)
-        told = None if cheaper is None else cheaper.told(len(made.chains))
-        console().print(plan_report(made.plan, cheaper=told))
+        with Working() as working:
+            draw(made, plot, working)
 
 
 def simulate(
@@ -205,8 +222,9 @@ def simulate(
         --trace examples/traces/twitter_2021-08_ipa_windows_per_second.csv \\
         --window ipa_bursty --rate-rps 40 --seed 1 --replan --plot run.png
     """
+    from paceline.advice import check_plot
     from paceline.core.chain import ARRIVALS, DISPATCHES
-    from paceline.planning import check_plot, plan_offline, read_demand
+    from paceline.planning import plan_offline, read_demand
     from paceline.sim.headroom import Verification
     from paceline.simulating import (
         Traffic,
@@ -252,12 +270,12 @@ def simulate(
             made = plan_offline(wanted, verification=how if verify else None, progress=working)
         working(f"replaying {traffic.name}", "")
         done = run_offline(wanted, made, traffic, seed=seed, replan=replan, load_s=load_s)
-    if plot is not None:
-        draw(done, plot)
     if output == "json":
-        print(json.dumps(done.as_json(), indent=2))
+        print(json.dumps(done.as_json(), indent=2), flush=True)
     else:
         console().print(simulation_report(done.as_json()))
+    if plot is not None:
+        draw(done, plot)
 
 
 def _options(policy: str, billing: str, limit: list[str] | None) -> Options:

@@ -1,8 +1,4 @@
-"""Planning without serving: files in, a plan and what a person wants to know about it out.
-
-Invariant: what is reported besides the plan (a cheaper objective, a plot) is planned by the same
-policy, billing, options and headroom as the plan itself.
-"""
+"""Planning without serving: files in, a plan out. `advice` tells more of it."""
 
 from __future__ import annotations
 
@@ -10,28 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 from paceline.config import read_chains, read_hardware, read_profiles
 from paceline.core.chain import Chain, Dispatch
-from paceline.core.errors import ConfigError, PlanError
+from paceline.core.errors import ConfigError
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, Profiles
 from paceline.core.runs import merge, runs_of
 from paceline.planner.problem import Options, PlannedChain, demand
 from paceline.planner.runs import pays, run_rows
 from paceline.planner.solve import solve
-from paceline.sim.headroom import Headroom, Verification, plan_with
+from paceline.sim.headroom import Headroom, Verification
 from paceline.sim.search import Progress, verified
-
-WORTH_TELLING = 0.1
-"""A longer objective is told when it saves this share of the cost, else what the longest saves."""
-
-LONGER = tuple(1 + step / 20 for step in range(1, 41))
-"""The factors of the objective that are tried, up to three times."""
-
-PLOT_POINTS = 25
-"""Odd, so that what is declared is one of them."""
 
 MOST_RPS = 1e7
 """A higher rate is a mistake in its unit."""
@@ -45,20 +31,6 @@ class Offline:
     chains: tuple[PlannedChain, ...]
     options: Options
     headroom: Mapping[str, Headroom] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Cheaper:
-    """All objectives made `factor` times as long lower the cost by `saving` (a share)."""
-
-    factor: float
-    saving: float
-    slo_s: float
-
-    def told(self, chains: int) -> str:
-        """One line for people."""
-        at = f"at {self.slo_s * 1e3:.4g} ms" if chains == 1 else f"with {self.factor:.3g}x the slo"
-        return f"{at} this costs {self.saving:.0%} less"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,94 +171,3 @@ def limits(texts: Sequence[str]) -> dict[str, int]:
             raise ConfigError(f"{text!r} is not HARDWARE=NUMBER", key="--limit")
         found[name] = int(count)
     return found
-
-
-def cheaper_slo(made: Offline) -> Cheaper | None:
-    """The next objective that saves a tenth; else the longest tried that saves 1 % or more."""
-    now = made.plan.cost_per_hour
-    found: Cheaper | None = None
-    for factor in LONGER:
-        saving = 1 - _cost(made, slo_factor=factor) / now
-        if saving >= 0.01 and (found is None or saving > found.saving):
-            found = Cheaper(factor, saving, made.chains[0].slo_s * factor)
-        if saving >= WORTH_TELLING:
-            break
-    return found
-
-
-def _cost(made: Offline, *, slo_factor: float = 1.0, rate_factor: float = 1.0) -> float:
-    """What it costs with longer objectives or higher rates; infinite when there is no plan."""
-    changed = [
-        replace(
-            chain,
-            slo_s=chain.slo_s * slo_factor,
-            rate_rps=chain.rate_rps * rate_factor,
-            modules=tuple(replace(m, rate_rps=m.rate_rps * rate_factor) for m in chain.modules),
-        )
-        for chain in made.chains
-    ]
-    try:
-        return plan_with(changed, replace(made.options, bound=False), made.headroom).cost_per_hour
-    except PlanError:
-        return float("inf")
-
-
-def curves(made: Offline) -> Mapping[str, list[tuple[float, float]]]:
-    """Cost against the factor of every objective (a third to three), and of every rate."""
-    steps = [3 ** (2 * i / (PLOT_POINTS - 1) - 1) for i in range(PLOT_POINTS)]
-    return {
-        "slo": [(factor, _cost(made, slo_factor=factor)) for factor in steps],
-        "rate": [(factor, _cost(made, rate_factor=factor)) for factor in steps],
-    }
-
-
-def plot(made: Offline, path: Path) -> None:
-    """Draw cost against objective and against rate. ConfigError unless PNG or SVG."""
-    first = made.chains[0]
-    single = len(made.chains) == 1
-    scales = {"slo": first.slo_s * 1e3, "rate": first.rate_rps}
-    units = {"slo": "objective, ms", "rate": "rate, requests/s"}
-    whole = {"slo": "objective, times as declared", "rate": "rate, times as declared"}
-
-    def draw(figure: Any) -> None:
-        for axes, (name, points) in zip(figure.subplots(1, 2), curves(made).items(), strict=True):
-            _draw(axes, points, scales[name] if single else 1.0, made.plan.cost_per_hour)
-            axes.set_xlabel(units[name] if single else whole[name])
-            axes.set_ylabel("cost per hour")
-        names = ", ".join(chain.name for chain in made.chains[:4])
-        more = f" and {len(made.chains) - 4} more" if len(made.chains) > 4 else ""
-        figure.suptitle(f"{names}{more}: {made.plan.policy}, {made.plan.billing} billing")
-
-    save_figure(path, (9, 3.6), draw)
-
-
-def save_figure(path: Path, inches: tuple[float, float], draw: Callable[[Any], None]) -> None:
-    """Draw a figure into a file; the same bytes each time. ConfigError unless PNG or SVG."""
-    check_plot(path)
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    svg = path.suffix.lower() == ".svg"
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": "paceline"}):
-            figure.savefig(path, metadata={"Date": None} if svg else None)
-    except OSError as error:
-        raise ConfigError(f"cannot be written: {error.strerror}", where=str(path)) from None
-
-
-def check_plot(path: Path) -> None:
-    """ConfigError unless it can be drawn there."""
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ConfigError(f"{path.name!r} must end in .png or .svg", key="--plot")
-
-
-def _draw(axes: Any, points: Sequence[tuple[float, float]], scale: float, cost: float) -> None:
-    feasible = [(x * scale, y) for x, y in points if y < float("inf")]
-    axes.plot([x for x, _ in feasible], [y for _, y in feasible], drawstyle="default")
-    axes.plot([scale], [cost], "o")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)

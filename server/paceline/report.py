@@ -14,7 +14,7 @@ from rich.text import Text
 from paceline.core.plan import Attainment, ChainPlan, ModulePlan, PackedMachine, Plan
 
 
-def plan_report(plan: Plan, *, priced: bool = True, cheaper: str | None = None) -> RenderableType:
+def plan_report(plan: Plan, *, priced: bool = True) -> RenderableType:
     """One table per chain, the machines that are shared, then the total beside the lower bound."""
     parts: list[RenderableType] = [_chain_table(chain) for chain in plan.chains]
     if shared := [m for m in plan.machines if len(m.shares) > 1]:
@@ -29,8 +29,6 @@ def plan_report(plan: Plan, *, priced: bool = True, cheaper: str | None = None) 
     )
     if plan.attainment is not None:
         parts += [Text(line) for line in _attainment_lines(plan, plan.attainment)]
-    if cheaper:
-        parts.append(Text(cheaper))
     return Group(*parts)
 
 

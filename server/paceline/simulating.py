@@ -11,13 +11,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from paceline.advice import save_figure
 from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError
 from paceline.core.plan import Plan
 from paceline.core.runs import modules_in
 from paceline.plan_file import planned_modules, planned_rates, read_plan
 from paceline.planner.replan import Replanning
-from paceline.planning import Demand, Offline, save_figure
+from paceline.planning import Demand, Offline
 from paceline.sim import workload
 from paceline.sim.recorder import Depth, Stretch
 from paceline.sim.rental import Rented

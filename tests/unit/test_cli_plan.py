@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from paceline.advice import FEW_CHAINS, LONGER, Cheaper, cheaper_slo, curves
 from paceline.cli import app
 from paceline.core.errors import ConfigError, PlanError
 from paceline.planner.problem import Options
-from paceline.planner.solve import POLICIES
-from paceline.planning import cheaper_slo, curves, limits, plan_offline, read_demand
+from paceline.planner.solve import POLICIES, solve
+from paceline.planning import Offline, limits, plan_offline, read_demand
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHAIN = EXAMPLES / "planning/traffic.yaml"
 PROFILES = EXAMPLES / "data/profiles.csv"
 HARDWARE = EXAMPLES / "data/hardware.csv"
 FILES = [str(CHAIN), "--profiles", str(PROFILES), "--hardware", str(HARDWARE)]
+
+
+ONE = """chain: one
+slo_ms: 400
+rate_rps: 20
+inputs: {x: {dtype: UINT8, shape: [-1]}}
+modules:
+  a: {model: resnet50-v1-5-tensorflow-mixed-fp16, inputs: {x: inputs.x}}
+outputs: {y: a.y}
+"""
+
+
+OPTIMAL = Options(policy="optimal")
+
+
+def offline(chains: list[Path], options: Options = OPTIMAL, slo_ms: float | None = None) -> Offline:
+    return plan_offline(read_demand(chains, PROFILES, HARDWARE, options, slo_ms=slo_ms))
 
 
 def run(*arguments: str, verify: bool = False) -> str:
@@ -59,6 +80,79 @@ def test_the_text_form_shows_utilisation_bound_gap_and_a_cheaper_objective() -> 
     assert "used" in text and "100%" in text
     assert "no plan can cost less than" in text and "gap 0.0%" in text
     assert "ms this costs" in text and "% less" in text
+    assert text.rstrip().endswith("(the shortest objective found that saves 10%)")
+
+
+def test_what_a_longer_objective_saves_is_found_in_few_plans_as_if_all_were_tried() -> None:
+    for slo_ms in (60.0, 100.0, 300.0, 2000.0):
+        made = offline([CHAIN], slo_ms=slo_ms)
+        tried: list[str] = []
+
+        def note(subject: str, detail: str, tried: list[str] = tried) -> None:
+            tried.append(detail)
+
+        found = cheaper_slo(made, note)
+        assert len(tried) == len(set(tried)) <= 13
+        (chain,), bare = made.chains, replace(made.options, bound=False)
+        longer = [replace(chain, slo_s=chain.slo_s * factor) for factor in LONGER]
+        costs = [solve([each], bare).cost_per_hour for each in longer]
+        savings = [1 - cost / made.plan.cost_per_hour for cost in costs]
+        wanted = min(0.1, savings[-1] - 1e-6)
+        if savings[-1] >= 0.01:
+            at = next(at for at, saving in enumerate(savings) if saving >= wanted)
+            assert found.factor == LONGER[at]
+            assert found.saving == pytest.approx(savings[at], abs=1e-9)
+
+
+def test_what_is_told_of_longer_objectives_says_what_was_looked_for() -> None:
+    one, two = offline([CHAIN]), replace(offline([CHAIN]), chains=offline([CHAIN]).chains * 2)
+    assert Cheaper(1.25, 0.14).told(one) == (
+        "at 500 ms this costs 14% less (the shortest objective found that saves 10%)"
+    )
+    assert Cheaper(1.25, 0.04).told(one) == (
+        "at 500 ms this costs 4% less; no objective up to 1200 ms was found to save 10%"
+    )
+    assert Cheaper(3.0, 0.004).told(two) == "no objective up to 3x the slo was found to save 1%"
+    assert Cheaper(1.5, -0.2, guessed=True).told(two).startswith("with 1.5x the slo this costs no ")
+
+
+def test_many_chains_in_whole_machines_are_planned_once_more_for_advice_and_seldom_for_a_plot(
+    tmp_path: Path,
+) -> None:
+    files = [tmp_path / f"c{number}.yaml" for number in range(FEW_CHAINS + 1)]
+    for number, file in enumerate(files):
+        file.write_text(ONE.replace("chain: one", f"chain: one{number}"), encoding="utf-8")
+    made = offline(files, Options(policy="nexus", billing="machine"))
+    tried: list[str] = []
+    found = cheaper_slo(made, lambda subject, detail: tried.append(detail))
+    assert found.guessed and sum("whole machines" in detail for detail in tried) == 1
+    assert "the only longer objective planned for, as 6 chains in" in found.told(made)
+    tried.clear()
+    assert {len(points) for points in curves(made, lambda s, d: tried.append(d)).values()} == {5}
+    assert len(tried) == 10
+
+
+def test_ctrl_c_while_more_is_told_leaves_the_plan_and_no_traceback(tmp_path: Path) -> None:
+    """The figure goes into a pipe that nobody reads, so that drawing it does not end by itself."""
+    pipe = tmp_path / "cost.svg"
+    os.mkfifo(pipe)
+    with subprocess.Popen(
+        [sys.executable, "-m", "paceline", "plan", *FILES, "--no-verify", "--plot", str(pipe)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        lines: list[str] = []
+        while not lines or not lines[-1].startswith("cost "):
+            lines.append(running.stdout.readline())
+            assert lines[-1], "it ended without a plan"
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert lines[0].startswith("traffic: 200 requests/s within 400 ms")
+    assert told.endswith("paceline: stopped before all that was asked for was told\n")
+    assert "Traceback" not in told
 
 
 def test_a_plan_is_verified_under_the_chains_arrivals_and_says_what_its_headroom_costs() -> None:
@@ -118,7 +212,7 @@ def test_cost_falls_with_the_objective_and_rises_with_the_rate() -> None:
     assert slo == sorted(slo, reverse=True) and slo[0] > slo[-1]
     assert rate == sorted(rate) and rate[0] < rate[-1]
     cheaper = cheaper_slo(made)
-    assert cheaper is None or cheaper.saving >= 0.01
+    assert cheaper.saving >= 0.01 or cheaper.factor == LONGER[-1]
 
 
 def test_an_objective_that_nothing_keeps_says_which_module_lacks_how_many_ms() -> None:
@@ -138,6 +232,7 @@ def test_an_objective_that_nothing_keeps_says_which_module_lacks_how_many_ms() -
         (("--rate-rps", "1e12"), "must be above 0 and at most 10000000 requests/s, got 1e+12"),
         (("--slo-ms", "-1"), "slo_ms"),
         (("--plot", "cost.txt"), "--plot: 'cost.txt' must end in .png or .svg"),
+        (("--plot", "no/such/cost.png"), "--plot: there is no folder 'no/such'; make it first"),
         (
             ("--arrivals", "weekly"),
             "--arrivals: must be poisson, uniform or a trace file; there is",

@@ -197,6 +197,7 @@ def test_the_run_is_drawn_into_the_same_bytes_each_time(tmp_path: Path, suffix: 
         (("--arrivals", "weekly"), "--arrivals: must be one of poisson, uniform, got 'weekly'"),
         (("--dispatch", "random"), "--dispatch: must be one of pooled"),
         (("--plot", "run.txt"), "--plot: 'run.txt' must end in .png or .svg"),
+        (("--plot", "no/such/run.png"), "--plot: there is no folder 'no/such'; make it first"),
         (("--plan", "plan.json", "--replan"), "--plan: replanning starts from a plan that it made"),
         (("--plan", "none.json"), "none.json: cannot be read"),
         (("--plan", "plan.json"), "plan.json: chains: field required; write it with `paceline pl"),
