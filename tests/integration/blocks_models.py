@@ -79,6 +79,19 @@ def compiled(
     return directory
 
 
+def elsewhere(compiled: Path, directory: Path, pool: str, cache: Path) -> Path:
+    """A compiled model once more, in that directory, with another pool and cache."""
+    lines = (compiled / "config.pbtxt").read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not line.startswith("name:") and '"pool"' not in line]
+    kept += [
+        f'parameters {{ key: "{key}" value {{ string_value: "{text}" }} }}'
+        for key, text in (("pool", pool), ("cache", str(cache)))
+    ]
+    (directory / "1").mkdir(parents=True)
+    (directory / "config.pbtxt").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return directory
+
+
 def save(
     path: Path,
     nodes: list[onnx.NodeProto],

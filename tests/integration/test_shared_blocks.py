@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc as triton
 from onnx import TensorProto, helper, numpy_helper
 from tests.http_stores import StoreHandler, answering
-from tests.integration.blocks_models import WIDTH, compiled, save, write_mlp
+from tests.integration.blocks_models import WIDTH, compiled, elsewhere, save, write_mlp
 from tests.integration.blocks_triton import batch, started
 from tests.integration.conftest import Start
 from tests.integration.test_residency import held, status_until
@@ -93,18 +93,6 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
         yield models, url
 
 
-def placed(compiled: Path, directory: Path, pool: str, cache: Path) -> None:
-    """A compiled model as another one, with that pool and cache."""
-    lines = (compiled / "config.pbtxt").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if not line.startswith("name:") and '"pool"' not in line]
-    kept += [
-        f'parameters {{ key: "{key}" value {{ string_value: "{text}" }} }}'
-        for key, text in (("pool", pool), ("cache", str(cache)))
-    ]
-    (directory / "1").mkdir(parents=True)
-    (directory / "config.pbtxt").write_text("\n".join(kept), encoding="utf-8")
-
-
 def mappings(pid: int, paths: set[str]) -> Mapping[str, Mapping[str, int]]:
     """Of these files what a process has mapped: inode, and KiB in memory (Rss, Pss)."""
     found: dict[str, dict[str, int]] = {}
@@ -148,7 +136,7 @@ def test_a_second_model_of_a_backbone_maps_loads_and_counts_its_head_alone(
         for pair in PAIRS:
             where = url if pair[0].startswith("remote") else str(Pool.root)
             for number, name in enumerate(pair):
-                placed(networks / str(number), served / name, where, tmp_path / "cache")
+                elsewhere(networks / str(number), served / name, where, tmp_path / "cache")
                 Pool.sent.clear()
                 client.load_model(name, client_timeout=TIMEOUT_S)
                 sent = triton.InferInput("x", [1, WIDTH], "FP32")
@@ -227,7 +215,7 @@ async def test_what_is_behind_a_link_is_loaded_in_the_order_that_its_manifests_s
     models, loads = tmp_path / "models", Loads()
     sources = {"first": "0", "sibling": "1", "alone": "alone"}
     for name, source in sources.items():
-        placed(networks / source, models / name, url, tmp_path / "cache")
+        elsewhere(networks / source, models / name, url, tmp_path / "cache")
     row = batch(1)
 
     async def ask(name: str) -> None:

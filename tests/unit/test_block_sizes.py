@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.http_stores import StoreHandler, answering
+from tests.integration.blocks_models import elsewhere
 from tests.unit.test_blocks_model import LAYERS, OBJECT_BYTES, RemotePool, pool, repository
 
 from paceline.block_sizes import MOST, blocks_of, fetch_manifest, kept_blocks
@@ -24,21 +25,6 @@ from paceline.triton.repository import TritonRepository
 __all__ = ["pool", "repository"]
 
 
-def behind(compiled: Path, directory: Path, url: str, cache: Path) -> Path:
-    """The same model in that directory, its pool behind the URL."""
-    lines = (compiled / "config.pbtxt").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if not line.startswith("name:") and '"pool"' not in line]
-    kept += [
-        f'parameters {{ key: "{key}" value {{ string_value: "{text}" }} }}'
-        for key, text in (("pool", url), ("cache", str(cache)))
-    ]
-    directory.mkdir(parents=True)
-    (directory / "1").mkdir()
-    (directory / "config.pbtxt").write_text("\n".join(kept), encoding="utf-8")
-    assert blocks_of(directory) == {}, "nothing is on this machine"
-    return directory
-
-
 @pytest.fixture
 def remote(
     repository: Path, pool: RemotePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -47,7 +33,8 @@ def remote(
     monkeypatch.setattr(store, "FIRST_PAUSE_S", 0.001)
     models = tmp_path / "models"
     for name in ("mlp", "sibling"):
-        behind(repository / name, models / name, pool.url, tmp_path / "cache")
+        elsewhere(repository / name, models / name, pool.url, tmp_path / "cache")
+        assert blocks_of(models / name) == {}, "nothing is on this machine"
     return models
 
 
@@ -105,7 +92,7 @@ def test_a_manifest_that_a_load_fetched_is_read_from_the_cache(
 async def test_files_of_one_content_in_two_caches_are_not_shared(
     repository: Path, remote: Path, pool: RemotePool, tmp_path: Path
 ) -> None:
-    behind(repository / "mlp", remote / "another", pool.url, tmp_path / "other")
+    elsewhere(repository / "mlp", remote / "another", pool.url, tmp_path / "other")
     for name in ("mlp", "another"):
         await fetch_manifest(remote / name)
     mlp, another = blocks_of(remote / "mlp"), blocks_of(remote / "another")
@@ -156,7 +143,7 @@ async def test_stores_that_hang_hold_up_a_few_manifests_and_nobody_else(
     with answering(Hanging) as url:
         names = [f"hanging{number}" for number in range(MOST)]
         for name in names:
-            behind(repository / "mlp", remote / name, url, tmp_path / "never")
+            elsewhere(repository / "mlp", remote / name, url, tmp_path / "never")
         fetches = [asyncio.create_task(fetch_manifest(remote / name)) for name in names]
         for _ in names:
             assert await asyncio.to_thread(asked.acquire, timeout=30)
