@@ -120,6 +120,18 @@ def _single() -> Network:
     return network
 
 
+def _picked() -> Network:
+    """The rows with a positive number in a column: of the first two that are tried both."""
+    first, second, third = np.random.default_rng(0).standard_normal((3, WIDTH), dtype=np.float32)
+    place = int(np.argmax((first > 0) & (second > 0) & (third < 0)))
+    network = _network()
+    column = network.node("Gather", ["x", _ints(network, "place", place)], "column", axis=1)
+    flat = network.node("Reshape", [column, _ints(network, "all", -1)], "flat")
+    nought = network.constant("nought", np.array(0, np.float32))
+    network.node("Compress", ["x", network.node("Greater", [flat, nought], "more")], "y", axis=0)
+    return network
+
+
 @pytest.mark.parametrize(
     ("make", "notes"),
     [
@@ -130,6 +142,7 @@ def _single() -> Network:
         (_divided, ["no batching: rows of a batch come out otherwise than alone"]),
         (_divided_and_small, ["no batching: rows of a batch come out otherwise than alone"]),
         (_divided_and_dead, ["no batching: rows of a batch come out otherwise than alone"]),
+        (_picked, ["no batching: an output has no batch axis"]),
         (_single, ["no batching: it does not run on a batch of two"]),
     ],
 )

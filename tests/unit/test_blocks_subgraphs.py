@@ -11,9 +11,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from scripts.make_models import Network
 from tests.blocks_models import owning, written
 
+from paceline.blocks.backend.blockmodel import BlockModel
 from paceline.blocks.backend.objects import ObjectStore
+from paceline.blocks.backend.settings import read_settings
 from paceline.blocks.compile import compile_model
 from paceline.blocks.graph import keep
 from paceline.blocks.measure import BlockRunner
@@ -99,6 +102,52 @@ def test_a_branchs_external_data_belong_to_the_model(tmp_path: Path) -> None:
     source.write_bytes(model.SerializeToString())
     with pytest.raises(ConfigError, match="outside the model's directory"):
         _compiled(tmp_path, source)
+
+
+def test_a_table_that_a_branch_reads_is_no_table(tmp_path: Path) -> None:
+    """Rows are asked of it outside, but the branch needs all of it."""
+    rows, width = 2048, 256
+    network = Network("table", "table")
+    network.inputs += [
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"]),
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", rows]),
+        helper.make_tensor_value_info("flip", TensorProto.BOOL, []),
+    ]
+    network.node("Gather", [network.normal("words", (rows, width), 0.1), "ids"], "found")
+    bodies = [
+        helper.make_graph(
+            nodes, name, [], [helper.make_tensor_value_info("made", TensorProto.FLOAT, None)]
+        )
+        for name, nodes in (
+            ("then", [helper.make_node("MatMul", ["x", "words"], ["made"])]),
+            ("else", [helper.make_node("Neg", ["found"], ["made"])]),
+        )
+    ]
+    network.node("If", ["flip"], "y", then_branch=bodies[0], else_branch=bodies[1])
+    network.outputs.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", width]))
+    (block,) = _compiled(tmp_path, network.write(tmp_path)).manifest.members[0].blocks
+    assert [(weight.name, weight.access) for weight in block.weights] == [("words", "all")]
+
+
+def test_the_backend_computes_with_a_branchs_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a budget, bit for bit what a run of the block without one gives."""
+    monkeypatch.setenv("PACELINE_BLOCKS_LEDGER", str(tmp_path / "ledger"))
+    found = _compiled(tmp_path, written(tmp_path, "owning"))
+    texts = {"manifest": found.digest, "pool": str(found.pool), "memory_budget_mib": "4"}
+    given = {key: {"string_value": text} for key, text in texts.items()}
+    runner = BlockRunner(ObjectStore(found.pool), found.manifest.objects)
+    x = np.random.default_rng(0).standard_normal((3, 256), dtype=np.float32)
+    model = BlockModel.open(read_settings(given, found.directory)).start()
+    try:
+        for flip, deep in product((True, False), repeat=2):
+            feed: dict[str, Any] = {"x": x, "flip": np.array(flip), "deep": np.array(deep)}
+            wanted = runner.run(found.manifest.members[0], feed)
+            for name, array in model.infer("", feed, list(wanted)).items():
+                assert array.tobytes() == wanted[name].tobytes()
+    finally:
+        model.close()
 
 
 def _weight(name: str) -> TensorProto:

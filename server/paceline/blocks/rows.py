@@ -68,7 +68,11 @@ class _Trial:
     def has_rows(self) -> bool:
         return all(
             array.ndim > 0 and len(array) == rows
-            for answer, rows in ((self.pair, 2), (self.first, 1), (self.second, 1))
+            for rows, answers in (
+                (2, (self.pair, self.first_kept, self.second_kept)),
+                (1, (self.first, self.second)),
+            )
+            for answer in answers
             for array in answer.values()
         )
 
