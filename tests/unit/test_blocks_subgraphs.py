@@ -108,12 +108,11 @@ def test_a_table_that_a_branch_reads_is_no_table(tmp_path: Path) -> None:
     """Rows are asked of it outside, but the branch needs all of it."""
     rows, width = 2048, 256
     network = Network("table", "table")
-    for name, dtype, shape in (
-        ("ids", TensorProto.INT64, ["N"]),
-        ("x", TensorProto.FLOAT, ["N", rows]),
-        ("flip", TensorProto.BOOL, []),
-    ):
-        network.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+    network.inputs += [
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"]),
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", rows]),
+        helper.make_tensor_value_info("flip", TensorProto.BOOL, []),
+    ]
     network.node("Gather", [network.normal("words", (rows, width), 0.1), "ids"], "found")
     bodies = [
         helper.make_graph(
