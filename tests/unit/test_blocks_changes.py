@@ -23,7 +23,9 @@ from tests.integration.blocks_models import (
 
 from paceline.blocks.backend import loader as loader_module
 from paceline.blocks.backend.blockmodel import BlockModel
-from paceline.blocks.backend.manifest import PoolError
+from paceline.blocks.backend.changes import Changes
+from paceline.blocks.backend.manifest import PoolError, PoolObject
+from paceline.blocks.backend.mapping import LazyObjects, MappedObject
 from paceline.blocks.backend.settings import read_settings
 from paceline.blocks.backend.source import objects_of
 from paceline.blocks.repository import CompiledModel, compiled_model
@@ -213,6 +215,32 @@ def test_what_is_altered_and_restored_within_a_run_is_found(
     with pytest.raises(PoolError, match=f"{weights[0].name}.*({CHANGED}|{ALTERED})"):
         ask(model)
     np.testing.assert_array_equal(healed(model), expected)
+
+
+@pytest.mark.parametrize("found_by", ["swapping in", "another run"])
+def test_a_run_during_which_others_found_a_change_has_no_answer(
+    tmp_path: Path, found_by: str
+) -> None:
+    """It may have used what was there meanwhile, though all is right again; the next has one."""
+    (tmp_path / "a").write_bytes(b"right")
+    a = Object.at(tmp_path / "a")
+    objects = LazyObjects(
+        {"a": PoolObject(5, "")}, lambda name, size: MappedObject(tmp_path / name, size)
+    )
+    lost: list[str] = []
+    changes = Changes(objects, lambda _: None, lost.extend)
+    objects["a"].found_right(objects["a"].look())
+    counts = changes.before(["a"])
+    a.alter()
+    a.restore()
+    if found_by == "another run":
+        objects["a"].found_changed()
+    objects["a"].found_right(objects["a"].look())
+    with pytest.raises(PoolError, match=f"object a: {CHANGED}"):
+        changes.after(["a"], counts, ())
+    assert not lost, "what was checked since then is there"
+    changes.after(["a"], changes.before(["a"]), ())
+    objects.close()
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
