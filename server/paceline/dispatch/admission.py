@@ -9,8 +9,12 @@ chain's other modules that share the machines, what the queues' order (launch-by
 the request counts: further down, not the rows of requests that entered just before it; further
 up, those of requests that enter just after it as well.
 
+Behind more urgent priorities it also counts what will come at them meanwhile; and a chain to which
+they leave next to nothing is owed a little all the same (`foresight`).
+
 A prediction is an expectation, and in overload requests are admitted right up to their deadlines.
-So every admitted request that misses its deadline after all widens the chain's margin for a while.
+So every admitted request that misses its deadline after all widens its chain's margin, at its
+priority, for a while.
 
 Invariant: `Stage.ahead` counts, by priority, exactly the rows (expected, then actual) that
 admitted requests have not yet had launched there.
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 from math import exp
 
 from paceline.core.errors import ErrorKind, Rejected
+from paceline.dispatch.foresight import FIRST, Foresight, Shares, Urgent, level
 from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.refusals import LEAST_RETRY_S
 from paceline.dispatch.stage import Served, Stage
@@ -56,12 +61,18 @@ class _Margin:
 
 
 class Ticket:
-    """What one admitted request still has ahead of it: rows by module, in the chain's order."""
+    """What one admitted request still has ahead of it: rows by module, in the chain's order.
 
-    __slots__ = ("priority", "rows", "stages")
+    `priority` is how it is dispatched, `asked` what it came with.
+    """
 
-    def __init__(self, priority: int, stages: tuple[Stage, ...], rows: list[float]) -> None:
+    __slots__ = ("asked", "priority", "rows", "stages")
+
+    def __init__(
+        self, priority: int, asked: int, stages: tuple[Stage, ...], rows: list[float]
+    ) -> None:
         self.priority = priority
+        self.asked = asked
         self.stages = stages
         self.rows = rows
 
@@ -70,8 +81,10 @@ class Admission:
     """See the module docstring."""
 
     def __init__(self) -> None:
-        self._margins: dict[str, _Margin] = {}
-        """By chain."""
+        self._margins: dict[tuple[str, int], _Margin] = {}
+        """By chain and level."""
+        self._foresight = Foresight()
+        self._shares = Shares()
         self._busy: dict[Stage, None] = {}
         """Stages with rows ahead (an ordered set)."""
         self.ready_in_s: ReadyIn | None = None
@@ -85,22 +98,22 @@ class Admission:
         Raises Rejected (OVERLOADED, with `retry_after_s`) when it is predicted to end too late.
         """
         cold = self.cold(served, now_s)
+        given = priority
         if served.route.modules[0].rate_rps > 0 or cold:
             predicted_s = self.predicted_s(served, priority, pool, now_s)
-            excess_s = predicted_s + self._margin_s(served, predicted_s, now_s) - budget_s
-            if excess_s > 0 and cold:
-                raise _too_cold(served, cold, excess_s)
+            margin_s = self._margin_s(served, priority, predicted_s, now_s)
+            excess_s = predicted_s + margin_s - budget_s
             if excess_s > 0:
-                raise Rejected(
-                    ErrorKind.OVERLOADED,
-                    f"'{served.route.bound.name}' is overloaded: the answer would come "
-                    f"{excess_s * 1e3:.0f} ms too late",
-                    shortfall_s=excess_s,
-                    retry_after_s=max(LEAST_RETRY_S, excess_s),
-                )
+                if cold:
+                    raise _too_cold(served, cold, excess_s)
+                if not self._is_owed(served, priority, budget_s, pool, now_s):
+                    raise _overloaded(served, excess_s)
+                given = FIRST
+        self._shares.admitted(served, priority)
+        self._foresight.admitted(served, given, now_s)
         for stage, rows in zip(served.stages, served.fan_outs, strict=True):
-            self._count(stage, priority, rows)
-        return Ticket(priority, served.stages, list(served.fan_outs))
+            self._count(stage, given, rows)
+        return Ticket(given, priority, served.stages, list(served.fan_outs))
 
     def cold(self, served: Served, now_s: float) -> dict[str, float]:
         """Models of the chain that are not in memory, and how long until they are."""
@@ -114,13 +127,14 @@ class Admission:
         ends_s: list[float] = []
         # Where machines are too few for the planned rate, no more than they can take gets in.
         share = min(1.0, pool.slots / served.load) if served.load > 0 else 1.0
+        urgent = self._foresight.urgent(priority, now_s)
         for stage, parents in zip(served.stages, served.parents, strict=True):
             route = stage.route
             there_s = 0.0
             for parent in parents:
                 if ends_s[parent] > there_s:
                     there_s = ends_s[parent]
-            start_s, rows = self._start(stage, priority, there_s, share, pool, now_s)
+            start_s, rows = self._start(stage, priority, there_s, share, urgent, pool, now_s)
             if there_s > start_s:
                 start_s = there_s
             if start_s > 0:
@@ -128,12 +142,12 @@ class Admission:
             ends_s.append(start_s + route.best_s(min(route.full_rows, rows)))
         return max(ends_s)
 
-    def missed(self, served: Served, now_s: float) -> None:
+    def missed(self, served: Served, now_s: float, priority: int = 0) -> None:
         """A request that was admitted did not end in time."""
         chain = served.route.bound.chain
         if served.route.modules[0].rate_rps <= 0:
             return
-        margin = self._margins.setdefault(chain.name, _Margin())
+        margin = self._margins.setdefault((chain.name, level(priority)), _Margin())
         if margin.wide_s and now_s < margin.at_s + MISSES_APART_S:
             return
         slack_s = max(0.0, chain.slo_s - max(stage.route.tail_s for stage in served.stages))
@@ -170,10 +184,20 @@ class Admission:
             if not ahead:
                 del self._busy[stage]
 
-    def _margin_s(self, served: Served, predicted_s: float, now_s: float) -> float:
+    def _is_owed(
+        self, served: Served, priority: int, budget_s: float, pool: MachinePool, now_s: float
+    ) -> bool:
+        """Whether a request that would be refused is to be served before all others instead."""
+        if not self._foresight.behind(priority, now_s):
+            return False
+        if not self._shares.owes(served, priority, pool, now_s):
+            return False
+        return self.predicted_s(served, FIRST, pool, now_s) <= budget_s
+
+    def _margin_s(self, served: Served, priority: int, predicted_s: float, now_s: float) -> float:
         """No more than what the request is expected to wait: where nothing waits, none is refused
         for it."""
-        margin = self._margins.get(served.route.bound.name)
+        margin = self._margins.get((served.route.bound.name, level(priority)))
         if margin is None:
             return 0.0
         return min(margin.left_s(now_s), max(0.0, predicted_s - served.route.longest.floor_s))
@@ -184,6 +208,7 @@ class Admission:
         priority: int,
         there_s: float,
         share: float,
+        urgent: Urgent,
         pool: MachinePool,
         now_s: float,
     ) -> tuple[float, int]:
@@ -197,7 +222,7 @@ class Admission:
             return wait_s, 1
         if route.row_s <= 0:
             return 0.0, 1
-        rows = stage.ahead_of(priority)
+        rows = stage.waiting_before(priority) if urgent else stage.ahead_of(priority)
         batches, joined = divmod(int(rows + _NOTHING_ROWS), route.full_rows)
         if batches == 0 and len(self._busy) <= 1 and pool.free(route.model, now_s):
             return 0.0, joined + 1
@@ -206,19 +231,34 @@ class Admission:
             return 0.0, 1
         rounds, position = divmod(batches, len(free_s))
         own_s = free_s[position] - now_s + rounds * route.row_s * route.full_rows
-        return own_s + self._others_s(stage, priority, there_s, share, pool), joined + 1
+        same_s, urgent_s = self._others_s(stage, priority, there_s, share, urgent, pool)
+        start_s = own_s + same_s
+        if urgent:
+            start_s = self._foresight.start_s(urgent, start_s, urgent_s, route.model, pool)
+        return start_s, joined + 1
 
     def _others_s(
-        self, stage: Stage, priority: int, there_s: float, share: float, pool: MachinePool
-    ) -> float:
-        """Work of other modules that goes before, spread over all slots."""
+        self,
+        stage: Stage,
+        priority: int,
+        there_s: float,
+        share: float,
+        urgent: Urgent,
+        pool: MachinePool,
+    ) -> tuple[float, float]:
+        """Work of other modules that goes before, spread over all slots; and, where more urgent
+        work is foreseen, that which is already here."""
         route = stage.route
         near = pool.sharing(route.model)
-        work_s = 0.0
+        work_s = urgent_s = 0.0
         for other in self._busy:
             if other is stage or other.route.model not in near:
                 continue
             rows = other.ahead_of(priority)
+            if urgent:
+                own = other.ahead.get(priority, 0.0)
+                urgent_s += min(rows - own, other.collector.rows) * other.route.row_s
+                rows = own
             if other.route.chain == route.chain:
                 # Launched by `deadline - tail`: entered that much before it, they go before it.
                 lag_s = route.tail_s - other.route.tail_s
@@ -228,7 +268,8 @@ class Admission:
                 else:
                     rows += rate_rps * min(-lag_s, there_s)
             work_s += rows * other.route.row_s
-        return work_s / max(1, pool.slots)
+        slots = max(1, pool.slots)
+        return work_s / slots, urgent_s / slots
 
     def _change(self, ticket: Ticket, place: int, rows: float) -> None:
         had = ticket.rows[place]
@@ -240,6 +281,16 @@ class Admission:
         if not ahead:
             self._busy[stage] = None
         ahead[priority] = ahead.get(priority, 0.0) + rows
+
+
+def _overloaded(served: Served, excess_s: float) -> Rejected:
+    return Rejected(
+        ErrorKind.OVERLOADED,
+        f"'{served.route.bound.name}' is overloaded: the answer would come "
+        f"{excess_s * 1e3:.0f} ms too late",
+        shortfall_s=excess_s,
+        retry_after_s=max(LEAST_RETRY_S, excess_s),
+    )
 
 
 def _too_cold(served: Served, cold: Mapping[str, float], excess_s: float) -> Rejected:

@@ -47,6 +47,7 @@ from paceline.dispatch.events import (
     TooCold,
     Wake,
 )
+from paceline.dispatch.foresight import FIRST
 from paceline.dispatch.holders import Machine
 from paceline.dispatch.learned import LearnedDuration
 from paceline.dispatch.machines import HangLimits, MachinePool
@@ -196,7 +197,7 @@ class Dispatcher:
         if self._leasing:
             stages = run.served.stages
             modules = tuple([stages[place].route for place in run.places])
-            priority = run.ticket.priority
+            priority = run.ticket.asked
             actions.append(Entered(event.request, modules, event.deadline_s, priority))
         self._per_chain[event.chain] = self._per_chain.get(event.chain, 0) + 1
         self._advance(run, now_s, actions)
@@ -234,7 +235,7 @@ class Dispatcher:
                 actions.append(Passed(run.submit.request, idle.bound.spec.name, used=False))
         if run.done:
             if now_s > run.submit.deadline_s:
-                self._admission.missed(run.served, now_s)
+                self._admission.missed(run.served, now_s, run.ticket.asked)
             self._end(run)
             actions.append(Answer(run.submit.request, run.answer(), run.timeline(now_s)))
 
@@ -251,7 +252,9 @@ class Dispatcher:
             alike = tuple([(t.name, t.datatype, t.shape[1:]) for t in inputs])
             parameters = tuple(sorted(submit.parameters.items())) if submit.parameters else ()
             key = (alike, step.wanted, submit.version, parameters)
-        order = (run.ticket.priority, deadline_s - route.tail_s, seq, 0)
+        # What is owed does not wait for others to share its batches.
+        launch_by_s = now_s if run.ticket.priority == FIRST else deadline_s - route.tail_s
+        order = (run.ticket.priority, launch_by_s, seq, 0)
         latest_s = deadline_s - route.floor_s
         entry = Entry(run, stage, step, inputs, work.rows, key, order, latest_s, now_s)
         self._admission.counted(run.ticket, step.place, work.rows)
@@ -276,7 +279,7 @@ class Dispatcher:
     ) -> None:
         if run.submit.request in self._runs:
             if error.kind is ErrorKind.DEADLINE:
-                self._admission.missed(run.served, now_s)
+                self._admission.missed(run.served, now_s, run.ticket.asked)
             self._end(run)
             actions.append(Fail(run.submit.request, error, run.timeline(now_s, error)))
 

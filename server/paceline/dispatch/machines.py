@@ -55,6 +55,10 @@ class MachinePool:
         """By model; none that no machine holds."""
         self._sharing: dict[str, frozenset[str]] = {}
         """What `sharing` found, until machines come, go or get other models."""
+        self.layout = 0
+        """Another number whenever machines come, go, or hold other models or instances."""
+        self._common: dict[tuple[str, str], int] = {}
+        """What `common_slots` found under this layout."""
         self.versions: dict[str, int] = {}
         """By model that some machine holds: another number whenever one of them changed at all."""
         self._changes = 0
@@ -67,6 +71,7 @@ class MachinePool:
         if machine is None:
             incarnation = self._incarnations[name] = self._incarnations.get(name, 0) + 1
             machine = self._machines[name] = Machine(name, hardware, 0, incarnation)
+        self._laid_out()
         self.slots += slots - machine.slots
         machine.slots = slots
         for model, lane in machine.lanes.items():
@@ -85,6 +90,7 @@ class MachinePool:
         if machine is None:
             return
         self._changed(machine)
+        self._laid_out()
         machine.up = False
         self.slots -= machine.slots
         self._sharing.clear()
@@ -130,6 +136,21 @@ class MachinePool:
             machines = holders.machines() if holders is not None else ()
             found = frozenset(other for machine in machines for other in machine.lanes)
             self._sharing[model] = found
+        return found
+
+    def common_slots(self, model: str, other: str) -> int:
+        """Slots of the machines that can run both models."""
+        found = self._common.get((model, other))
+        if found is None:
+            holders = self._holders.get(model)
+            lanes = holders.lanes.values() if holders is not None else ()
+            found = self._common[model, other] = sum(
+                machine.slots
+                for machine, lane in lanes
+                if lane.instances > 0
+                and (beside := machine.lanes.get(other)) is not None
+                and beside.instances > 0
+            )
         return found
 
     def free_at_s(self, model: str, now_s: float) -> Sequence[float]:
@@ -203,6 +224,10 @@ class MachinePool:
             holders = self._holders[model] = Holders(model)
         holders.add(machine, lane)
         self._sharing.clear()
+
+    def _laid_out(self) -> None:
+        self.layout += 1
+        self._common.clear()
 
     def _changed(self, machine: Machine) -> None:
         """What was known of the models that it holds is so no more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf
+from math import ceil, inf
 
 from paceline.dispatch.collector import Collector, Offer
 from paceline.dispatch.policy import collector
@@ -35,13 +35,19 @@ class Stage:
             return ahead[priority]
         return sum(rows for other, rows in ahead.items() if other <= priority)
 
+    def waiting_before(self, priority: int) -> float:
+        """The same, but of more urgent rows those alone that wait here now."""
+        own = self.ahead.get(priority, 0.0)
+        return own + min(self.ahead_of(priority) - own, self.collector.rows)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Served:
     """A chain's route with its stages, in the order of its modules.
 
     `parents` are indices of modules; `fan_outs` the rows a request is expected to have at each;
-    `load` is how many machines the planned rate keeps busy with full batches.
+    `load` is how many machines the planned rate keeps busy with full batches; `alone_s` the machine
+    time of a request that shares no batch.
     """
 
     route: ChainRoute
@@ -49,6 +55,7 @@ class Served:
     parents: tuple[tuple[int, ...], ...]
     fan_outs: tuple[float, ...]
     load: float
+    alone_s: float
 
 
 def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
@@ -66,4 +73,12 @@ def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
         tuple(tuple(places[p] for p in m.bound.module.parents) for m in route.modules),
         tuple(module.fan_out for module in route.modules),
         sum(module.rate_rps * module.row_s for module in route.modules),
+        sum(_alone_s(module) for module in route.modules),
     )
+
+
+def _alone_s(module: ModuleRoute) -> float:
+    rows, full = module.fan_out, module.full_rows
+    if rows <= full:
+        return min(1.0, rows) * module.best_s(max(1, ceil(rows)))
+    return rows / full * module.best_s(full)
