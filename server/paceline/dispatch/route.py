@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from paceline.core.bind import BoundChain, BoundModule
+from paceline.core.bind import MOST_ROWS, BoundChain, BoundModule
 from paceline.core.chain import Chain
 from paceline.core.plan import Allocation, ChainPlan
 from paceline.core.profile import Durations
@@ -97,7 +97,7 @@ class ChainRoute:
     modules: tuple[ModuleRoute, ...]
     policy: str = "pooled"
     max_requests: int = 4096
-    max_items: int = 4096
+    max_items: int = MOST_ROWS
     longest: ModuleRoute = field(init=False, repr=False, compare=False)
     """The module from which the least time to the chain's end is the greatest."""
     _walks: dict[tuple[str, ...], Walk] = field(init=False, repr=False, compare=False)
