@@ -120,6 +120,25 @@ def serve(
     drain_s: Annotated[
         float, typer.Option(min=0, help="How long accepted requests may take after SIGTERM.")
     ] = 30.0,
+    overdue_factor: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="A batch that takes so many times the p99 of its profile is tried on another "
+            "machine as well, when later it would be too late.",
+        ),
+    ] = 3.0,
+    hang_factor: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="A batch that takes so many times the p99 of its profile hangs: "
+            "its model is loaded afresh.",
+        ),
+    ] = 20.0,
+    hang_least_s: Annotated[
+        float, typer.Option(min=0.1, help="How long any batch may take before that.")
+    ] = 10.0,
     replan_window_s: Annotated[
         int,
         typer.Option(
@@ -148,6 +167,7 @@ def serve(
     what was accepted is answered first.
     """
     from paceline.discovery import TritonTarget
+    from paceline.dispatch import HangLimits
     from paceline.progress import ServeProgress
     from paceline.runtime.placement import Share
     from paceline.serving import ServeSettings
@@ -180,6 +200,7 @@ def serve(
         max_message_bytes=max_message_mib * MIB,
         drain_s=drain_s,
         replan_window_s=replan_window_s,
+        hang=HangLimits(hang_factor, hang_least_s, overdue_factor=overdue_factor),
         share=Share(*map(int, worker.split("/"))),
     )
     if memory_mib is not None and (workers > 1 or settings.share.count > 1):

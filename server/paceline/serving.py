@@ -26,6 +26,7 @@ from paceline.core.errors import BackendError, ConfigError, PacelineError, Resid
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.discovery import TritonTarget
+from paceline.dispatch import HangLimits
 from paceline.fleet import RemoteTritons, connected_machine
 from paceline.metrics import Metrics
 from paceline.planner.replan import Replanning
@@ -33,7 +34,7 @@ from paceline.residency.evict import Eviction
 from paceline.residency.state import Limits as ResidencyLimits
 from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
 from paceline.runtime.controller import Controller
-from paceline.runtime.engine import Engine
+from paceline.runtime.engine import Engine, EngineLimits
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.provisioning import Step
 from paceline.runtime.statistics import Statistics
@@ -78,6 +79,8 @@ class ServeSettings:
     drain_s: float = 30.0
     replan_window_s: int = 60
     """Over how many seconds traffic is measured to replan for it; 0: the plan stays."""
+    hang: HangLimits = field(default_factory=HangLimits)
+    """When a batch is tried elsewhere, and when its model is loaded afresh."""
     share: Share = field(default_factory=Share)
     """Which of several workers this is."""
 
@@ -106,7 +109,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         fleet = TritonFleet()
         metrics = Metrics()
         statistics = Statistics()
-        engine = Engine(fleet)
+        engine = Engine(fleet, limits=EngineLimits(hang=settings.hang))
         controller = Controller(
             engine,
             statistics,

@@ -71,6 +71,9 @@ def _options(settings: ServeSettings, log_level: str) -> list[str]:
         *("--grpc-port", str(settings.grpc_port)),
         *("--max-message-mib", str(settings.max_message_bytes >> 20)),
         *("--drain-s", str(settings.drain_s)),
+        *("--overdue-factor", str(settings.hang.overdue_factor)),
+        *("--hang-factor", str(settings.hang.factor)),
+        *("--hang-least-s", str(settings.hang.least_s)),
         *("--log-level", log_level),
     ]
     for path in settings.chains:

@@ -122,6 +122,10 @@ def test_missing_and_malformed_files_and_directories_are_2(tmp_path: Path, model
             f"--model-repository: {nothing} is not a directory",
         ),
         (("--triton", "nowhere"), "--triton: 'nowhere' is not [HARDWARE@]HOST:PORT"),
+        (
+            ("--hang-factor", "2"),
+            "a batch cannot be overdue after 3 and hang after 2 times its p99: ",
+        ),
     ]
     for arguments, message in cases:
         code, line = failing_serve(tmp_path, models, *arguments)

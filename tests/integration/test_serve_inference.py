@@ -112,6 +112,30 @@ def test_a_model_called_by_its_own_name_takes_batched_requests(
     assert (answer.as_numpy("sum") == a + 100).all()
 
 
+@pytest.mark.parametrize("rows", [9, 19, 32])
+def test_a_request_larger_than_a_batch_is_split_and_comes_back_in_order(
+    front: Paceline, client: triton.InferenceServerClient, rows: int
+) -> None:
+    a = np.arange(rows * 16, dtype=np.int32).reshape(rows, 16)
+    b = np.full_like(a, 1000)
+    name = f"rows-{rows}"
+    given = [tensor("a", a), tensor("b", b)]
+    answer = client.infer("add", given, request_id=name, client_timeout=TIMEOUT_S)
+    assert (answer.as_numpy("sum") == a + b).all()
+    with front.channel() as channel:
+        spans = explained(front, channel, name)
+    assert sum(span.rows for span in spans) == rows
+    assert max(span.batch_size for span in spans) <= 8
+    texts = np.array([[f"text {row}".encode()] for row in range(rows)], np.object_)
+    answer = client.infer(
+        "identity",
+        [tensor("x_bytes", texts)],
+        outputs=[triton.InferRequestedOutput("x_bytes")],
+        client_timeout=TIMEOUT_S,
+    )
+    assert answer.as_numpy("x_bytes").tolist() == texts.tolist()
+
+
 def test_a_model_without_batch_axis_takes_tensors_as_they_are(
     client: triton.InferenceServerClient,
 ) -> None:
@@ -255,9 +279,9 @@ def test_bad_requests_get_tritons_code_and_words(client: triton.InferenceServerC
         ),
         (
             "add",
-            pair(1, 9),
+            pair(1, 4097),
             "INVALID_ARGUMENT",
-            f"{unnamed}inference request batch-size must be <= 8 for 'add'",
+            f"{unnamed}inference request batch-size must be <= 4096 for 'add'",
         ),
         (
             "add",

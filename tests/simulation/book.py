@@ -29,7 +29,8 @@ class Row:
     request: Request
     module: str
     index: int
-    running: int = 0
+    on: list[BatchSeen] = field(default_factory=list)
+    """Batches that hold it now."""
     done: bool = False
     failed: bool = False
     lost_on: set[str] = field(default_factory=set)
@@ -41,7 +42,6 @@ class Request:
     route: ChainRoute
     expected: Expected
     rows: dict[str, list[Row]] = field(default_factory=dict)
-    running: int = 0
     end: str = ""
     streamed: dict[str, set[int]] = field(default_factory=dict)
 
@@ -66,6 +66,8 @@ class BatchSeen:
     rows: tuple[Row, ...]
     outputs: tuple[str, ...]
     spec: ModelSpec
+    overdue_s: float
+    """From when on its rows may be tried elsewhere as well."""
 
 
 def module_of(row: Row) -> BoundModule:

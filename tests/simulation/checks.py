@@ -6,10 +6,12 @@ into the dispatcher. The first thing that must never happen raises `Violation`. 
     once       every accepted request ends exactly once, cancelled ones not at all
     answer     the answer's bytes are the only right ones (so rows were gathered in order)
     batch      rows within the model's limit and the plan's target; of one kind and shape
-    work       a row runs only when it is somebody's, once, and again only after a failure
+    work       a row runs only when it is somebody's, once, and again only after a failure, or on a
+               second machine when the first takes far longer than is normal
     capacity   batches per machine within its slots, per model within its instances
     dead       nothing starts for a request that has ended or cannot meet its deadline
-    wake       a waiting request is ended by its deadline, not by the next event after it
+    wake       a request is ended by its deadline, not by the next event after it, nor by the end
+               of a batch that holds its rows
     reason     a request fails only for a reason that was there
     retry      rows that a machine lost are not sent to it again, and to three machines at most
     stream     streamed items are the right ones, each once, and all of them in the end
@@ -59,6 +61,10 @@ from paceline.dispatch import (
 from paceline.sim.content import TracingModels
 
 EPSILON_S = 1e-9
+LATE_S = 1e-8
+"""How long after its deadline a request may end: those that end with it are in time."""
+OVERDUE_FACTOR, LEAST_OVERDUE_S = 3.0, 0.05
+"""A batch must have taken so many times its p99, and so long, before it is tried elsewhere."""
 LOST = (ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE)
 MOST_TRIES = 3
 OVERLOAD = (ErrorKind.DEADLINE, ErrorKind.QUEUE_FULL, ErrorKind.OVERLOADED)
@@ -185,26 +191,22 @@ class Oracle:
         if machine is not None:
             machine.running.pop(batch_id, None)
         for row in batch.rows:
-            row.running -= 1
+            row.on.remove(batch)
             row.done = row.done or good
             row.failed = row.failed or not good
             if lost:
                 row.lost_on.add(batch.incarnation)
-            row.request.running -= 1
-            if not row.request.end:
-                submit = row.request.submit
-                heapq.heappush(self._deadlines, (max(submit.deadline_s, now_s), submit.request))
 
     def _check_wake(self, due_s: float) -> None:
-        """Whoever waits past its deadline was forgotten: an event after it comes too late."""
-        latest_s = due_s - self._settle_s - EPSILON_S
+        """Whoever is there past its deadline was forgotten: an event after it comes too late."""
+        latest_s = due_s - self._settle_s - LATE_S
         while self._deadlines and self._deadlines[0][0] < latest_s:
             deadline_s, identity = heapq.heappop(self._deadlines)
             request = self._requests[identity]
             self._require(
-                bool(request.end) or request.running > 0,
+                bool(request.end),
                 "wake",
-                f"{request.name} waits at {due_s}, it should have ended at {deadline_s}",
+                f"{request.name} is there at {due_s}, it should have ended at {deadline_s}",
             )
 
     # -- actions ----------------------------------------------------------------------------
@@ -227,26 +229,29 @@ class Oracle:
         )
         rows = self._attribute(now_s, action, what)
         module = module_of(rows[0])
-        self._batches[action.batch] = BatchSeen(
+        known = self._durations[module.spec.name][machine.hardware]
+        overdue_s = max(LEAST_OVERDUE_S, OVERDUE_FACTOR * known.slow_at(len(rows)))
+        batch = self._batches[action.batch] = BatchSeen(
             action.machine,
             machine.incarnation,
             tuple(rows),
             action.call.outputs,
             module.spec,
+            now_s + overdue_s - EPSILON_S,
         )
         for row in rows:
-            row.running += 1
-            row.request.running += 1
             self._check_batch(row, action, machine, len(rows), what)
+            row.on.append(batch)
 
     def _check_batch(
         self, row: Row, action: Execute, machine: MachineSeen, rows: int, what: str
     ) -> None:
         request, module = row.request, module_of(row)
+        tried = row.lost_on | {batch.incarnation for batch in row.on}
         self._require(
-            machine.incarnation not in row.lost_on and len(row.lost_on) < MOST_TRIES,
+            machine.incarnation not in tried and len(tried) < MOST_TRIES,
             "retry",
-            f"{what}: {request.name} {row.module}[{row.index}] was lost on {sorted(row.lost_on)}",
+            f"{what}: {request.name} {row.module}[{row.index}] was tried on {sorted(tried)}",
         )
         route = next(m for m in request.route.modules if m.bound.name == row.module)
         limit = min(module.spec.row_limit, route.batch_sizes.get(machine.hardware, 1 << 30))
@@ -271,7 +276,10 @@ class Oracle:
         for key in row_keys(action, self._models.specs[action.call.model].batches):
             owners = self._rows.get(key, [])
             self._require(bool(owners), "work", f"{what}: a row that belongs to nobody")
-            idle = [r for r in owners if not r.request.end and not r.done and not r.running]
+            open_ = [r for r in owners if not r.request.end and not r.done]
+            idle = [r for r in open_ if not r.on] or [
+                r for r in open_ if len(r.on) == 1 and now_s >= r.on[0].overdue_s
+            ]
             if not idle:
                 states = [
                     f"{r.request.name} {r.module}[{r.index}] "

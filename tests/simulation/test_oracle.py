@@ -9,7 +9,16 @@ import pytest
 from tests.simulation.replay import explain, violation
 from tests.simulation.swarm import draw
 
-from paceline.dispatch import Action, Answer, Dispatcher, Event, Execute, Fail, Wake
+from paceline.dispatch import (
+    Action,
+    Answer,
+    Dispatcher,
+    Event,
+    Execute,
+    Fail,
+    HangLimits,
+    Wake,
+)
 from paceline.residency import events as ev
 from paceline.residency.leases import Leases
 from paceline.residency.residency import Residency
@@ -102,6 +111,30 @@ def test_a_planted_bug_is_caught_and_shown_by_few_stimuli(tamper: Tamper, checks
         shortest = int(story.split("that shows it (")[1].split(" of ")[0])
         assert shortest <= 6
         return
+    pytest.fail("no seed noticed")
+
+
+class Impatient(Dispatcher):
+    """Has an ordinary batch executed twice."""
+
+    def __init__(self) -> None:
+        super().__init__(HangLimits(overdue_factor=1.0, overdue_least_s=0.0))
+
+
+class Patient(Dispatcher):
+    """Waits for a batch whatever the deadlines of its rows."""
+
+    def _look_at(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("dispatcher", "check"), [(Impatient, "work"), (Patient, "wake")])
+def test_wrong_patience_is_caught(dispatcher: type[Dispatcher], check: str) -> None:
+    for seed in range(200):
+        found = violation(replace(draw(seed), dispatcher=dispatcher))
+        if found is not None:
+            assert found.check == check, found
+            return
     pytest.fail("no seed noticed")
 
 

@@ -111,8 +111,9 @@ def submit(
 
 def test_an_idle_machine_takes_a_lone_request_at_once_and_answers_it() -> None:
     dispatcher = single()
-    (launch,) = submit(dispatcher, 1, 7)
+    launch, wake = submit(dispatcher, 1, 7)
     assert isinstance(launch, Execute) and launch.rows == 1
+    assert isinstance(wake, Wake) and wake.at_s == pytest.approx(100.0)
     (answer,) = dispatcher.handle(echo(launch), now_s=0.5)
     assert isinstance(answer, Answer)
     assert unpack(answer.outputs[0]) == (7,) and answer.outputs[0].name == "y"
@@ -227,8 +228,9 @@ def test_a_queued_request_fails_as_soon_as_it_can_no_longer_finish() -> None:
     blocker = executes(submit(dispatcher, 1, *range(4)))[0]
     (wake,) = submit(dispatcher, 2, 0, deadline_s=5.0)
     assert isinstance(wake, Wake) and wake.at_s == pytest.approx(3.0)
-    (fail,) = dispatcher.handle(Tick(), now_s=wake.at_s)
+    fail, wake = dispatcher.handle(Tick(), now_s=wake.at_s)
     assert isinstance(fail, Fail) and fail.request == 2
+    assert isinstance(wake, Wake) and wake.at_s > 4.0, "the other is executed"
     actions = dispatcher.handle(echo(blocker), now_s=4.0)
     assert [type(a) for a in actions] == [Answer]
 

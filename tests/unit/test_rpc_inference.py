@@ -169,13 +169,6 @@ TRITON_ERRORS: dict[str, tuple[Any, str, str]] = {
         "INVALID_ARGUMENT",
         f"{ANON}input 'A' has no shape but model requires batch dimension for 'x'",
     ),
-    "batch size": (
-        request(
-            a=("A", "INT32", [9, 16]), b=("B", "BYTES", [9, 2]), raw=(A_BYTES * 9, B_BYTES * 9)
-        ),
-        "INVALID_ARGUMENT",
-        f"{ANON}inference request batch-size must be <= 8 for 'x'",
-    ),
     "byte size": (
         request(raw=(bytes(60), B_BYTES)),
         "INVALID_ARGUMENT",
@@ -266,6 +259,22 @@ async def test_negative_axes_and_unequal_or_empty_batches_are_refused(stand: Sta
     assert "batch size does not match other inputs for 'x'" in (await stand.failure(unequal))[1]
     empty = request(a=("A", "INT32", [0, 16]), b=("B", "BYTES", [0, 2]), raw=(b"", b""))
     assert "batch-size must be >= 1" in (await stand.failure(empty))[1]
+
+
+async def test_more_rows_than_a_batch_takes_are_accepted_up_to_a_limit_with_tritons_words(
+    stand: Stand,
+) -> None:
+    def rows(count: int) -> Any:
+        a, b = ("A", "INT32", [count, 16]), ("B", "BYTES", [count, 2])
+        return request(a=a, b=b, raw=(A_BYTES * count, B_BYTES * count))
+
+    await stand.stub.ModelInfer(rows(9))
+    await stand.stub.ModelInfer(rows(4096))
+    assert [given.inputs[0].shape[0] for given in stand.inference.requests] == [9, 4096]
+    assert await stand.failure(rows(4097)) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        f"{ANON}inference request batch-size must be <= 4096 for 'x'",
+    )
 
 
 async def test_raw_and_typed_contents_together_are_refused_as_triton_does(stand: Stand) -> None:

@@ -22,6 +22,9 @@ from paceline.core.errors import ConfigError
 from paceline.core.model import ModelSpec
 from paceline.core.tensor import TensorSpec
 
+MOST_ROWS = 4096
+"""Rows of one request: the items of a fan-out, the batch axis of a model called by its name."""
+
 
 class Carry(Enum):
     """Where a module's rows come from; see the module docstring."""
@@ -70,6 +73,13 @@ class BoundChain:
     @property
     def name(self) -> str:
         return self.chain.name
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a request that carries a batch axis: of those beyond `max_batch_size` several
+        batches are made.
+        """
+        return max(self.max_batch_size, MOST_ROWS)
 
     def output(self, name: str) -> TensorSpec | None:
         return next((spec for spec in self.outputs if spec.name == name), None)

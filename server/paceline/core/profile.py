@@ -79,6 +79,10 @@ class Durations:
         default_factory=dict, init=False, repr=False, compare=False, hash=False
     )
     """What `at` found; asked for the same few sizes with every request."""
+    _slow: dict[int, float] = field(
+        default_factory=dict, init=False, repr=False, compare=False, hash=False
+    )
+    """What `slow_at` found."""
 
     def __post_init__(self) -> None:
         for points in (self.points, self.slow or self.points):
@@ -97,8 +101,13 @@ class Durations:
 
     def slow_at(self, batch_size: int) -> float:
         """What a batch of `batch_size` hardly ever exceeds; `at` where that is not known."""
-        usual_s = self.at(batch_size)
-        return max(usual_s, _interpolated(self.slow, batch_size)) if self.slow else usual_s
+        found = self._slow.get(batch_size)
+        if found is None:
+            usual_s = self.at(batch_size)
+            found = max(usual_s, _interpolated(self.slow, batch_size)) if self.slow else usual_s
+            if len(self._slow) < MOST_KNOWN:
+                self._slow[batch_size] = found
+        return found
 
 
 def _interpolated(points: tuple[tuple[int, float], ...], batch_size: int) -> float:

@@ -18,7 +18,10 @@ ONE = Carry.ONE
 
 @value
 class Batch:
-    """Rows of one module that a machine executes; `lot` is its collector's."""
+    """Rows of one module that a machine executes; `lot` is its collector's.
+
+    `overdue`: its rows are tried elsewhere as well.
+    """
 
     machine: Machine
     stage: Stage
@@ -26,6 +29,7 @@ class Batch:
     pieces: tuple[Piece, ...]
     rows: int
     started_s: float
+    overdue: bool = False
 
     def span(self, piece: Piece, now_s: float) -> Span:
         """What happened to one of its pieces."""

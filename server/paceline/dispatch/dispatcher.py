@@ -6,13 +6,14 @@ collectors would launch (`waiting`).
 Invariants: a request that was submitted ends exactly once, in Answer or Fail, unless cancelled;
 a machine runs at most `slots` batches, and of a model at most its instances; nothing is launched
 for a request that cannot meet its deadline any more, or that has failed or been cancelled; rows
-are executed at most once per machine (a restarted machine is another one).
+are executed at most once per machine (a restarted machine is another one), and on two at a time at
+most: there, when a batch takes so long that another attempt is about to be too late.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from math import inf
 
@@ -52,13 +53,16 @@ from paceline.dispatch.holders import Machine
 from paceline.dispatch.learned import LearnedDuration
 from paceline.dispatch.machines import HangLimits, MachinePool
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
-from paceline.dispatch.refusals import never_entered, queue_full, too_late
+from paceline.dispatch.refusals import never_entered, queue_full, timed_out, too_late
 from paceline.dispatch.route import ChainRoute
+from paceline.dispatch.running import Running, behind_s
 from paceline.dispatch.stage import Served, Stage, served
 from paceline.dispatch.waiting import Waiting
 
 MOST_TRIES = 3
 """Machines that rows are tried on before their request fails."""
+OWN_STALL_S = 0.01
+"""By how much this process must be late itself before it does not call a batch overdue for it."""
 
 _GONE = (ErrorKind.NOT_READY, ErrorKind.UNKNOWN_MODEL)
 """The lane does not hold its model any more: it is being repaired, or its Triton came back."""
@@ -87,7 +91,7 @@ class Dispatcher:
         self._admission = Admission()
         self._runs: dict[int, ChainRun] = {}
         self._per_chain: dict[str, int] = {}
-        self._batches: dict[int, Batch] = {}
+        self._running = Running()
         self._ids = count(1)
         self._wake_s = inf
         self._leasing = False
@@ -130,8 +134,10 @@ class Dispatcher:
                 self._pool.up(event.machine, event.hardware, event.slots, event.instances)
             case MachineDown():
                 self._pool.down(event.machine)
-        if settled and self._waiting:
-            self._settle(now_s, actions)
+        if settled:
+            look_s = self._running.look_s
+            if self._waiting or look_s <= now_s or look_s < self._wake_s:
+                self._settle(now_s, actions)
         return actions
 
     def running(self, machine: str, model: str) -> int:
@@ -167,7 +173,7 @@ class Dispatcher:
                 load.queued += queue.rows
                 if (oldest := queue.oldest()) is not None:
                     load.oldest_s = min(load.oldest_s, oldest.queued_s)
-        for batch in self._batches.values():
+        for batch in self._running.all():
             route = batch.stage.route
             load = found.setdefault((route.chain, route.name), ModuleLoad())
             load.executing += batch.rows
@@ -299,15 +305,21 @@ class Dispatcher:
 
     def _settle(self, now_s: float, actions: list[Action]) -> None:
         """Give up what is late, launch what can go, and say when to look again."""
-        waiting = self._waiting
-        if self._wake_s < inf and not waiting.changed(now_s):
+        waiting, running = self._waiting, self._running
+        if running.look_s <= now_s:
+            for since_s, number, batch in running.due(now_s):
+                self._look_at(number, batch, since_s, now_s, actions)
+        elif self._wake_s < inf and not waiting.changed(now_s):
             return
         for entry in waiting.late(now_s):
+            if entry.race and self._rivalled(entry):
+                self._drop(entry.run, entry.race, also=entry)
+                continue
             error = too_late(entry.stage.route, now_s, entry.run.submit.deadline_s)
             self._fail(entry.run, error, now_s, actions)
         while (choice := waiting.choose(now_s)) is not None:
             actions.append(self._execute(*choice, now_s))
-        at_s = waiting.look_s()
+        at_s = min(waiting.look_s(), running.look_s)
         if at_s < self._wake_s:
             self._wake_s = at_s
             actions.append(Wake(at_s))
@@ -316,9 +328,12 @@ class Dispatcher:
         route, spec, machine = stage.route, stage.route.bound.spec, offer.machine
         pieces = offer.take()
         rows = 0
+        by_s = inf
         for piece in pieces:
             rows += piece.count
             entry = piece.entry
+            if entry.order[1] < by_s:
+                by_s = entry.order[1]
             self._admission.launched(entry.run.ticket, entry.step.place, piece.count)
         first = pieces[0].entry
         inputs = batch_inputs(pieces, rows, batches=spec.batches)
@@ -331,17 +346,24 @@ class Dispatcher:
         else:
             call = ModelCall(spec.name, inputs, outputs)
         batch = next(self._ids)
-        self._batches[batch] = Batch(machine, stage, offer.lot, pieces, rows, now_s)
-        timeout_s = self._pool.started(machine, route, rows, batch, now_s)
+        timeout_s, overdue_s = self._pool.started(machine, route, rows, batch, now_s)
+        # The first of them to be late, or what may be overdue before that.
+        look_s = behind_s(by_s + route.tail_s)
+        if now_s + overdue_s < look_s:
+            look_s = max(now_s + overdue_s, by_s - route.again_s(rows))
+        made = Batch(machine, stage, offer.lot, pieces, rows, now_s)
+        self._running.add(batch, made, look_s)
         stage.collector.launched(offer)
         return Execute(batch, machine.name, call, rows, timeout_s)
 
     # -- what comes back --------------------------------------------------------------------
 
     def _release(self, batch_id: int) -> Batch:
-        batch = self._batches.pop(batch_id)
-        self._pool.ended(batch.machine, batch.stage.route.model, batch_id)
-        batch.stage.collector.ended(batch.lot)
+        batch = self._running.pop(batch_id)
+        model, overdue = batch.stage.route.model, batch.overdue
+        self._pool.ended(batch.machine, model, batch_id, overdue=overdue)
+        if not overdue:
+            batch.stage.collector.ended(batch.lot)
         return batch
 
     def _batch_done(self, event: BatchDone, now_s: float, actions: list[Action]) -> None:
@@ -368,6 +390,8 @@ class Dispatcher:
         if not entry.alive:
             return
         run, step, start = entry.run, entry.step, entry.base + piece.start
+        if entry.race:
+            self._drop(run, -entry.race)
         run.spans.append(batch.span(piece, now_s))
         if run.submit.stream and outputs is not None and (part := run.partial(step, outputs)):
             actions.append(Partial(run.submit.request, start, part))
@@ -409,7 +433,11 @@ class Dispatcher:
             entry = piece.entry
             if not entry.alive:
                 continue
-            if lost and self._may_retry(batch, entry):
+            retry = lost and self._may_retry(batch, entry)
+            if entry.race and self._rivalled(entry) and (entry.race > 0 or (lost and not retry)):
+                # The others that hold its rows go on.
+                self._drop(entry.run, entry.race)
+            elif retry:
                 failed_on = entry.failed_on | {batch.machine.identity}
                 again = piece.retry(seq=next(self._ids), failed_on=failed_on)
                 self._again(again, now_s)
@@ -434,3 +462,99 @@ class Dispatcher:
             return False
         # A machine that went down may come back as another incarnation before the deadline.
         return not batch.machine.up or self._pool.others(batch.stage.route.model, failed_on)
+
+    # -- batches that take long ---------------------------------------------------------------
+
+    def _look_at(
+        self, number: int, batch: Batch, since_s: float, now_s: float, actions: list[Action]
+    ) -> None:
+        """Give up rows that are late, and try the others elsewhere if the batch is overdue."""
+        for piece in batch.pieces:
+            run = piece.entry.run
+            if piece.entry.alive and now_s > (deadline_s := run.submit.deadline_s):
+                self._fail(run, timed_out(batch, now_s, deadline_s), now_s, actions)
+        alive = [piece.entry for piece in batch.pieces if piece.entry.alive]
+        if not alive:
+            return
+        next_s = behind_s(min(entry.run.submit.deadline_s for entry in alive))
+        if not batch.overdue:
+            at_s = self._retry_s(batch, alive)
+            if at_s <= now_s and now_s - since_s > OWN_STALL_S:
+                # It is us who were late: what has come in since is to be read first.
+                at_s = now_s + OWN_STALL_S
+            elif at_s <= now_s and not self._race(number, batch, now_s):
+                at_s = now_s + max(OWN_STALL_S, batch.stage.route.again_s(batch.rows))
+            if at_s > now_s:
+                next_s = min(next_s, at_s)
+        self._running.again(number, next_s)
+
+    def _retry_s(self, batch: Batch, entries: Sequence[Entry]) -> float:
+        """When its rows have to be tried elsewhere; inf where that could not be in time.
+
+        At the last moment at which what is left, and a batch that another machine may just have
+        begun, still fit; not before the batch is overdue.
+        """
+        route = batch.stage.route
+        overdue_s = batch.started_s + self._pool.overdue_s(batch.machine, route, batch.rows)
+        by_s = min((e.launch_by_s for e in entries if e.latest_s >= overdue_s), default=inf)
+        return max(overdue_s, by_s - route.again_s(batch.rows))
+
+    def _race(self, number: int, batch: Batch, now_s: float) -> bool:
+        """Try rows of a batch elsewhere as well; False where no other machine could take any.
+
+        Whoever is done first counts. Until the batch ends nothing more is sent to its lane, and
+        its lot may use another machine.
+        """
+        model, identity = batch.stage.route.model, batch.machine.identity
+        pieces, again = [], []
+        for piece in batch.pieces:
+            entry = piece.entry
+            failed_on = entry.failed_on | {identity}
+            own = piece
+            if (
+                entry.alive
+                and now_s <= entry.latest_s
+                and len(failed_on) < MOST_TRIES
+                and self._pool.others(model, failed_on, sound=True)
+                and not (entry.race and self._rivalled(entry))
+            ):
+                own = _own(piece)
+                own.entry.race = next(self._ids)
+                other = own.retry(seq=next(self._ids), failed_on=failed_on)
+                other.race = -own.entry.race
+                again.append(other)
+            pieces.append(own)
+        if not again:
+            return False
+        self._running.replace(number, replace(batch, pieces=tuple(pieces), overdue=True))
+        self._pool.overdue(batch.machine, model)
+        batch.stage.collector.ended(batch.lot)
+        for other in again:
+            self._again(other, now_s)
+        return True
+
+    @staticmethod
+    def _rivalled(entry: Entry) -> bool:
+        """Whether others still hold the same rows."""
+        return any(other.alive and other.race == -entry.race for other in entry.run.entries)
+
+    def _drop(self, run: ChainRun, race: int, *, also: Entry | None = None) -> None:
+        """Forget the entries of one side of a race; `also` has been taken out of its queue."""
+        if also is not None:
+            left = also.rows - also.taken
+            self._admission.launched(run.ticket, also.step.place, left)
+        for entry in run.entries:
+            if entry.race == race and entry.alive:
+                if left := entry.waiting:
+                    self._admission.launched(run.ticket, entry.step.place, left)
+                self._waiting.discard(entry)
+
+
+def _own(piece: Piece) -> Piece:
+    """The piece with an entry that holds no other rows."""
+    if piece.count == piece.entry.rows:
+        return piece
+    entry = piece.entry.part(piece.start, piece.count)
+    entry.taken = entry.rows
+    entry.run.entries.append(entry)
+    return Piece(entry, 0, entry.rows)

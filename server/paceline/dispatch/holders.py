@@ -30,6 +30,8 @@ class Lane:
     ratio: float = 1.0
     batches: int = 0
     failures: int = 0
+    overdue: int = 0
+    """Batches it executes that take so long that they are tried elsewhere."""
     blocked_until_s: float = -inf
     rank: Rank | None = None
     """Its place among those that can start a batch, as `Holders` has it; None where it cannot."""
@@ -40,8 +42,8 @@ class Lane:
 
     @property
     def quarantined(self) -> bool:
-        """Whether its last batch failed in a way that says the lane is broken."""
-        return self.failures > 0
+        """Whether its last batch failed in a way that says the lane is broken, or does not end."""
+        return self.failures > 0 or self.overdue > 0
 
     @property
     def straggling(self) -> bool:
@@ -135,7 +137,7 @@ class Holders:
         for name in self.stale:
             machine, lane = self.lanes[name]
             self._take_away(lane)
-            if lane.failures:
+            if lane.quarantined:
                 self._quarantined[name] = None
             else:
                 self._quarantined.pop(name, None)

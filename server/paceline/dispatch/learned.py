@@ -14,6 +14,8 @@ from paceline.core.quantities import percentile
 
 WINDOW = 64
 MOST_LEARNED = 1024
+LEAST_SEEN = 40
+"""Batches with one outlier among them of which it is not the p95, nor two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,15 @@ class Learned:
             seen = self._seen[key] = _Seen(0, deque(maxlen=WINDOW))
         seen.count += 1
         seen.newest_s.append(took_s)
+
+    def p95_s(self, model: str, hardware: str, batch_size: int) -> float:
+        """What 95 of 100 of the newest batches took at most; 0 where few were seen, of which one
+        that hung would be the p95.
+        """
+        seen = self._seen.get((model, hardware, batch_size))
+        if seen is None or len(seen.newest_s) < LEAST_SEEN:
+            return 0.0
+        return percentile(seen.newest_s, 0.95)
 
     def all(self) -> tuple[LearnedDuration, ...]:
         """Everything known, by model, hardware and batch size."""

@@ -2,7 +2,7 @@
 
 A *lane* is one model on one machine: the unit that fails, is quarantined and is learned about.
 Invariants: a machine runs at most `slots` batches and of a model at most its instances; a lane in
-quarantine runs at most one batch, its probe, and only after its back-off.
+quarantine gets at most one batch, its probe, only after its back-off and when it executes nothing.
 
 Durations are learned per lane as the ratio of what batches took to what the profile says
 (exponentially weighted), so that a machine that is slower than its kind is expected to be; and
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
+from paceline.core.errors import ConfigError
 from paceline.dispatch.holders import Holders, Lane, Machine, Rank
 from paceline.dispatch.learned import Learned
 from paceline.dispatch.route import ModuleRoute
@@ -32,15 +33,34 @@ class HangLimits:
 
     Generous: durations depend on what is in a request, and a false alarm costs a reload. A model
     that was never profiled, because no chain uses it, has `unprofiled_s`.
+
+    Long before, a batch is overdue: after `overdue_factor` times as long as that p99, or as the p95
+    of what such batches took lately, but `overdue_least_s` at least. From then on its rows may be
+    tried on another machine as well, when no later attempt could be in time.
     """
 
     factor: float = 20.0
     least_s: float = 10.0
     unprofiled_s: float = 120.0
+    overdue_factor: float = 3.0
+    overdue_least_s: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.overdue_factor <= self.factor < inf:
+            raise ConfigError(
+                f"a batch cannot be overdue after {self.overdue_factor:g} and hang after "
+                f"{self.factor:g} times its p99: the first is 1 at least, the other not below it"
+            )
+        if not 0.0 < self.least_s < inf:
+            raise ConfigError(f"no batch can hang after {self.least_s:g} s")
 
     def of(self, slow_s: float) -> float:
         """The limit of a batch that hardly ever takes longer than `slow_s`."""
         return max(self.least_s, self.factor * slow_s)
+
+    def overdue_of(self, slow_s: float) -> float:
+        """After how long such a batch is overdue."""
+        return max(self.overdue_least_s, self.overdue_factor * slow_s)
 
 
 class MachinePool:
@@ -120,11 +140,11 @@ class MachinePool:
         free = holders.free(now_s)
         return [rank for rank in free if rank[2].identity not in but] if but else free
 
-    def others(self, model: str, but: frozenset[tuple[str, int]]) -> bool:
-        """Whether any machine holds `model` besides those identities."""
+    def others(self, model: str, but: frozenset[tuple[str, int]], *, sound: bool = False) -> bool:
+        """Whether any machine holds `model` besides those identities; `sound`: and works."""
         holders = self._holders.get(model)
         return holders is not None and any(
-            lane.instances > 0 and machine.identity not in but
+            lane.instances > 0 and machine.identity not in but and not (sound and lane.quarantined)
             for machine, lane in holders.lanes.values()
         )
 
@@ -172,8 +192,10 @@ class MachinePool:
 
     def started(
         self, machine: Machine, route: ModuleRoute, rows: int, batch: int, now_s: float
-    ) -> float:
-        """A batch went to a machine; returns after how long it counts as hanging."""
+    ) -> tuple[float, float]:
+        """A batch went to a machine; returns after how long it counts as hanging, and the least
+        after which it is overdue (`overdue_s`).
+        """
         lane = machine.lanes[route.model]
         lane.running += 1
         machine.busy += 1
@@ -181,13 +203,31 @@ class MachinePool:
         known = route.durations.get(machine.hardware)
         if known is None:
             machine.ends_s[batch] = now_s
-            return self._hang.unprofiled_s
-        machine.ends_s[batch] = now_s + known.at(rows) * lane.ratio
-        return self._hang.of(known.slow_at(rows) * max(1.0, lane.ratio))
+            return self._hang.unprofiled_s, inf
+        ratio = lane.ratio
+        machine.ends_s[batch] = now_s + known.at(rows) * ratio
+        slow_s = known.slow_at(rows) * (ratio if ratio > 1.0 else 1.0)
+        return self._hang.of(slow_s), self._hang.overdue_of(slow_s)
 
-    def ended(self, machine: Machine, model: str, batch: int) -> None:
+    def overdue_s(self, machine: Machine, route: ModuleRoute, rows: int) -> float:
+        """After how long a batch is overdue, by all that is known; inf without a profile."""
+        known = route.durations.get(machine.hardware)
+        if known is None:
+            return inf
+        slow_s = known.slow_at(rows) * max(1.0, machine.lanes[route.model].ratio)
+        lately_s = self.learned.p95_s(route.model, machine.hardware, rows)
+        return self._hang.overdue_of(max(slow_s, lately_s))
+
+    def overdue(self, machine: Machine, model: str) -> None:
+        """A batch of it is tried elsewhere: nothing more is sent there until it ends."""
+        machine.lanes[model].overdue += 1
+        self._changed(machine)
+
+    def ended(self, machine: Machine, model: str, batch: int, *, overdue: bool = False) -> None:
         """A batch came back, one way or the other."""
-        machine.lanes[model].running -= 1
+        lane = machine.lanes[model]
+        lane.running -= 1
+        lane.overdue -= overdue
         machine.busy -= 1
         del machine.ends_s[batch]
         self._changed(machine)
@@ -209,7 +249,7 @@ class MachinePool:
     def broke(self, machine: Machine, model: str, now_s: float) -> bool:
         """The lane lost or garbled a batch: quarantine it. True when that is news."""
         lane = machine.lanes[model]
-        news = not lane.quarantined
+        news = not lane.failures
         backoff_s = min(FIRST_BACKOFF_S * 2**lane.failures, LONGEST_BACKOFF_S)
         lane.failures = min(lane.failures + 1, 16)
         lane.blocked_until_s = now_s + backoff_s

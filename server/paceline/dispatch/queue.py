@@ -32,7 +32,8 @@ class Entry:
     """A request's rows for one module; batches take ranges of them, in order.
 
     `order` is unique; its last part is the index of the first row among the module's rows (above
-    0 for a retry of some). `latest_s` is when a launch would be too late.
+    0 for a retry of some). `latest_s` is when a launch would be too late. `race`: other entries, of
+    the opposite number, hold the same rows, and those count that are done first; 0 where none do.
     """
 
     run: ChainRun
@@ -48,6 +49,7 @@ class Entry:
     lot: int = 0
     taken: int = 0
     alive: bool = True
+    race: int = 0
 
     @property
     def priority(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paceline.core.errors import ErrorKind, Rejected, RequestError
 from paceline.core.request import Timeline
+from paceline.dispatch.batch import Batch
 from paceline.dispatch.events import Submit
 from paceline.dispatch.route import ModuleRoute
 
@@ -29,6 +30,17 @@ def queue_full(floor_s: float, limit: str = "queue size") -> Rejected:
     """
     message = f"Exceeds maximum {limit}"
     return Rejected(ErrorKind.QUEUE_FULL, message, retry_after_s=max(LEAST_RETRY_S, floor_s))
+
+
+def timed_out(batch: Batch, now_s: float, deadline_s: float) -> Rejected:
+    """The deadline of rows that a machine is executing has passed."""
+    route = batch.stage.route
+    return Rejected(
+        ErrorKind.DEADLINE,
+        f"Request timeout expired: module '{route.bound.name}' has been executing on "
+        f"{batch.machine.name} for {(now_s - batch.started_s) * 1e3:.1f} ms",
+        shortfall_s=max(0.0, now_s + route.floor_s - deadline_s),
+    )
 
 
 def never_entered(event: Submit, error: RequestError, now_s: float) -> Timeline:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from paceline.core.bind import BoundChain, BoundModule
+from paceline.core.bind import MOST_ROWS, BoundChain, BoundModule
 from paceline.core.chain import Chain
 from paceline.core.plan import Allocation, ChainPlan
 from paceline.core.profile import Durations
@@ -18,6 +18,8 @@ from paceline.dispatch.walk import Walk, walk_of
 
 MOST_WALKS = 64
 """Combinations of outputs of a chain that are kept compiled."""
+ROOM = 3.0
+"""How much longer than the p99 a second attempt may take and still be in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,15 @@ class ModuleRoute:
         """Profiled duration of a batch on the hardware where a row costs least; 0 if unknown."""
         return self.best.at(rows) if self.best is not None else 0.0
 
+    def again_s(self, rows: int) -> float:
+        """How long before their launch-by time rows are tried once more: room for what another
+        machine has just begun, or for a second straggler, and for what is beyond the plan.
+        """
+        if self.best is None:
+            return 0.0
+        beyond_s = self.floor_s - self.best.at(1) + self.best.at(rows) - self.tail_s
+        return ROOM * self.best.slow_at(rows) + max(0.0, beyond_s)
+
     def duration_s(self, hardware: str, rows: int) -> float | None:
         """Profiled duration of a batch; None where it was never measured."""
         known = self.durations.get(hardware)
@@ -86,7 +97,7 @@ class ChainRoute:
     modules: tuple[ModuleRoute, ...]
     policy: str = "pooled"
     max_requests: int = 4096
-    max_items: int = 4096
+    max_items: int = MOST_ROWS
     longest: ModuleRoute = field(init=False, repr=False, compare=False)
     """The module from which the least time to the chain's end is the greatest."""
     _walks: dict[tuple[str, ...], Walk] = field(init=False, repr=False, compare=False)

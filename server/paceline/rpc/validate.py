@@ -37,6 +37,7 @@ class Signature:
     required: tuple[str, ...]
     outputs: frozenset[str]
     max_batch_size: int
+    most_rows: int
     version: str
     """The one that answers when the client names none: the latest."""
     accepted: set[tuple[tuple[str, str, tuple[int, ...]], ...]] = field(
@@ -52,6 +53,7 @@ class Signature:
             tuple(spec.name for spec in bound.inputs if not spec.optional),
             frozenset(spec.name for spec in bound.outputs),
             bound.max_batch_size,
+            bound.most_rows,
             max(versions_of(bound), key=lambda version: (len(version), version)),
         )
 
@@ -139,9 +141,10 @@ def _check_batch_axis(signature: Signature, tensors: Sequence[Tensor], prefix: s
                 f"for '{signature.name}'"
             )
         rows = tensor.shape[0]
-    if rows > signature.max_batch_size:
+    # Triton's words, not its limit: what is larger than a batch is split (decision 36).
+    if rows > signature.most_rows:
         raise _error(
-            f"{prefix}inference request batch-size must be <= {signature.max_batch_size} "
+            f"{prefix}inference request batch-size must be <= {signature.most_rows} "
             f"for '{signature.name}'"
         )
     if tensors and rows < 1:

@@ -1,0 +1,72 @@
+"""Batches on their machines, each with the instant at which somebody has to look at it.
+
+A batch is looked at when the first deadline of its rows passes, and when it is overdue: when it has
+taken so much longer than is normal there that its rows are worth a second machine (decision 35).
+Invariant: a batch has one look ahead of it; looks of batches that have ended are forgotten when
+they are as many as the others.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from math import inf, nextafter
+
+from paceline.dispatch.batch import Batch
+from paceline.dispatch.collector import TIE_S
+
+_FEW = 64
+"""Looks that are not worth sorting out."""
+
+
+class Running:
+    """See the module docstring."""
+
+    __slots__ = ("_batches", "_looks")
+
+    def __init__(self) -> None:
+        self._batches: dict[int, Batch] = {}
+        self._looks: list[tuple[float, int]] = []
+
+    @property
+    def look_s(self) -> float:
+        """Not before this a batch has to be looked at; inf without any."""
+        return self._looks[0][0] if self._looks else inf
+
+    def all(self) -> Iterator[Batch]:
+        yield from self._batches.values()
+
+    def add(self, number: int, batch: Batch, look_s: float) -> None:
+        """A batch goes to its machine."""
+        self._batches[number] = batch
+        looks = self._looks
+        if len(looks) > _FEW and len(looks) > 2 * len(self._batches):
+            looks[:] = [look for look in looks if look[1] in self._batches]
+            heapq.heapify(looks)
+        heapq.heappush(looks, (look_s, number))
+
+    def replace(self, number: int, batch: Batch) -> None:
+        """Other rows of it count from now on."""
+        self._batches[number] = batch
+
+    def again(self, number: int, look_s: float) -> None:
+        """Look at it once more."""
+        heapq.heappush(self._looks, (look_s, number))
+
+    def pop(self, number: int) -> Batch:
+        """It came back."""
+        return self._batches.pop(number)
+
+    def due(self, now_s: float) -> list[tuple[float, int, Batch]]:
+        """Batches to be looked at now, and since when; their looks are over."""
+        looks, found = self._looks, []
+        while looks and looks[0][0] <= now_s:
+            at_s, number = heapq.heappop(looks)
+            if (batch := self._batches.get(number)) is not None:
+                found.append((at_s, number, batch))
+        return found
+
+
+def behind_s(deadline_s: float) -> float:
+    """When it has passed for sure: what ends at the deadline is in time."""
+    return max(deadline_s + TIE_S, nextafter(deadline_s, inf))
