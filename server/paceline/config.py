@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 LARGEST_BATCH = 65536
 """A larger batch size in a profile is a mistake in its column."""
 
+LEAST_DURATION_MS, MOST_DURATION_MS = 1e-3, 86_400_000.0
+"""A batch that takes less than a microsecond, or more than a day, is a mistake in its unit."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -145,9 +148,9 @@ def read_profiles(path: Path, prices: Collection[str] | None = None) -> Profiles
     where there is such a column (its cells may be empty).
 
     With `prices`, the hardware that has one: profiles on other hardware are of no use, which is
-    told once a kind. A batch that was measured faster than a smaller one is given that one's
-    duration, with a warning that says so: what is planned must not be faster than anything that
-    was measured.
+    told once a kind, and an error where there are no others. A batch that was measured faster than
+    a smaller one is given that one's duration, with a warning that says so: what is planned must
+    not be faster than anything that was measured.
     """
     rows: list[ProfileRow] = []
     seen: dict[tuple[str, str, int], int] = {}
@@ -155,7 +158,9 @@ def read_profiles(path: Path, prices: Collection[str] | None = None) -> Profiles
     for line, row in _read_csv(path, columns):
         where = f"{path.name}:{line}"
         batch_size = _number(row, "batch_size", where, minimum=1, maximum=LARGEST_BATCH, whole=True)
-        duration_ms = _number(row, "duration_ms", where)
+        duration_ms = _number(
+            row, "duration_ms", where, least=LEAST_DURATION_MS, maximum=MOST_DURATION_MS
+        )
         memory_mib = _number(row, "memory_mib", where, empty=0.0, minimum=0)
         p99_ms = _number(row, "p99_ms", where, empty=0.0, minimum=0) if "p99_ms" in row else 0.0
         if 0 < p99_ms < duration_ms:
@@ -175,7 +180,11 @@ def read_profiles(path: Path, prices: Collection[str] | None = None) -> Profiles
         seen[key] = line
         rows.append(ProfileRow(*key, duration_ms / 1e3, int(memory_mib * MIB), p99_ms / 1e3))
     if not rows:
-        raise ConfigError("no profile in this file", where=path.name)
+        raise ConfigError(
+            "no profile in this file: below the header comes a line for every model, hardware and "
+            "batch size, as `paceline profile` measures them",
+            where=f"{path.name}:2",
+        )
     if prices is not None:
         _tell_unpriced(rows, seen, path.name, prices)
     return Profiles(_monotone(rows, seen, path.name))
@@ -187,7 +196,15 @@ def _tell_unpriced(
     name: str,
     prices: Collection[str],
 ) -> None:
-    for hardware in sorted({row.hardware for row in rows} - set(prices)):
+    unpriced = sorted({row.hardware for row in rows} - set(prices))
+    if not any(row.hardware in prices for row in rows):
+        raise ConfigError(
+            f"no hardware of this file has a price, neither {' nor '.join(map(repr, unpriced))}; "
+            f"give it one or write one of {', '.join(sorted(prices))}",
+            key="hardware",
+            where=f"{name}:{min(lines.values())}",
+        )
+    for hardware in unpriced:
         own = [lines[r.model, r.hardware, r.batch_size] for r in rows if r.hardware == hardware]
         logger.warning(
             "%s:%d: hardware: %r has no price, so nothing is planned on it (%d lines); give it one "
@@ -259,7 +276,10 @@ def read_hardware(path: Path) -> dict[str, Hardware]:
         memory_mib = _number(row, "memory_mib", where, empty=0.0, minimum=0)
         found[name] = Hardware(name, price, int(memory_mib * MIB))
     if not found:
-        raise ConfigError("no hardware in this file", where=path.name)
+        raise ConfigError(
+            "no hardware in this file: below the header comes a line for every kind, with a price",
+            where=f"{path.name}:2",
+        )
     return found
 
 
@@ -352,6 +372,7 @@ def _number(
     *,
     minimum: float | None = None,
     maximum: float = inf,
+    least: float = 0.0,
     empty: float | None = None,
     whole: bool = False,
 ) -> float:
@@ -368,8 +389,10 @@ def _number(
     if low or not isfinite(value):
         bound = f"at least {minimum:g}" if minimum is not None else "above 0"
         raise ConfigError(f"must be {bound}, got {text}", key=column, where=where)
+    if value < least:
+        raise ConfigError(f"must be at least {least:g}, got {text}", key=column, where=where)
     if value > maximum:
-        raise ConfigError(f"must be at most {maximum:g}, got {text}", key=column, where=where)
+        raise ConfigError(f"must be at most {maximum:.12g}, got {text}", key=column, where=where)
     if whole and value != int(value):
         raise ConfigError(f"{text!r} is not a whole number", key=column, where=where)
     return value

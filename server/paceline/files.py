@@ -68,6 +68,8 @@ def first_error(
             message = f"unknown key; expected one of {known}"
         case "too_short":
             message = "needs at least one entry"
+        case "dict_type" if finding["input"] is None:
+            message = "is empty; needs at least one entry"
         case _:
             text = finding["msg"]
             message = f"{text[0].lower()}{text[1:]}, got {_short(finding['input'])}"

@@ -9,7 +9,7 @@ from time import perf_counter
 
 from paceline.config import read_chains, read_hardware, read_profiles
 from paceline.core.chain import Chain, Dispatch
-from paceline.core.errors import ConfigError
+from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, Profiles
 from paceline.core.runs import merge, runs_of
@@ -19,8 +19,11 @@ from paceline.planner.solve import solve
 from paceline.sim.headroom import Headroom, Verification
 from paceline.sim.search import Progress, verified
 
-MOST_RPS = 1e7
-"""A higher rate is a mistake in its unit."""
+LEAST_RPS, MOST_RPS = 1e-5, 1e7
+"""A lower rate (about one request a day) or a higher one is a mistake in its unit."""
+
+MOST_SLO_MS = 86_400_000.0
+"""A day: a longer objective is a mistake in its unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +73,17 @@ def read_demand(
                 f"no hardware {name!r}; {hardware.name} has {', '.join(sorted(prices))}",
                 key="--limit",
             )
+    if options.machine_limits and options.billing != "machine":
+        raise ConfigError(
+            "whole machines can be limited, parts of them not: add --billing machine, or leave "
+            "the limit out",
+            key="--limit",
+        )
     demands: list[PlannedChain] = []
     declared: list[Chain] = []
-    for chain in read_chains(paths):
-        changed = replace(
-            chain,
-            slo_s=chain.slo_s if slo_ms is None else slo_ms / 1e3,
-            dispatch=dispatch or chain.dispatch,
-        )
+    for read in read_chains(paths):
+        chain = _with_slo(read, slo_ms)
+        changed = replace(chain, dispatch=dispatch or chain.dispatch)
         rate = rate_rps if rate_rps is not None else chain.rate_rps
         if rate is None:
             rate = assumed_rps(chain.name)
@@ -87,9 +93,12 @@ def read_demand(
                 key="rate_rps",
                 where=chain.where("rate_rps"),
             )
-        if not 0 < rate <= MOST_RPS:
+        if not LEAST_RPS <= rate <= MOST_RPS:
+            least = f"above 0 and at most {MOST_RPS:.0f} requests/s"
+            if 0 < rate < LEAST_RPS:
+                least = f"at least {LEAST_RPS:g} requests/s (about one a day)"
             raise ConfigError(
-                f"must be above 0 and at most {MOST_RPS:.0f} requests/s, got {rate:g}",
+                f"must be {least}, got {rate:g}",
                 key="rate_rps",
                 where=chain.where("rate_rps") if rate_rps is None else f"chain {chain.name}",
             )
@@ -104,6 +113,20 @@ def read_demand(
     memory = {name: kind.memory_bytes for name, kind in prices.items() if kind.memory_bytes}
     used = replace(options, memory_bytes=memory)
     return Demand(tuple(declared), tuple(demands), used, measured, prices)
+
+
+def _with_slo(chain: Chain, slo_ms: float | None) -> Chain:
+    """With this objective instead of the declared one, if any. Raises ConfigError."""
+    given_ms = chain.slo_s * 1e3 if slo_ms is None else slo_ms
+    if not 0 < given_ms <= MOST_SLO_MS:
+        raise ConfigError(
+            f"slo_ms must be above 0 and at most {MOST_SLO_MS:.0f} (a day), got {given_ms:g}",
+            where=chain.where("slo_ms") if slo_ms is None else "--slo-ms",
+        )
+    if slo_ms is None:
+        return chain
+    # What is told of the objective is told of the option.
+    return replace(chain, slo_s=slo_ms / 1e3, places={**chain.places, "slo_ms": "--slo-ms"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +167,26 @@ def plan_offline(
     verification: Verification | None = None,
     progress: Progress = lambda subject, detail: None,
 ) -> Offline:
-    """Plan, and verify if asked to. Raises ConfigError and PlanError."""
+    """Plan, and verify if asked to. Raises ConfigError, and PlanError with file and line."""
+    try:
+        return _planned(wanted, verification, progress)
+    except PlanError as error:
+        raise _placed(error, wanted.declared) from None
+
+
+def _placed(error: PlanError, chains: Sequence[Chain]) -> PlanError:
+    chain = next((chain for chain in chains if chain.name == error.chain), None)
+    if chain is None:
+        return error
+    return PlanError(
+        f"{chain.where(error.key)}: {error}",
+        chain=error.chain,
+        module=error.module,
+        lacking_s=error.lacking_s,
+    )
+
+
+def _planned(wanted: Demand, verification: Verification | None, progress: Progress) -> Offline:
     started = perf_counter()
     plan = solve(wanted.chains, wanted.options)
     plan = replace(plan, solve_s=perf_counter() - started)
@@ -169,5 +211,9 @@ def limits(texts: Sequence[str]) -> dict[str, int]:
         name, equals, count = text.partition("=")
         if not name or not equals or not count.isdecimal():
             raise ConfigError(f"{text!r} is not HARDWARE=NUMBER", key="--limit")
+        if name in found:
+            raise ConfigError(
+                f"{name!r} is given twice ({found[name]}, {count}); give one", key="--limit"
+            )
         found[name] = int(count)
     return found

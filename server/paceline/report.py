@@ -23,13 +23,25 @@ def plan_report(plan: Plan, *, priced: bool = True) -> RenderableType:
     total = f"cost {plan.cost_per_hour:.4g} {unit}; no plan can cost less than "
     parts.append(
         Text(
-            f"{total}{plan.lower_bound_per_hour:.4g} (gap {plan.gap:.1%}); policy {plan.policy}, "
-            f"{plan.billing} billing, planned in {plan.solve_s * 1e3:.1f} ms"
+            f"{total}{plan.lower_bound_per_hour:.4g} (gap {_share(plan.gap)}); "
+            f"policy {plan.policy}{_made_by(plan)}, {plan.billing} billing, "
+            f"planned in {plan.solve_s * 1e3:.1f} ms"
         )
     )
     if plan.attainment is not None:
         parts += [Text(line) for line in _attainment_lines(plan, plan.attainment)]
     return Group(*parts)
+
+
+def _share(share: float) -> str:
+    """A percentage to a tenth; what rounds to nothing has no sign."""
+    return f"{round(share, 3) + 0.0:.1%}"
+
+
+def _made_by(plan: Plan) -> str:
+    """By which other policies chains are planned, as these are cheaper once verified."""
+    made = sorted({c.policy for c in plan.attainment.chains if c.policy}) if plan.attainment else []
+    return f" (once verified the cheapest: {' and '.join(made)})" if made else ""
 
 
 def _attainment_lines(plan: Plan, found: Attainment) -> list[str]:

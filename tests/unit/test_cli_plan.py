@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from paceline.advice import FEW_CHAINS, LONGER, Cheaper, cheaper_slo, curves
 from paceline.cli import app
 from paceline.core.errors import ConfigError, PlanError
+from paceline.core.plan import Attainment, ChainAttainment
 from paceline.planner.problem import Options
 from paceline.planner.solve import POLICIES, solve
 from paceline.planning import Offline, limits, plan_offline, read_demand
+from paceline.report import plan_report
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHAIN = EXAMPLES / "planning/traffic.yaml"
@@ -229,8 +233,16 @@ def test_an_objective_that_nothing_keeps_says_which_module_lacks_how_many_ms() -
         (("--limit", "t4"), "--limit: 't4' is not HARDWARE=NUMBER"),
         (("--limit", "abacus=3"), "--limit: no hardware 'abacus'; hardware.csv has a100-40"),
         (("--rate-rps", "0"), "chain traffic: rate_rps: must be above 0"),
+        (
+            ("--rate-rps", "1e-300"),
+            "must be at least 1e-05 requests/s (about one a day), got 1e-30",
+        ),
         (("--rate-rps", "1e12"), "must be above 0 and at most 10000000 requests/s, got 1e+12"),
         (("--slo-ms", "-1"), "slo_ms"),
+        (("--slo-ms", "0"), "--slo-ms: slo_ms must be above 0 and at most 86400000 (a day), got 0"),
+        (("--slo-ms", "1e300"), "--slo-ms: slo_ms must be above 0 and at most 86400000 (a day)"),
+        (("--limit", "t4=3"), "--limit: whole machines can be limited, parts of them not: add --"),
+        (("--limit", "t4=1", "--limit", "t4=2"), "--limit: 't4' is given twice (1, 2); give one"),
         (("--plot", "cost.txt"), "--plot: 'cost.txt' must end in .png or .svg"),
         (("--plot", "no/such/cost.png"), "--plot: there is no folder 'no/such'; make it first"),
         (
@@ -253,6 +265,8 @@ def test_bad_input_is_one_line_that_says_what_to_write(
     ("changed", "old", "new", "message"),
     [
         ("t.yaml", "rate_rps: 200", "rate_rps: 1e12", "t.yaml:7: rate_rps: must be above 0 and at"),
+        ("t.yaml", "rate_rps: 200", "rate_rps: 1e-9", "t.yaml:7: rate_rps: must be at least 1e-05"),
+        ("t.yaml", "slo_ms: 400", "slo_ms: 1e300", "t.yaml:5: slo_ms must be above 0 and at most"),
         ("t.yaml", "rate_rps: 200\n", "", "t.yaml:1: rate_rps: chain 'traffic' declares none"),
         ("t.yaml", "ssd320", "ssd999", "t.yaml:12: modules.detect.model: no profile of model"),
         ("h.csv", "t4,0.526", "t4,-1", "h.csv:2: price_per_hour: must be above 0, got -1"),
@@ -271,6 +285,68 @@ def test_a_mistake_in_a_file_is_one_line_with_its_place(
         read_demand([tmp_path / "t.yaml"], tmp_path / "p.csv", tmp_path / "h.csv", Options())
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("policy", ["optimal", "clipper"])
+def test_an_objective_that_is_too_short_is_told_with_its_place_and_what_to_do(
+    policy: str, tmp_path: Path
+) -> None:
+    (tmp_path / "one.yaml").write_text(ONE.replace("400", "0.5"), encoding="utf-8")
+    with pytest.raises(
+        PlanError, match=r"^one\.yaml:2: chain 'one'.* more than.*; raise slo_ms, or "
+    ):
+        offline([tmp_path / "one.yaml"], Options(policy=policy))
+    with pytest.raises(PlanError, match=r"^--slo-ms: chain 'one'.*; raise slo_ms, or "):
+        offline([tmp_path / "one.yaml"], Options(policy=policy), slo_ms=0.25)
+
+
+@pytest.mark.parametrize("policy", ["optimal", "nexus"])
+def test_a_model_that_fits_into_no_machine_is_named_with_what_it_needs(
+    policy: str, tmp_path: Path
+) -> None:
+    (tmp_path / "one.yaml").write_text(ONE, encoding="utf-8")
+    columns = "model,hardware,batch_size,duration_ms,memory_mib\n"
+    model = "resnet50-v1-5-tensorflow-mixed-fp16"
+    (tmp_path / "p.csv").write_text(f"{columns}{model},gpu,1,10,100.5\n", encoding="utf-8")
+    (tmp_path / "h.csv").write_text(
+        "hardware,price_per_hour,memory_mib\ngpu,1,50\n", encoding="utf-8"
+    )
+    files = (tmp_path / "p.csv", tmp_path / "h.csv")
+    options = Options(policy=policy, billing="machine")
+    with pytest.raises(PlanError) as raised:
+        plan_offline(read_demand([tmp_path / "one.yaml"], *files, options))
+    assert str(raised.value) == (
+        "one.yaml:6: module a of chain 'one' needs 101 MiB on gpu, which has 50 MiB; give it "
+        "hardware with more memory, or a smaller model"
+    )
+
+
+def test_profiles_on_hardware_without_any_price_are_one_error_and_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = "model,hardware,batch_size,duration_ms,memory_mib\n"
+    (tmp_path / "p.csv").write_text(f"{columns}m,abacus,1,10,\n", encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"^p\.csv:2: hardware: no hardware of this file has a pri"
+    ):
+        read_demand([CHAIN], tmp_path / "p.csv", HARDWARE, Options())
+    assert not caplog.records
+
+
+def test_a_plan_tells_which_policy_made_it_and_no_gap_below_nothing() -> None:
+    made = offline([CHAIN]).plan
+    bound = made.cost_per_hour * (1 + 1e-12)
+    attained = ChainAttainment("traffic", "poisson", 0.99, 0.995, 0.991, 10_000, policy="nexus")
+    shown = replace(
+        made,
+        lower_bound_per_hour=bound,
+        attainment=Attainment((attained,), 0.95, made.cost_per_hour),
+    )
+    out = StringIO()
+    Console(file=out, width=200).print(plan_report(shown))
+    text = out.getvalue()
+    assert "gap 0.0%" in text
+    assert "policy optimal (once verified the cheapest: nexus), fractional billing" in text
 
 
 def test_profiles_on_hardware_without_a_price_are_told_once_with_their_first_line(

@@ -95,6 +95,11 @@ def test_binding_slices_the_fanned_out_tensor_and_gathers_the_output() -> None:
         ("inputs.image}", "recognize.text}", "modules wait for each other: "),
         ("text: recognize.text", "text: read.text", "ocr.yaml:16: outputs.text: unknown module"),
         ("slo_ms: 800", "slo_ms: [", "not valid YAML"),
+        (
+            "inputs:\n  image: {dtype: UINT8, shape: [-1, -1, 3]}",
+            "inputs:",
+            "ocr.yaml:4: inputs: is empt",
+        ),
         ("slo_ms: 800", "slo_ms: 800\nslo_ms: 900", "not valid YAML: found duplicate key"),
         ("chain: ocr", "chain: o/cr", "ocr.yaml:1: chain: 'o/cr' is not a name"),
     ],
@@ -155,8 +160,10 @@ PROFILES = "model,hardware,batch_size,duration_ms,memory_mib\n"
     ("text", "message"),
     [
         ("model,hardware,batch_size\n", "p.csv:1: column 'duration_ms' is missing"),
-        (PROFILES, "p.csv: no profile in this file"),
+        (PROFILES, "p.csv:2: no profile in this file: below the header comes a line for every"),
         (PROFILES + "m,gpu,2,0,\n", "p.csv:2: duration_ms: must be above 0, got 0"),
+        (PROFILES + "m,gpu,2,1e-300,\n", "p.csv:2: duration_ms: must be at least 0.001, got 1e-"),
+        (PROFILES + "m,gpu,2,1e300,\n", "duration_ms: must be at most 86400000, got 1e300"),
         (PROFILES + "m,gpu,2.5,1,\n", "p.csv:2: batch_size: '2.5' is not a whole number"),
         (PROFILES + "m,gpu,2,nan,\n", "p.csv:2: duration_ms: must be above 0, got nan"),
         (PROFILES + "m,gpu,inf,1,\n", "p.csv:2: batch_size: must be at least 1, got inf"),

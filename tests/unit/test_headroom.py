@@ -20,7 +20,7 @@ from paceline.planner.solve import POLICIES, solve
 from paceline.sim.evidence import LEAST_OBJECTIVES
 from paceline.sim.headroom import Arrivals, Headroom, Verification, plan_with
 from paceline.sim.results import ChainResult
-from paceline.sim.search import SHARES, verified
+from paceline.sim.search import RATE_STEP, RATE_STEPS, SHARES, verified
 from paceline.sim.verify import simulate
 
 M3 = ((2, 0.1), (8, 0.25), (32, 0.8))
@@ -173,17 +173,44 @@ def test_too_few_requests_to_show_a_target_are_an_error_that_says_how_many_it_ta
         verify({198.0: one()}, how=replace(QUICK, requests=100))
 
 
-def test_a_target_that_no_headroom_attains_is_an_error_that_names_the_chain() -> None:
-    # Half of the requests have a second item: it waits for the rest of the machine's time that
-    # others own, and 1,007 times the machines of one request in 10,000 s are a tenth of one.
+def test_a_target_that_no_headroom_attains_is_an_error_that_names_the_chain(
+    tmp_path: Path,
+) -> None:
+    # All come at once, and the plan for 1,007 times their mean rate has no machine for each.
+    trace = tmp_path / "burst.csv"
+    trace.write_text("arrival_s\n" + "0\n" * 600 + "1e6\n" * 600)
+    how = replace(QUICK, arrivals=Arrivals(trace=trace))
+    with pytest.raises(
+        PlanError, match=r"'m3' does not attain 0.97 under burst.csv arrivals, not.* come at once"
+    ):
+        verify({0.0012: one(slo_s=0.11)}, how=how)
+
+
+def test_a_rate_of_a_few_requests_a_day_is_planned_for_as_much_of_a_machine_as_one_needs() -> None:
+    """Half of the requests have a second item, which waits for the rest of the machine's time that
+    others own: 1,007 times the machines of one request in 10,000 s are a tenth of one, too few.
+    """
     chain = replace(
         one(slo_s=0.11),
         modules=(
             Module("m3", "m3", {"x": Source(None, "x")}, for_each=Source(None, "x"), fan_out=1.5),
         ),
     )
-    with pytest.raises(PlanError, match=r"'m3' does not attain 0.97 under poisson arrivals, not"):
-        verify({0.0001: chain}, how=replace(QUICK, requests=400))
+    tried: list[str] = []
+    base = solve([demanded(chain, 0.0001)], FRACTIONAL)
+    plan, headroom = verified(
+        [chain],
+        [demanded(chain, 0.0001)],
+        FRACTIONAL,
+        PROFILES,
+        replace(QUICK, requests=400),
+        base,
+        progress=lambda subject, detail: tried.append(detail),
+    )
+    assert headroom["m3"].rate_factor > RATE_STEP**RATE_STEPS
+    assert plan.attainment is not None and plan.attainment.chains[0].at_least >= 0.97
+    assert plan.cost_per_hour >= 0.5, "nearly a machine, of which it uses next to nothing"
+    assert not any("planned by" in detail for detail in tried), "all policies plan the same"
 
 
 def test_misses_that_come_together_count_as_fewer_requests() -> None:

@@ -177,7 +177,8 @@ def test_an_infeasible_chain_names_the_slowest_path_and_the_module_with_the_larg
         solve([ocr])
     assert str(raised.value) == (
         "chain 'ocr' needs at least 912 ms, 112 ms more than its slo_ms 800; "
-        "slowest path detect 400 ms -> recognize 512 ms; largest share: recognize"
+        "slowest path detect 400 ms -> recognize 512 ms; largest share: recognize; "
+        "raise slo_ms, or take a faster model or faster hardware"
     )
     assert (raised.value.chain, raised.value.module) == ("ocr", "recognize")
     assert raised.value.lacking_s == pytest.approx(0.112)

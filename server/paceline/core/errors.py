@@ -42,11 +42,21 @@ class BudgetError(ConfigError):
 
 
 class PlanError(PacelineError):
-    """No plan meets the objective; says which module of which chain lacks how many seconds."""
+    """No plan meets the objective; says which module of which chain lacks how many seconds.
+
+    `key` is what the chain's file says that is too little or too much.
+    """
 
     def __init__(
-        self, message: str, *, chain: str = "", module: str = "", lacking_s: float = 0.0
+        self,
+        message: str,
+        *,
+        chain: str = "",
+        module: str = "",
+        lacking_s: float = 0.0,
+        key: str = "slo_ms",
     ) -> None:
+        self.key = key
         self.chain = chain
         self.module = module
         self.lacking_s = lacking_s

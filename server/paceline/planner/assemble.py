@@ -30,7 +30,8 @@ def infeasible(chain: PlannedChain, graph: Graph, least_s: Sequence[float]) -> P
     lacking_s = needed_s - chain.slo_s
     return PlanError(
         f"chain {chain.name!r} needs at least {_ms(needed_s)} ms, {_ms(lacking_s)} ms more than "
-        f"its slo_ms {_ms(chain.slo_s)}; slowest path {steps}; largest share: {name}",
+        f"its slo_ms {_ms(chain.slo_s)}; slowest path {steps}; largest share: {name}; "
+        "raise slo_ms, or take a faster model or faster hardware",
         chain=chain.name,
         module=name,
         lacking_s=lacking_s,

@@ -96,7 +96,7 @@ def whole_machines(chains: Sequence[PlannedChain], options: Options) -> Plan:
             break
         for name in scarce:
             factors[name] *= 1.5
-    raise short_of(kinds)
+    raise short_of(kinds, chains)
 
 
 def _fractional(chain: PlannedChain, frontiers: Sequence[Frontier]) -> Optimum:

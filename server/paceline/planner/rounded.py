@@ -44,7 +44,7 @@ def rounded(
     if all(count <= kinds[name].limit for name, count in used.items()):
         packing = pack([s.load() for s in served if s.rest_rps], kinds, used)
     if packing is None:
-        raise short_of(kinds)
+        raise short_of(kinds, chains)
     return assembled(chains, served, packing, kinds, options.policy)
 
 

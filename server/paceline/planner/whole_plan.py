@@ -19,6 +19,8 @@ from paceline.planner.frontier import Frontier
 from paceline.planner.pack import Machine, Packing, Shared
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
 
+MIB = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Full:
@@ -88,13 +90,35 @@ def full_machines(served: Sequence[Served]) -> dict[str, int]:
     return used
 
 
-def short_of(kinds: Mapping[str, Machine]) -> PlanError:
+def short_of(kinds: Mapping[str, Machine], chains: Sequence[PlannedChain]) -> PlanError:
     """What to say where limits or memory leave no plan."""
+    for chain in chains:
+        for module in chain.modules:
+            if text := _too_large(module, kinds):
+                return PlanError(
+                    f"module {module.name} of chain {chain.name!r} needs {text}; give it hardware "
+                    "with more memory, or a smaller model",
+                    chain=chain.name,
+                    key=f"modules.{module.name}.model",
+                )
     limits = ", ".join(f"{k.limit:g} x {n}" for n, k in sorted(kinds.items()) if k.limit < inf)
     return PlanError(
         f"the machines do not suffice ({limits or 'memory'}): allow more of them, a lower rate or "
         "a longer slo_ms"
     )
+
+
+def _too_large(module: PlannedModule, kinds: Mapping[str, Machine]) -> str:
+    """What the module needs and what there is, where it fits into no machine that may be used."""
+    told: list[str] = []
+    for name in sorted({c.hardware for c in module.configurations}):
+        kind, needed_bytes = kinds[name], module.memory_bytes.get(name, 0)
+        if kind.limit >= 1 and not 0 < kind.memory_bytes < needed_bytes:
+            return ""
+        if kind.limit >= 1:
+            needed, there = -(-needed_bytes // MIB), kind.memory_bytes // MIB
+            told.append(f"{needed} MiB on {name}, which has {there} MiB")
+    return " and ".join(told)
 
 
 def assembled(

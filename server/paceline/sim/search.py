@@ -34,6 +34,9 @@ RATE_STEPS = 280
 """A chain that misses its target at 1,007 times its rate misses it for another reason: of some a
 hundredth of a machine keeps up with the rate, and a request whose items come together takes some
 whole ones."""
+LOW_RPS = 1.0
+"""Below, the steps go on to what they come to from here (`most_steps`): of a rate so low the
+smallest part of a machine keeps up, but others own the machine for longer than an objective."""
 SLO_FACTORS = ((0.8,), (0.9, 1.0), (0.7, 0.6, 0.5))
 """First what is the cheapest most often; from there each way, as long as it gets cheaper."""
 FACTORS = tuple(factor for way in SLO_FACTORS for factor in way)
@@ -127,8 +130,10 @@ def _cheapest(searches: Sequence[_Search]) -> Found:
     """
     best: Found | None = None
     refusal: PlanError | ConfigError | None = None
-    limit, below = inf, RATE_STEPS + 1
+    limit, below = inf, searches[0].steps + 1
     for search in searches:
+        if best is not None and search.plans_as(searches[0], best[0]):
+            continue
         try:
             found = search.run(limit, below)
         except (PlanError, ConfigError) as error:
@@ -177,13 +182,32 @@ class _Search:
         self._base = base
         self._plans: dict[tuple[int, float], Plan | None] = {}
         self._enough: dict[tuple[int, float], bool] = {}
+        self._least_rps = min(demand.rate_rps for demand in demands)
+        self.steps = most_steps(self._least_rps)
+        """The most that are tried."""
+        self.found: tuple[int, float] | None = None
+        """The headroom that was confirmed."""
+
+    def plans_as(self, other: _Search, best: Plan) -> bool:
+        """Whether, of a low rate, this policy rents what the other one's verified plan does: it has
+        to be as sure of it, or surer, and hardly finds anything cheaper. Where no batch fills, all
+        policies plan the same.
+        """
+        if self is other or self._least_rps >= LOW_RPS or other.found is None:
+            return False
+        given = Headroom(RATE_STEP ** other.found[0], other.found[1], self._policy)
+        headroom = {demand.name: given for demand in self._demands}
+        try:
+            return _machines(plan_with(self._demands, self._options, headroom)) == _machines(best)
+        except PlanError:
+            return False
 
     def steps_below(self, limit: float) -> int:
         """With so many steps, or more, the optimum's plan costs `limit` or more: it never gets
         cheaper for a higher rate, as it may be served as a part of one (dummy requests).
         """
         cost = self._cost_for_all
-        return bisect_left(range(RATE_STEPS + 1), limit, key=lambda step: cost((step, 1.0)))
+        return bisect_left(range(self.steps + 1), limit, key=lambda step: cost((step, 1.0)))
 
     def run(self, limit: float, below: int) -> Found | None:
         """The cheapest verified plan; None if it would cost `limit` or more, as every plan with
@@ -195,7 +219,7 @@ class _Search:
         if not self._can_cost_less(limit, range(below), FACTORS):
             return None
         found = self._cheapest()
-        tried = RATE_STEPS
+        tried = self.steps
         for attempt in range(CONFIRMATIONS):
             if found is None:
                 break
@@ -215,6 +239,7 @@ class _Search:
                 short = refuted.chains | {c.chain for c in shown if c.at_least < c.target}
                 if not short:
                     cheaper = plan.cost_per_hour < limit
+                    self.found = found
                     return (plan, self._headroom(found), shown) if cheaper else None
                 if not short <= self._needing:
                     self._need(short)
@@ -223,7 +248,7 @@ class _Search:
                 steps = _further(max(result.chain(n).requests / len(instants[n]) for n in short))
                 steps <<= max(0, attempt + 1 - PATIENCE)
             tried, found = found[0], (found[0] + steps, found[1])
-            if found[0] > RATE_STEPS:
+            if found[0] > self.steps:
                 break
         raise self._unreachable(tried)
 
@@ -283,9 +308,9 @@ class _Search:
         """Steps that do not pass (-1: none was tried) and more steps that do (None: none do)."""
         low, step = -1, 0
         while not self._passes((step, factor)):
-            if step >= RATE_STEPS:
+            if step >= self.steps:
                 return low, None
-            low, step = step, min(RATE_STEPS, max(2, 2 * step))
+            low, step = step, min(self.steps, max(2, 2 * step))
         return low, step
 
     def _below(self, high: int, factor: float) -> tuple[int, int]:
@@ -408,12 +433,32 @@ class _Search:
 
     def _unreachable(self, steps: int) -> PlanError:
         chain = min(self._judged, key=lambda c: (c.name not in self._needing, c.name))
+        cause = ": too many requests or items come at once" if steps >= self.steps else ""
         return PlanError(
             f"chain {chain.name!r} does not attain {chain.attainment:.6g} under "
             f"{self._arrivals.of(chain)} arrivals, not even planned for "
-            f"{RATE_STEP**steps:.3g} times its rate; relax slo_ms or attainment",
+            f"{RATE_STEP**steps:.3g} times its rate{cause}; relax slo_ms or attainment",
             chain=chain.name,
         )
+
+
+def _machines(plan: Plan) -> list[tuple[str, str, int, str]]:
+    """What a plan rents, in order, to six digits."""
+    return [
+        (module.module, part.hardware, part.batch_size, f"{part.machines:.6g}")
+        for chain in plan.chains
+        for module in chain.modules
+        for part in module.allocations
+    ]
+
+
+def most_steps(rate_rps: float) -> int:
+    """The most steps that a rate is raised by: to 1,007 times itself, or 1,007 requests/s.
+
+    >>> most_steps(3.0), most_steps(0.5), most_steps(1e-5)
+    (280, 309, 747)
+    """
+    return RATE_STEPS + max(0, ceil(log(LOW_RPS / rate_rps) / log(RATE_STEP)))
 
 
 def _further(share: float) -> int:

@@ -24,7 +24,8 @@ def clipper(chain: PlannedChain, options: Options) -> list[Schedule]:
         if lacking_s > TOLERANCE:
             raise PlanError(
                 f"chain {chain.name!r}: module {module.name} needs {lacking_s * 1e3:.3g} ms more "
-                f"than its even share of {share_s * 1e3:.3g} ms",
+                f"than its even share of {share_s * 1e3:.3g} ms; raise slo_ms, or take a policy "
+                "that splits it otherwise",
                 chain=chain.name,
                 module=module.name,
                 lacking_s=lacking_s * length,
