@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import floor
+from dataclasses import dataclass
+from math import ceil, floor
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -11,14 +13,15 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from paceline.core.plan import Attainment, ChainPlan, ModulePlan, PackedMachine, Plan
+from paceline.core.plan import Allocation, Attainment, ChainPlan, ModulePlan, PackedMachine, Plan
 
 
 def plan_report(plan: Plan, *, priced: bool = True) -> RenderableType:
-    """One table per chain, the machines that are shared, then the total beside the lower bound."""
-    parts: list[RenderableType] = [_chain_table(chain) for chain in plan.chains]
-    if shared := [m for m in plan.machines if len(m.shares) > 1]:
-        parts.append(_machines_table(shared))
+    """One table per chain, the whole machines, then the total beside the lower bound."""
+    busy = _Busy.of(plan.machines)
+    parts: list[RenderableType] = [_chain_table(chain, busy) for chain in plan.chains]
+    if plan.machines:
+        parts += [_machines_table(plan.machines), Text(_idle_line(plan))]
     unit = "per hour" if priced else "machines (no prices declared: every machine counts 1)"
     total = f"cost {plan.cost_per_hour:.4g} {unit}; no plan can cost less than "
     parts.append(
@@ -70,25 +73,87 @@ def _attainment_lines(plan: Plan, found: Attainment) -> list[str]:
     return lines
 
 
+def _idle_line(plan: Plan) -> str:
+    """What the machines cost that modules have, and the rest of them."""
+    kinds = Counter(machine.hardware for machine in plan.machines)
+    had = sum(chain.cost_per_hour for chain in plan.chains)
+    rented = ", ".join(f"{count} x {hardware}" for hardware, count in sorted(kinds.items()))
+    return (
+        f"{rented}: {had:.4g} per hour for modules + {max(0.0, plan.cost_per_hour - had):.4g} idle"
+    )
+
+
 def _machines_table(machines: Sequence[PackedMachine]) -> Table:
+    """All of them, those that run the same counted together; costs add up to the plan's."""
     table = _table(
-        "shared machines",
+        "own and shared machines",
+        *_right("machines"),
         ("hardware", "left"),
-        ("cycle ms", "right"),
-        ("busy", "right"),
+        *_right("price/h", "cost/h", "busy", "memory MiB", "cycle ms"),
         ("runs", "left"),
     )
+    alike: dict[tuple[str | float, ...], list[PackedMachine]] = {}
     for machine in machines:
+        alike.setdefault((machine.hardware, machine.price_per_hour, *_order(machine)), []).append(
+            machine
+        )
+    for group in alike.values():
+        first, count = group[0], len(group)
+        cycle, runs = _order(first)
+        memory_bytes = max(machine.memory_bytes for machine in group)
         table.add_row(
-            machine.hardware,
-            f"{cycle_s * 1e3:.1f}" if (cycle_s := machine.shares[0].cycle_s) else "by urgency",
-            f"{sum(share.utilisation for share in machine.shares):.0%}",
-            ", ".join(f"{s.chain}.{s.module} b{s.batch_size}" for s in machine.shares),
+            str(count),
+            first.hardware,
+            f"{first.price_per_hour:.3g}",
+            f"{first.price_per_hour * count:.4g}",
+            f"{sum(machine.utilisation for machine in group) / count:.0%}",
+            f"{memory_bytes / (1 << 20):.0f}" if memory_bytes else "-",
+            cycle,
+            runs,
         )
     return table
 
 
-def _chain_table(chain: ChainPlan) -> Table:
+def _order(machine: PackedMachine) -> tuple[str, str]:
+    """Its duty cycle, and what it runs."""
+    runs = ", ".join(f"{s.chain}.{s.module} b{s.batch_size}" for s in machine.shares)
+    if cycle_s := machine.shares[0].cycle_s:
+        return f"{cycle_s * 1e3:.1f}", runs
+    return ("by urgency" if len(machine.shares) > 1 else ""), runs
+
+
+@dataclass(slots=True)
+class _Busy:
+    """How busy the whole machines are that a module's allocations run on, handed out in the order
+    of the plan; `left` by chain, module, hardware and batch size.
+    """
+
+    left: dict[tuple[str, str, str, int], list[float]]
+
+    @classmethod
+    def of(cls, machines: Sequence[PackedMachine]) -> _Busy:
+        left: dict[tuple[str, str, str, int], list[float]] = {}
+        for machine in machines:
+            for share in machine.shares:
+                key = (share.chain, share.module, machine.hardware, share.batch_size)
+                left.setdefault(key, []).append(machine.utilisation)
+        return cls(left)
+
+    def take(self, chain: str, module: ModulePlan, allocation: Allocation) -> float:
+        """The share of time they work; of fractions, which are paid for only while they work, the
+        share of what they serve that is asked for.
+        """
+        key = (chain, module.module, allocation.hardware, allocation.batch_size)
+        own = self.left.get(key, [])
+        count = max(1, ceil(allocation.machines - 1e-6))
+        taken, own[:count] = own[:count], []
+        if taken:
+            return sum(taken) / len(taken)
+        served_rps = sum(each.rate_rps for each in module.allocations)
+        return module.rate_rps / served_rps if served_rps else 0.0
+
+
+def _chain_table(chain: ChainPlan, busy: _Busy) -> Table:
     table = _table(
         f"{chain.chain}: {chain.rate_rps:g} requests/s within {chain.slo_s * 1e3:g} ms "
         f"(worst case {chain.latency_worst_s * 1e3:.0f} ms)",
@@ -109,16 +174,10 @@ def _chain_table(chain: ChainPlan) -> Table:
                 f"{allocation.batch_size} x {allocation.duration_s * 1e3:.1f} ms",
                 allocation.hardware,
                 f"{allocation.machines:.3g}",
-                f"{_used(module):.0%}",
+                f"{busy.take(chain.chain, module, allocation):.0%}",
                 f"{allocation.cost_per_hour:.3g}",
             )
     return table
-
-
-def _used(module: ModulePlan) -> float:
-    """The share of what its machines can serve that real requests take."""
-    served_rps = sum(allocation.rate_rps for allocation in module.allocations)
-    return module.rate_rps / served_rps if served_rps else 0.0
 
 
 def _module_cells(module: ModulePlan) -> tuple[str, str, str, str]:

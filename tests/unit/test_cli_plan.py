@@ -183,6 +183,27 @@ def test_whole_machines_are_listed_with_what_shares_them_within_the_limits() -> 
     assert "shared machines" in run("--billing", "machine")
 
 
+def test_all_whole_machines_are_listed_and_what_they_cost_adds_up_with_what_is_idle() -> None:
+    published = json.loads(run("--billing", "machine", "--format", "json"))
+    text = run("--billing", "machine")
+    chain, machines = text.split("own and shared machines")
+    rows = [re.split(r" {2,}", line.strip()) for line in machines.splitlines()[2:]]
+    rows = [row for row in rows if row[0].isdigit()]
+    total = published["cost_per_hour"]
+    assert sum(int(row[0]) for row in rows) == len(published["machines"])
+    assert sum(float(row[3]) for row in rows) == pytest.approx(total, rel=1e-3)
+    parts = re.search(r"(\d+) x t4: ([\d.]+) per hour for modules \+ ([\d.]+) idle", machines)
+    assert parts is not None and int(parts[1]) == len(published["machines"])
+    assert float(parts[2]) + float(parts[3]) == pytest.approx(total, rel=1e-3)
+    own = [float(line.split()[-1]) for line in chain.splitlines() if " ms  t4" in line]
+    assert sum(own) == pytest.approx(float(parts[2]), rel=0.02)
+    # A module is as busy as the machine that it has a part of.
+    shared = next(m for m in published["machines"] if len(m["shares"]) > 1)
+    busy = f"{sum(share['utilisation'] for share in shared['shares']):.0%}"
+    assert busy != "100%"
+    assert sum(f" {busy} " in line for line in chain.splitlines()) == len(shared["shares"])
+
+
 @pytest.mark.parametrize(
     "switch",
     [

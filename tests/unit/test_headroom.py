@@ -75,6 +75,23 @@ def test_a_plan_that_misses_under_poisson_arrivals_gets_headroom_until_it_does_n
     assert (planned.rate_rps, planned.slo_s, planned.modules[0].rate_rps) == (198.0, 1.0, 198.0)
 
 
+def test_what_is_published_with_headroom_is_about_the_rates_declared() -> None:
+    demands = [demanded(one(name), rate_rps) for name, rate_rps in (("a", 198.0), ("b", 50.0))]
+    given = {"a": Headroom(1.25, 0.9), "b": Headroom(1.5, 1.0, "harpagon")}
+    plan = plan_with(demands, WHOLE, given)
+    for chain in plan.chains:
+        (module,) = chain.modules
+        served_rps = sum(allocation.rate_rps for allocation in module.allocations)
+        assert served_rps == pytest.approx(module.rate_rps + module.dummy_rps)
+        assert served_rps >= module.rate_rps * given[chain.chain].rate_factor * (1 - 1e-9)
+        # Both plans' machines are there, and work as long as the declared rate takes.
+        shares = [s for m in plan.machines for s in m.shares if s.chain == chain.chain]
+        took_s = {a.batch_size: a.duration_s for a in module.allocations}
+        rate_rps = sum(s.utilisation * s.batch_size / took_s[s.batch_size] for s in shares)
+        assert rate_rps == pytest.approx(module.rate_rps)
+    assert plan.cost_per_hour == len(plan.machines)
+
+
 def test_the_optimum_is_never_beaten_by_a_plan_that_is_verified_beside_it() -> None:
     """Workload 744 of `scripts/bench_planner.py`: InferLine's plan costs more as planned than the
     optimum's with headroom, gets cheaper with headroom, and is the cheapest one in the end."""

@@ -32,7 +32,11 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """One module's share of the objective and the machines that keep it."""
+    """One module's share of the objective and the machines that keep it.
+
+    `rate_rps` is what is asked of it, `dummy_rps` what its allocations can serve beyond: requests
+    that fill batches, and headroom.
+    """
 
     module: str
     model: str
@@ -82,7 +86,8 @@ class ChainPlan:
 class Share:
     """What one module has of a machine; `cycle_s` is the machine's duty cycle.
 
-    0: it has none, the batch that is due first runs first.
+    0: it has none, the batch that is due first runs first. `utilisation` is the share of time that
+    it works for requests at the module's `rate_rps`, headroom and dummies not counted.
     """
 
     chain: str
@@ -100,6 +105,11 @@ class PackedMachine:
     price_per_hour: float
     shares: tuple[Share, ...]
     memory_bytes: int = 0
+
+    @property
+    def utilisation(self) -> float:
+        """The share of time that it works."""
+        return sum(share.utilisation for share in self.shares)
 
 
 @dataclass(frozen=True, slots=True)

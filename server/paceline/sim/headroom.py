@@ -16,7 +16,7 @@ from statistics import NormalDist
 
 from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError
-from paceline.core.plan import ChainPlan, Plan
+from paceline.core.plan import ChainPlan, PackedMachine, Plan
 from paceline.planner.problem import Options, PlannedChain
 from paceline.planner.solve import solve
 from paceline.sim import workload
@@ -109,7 +109,9 @@ class Verification:
 def plan_with(
     chains: Sequence[PlannedChain], options: Options, headroom: Mapping[str, Headroom]
 ) -> Plan:
-    """The plan with headroom by chain; its rates and objectives are those declared."""
+    """The plan with headroom by chain; its rates, utilisation and objectives are for what is
+    declared, and what is served beyond counts as dummy requests.
+    """
     by_policy: dict[str, list[PlannedChain]] = {}
     for chain in chains:
         wanted = headroom.get(chain.name, NONE)
@@ -123,6 +125,20 @@ def plan_with(
         policy=options.policy,
         chains=tuple(_declared(made[chain.name], chain) for chain in chains),
         lower_bound_per_hour=sum(plan.lower_bound_per_hour for plan in plans),
+        machines=tuple(_used(machine, headroom) for plan in plans for machine in plan.machines),
+    )
+
+
+def _used(machine: PackedMachine, headroom: Mapping[str, Headroom]) -> PackedMachine:
+    """As busy as it is at the rates declared."""
+    return replace(
+        machine,
+        shares=tuple(
+            replace(
+                share, utilisation=share.utilisation / headroom.get(share.chain, NONE).rate_factor
+            )
+            for share in machine.shares
+        ),
     )
 
 
@@ -133,5 +149,12 @@ def _declared(planned: ChainPlan, chain: PlannedChain) -> ChainPlan:
         planned,
         slo_s=chain.slo_s,
         rate_rps=chain.rate_rps,
-        modules=tuple(replace(plan, rate_rps=module.rate_rps) for plan, module in modules),
+        modules=tuple(
+            replace(
+                plan,
+                rate_rps=module.rate_rps,
+                dummy_rps=plan.dummy_rps + plan.rate_rps - module.rate_rps,
+            )
+            for plan, module in modules
+        ),
     )
