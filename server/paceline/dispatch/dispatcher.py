@@ -23,7 +23,7 @@ from paceline.core.tensor import Tensor
 from paceline.dispatch.admission import Admission, ReadyIn
 from paceline.dispatch.batch import Batch
 from paceline.dispatch.chain_run import ChainRun, Work
-from paceline.dispatch.collector import Offer
+from paceline.dispatch.collector import TIE_S, Offer
 from paceline.dispatch.events import (
     Abort,
     Action,
@@ -316,7 +316,9 @@ class Dispatcher:
             self._fail(entry.run, error, now_s, actions)
         while (choice := waiting.choose(now_s)) is not None:
             actions.append(self._execute(*choice, now_s))
-        at_s = min(waiting.look_s(), running.look_s)
+        at_s, look_s = waiting.look_s(), running.look_s
+        if look_s < at_s:
+            at_s = look_s
         if at_s < self._wake_s:
             self._wake_s = at_s
             actions.append(Wake(at_s))
@@ -344,10 +346,13 @@ class Dispatcher:
             call = ModelCall(spec.name, inputs, outputs)
         batch = next(self._ids)
         timeout_s, overdue_s = self._pool.started(machine, route, rows, batch, now_s)
-        # The first of them to be late, or what may be overdue before that.
-        look_s = behind_s(by_s + route.tail_s)
-        if now_s + overdue_s < look_s:
-            look_s = max(now_s + overdue_s, by_s - route.again_s(rows))
+        # When the first of them is late, or about when they may have to be tried elsewhere.
+        look_s = by_s + route.tail_s + TIE_S
+        overdue_at_s = now_s + overdue_s
+        if overdue_at_s < look_s:
+            look_s = by_s - overdue_s - route.beyond_s
+            if look_s < overdue_at_s:
+                look_s = overdue_at_s
         made = Batch(machine, stage, offer.lot, pieces, rows, now_s)
         self._running.add(batch, made, look_s)
         stage.collector.launched(offer)

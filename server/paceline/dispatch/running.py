@@ -22,16 +22,13 @@ _FEW = 64
 class Running:
     """See the module docstring."""
 
-    __slots__ = ("_batches", "_looks")
+    __slots__ = ("_batches", "_looks", "look_s")
 
     def __init__(self) -> None:
         self._batches: dict[int, Batch] = {}
         self._looks: list[tuple[float, int]] = []
-
-    @property
-    def look_s(self) -> float:
+        self.look_s = inf
         """Not before this a batch has to be looked at; inf without any."""
-        return self._looks[0][0] if self._looks else inf
 
     def all(self) -> Iterator[Batch]:
         yield from self._batches.values()
@@ -44,6 +41,8 @@ class Running:
             looks[:] = [look for look in looks if look[1] in self._batches]
             heapq.heapify(looks)
         heapq.heappush(looks, (look_s, number))
+        if look_s < self.look_s:
+            self.look_s = look_s
 
     def replace(self, number: int, batch: Batch) -> None:
         """Other rows of it count from now on."""
@@ -52,6 +51,7 @@ class Running:
     def again(self, number: int, look_s: float) -> None:
         """Look at it once more."""
         heapq.heappush(self._looks, (look_s, number))
+        self.look_s = self._looks[0][0]
 
     def pop(self, number: int) -> Batch:
         """It came back."""
@@ -64,6 +64,7 @@ class Running:
             at_s, number = heapq.heappop(looks)
             if (batch := self._batches.get(number)) is not None:
                 found.append((at_s, number, batch))
+        self.look_s = looks[0][0] if looks else inf
         return found
 
 
