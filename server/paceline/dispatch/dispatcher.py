@@ -12,7 +12,7 @@ most: there, when a batch takes so long that another attempt is about to be too 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from itertools import count
 from math import inf
@@ -54,7 +54,7 @@ from paceline.dispatch.machines import HangLimits, MachinePool
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
 from paceline.dispatch.refusals import never_entered, timed_out, too_late
 from paceline.dispatch.route import ChainRoute
-from paceline.dispatch.running import Running, behind_s
+from paceline.dispatch.running import Running, behind_s, own_piece, retry_s, rivalled
 from paceline.dispatch.stage import Served, Stage, served
 from paceline.dispatch.waiting import Waiting
 
@@ -309,7 +309,7 @@ class Dispatcher:
         elif self._wake_s < inf and not waiting.changed(now_s):
             return
         for entry in waiting.late(now_s):
-            if entry.race and self._rivalled(entry):
+            if entry.race and rivalled(entry):
                 self._drop(entry.run, entry.race, also=entry)
                 continue
             error = too_late(entry.stage.route, now_s, entry.run.submit.deadline_s)
@@ -436,7 +436,7 @@ class Dispatcher:
             if not entry.alive:
                 continue
             retry = lost and self._may_retry(batch, entry)
-            if entry.race and self._rivalled(entry) and (entry.race > 0 or (lost and not retry)):
+            if entry.race and rivalled(entry) and (entry.race > 0 or (lost and not retry)):
                 # The others that hold its rows go on.
                 self._drop(entry.run, entry.race)
             elif retry:
@@ -480,7 +480,7 @@ class Dispatcher:
             return
         next_s = behind_s(min(entry.run.submit.deadline_s for entry in alive))
         if not batch.overdue:
-            at_s = self._retry_s(batch, alive)
+            at_s = retry_s(batch, alive, self._pool)
             if at_s <= now_s and now_s - since_s > OWN_STALL_S:
                 # It is us who were late: what has come in since is to be read first.
                 at_s = now_s + OWN_STALL_S
@@ -489,17 +489,6 @@ class Dispatcher:
             if at_s > now_s:
                 next_s = min(next_s, at_s)
         self._running.again(number, next_s)
-
-    def _retry_s(self, batch: Batch, entries: Sequence[Entry]) -> float:
-        """When its rows have to be tried elsewhere; inf where that could not be in time.
-
-        At the last moment at which what is left, and a batch that another machine may just have
-        begun, still fit; not before the batch is overdue.
-        """
-        route = batch.stage.route
-        overdue_s = batch.started_s + self._pool.overdue_s(batch.machine, route, batch.rows)
-        by_s = min((e.launch_by_s for e in entries if e.latest_s >= overdue_s), default=inf)
-        return max(overdue_s, by_s - route.again_s(batch.rows))
 
     def _race(self, number: int, batch: Batch, now_s: float) -> bool:
         """Try rows of a batch elsewhere as well; False where no other machine could take any.
@@ -518,9 +507,9 @@ class Dispatcher:
                 and now_s <= entry.latest_s
                 and len(failed_on) < MOST_TRIES
                 and self._pool.others(model, failed_on, sound=True)
-                and not (entry.race and self._rivalled(entry))
+                and not (entry.race and rivalled(entry))
             ):
-                own = _own(piece)
+                own = own_piece(piece)
                 own.entry.race = next(self._ids)
                 other = own.retry(seq=next(self._ids), failed_on=failed_on)
                 other.race = -own.entry.race
@@ -535,11 +524,6 @@ class Dispatcher:
             self._again(other, now_s)
         return True
 
-    @staticmethod
-    def _rivalled(entry: Entry) -> bool:
-        """Whether others still hold the same rows."""
-        return any(other.alive and other.race == -entry.race for other in entry.run.entries)
-
     def _drop(self, run: ChainRun, race: int, *, also: Entry | None = None) -> None:
         """Forget the entries of one side of a race; `also` has been taken out of its queue."""
         if also is not None:
@@ -550,13 +534,3 @@ class Dispatcher:
                 if left := entry.waiting:
                     self._admission.launched(run.ticket, entry.step.place, left)
                 self._waiting.discard(entry)
-
-
-def _own(piece: Piece) -> Piece:
-    """The piece with an entry that holds no other rows."""
-    if piece.count == piece.entry.rows:
-        return piece
-    entry = piece.entry.part(piece.start, piece.count)
-    entry.taken = entry.rows
-    entry.run.entries.append(entry)
-    return Piece(entry, 0, entry.rows)
