@@ -12,7 +12,7 @@ most: there, when a batch takes so long that another attempt is about to be too 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from itertools import count
 from math import inf
@@ -23,7 +23,7 @@ from paceline.core.tensor import Tensor
 from paceline.dispatch.admission import Admission, ReadyIn
 from paceline.dispatch.batch import Batch
 from paceline.dispatch.chain_run import ChainRun, Work
-from paceline.dispatch.collector import Offer
+from paceline.dispatch.collector import TIE_S, Offer
 from paceline.dispatch.events import (
     Abort,
     Action,
@@ -55,7 +55,7 @@ from paceline.dispatch.machines import HangLimits, MachinePool
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
 from paceline.dispatch.refusals import never_entered, queue_full, timed_out, too_late
 from paceline.dispatch.route import ChainRoute
-from paceline.dispatch.running import Running, behind_s
+from paceline.dispatch.running import Running, behind_s, own_piece, retry_s, rivalled
 from paceline.dispatch.stage import Served, Stage, served
 from paceline.dispatch.waiting import Waiting
 
@@ -312,14 +312,16 @@ class Dispatcher:
         elif self._wake_s < inf and not waiting.changed(now_s):
             return
         for entry in waiting.late(now_s):
-            if entry.race and self._rivalled(entry):
+            if entry.race and rivalled(entry):
                 self._drop(entry.run, entry.race, also=entry)
                 continue
             error = too_late(entry.stage.route, now_s, entry.run.submit.deadline_s)
             self._fail(entry.run, error, now_s, actions)
         while (choice := waiting.choose(now_s)) is not None:
             actions.append(self._execute(*choice, now_s))
-        at_s = min(waiting.look_s(), running.look_s)
+        at_s, look_s = waiting.look_s(), running.look_s
+        if look_s < at_s:
+            at_s = look_s
         if at_s < self._wake_s:
             self._wake_s = at_s
             actions.append(Wake(at_s))
@@ -347,10 +349,13 @@ class Dispatcher:
             call = ModelCall(spec.name, inputs, outputs)
         batch = next(self._ids)
         timeout_s, overdue_s = self._pool.started(machine, route, rows, batch, now_s)
-        # The first of them to be late, or what may be overdue before that.
-        look_s = behind_s(by_s + route.tail_s)
-        if now_s + overdue_s < look_s:
-            look_s = max(now_s + overdue_s, by_s - route.again_s(rows))
+        # When the first of them is late, or about when they may have to be tried elsewhere.
+        look_s = by_s + route.tail_s + TIE_S
+        overdue_at_s = now_s + overdue_s
+        if overdue_at_s < look_s:
+            look_s = by_s - overdue_s - route.beyond_s
+            if look_s < overdue_at_s:
+                look_s = overdue_at_s
         made = Batch(machine, stage, offer.lot, pieces, rows, now_s)
         self._running.add(batch, made, look_s)
         stage.collector.launched(offer)
@@ -434,7 +439,7 @@ class Dispatcher:
             if not entry.alive:
                 continue
             retry = lost and self._may_retry(batch, entry)
-            if entry.race and self._rivalled(entry) and (entry.race > 0 or (lost and not retry)):
+            if entry.race and rivalled(entry) and (entry.race > 0 or (lost and not retry)):
                 # The others that hold its rows go on.
                 self._drop(entry.run, entry.race)
             elif retry:
@@ -478,7 +483,7 @@ class Dispatcher:
             return
         next_s = behind_s(min(entry.run.submit.deadline_s for entry in alive))
         if not batch.overdue:
-            at_s = self._retry_s(batch, alive)
+            at_s = retry_s(batch, alive, self._pool)
             if at_s <= now_s and now_s - since_s > OWN_STALL_S:
                 # It is us who were late: what has come in since is to be read first.
                 at_s = now_s + OWN_STALL_S
@@ -487,17 +492,6 @@ class Dispatcher:
             if at_s > now_s:
                 next_s = min(next_s, at_s)
         self._running.again(number, next_s)
-
-    def _retry_s(self, batch: Batch, entries: Sequence[Entry]) -> float:
-        """When its rows have to be tried elsewhere; inf where that could not be in time.
-
-        At the last moment at which what is left, and a batch that another machine may just have
-        begun, still fit; not before the batch is overdue.
-        """
-        route = batch.stage.route
-        overdue_s = batch.started_s + self._pool.overdue_s(batch.machine, route, batch.rows)
-        by_s = min((e.launch_by_s for e in entries if e.latest_s >= overdue_s), default=inf)
-        return max(overdue_s, by_s - route.again_s(batch.rows))
 
     def _race(self, number: int, batch: Batch, now_s: float) -> bool:
         """Try rows of a batch elsewhere as well; False where no other machine could take any.
@@ -516,9 +510,9 @@ class Dispatcher:
                 and now_s <= entry.latest_s
                 and len(failed_on) < MOST_TRIES
                 and self._pool.others(model, failed_on, sound=True)
-                and not (entry.race and self._rivalled(entry))
+                and not (entry.race and rivalled(entry))
             ):
-                own = _own(piece)
+                own = own_piece(piece)
                 own.entry.race = next(self._ids)
                 other = own.retry(seq=next(self._ids), failed_on=failed_on)
                 other.race = -own.entry.race
@@ -533,11 +527,6 @@ class Dispatcher:
             self._again(other, now_s)
         return True
 
-    @staticmethod
-    def _rivalled(entry: Entry) -> bool:
-        """Whether others still hold the same rows."""
-        return any(other.alive and other.race == -entry.race for other in entry.run.entries)
-
     def _drop(self, run: ChainRun, race: int, *, also: Entry | None = None) -> None:
         """Forget the entries of one side of a race; `also` has been taken out of its queue."""
         if also is not None:
@@ -548,13 +537,3 @@ class Dispatcher:
                 if left := entry.waiting:
                     self._admission.launched(run.ticket, entry.step.place, left)
                 self._waiting.discard(entry)
-
-
-def _own(piece: Piece) -> Piece:
-    """The piece with an entry that holds no other rows."""
-    if piece.count == piece.entry.rows:
-        return piece
-    entry = piece.entry.part(piece.start, piece.count)
-    entry.taken = entry.rows
-    entry.run.entries.append(entry)
-    return Piece(entry, 0, entry.rows)

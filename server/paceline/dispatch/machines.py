@@ -54,12 +54,8 @@ class HangLimits:
         if not 0.0 < self.least_s < inf:
             raise ConfigError(f"no batch can hang after {self.least_s:g} s")
 
-    def of(self, slow_s: float) -> float:
-        """The limit of a batch that hardly ever takes longer than `slow_s`."""
-        return max(self.least_s, self.factor * slow_s)
-
     def overdue_of(self, slow_s: float) -> float:
-        """After how long such a batch is overdue."""
+        """After how long a batch is overdue that hardly ever takes longer than `slow_s`."""
         return max(self.overdue_least_s, self.overdue_factor * slow_s)
 
 
@@ -207,7 +203,11 @@ class MachinePool:
         ratio = lane.ratio
         machine.ends_s[batch] = now_s + known.at(rows) * ratio
         slow_s = known.slow_at(rows) * (ratio if ratio > 1.0 else 1.0)
-        return self._hang.of(slow_s), self._hang.overdue_of(slow_s)
+        hang = self._hang
+        hang_s, overdue_s = hang.factor * slow_s, hang.overdue_factor * slow_s
+        if hang_s < hang.least_s:
+            hang_s = hang.least_s
+        return hang_s, overdue_s if overdue_s > hang.overdue_least_s else hang.overdue_least_s
 
     def overdue_s(self, machine: Machine, route: ModuleRoute, rows: int) -> float:
         """After how long a batch is overdue, by all that is known; inf without a profile."""

@@ -45,6 +45,8 @@ class ModuleRoute:
     """Rows of a full batch there."""
     best: Durations | None = field(init=False)
     """Durations there; None when unknown."""
+    beyond_s: float = field(init=False)
+    """By how much what is left takes longer than the plan says, which may not exist."""
     model: str = field(init=False)
     name: str = field(init=False)
     _limit: int = field(init=False, repr=False, compare=False)
@@ -63,6 +65,7 @@ class ModuleRoute:
         object.__setattr__(self, "row_s", row_s)
         object.__setattr__(self, "full_rows", self.batch_size(hardware))
         object.__setattr__(self, "best", self.durations.get(hardware))
+        object.__setattr__(self, "beyond_s", max(0.0, self.floor_s - self.tail_s))
         object.__setattr__(self, "model", self.bound.spec.name)
         object.__setattr__(self, "name", self.bound.name)
 
@@ -80,8 +83,7 @@ class ModuleRoute:
         """
         if self.best is None:
             return 0.0
-        beyond_s = self.floor_s - self.best.at(1) + self.best.at(rows) - self.tail_s
-        return ROOM * self.best.slow_at(rows) + max(0.0, beyond_s)
+        return ROOM * self.best.slow_at(rows) + self.beyond_s
 
     def duration_s(self, hardware: str, rows: int) -> float | None:
         """Profiled duration of a batch; None where it was never measured."""

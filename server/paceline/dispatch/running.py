@@ -9,11 +9,13 @@ they are as many as the others.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf, nextafter
 
 from paceline.dispatch.batch import Batch
 from paceline.dispatch.collector import TIE_S
+from paceline.dispatch.machines import MachinePool
+from paceline.dispatch.queue import Entry, Piece
 
 _FEW = 64
 """Looks that are not worth sorting out."""
@@ -22,16 +24,13 @@ _FEW = 64
 class Running:
     """See the module docstring."""
 
-    __slots__ = ("_batches", "_looks")
+    __slots__ = ("_batches", "_looks", "look_s")
 
     def __init__(self) -> None:
         self._batches: dict[int, Batch] = {}
         self._looks: list[tuple[float, int]] = []
-
-    @property
-    def look_s(self) -> float:
+        self.look_s = inf
         """Not before this a batch has to be looked at; inf without any."""
-        return self._looks[0][0] if self._looks else inf
 
     def all(self) -> Iterator[Batch]:
         yield from self._batches.values()
@@ -44,6 +43,8 @@ class Running:
             looks[:] = [look for look in looks if look[1] in self._batches]
             heapq.heapify(looks)
         heapq.heappush(looks, (look_s, number))
+        if look_s < self.look_s:
+            self.look_s = look_s
 
     def replace(self, number: int, batch: Batch) -> None:
         """Other rows of it count from now on."""
@@ -52,6 +53,7 @@ class Running:
     def again(self, number: int, look_s: float) -> None:
         """Look at it once more."""
         heapq.heappush(self._looks, (look_s, number))
+        self.look_s = self._looks[0][0]
 
     def pop(self, number: int) -> Batch:
         """It came back."""
@@ -64,9 +66,37 @@ class Running:
             at_s, number = heapq.heappop(looks)
             if (batch := self._batches.get(number)) is not None:
                 found.append((at_s, number, batch))
+        self.look_s = looks[0][0] if looks else inf
         return found
 
 
 def behind_s(deadline_s: float) -> float:
     """When it has passed for sure: what ends at the deadline is in time."""
     return max(deadline_s + TIE_S, nextafter(deadline_s, inf))
+
+
+def retry_s(batch: Batch, entries: Sequence[Entry], pool: MachinePool) -> float:
+    """When rows of a batch have to be tried elsewhere; inf where that could not be in time.
+
+    At the last moment at which what is left, and a batch that another machine may just have begun,
+    still fit; not before the batch is overdue.
+    """
+    route = batch.stage.route
+    overdue_s = batch.started_s + pool.overdue_s(batch.machine, route, batch.rows)
+    by_s = min((e.launch_by_s for e in entries if e.latest_s >= overdue_s), default=inf)
+    return max(overdue_s, by_s - route.again_s(batch.rows))
+
+
+def rivalled(entry: Entry) -> bool:
+    """Whether others still hold the same rows."""
+    return any(other.alive and other.race == -entry.race for other in entry.run.entries)
+
+
+def own_piece(piece: Piece) -> Piece:
+    """The piece with an entry that holds no other rows."""
+    if piece.count == piece.entry.rows:
+        return piece
+    entry = piece.entry.part(piece.start, piece.count)
+    entry.taken = entry.rows
+    entry.run.entries.append(entry)
+    return Piece(entry, 0, entry.rows)
