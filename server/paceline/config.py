@@ -199,8 +199,8 @@ def _tell_unpriced(
     unpriced = sorted({row.hardware for row in rows} - set(prices))
     if not any(row.hardware in prices for row in rows):
         raise ConfigError(
-            f"no hardware of this file has a price, neither {' nor '.join(map(repr, unpriced))}; "
-            f"give it one or write one of {', '.join(sorted(prices))}",
+            f"no hardware of this file has a price ({', '.join(unpriced)}); give it one "
+            f"or write one of {', '.join(sorted(prices))}",
             key="hardware",
             where=f"{name}:{min(lines.values())}",
         )
