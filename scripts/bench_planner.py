@@ -5,6 +5,7 @@
     .venv/bin/python scripts/bench_planner.py --json out.json
     .venv/bin/python scripts/bench_planner.py --together    # only 100 chains at once
     .venv/bin/python scripts/bench_planner.py --apart       # only whole machines for one chain
+    .venv/bin/python scripts/bench_planner.py --ablations   # only Harpagon's parts switched off
     .venv/bin/python scripts/bench_planner.py --timings     # only how long `optimal` plans
     .venv/bin/python scripts/bench_planner.py --verify 24   # so many of them under Poisson arrivals
     .venv/bin/python scripts/bench_planner.py --verify 1131 --results FILE   # resumable
@@ -58,7 +59,10 @@ ABLATIONS: Mapping[str, Options] = {
     "round-robin dispatch": replace(PLAIN, dispatch="round-robin"),
     "two tuples": replace(PLAIN, max_tuples=2),
     "no dummy requests": replace(PLAIN, dummy=False),
+    "no dummy requests, two tuples": replace(PLAIN, dummy=False, max_tuples=2),
+    "no dummy requests, one tuple": replace(PLAIN, dummy=False, max_tuples=1),
     "no reassignment": replace(PLAIN, reassign=False),
+    "no splitting by efficiency": replace(PLAIN, efficiency=False),
     "no node merger": replace(PLAIN, node_merger=False),
     "no cost-direct": replace(PLAIN, cost_direct=False),
     "pooled dispatch": replace(PLAIN, dispatch="pooled"),
@@ -122,6 +126,13 @@ def measure(at: int) -> dict[str, Any]:
     return result | measure_whole(chain)
 
 
+def ablated(at: int) -> dict[str, Any]:
+    """One workload by Harpagon, in full and with each part switched off."""
+    chain = source().chain(f"workload {at}", hardware=HARDWARE[at % 3])
+    found = {name: heuristic_cost(chain, options) for name, options in ABLATIONS.items()}
+    return {"harpagon": heuristic_cost(chain, PLAIN)} | found
+
+
 def measure_whole(chain: PlannedChain) -> dict[str, Any]:
     """A chain in whole machines of its own."""
     started = process_time()
@@ -169,12 +180,7 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
     print(
         f"harpagon costs no more than its exact split: {equal / len(both):.1%} (published 91.5 %)"
     )
-    print("\n| harpagon with | cost / full harpagon, mean | max | feasible |")
-    print("|---|---|---|---|")
-    for name in ABLATIONS:
-        ratios = [r[name] / r["harpagon"] for r in results if r[name] and r["harpagon"]]
-        feasible = sum(r[name] is not None for r in results)
-        print(f"| {name} | {mean(ratios):.3f} | {max(ratios):.2f} | {feasible / count:.1%} |")
+    report_ablations(results)
     print("\n| hardware | harpagon / optimal | nexus | scrooge | inferline | clipper |")
     print("|---|---|---|---|---|---|")
     for hardware in HARDWARE:
@@ -185,6 +191,16 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
         ]
         print(f"| {hardware} | {' | '.join(cells)} |")
     report_whole(results)
+
+
+def report_ablations(results: Sequence[Mapping[str, Any]]) -> None:
+    """What each part of Harpagon saves."""
+    print("\n| harpagon with | cost / full harpagon, mean | max | feasible |")
+    print("|---|---|---|---|")
+    for name in ABLATIONS:
+        ratios = [r[name] / r["harpagon"] for r in results if r[name] and r["harpagon"]]
+        feasible = sum(r[name] is not None for r in results) / len(results)
+        print(f"| {name} | {mean(ratios):.3f} | {max(ratios):.2f} | {feasible:.1%} |")
 
 
 def report_whole(results: Sequence[Mapping[str, Any]]) -> None:
@@ -272,6 +288,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every result here")
     parser.add_argument("--together", action="store_true", help="only the 100 chains")
     parser.add_argument("--apart", action="store_true", help="only whole machines for one chain")
+    parser.add_argument("--ablations", action="store_true", help="only Harpagon's parts")
     parser.add_argument("--timings", action="store_true", help="only how long `optimal` plans")
     parser.add_argument(
         "--verify", type=int, metavar="N", help="only N workloads, Poisson arrivals"
@@ -285,6 +302,11 @@ def main() -> None:
         return
     if arguments.timings:
         timings(source(), 50)
+        return
+    if arguments.ablations:
+        count = 90 if arguments.quick else WORKLOADS
+        with ProcessPoolExecutor(arguments.jobs) as pool:
+            report_ablations(list(pool.map(ablated, range(count), chunksize=5)))
         return
     if arguments.apart:
         with ProcessPoolExecutor(arguments.jobs) as pool:

@@ -90,6 +90,9 @@ def plan(
     ] = None,
     dummy: Annotated[bool, typer.Option(help="harpagon: dummy requests.")] = True,
     reassign: Annotated[bool, typer.Option(help="harpagon: latency reassignment.")] = True,
+    efficiency: Annotated[
+        bool, typer.Option(help="harpagon: split by efficiency, not in proportion to latencies.")
+    ] = True,
     node_merger: Annotated[bool, typer.Option(help="harpagon: siblings as one node.")] = True,
     cost_direct: Annotated[bool, typer.Option(help="harpagon: also split by saving.")] = True,
 ) -> None:
@@ -115,6 +118,7 @@ def plan(
         max_tuples=max_tuples,
         dummy=dummy,
         reassign=reassign,
+        efficiency=efficiency,
         node_merger=node_merger,
         cost_direct=cost_direct,
     )

@@ -68,6 +68,7 @@ all_options = st.builds(
     max_tuples=st.sampled_from((None, 1, 2, 3)),
     dummy=st.booleans(),
     reassign=st.booleans(),
+    efficiency=st.booleans(),
     node_merger=st.booleans(),
     cost_direct=st.booleans(),
 )

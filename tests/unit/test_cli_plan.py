@@ -211,6 +211,7 @@ def test_all_whole_machines_are_listed_and_what_they_cost_adds_up_with_what_is_i
         ("--max-tuples", "1"),
         ("--no-dummy",),
         ("--no-reassign",),
+        ("--no-efficiency",),
         ("--no-node-merger",),
         ("--no-cost-direct",),
     ],

@@ -1,8 +1,9 @@
 """Harpagon: dispatch bounds, scheduling and splitting together (arXiv 2412.06161).
 
-Invariant: no option makes a plan costlier by being on, nor does lifting a limit of one or two
-tuples. The heuristics can mislead each other (a cheaper choice for one module may end the climb
-earlier), so it also plans without dummy requests and with two tuples, and keeps the cheapest.
+Invariant: no option makes a plan costlier by being on (splitting by efficiency aside, which is a
+heuristic), nor does lifting a limit of one or two tuples. The heuristics can mislead each other (a
+cheaper choice for one module may end the climb earlier), so it also plans without dummy requests
+and with two tuples, and keeps the cheapest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from paceline.planner.assemble import graph_of, infeasible
 from paceline.planner.problem import Options, PlannedChain
 from paceline.planner.residual import ModuleScheduler, reassign
 from paceline.planner.schedule import Schedule, cheaper
-from paceline.planner.split import choices, split
+from paceline.planner.split import choices, in_proportion, split
 
 
 def harpagon(chain: PlannedChain, options: Options) -> list[Schedule]:
@@ -25,13 +26,16 @@ def harpagon(chain: PlannedChain, options: Options) -> list[Schedule]:
     for variant in _variants(options):
         schedulers = [ModuleScheduler(module, variant) for module in chain.modules]
         frontiers = [choices(scheduler, chain.slo_s) for scheduler in schedulers]
-        ends = split(
-            graph,
-            frontiers,
-            chain.slo_s,
-            node_merger=options.node_merger,
-            cost_direct=options.cost_direct,
-        )
+        if options.efficiency:
+            ends = split(
+                graph,
+                frontiers,
+                chain.slo_s,
+                node_merger=options.node_merger,
+                cost_direct=options.cost_direct,
+            )
+        else:
+            ends = in_proportion(graph, frontiers, chain.slo_s)
         for end in ends:
             found = [frontier[at].schedule for frontier, at in zip(frontiers, end, strict=True)]
             if options.reassign:

@@ -79,8 +79,9 @@ class Options:
     """How to plan; every part of Harpagon can be switched off to measure what it contributes.
 
     `max_tuples` limits the configurations a module may mix (None: no limit); `dummy` tops rates
-    up to whole machines; `reassign` offers unused latency to the residuals; `node_merger` and
-    `cost_direct` are the two refinements of latency splitting. These are Harpagon's; `optimal` has
+    up to whole machines; `reassign` offers unused latency to the residuals; `efficiency` splits the
+    objective by latency-cost efficiency (without: in proportion to the modules' least latencies),
+    with `node_merger` and `cost_direct` as its refinements. These are Harpagon's; `optimal` has
     nothing to switch off.
 
     `billing` "machine" plans whole machines that modules share, at most `machine_limits` of each
@@ -93,6 +94,7 @@ class Options:
     max_tuples: int | None = None
     dummy: bool = True
     reassign: bool = True
+    efficiency: bool = True
     node_merger: bool = True
     cost_direct: bool = True
     billing: Billing = "fractional"

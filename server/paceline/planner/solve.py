@@ -39,7 +39,8 @@ from paceline.planner.optimal import Optimum, optimum
 from paceline.planner.problem import Options, PlannedChain, PlannedModule, demand
 from paceline.planner.rounded import rounded
 from paceline.planner.schedule import TOLERANCE, Placement, Schedule
-from paceline.planner.whole_bound import least_cost
+from paceline.planner.whole_bound import least_cost_within
+from paceline.planner.whole_plan import usable
 
 __all__ = [
     "HEURISTICS",
@@ -75,8 +76,9 @@ def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:
             key="policy",
         )
     if options.billing == "machine":
-        plan = _whole(chains, options)
-        return replace(plan, lower_bound_per_hour=_whole_bound(chains) if options.bound else 0.0)
+        chains = usable(chains, options)
+        bound = _whole_bound(chains, options) if options.bound else 0.0
+        return replace(_whole(chains, options), lower_bound_per_hour=bound)
     planned = [_solve_chain(chain, options) for chain in chains]
     return Plan(
         policy=options.policy,
@@ -112,9 +114,10 @@ def _whole(chains: Sequence[PlannedChain], options: Options) -> Plan:
     return best
 
 
-def _whole_bound(chains: Sequence[PlannedChain]) -> float:
+def _whole_bound(chains: Sequence[PlannedChain], options: Options) -> float:
     configurations = (c for chain in chains for m in chain.modules for c in m.configurations)
-    return least_cost(chains, {c.hardware: c.price_per_hour for c in configurations})
+    prices = {c.hardware: c.price_per_hour for c in configurations}
+    return least_cost_within(chains, prices, options.machine_limits)
 
 
 def _solve_chain(chain: PlannedChain, options: Options) -> tuple[ChainPlan, float]:

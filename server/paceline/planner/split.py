@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import ceil, floor
 
 from paceline.core.profile import Configuration
+from paceline.planner.assemble import budgets_s
 from paceline.planner.paths import Graph
 from paceline.planner.residual import ModuleScheduler
 from paceline.planner.schedule import TOLERANCE, Schedule, cheaper
@@ -100,6 +101,25 @@ def _bounds_s(rate_rps: float, c: Configuration, scheduler: ModuleScheduler) -> 
     if remainder_rps > TOLERANCE * rate_rps:
         residual_s = residual_machine_s(dispatch, c, residual_rps=remainder_rps, rate_rps=rate_rps)
         yield max(alone_s, residual_s)
+
+
+def in_proportion(
+    graph: Graph, options: Sequence[tuple[Choice, ...]], slo_s: float
+) -> tuple[State, ...]:
+    """What fits into budgets in proportion to the modules' least latencies; none if nothing does.
+
+    What splitting by efficiency is measured against.
+    """
+    least_s = [choice[0].latency_s for choice in options]
+    if graph.longest(least_s) > slo_s + TOLERANCE:
+        return ()
+    budgets = budgets_s(graph, least_s, slo_s)
+    return (
+        tuple(
+            sum(choice.latency_s <= budget_s + TOLERANCE for choice in own) - 1
+            for own, budget_s in zip(options, budgets, strict=True)
+        ),
+    )
 
 
 def split(

@@ -14,12 +14,15 @@ Three things are known of such a plan.
 * The plan uses some set of kinds of machines: at least one of each, and a whole number. So it costs
   at least the least sum of such prices not below the optimum on that set alone; the cheapest set
   counts.
+
+With limits (`least_cost_within`): a plan of at most n machines of a kind costs no less than it
+would if each cost x more, minus n * x, whatever x. The best of some x counts (Lagrange).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from math import ceil, inf
 
@@ -37,6 +40,10 @@ MOST_SETS = 24
 
 MANY_MODULES = 40
 """With more, every kind is used anyway: only the set of all of them is looked into."""
+
+DEARER = (1.3, 2.0, 4.0)
+"""By how much a limited kind is made dearer, beside what other kinds cost; with many modules only
+by the first two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +143,44 @@ def least_cost(chains: Sequence[PlannedChain], prices: Mapping[str, float]) -> f
         if cost < inf:
             heappush(open_sets, (max(least, at_least(chosen, cost)), False, chosen, cost))
     return open_sets[0][0]
+
+
+def least_cost_within(
+    chains: Sequence[PlannedChain], prices: Mapping[str, float], limits: Mapping[str, int]
+) -> float:
+    """`least_cost` of plans of at most so many machines of the kinds in `limits`."""
+    many = sum(len(chain.modules) for chain in chains) > MANY_MODULES
+    best = least_cost(chains, prices)
+    dearer = dict(prices)
+    for kind in sorted(limits.keys() & prices.keys()):
+        found, own = dearer, prices[kind]
+        like = [price for price in prices.values() if price > own]
+        for price in sorted({own * f for f in DEARER[: 2 if many else None]} | set(like)):
+            tried = dearer | {kind: price}
+            given = sum((tried[k] - prices[k]) * limits[k] for k in limits if k in prices)
+            bound = least_cost(_priced(chains, tried), tried) - given
+            if bound > best:
+                best, found = bound, tried
+        dearer = found
+    return least_price(best, list(prices.values()))
+
+
+def _priced(chains: Sequence[PlannedChain], prices: Mapping[str, float]) -> list[PlannedChain]:
+    return [
+        replace(
+            chain,
+            modules=tuple(
+                replace(
+                    m,
+                    configurations=tuple(
+                        replace(c, price_per_hour=prices[c.hardware]) for c in m.configurations
+                    ),
+                )
+                for m in chain.modules
+            ),
+        )
+        for chain in chains
+    ]
 
 
 def _subsets(kinds: Sequence[str]) -> list[tuple[str, ...]]:

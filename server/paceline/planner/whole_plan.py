@@ -7,7 +7,7 @@ adds up to no more than the machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from paceline.core.errors import PlanError
@@ -79,6 +79,29 @@ def kinds_of(chains: Sequence[PlannedChain], options: Options) -> dict[str, Mach
         for module in chain.modules
         for c in module.configurations
     }
+
+
+def usable(chains: Sequence[PlannedChain], options: Options) -> list[PlannedChain]:
+    """The chains without hardware that there is none of, or that a module does not fit into.
+
+    Raises PlanError where that leaves a module nothing.
+    """
+    kinds = kinds_of(chains, options)
+
+    def fits(module: PlannedModule, hardware: str) -> bool:
+        kind, needed = kinds[hardware], module.memory_bytes.get(hardware, 0)
+        return kind.limit >= 1 and (not kind.memory_bytes or needed <= kind.memory_bytes)
+
+    found: list[PlannedChain] = []
+    for chain in chains:
+        modules = []
+        for module in chain.modules:
+            left = tuple(c for c in module.configurations if fits(module, c.hardware))
+            if not left:
+                raise short_of(kinds)
+            modules.append(replace(module, configurations=left))
+        found.append(replace(chain, modules=tuple(modules)))
+    return found
 
 
 def full_machines(served: Sequence[Served]) -> dict[str, int]:
