@@ -55,8 +55,9 @@ class Changes:
         `in_parts`: those of which it used parts that were checked by themselves.
         """
         changed, lost = [], []
+        opened = self._objects.opened  # all that a run has used are
         for name in names:
-            one = self._objects[name]
+            one = opened[name]
             right = one.right
             if one.changes != counts.get(name, 0) or (right is None and name not in in_parts):
                 lost.append(name)  # another run has found it

@@ -348,6 +348,6 @@ class Loader:
         counts = self._in_turn and not self._keep_page_cache
         with contextlib.suppress(OSError, PoolError):  # there is nothing of one that is not open
             opened = self._objects[name]
-            if opened.right is not None and opened.look() != opened.right:
+            if opened.right is not None and opened.look()[:2] != opened.right[:2]:
                 opened.found_changed()
             opened.drop(page_cache=counts)

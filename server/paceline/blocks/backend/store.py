@@ -246,9 +246,10 @@ class HttpStore:
 
     def stop(self) -> None:
         self._stopped.set()
-        if self._reading is not None:
+        reading = self._reading
+        if reading is not None:
             with contextlib.suppress(OSError):  # it is over anyway
-                self._reading.shutdown(socket.SHUT_RDWR)
+                reading.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._ahead.close()
