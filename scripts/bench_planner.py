@@ -68,6 +68,9 @@ ABLATIONS: Mapping[str, Options] = {
     "pooled dispatch": replace(PLAIN, dispatch="pooled"),
 }
 
+TOGETHER = ("harpagon", "scrooge")
+"""What 100 chains at once are planned by beside the optimum: the two nearest to it."""
+
 
 def four_kinds(chain: PlannedChain) -> PlannedChain:
     """The same with a fourth kind of hardware, where only up to three were measured."""
@@ -178,7 +181,8 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
     both = [r for r in results if r["harpagon"] is not None and r["exact split"] is not None]
     equal = sum(r["harpagon"] <= r["exact split"] * (1 + 1e-6) for r in both)
     print(
-        f"harpagon costs no more than its exact split: {equal / len(both):.1%} (published 91.5 %)"
+        f"harpagon costs no more than the cheapest split over its own module schedules: "
+        f"{equal / len(both):.1%}"
     )
     report_ablations(results)
     print("\n| hardware | harpagon / optimal | nexus | scrooge | inferline | clipper |")
@@ -257,11 +261,12 @@ def timings(workloads: Workloads, repeats: int) -> None:
 
 
 def together(workloads: Workloads, repeats: int) -> None:
-    """100 chains of four modules, in whole machines."""
+    """100 chains of four modules, in whole machines; the same by some other policies."""
     shapes = [shape for shape in SHAPES.values() if len(shape) == 4]
-    print("\n| 100 chains of 4 modules, whole machines | cost/h | idle | lower bound | gap | s |")
-    print("|---|---|---|---|---|---|")
-    gaps = []
+    head = " | ".join(("cost/h", "idle", "lower bound", "gap", "s", *TOGETHER))
+    print(f"\n| 100 chains of 4 modules, whole machines | {head} |")
+    print("|---|---|---|---|---|---|" + "---|" * len(TOGETHER))
+    gaps, beaten = [], 0
     for repeat in range(repeats):
         chains = [
             workloads.chain(f"together {repeat} {i}", shapes[i % len(shapes)]) for i in range(100)
@@ -273,11 +278,18 @@ def together(workloads: Workloads, repeats: int) -> None:
             m.price_per_hour * sum(share.utilisation for share in m.shares) for m in plan.machines
         )
         gaps.append(plan.gap)
+        others = [
+            solve(chains, Options(policy=policy, billing="machine", bound=False)).cost_per_hour
+            for policy in TOGETHER
+        ]
+        beaten += sum(cost < plan.cost_per_hour * (1 - 1e-9) for cost in others)
         print(
             f"| {repeat} | {plan.cost_per_hour:.1f} | {idle:.1f} | "
-            f"{plan.lower_bound_per_hour:.1f} | {plan.gap:.1%} | {took_s:.1f} |"
+            f"{plan.lower_bound_per_hour:.1f} | {plan.gap:.1%} | {took_s:.1f} | "
+            + " | ".join(f"{cost:.1f}" for cost in others)
+            + " |"
         )
-    print(f"\nmedian gap {median(gaps):.1%}")
+    print(f"\nmedian gap {median(gaps):.1%}; plans of other policies that cost less: {beaten}")
 
 
 def main() -> None:
