@@ -255,8 +255,7 @@ class Admission:
             if other is stage or other.route.model not in near:
                 continue
             rows = other.ahead_of(priority)
-            if urgent:
-                own = other.ahead.get(priority, 0.0)
+            if urgent and rows > (own := other.ahead.get(priority, 0.0)):
                 urgent_s += min(rows - own, other.collector.rows) * other.route.row_s
                 rows = own
             if other.route.chain == route.chain:

@@ -51,16 +51,17 @@ class Flow:
     """Weighted by their age at `at_s`."""
     at_s: float = 0.0
     layout: int = -1
-    taken_s: dict[str, tuple[float, float]] = field(default_factory=dict)
+    taken_s: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     """What `of_slot_s` found with that layout, by model."""
 
     def recent(self, now_s: float) -> float:
         """Requests by their weights."""
         return self.requests * exp((self.at_s - now_s) / RECENT_S)
 
-    def of_slot_s(self, model: str, pool: MachinePool) -> tuple[float, float]:
-        """Time that one request takes of each slot which can run `model`, in full batches; and
-        what its batches that are not full yet would take, on average half a batch each.
+    def of_slot_s(self, model: str, pool: MachinePool) -> tuple[float, float, float]:
+        """Time that one request takes of each slot which can run `model`, in full batches; what
+        the chain's batches that are not full yet would take, on average half a batch each; and its
+        objective.
         """
         if self.layout != pool.layout:
             self.layout = pool.layout
@@ -111,7 +112,7 @@ class Foresight:
                 recent = flow.recent(now_s)
                 if recent > FORGOTTEN:
                     known_s = max(LEAST_KNOWN_S, now_s - flow.since_s)
-                    window_s = RECENT_S * (1.0 - exp(-known_s / RECENT_S))
+                    window_s = RECENT_S - RECENT_S * exp(-known_s / RECENT_S)
                     found.append((flow, recent / window_s))
                 else:
                     faint.append(chain)
@@ -133,12 +134,15 @@ class Foresight:
         """
         taken = open_s = 0.0
         for flow, rate_rps in urgent:
-            took_s, half_s = flow.of_slot_s(model, pool)
+            took_s, half_s, slo_s = flow.of_slot_s(model, pool)
             part = rate_rps * took_s
             taken += part
             # Nor is more open than came within an objective.
-            open_s += min(half_s, part * flow.served.route.bound.chain.slo_s / 2)
-        return max(work_s, (work_s + waits_s - open_s) / max(LEAST_LEFT, 1.0 - taken))
+            came_s = part * slo_s / 2
+            open_s += came_s if came_s < half_s else half_s
+        left = 1.0 - taken if taken < 1.0 - LEAST_LEFT else LEAST_LEFT
+        behind_s = (work_s + waits_s - open_s) / left
+        return behind_s if behind_s > work_s else work_s
 
 
 @dataclass(slots=True)
@@ -186,7 +190,7 @@ class Shares:
             owed.has_s = min(owed.most_s, owed.has_s + more_s)
 
 
-def _of_slot_s(served: Served, model: str, pool: MachinePool) -> tuple[float, float]:
+def _of_slot_s(served: Served, model: str, pool: MachinePool) -> tuple[float, float, float]:
     own = pool.common_slots(model, model)
     took_s = open_s = 0.0
     for stage, rows in zip(served.stages, served.fan_outs, strict=True):
@@ -196,4 +200,4 @@ def _of_slot_s(served: Served, model: str, pool: MachinePool) -> tuple[float, fl
             row_s = route.row_s * common / pool.common_slots(route.model, route.model) / own
             took_s += rows * row_s
             open_s += (route.full_rows - 1) / 2 * row_s
-    return took_s, open_s
+    return took_s, open_s, served.route.bound.chain.slo_s

@@ -37,8 +37,8 @@ class Stage:
 
     def waiting_before(self, priority: int) -> float:
         """The same, but of more urgent rows those alone that wait here now."""
-        own = self.ahead.get(priority, 0.0)
-        return own + min(self.ahead_of(priority) - own, self.collector.rows)
+        own, rows = self.ahead.get(priority, 0.0), self.ahead_of(priority)
+        return own if rows <= own else own + min(rows - own, self.collector.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
