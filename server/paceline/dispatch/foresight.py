@@ -60,7 +60,7 @@ class Flow:
 
     def of_slot_s(self, model: str, pool: MachinePool) -> tuple[float, float, float]:
         """Time that one request takes of each slot which can run `model`, in full batches; what
-        the chain's batches that are not full yet would take, counted as a quarter of a batch each; and its
+        the chain's batches that are not full yet would take, a quarter of a batch each; and its
         objective.
         """
         if self.layout != pool.layout:
