@@ -60,7 +60,7 @@ class Flow:
 
     def of_slot_s(self, model: str, pool: MachinePool) -> tuple[float, float, float]:
         """Time that one request takes of each slot which can run `model`, in full batches; what
-        the chain's batches that are not full yet would take, on average half a batch each; and its
+        the chain's batches that are not full yet would take, a quarter of a batch each; and its
         objective.
         """
         if self.layout != pool.layout:
@@ -199,5 +199,5 @@ def _of_slot_s(served: Served, model: str, pool: MachinePool) -> tuple[float, fl
         if common := pool.common_slots(model, route.model):
             row_s = route.row_s * common / pool.common_slots(route.model, route.model) / own
             took_s += rows * row_s
-            open_s += (route.full_rows - 1) / 2 * row_s
+            open_s += (route.full_rows - 1) / 4 * row_s
     return took_s, open_s, served.route.bound.chain.slo_s
