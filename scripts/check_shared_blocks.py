@@ -37,7 +37,7 @@ from paceline.blocks.backend.blockmodel import BlockModel
 from paceline.blocks.backend.manifest import Member
 from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import compile_model
-from paceline.blocks.measure import BlockRunner, guess_axes, same, sample
+from paceline.blocks.measure import BlockRunner, Draw, guess_axes, same, sample
 from paceline.blocks.member import Options
 from paceline.core.errors import BudgetError
 
@@ -66,8 +66,11 @@ class Checked:
 
 
 def prepared(name: str, factor: float, cache: Path) -> Checked | None:
-    """None, and a line, where the budget is refused."""
+    """None, and a line, where there is no such model or the budget is refused."""
     source = source_of(name, cache)
+    if source is None:
+        print(f"left out: {name}: its wheel is not installed", flush=True)
+        return None
     external = source.with_suffix(".bin")
     size = (external if external.is_file() else source).stat().st_size
     budget_mib = max(1, int(size / factor / MIB)) if factor else None
@@ -81,7 +84,7 @@ def prepared(name: str, factor: float, cache: Path) -> Checked | None:
     (member,) = found.manifest.members
     guess = guess_axes(partial(plain, source, member), member, {}) or 1
     batches = BATCHES if member.batching else BATCHES[:1]
-    feeds = [sample(member, rows, guess, {}, seed=rows) for rows in batches]
+    feeds = [sample(member, rows, guess, {}, Draw(rows)) for rows in batches]
     runner = BlockRunner(ObjectStore(found.pool), found.manifest.objects)
     expected = [runner.run(member, feed, whole=True, drop=True) for feed in feeds]
     return Checked(source.stem, directory, budget_mib, member, feeds, expected)

@@ -98,7 +98,7 @@ def usable(chains: Sequence[PlannedChain], options: Options) -> list[PlannedChai
         for module in chain.modules:
             left = tuple(c for c in module.configurations if fits(module, c.hardware))
             if not left:
-                raise short_of(kinds)
+                raise short_of(kinds, [chain])
             modules.append(replace(module, configurations=left))
         found.append(replace(chain, modules=tuple(modules)))
     return found
