@@ -23,15 +23,18 @@ CONNECTIONS = 32
 
 def free_ports() -> tuple[int, int]:
     """A gRPC port, and an HTTP port with a free one behind it."""
-    with socket.socket() as first, socket.socket() as second, socket.socket() as third:
+    with socket.socket() as first:
         first.bind(("127.0.0.1", 0))
         while True:
-            second.bind(("127.0.0.1", 0))
-            try:
-                third.bind(("127.0.0.1", second.getsockname()[1] + 1))
-            except OSError:
-                continue
-            return first.getsockname()[1], second.getsockname()[1]
+            # New ones for each try: a socket that is bound cannot be bound again.
+            with socket.socket() as second, socket.socket() as third:
+                second.bind(("127.0.0.1", 0))
+                port = second.getsockname()[1]
+                try:
+                    third.bind(("127.0.0.1", port + 1))
+                except (OSError, OverflowError):  # taken, or no port
+                    continue
+                return first.getsockname()[1], port
 
 
 @pytest.fixture
