@@ -386,6 +386,23 @@ def test_a_server_that_grows_for_good_is_restarted_after_its_models_were_moved()
     assert only(restarted(NOW_S + RECYCLE_EVERY_S), ev.Recycle)
 
 
+def test_what_leaves_a_leaking_machine_is_loaded_elsewhere_no_more_at_a_time_than_anything() -> (
+    None
+):
+    limits = Limits(most_loads=2)
+    made = residency(dict.fromkeys("abcd", 20), budget=100, machines=["m1"], limits=limits)
+    resident(made, "a", "b")
+    resident(made, "c", "d")
+    made.handle(ev.MachineUp("m2", 100, recyclable=True, fill=False), now_s=NOW_S)
+    withdrawn = made.handle(ev.Forget("d"), now_s=NOW_S)
+    gone = only(withdrawn, ev.Unload)
+    assert isinstance(gone, ev.Unload)
+    stuck = ev.UnloadStuck(gone.operation, gone.machine, gone.model)
+    moved = [a for a in made.handle(stuck, now_s=NOW_S) if isinstance(a, ev.Load)]
+    assert [(a.machine, a.model) for a in moved] == [("m2", "a"), ("m2", "b")]
+    assert len(loads(done(made, moved[0]))) == 1, "the third waited for its turn"
+
+
 def test_an_idle_model_goes_after_its_chains_keep_alive_and_comes_back_on_demand() -> None:
     made = residency({"a": 10})
     actions = made.handle(ev.ChainUp("c", {"a": 1.0}, keep_alive_s=30.0), now_s=NOW_S)

@@ -254,7 +254,8 @@ class Upkeep(Room):
             if place is None:
                 continue
             if place.kind == 0:
-                self._r.load(machine, model, self._instances(machine, model), now_s, actions)
+                if self._may_load(machine, held.since_s, now_s):  # else it waits for its turn
+                    self._r.load(machine, model, self._instances(machine, model), now_s, actions)
             elif place.kind == 2:
                 why = f"{held.model} has to leave {source.name}"
                 self._evict(machine, place.victims, why, now_s, actions)
