@@ -134,11 +134,16 @@ def compared(
     return exact, worst
 
 
-def check(name: str, source: Path, factor: float, cache: Path) -> bool | None:
-    """Whether it holds; None if the budget is refused."""
+def budget_of(source: Path, factor: float) -> int | None:
+    """MiB: the weights / the factor; none without one."""
     external = source.with_suffix(".bin")
     size = (external if external.is_file() else source).stat().st_size
-    budget_mib = max(1, int(size / factor / MIB)) if factor else None
+    return max(1, int(size / factor / MIB)) if factor else None
+
+
+def check(name: str, source: Path, factor: float, cache: Path) -> bool | None:
+    """Whether it holds; None if the budget is refused."""
+    budget_mib = budget_of(source, factor)
     label = Path(name).stem
     told = f"{label:16}{f'{budget_mib} MiB' if budget_mib else 'none':>8}"
     try:

@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.blocks_measure import open_model
-from scripts.check_blocks import FACTORS, MIB, TOO_LARGE, plain, source_of
+from scripts.check_blocks import FACTORS, TOO_LARGE, budget_of, plain, source_of
 from scripts.make_models import ZOO
 from scripts.prepare_models import NETWORKS
 
@@ -71,9 +71,7 @@ def prepared(name: str, factor: float, cache: Path) -> Checked | None:
     if source is None:
         print(f"left out: {name}: its wheel is not installed", flush=True)
         return None
-    external = source.with_suffix(".bin")
-    size = (external if external.is_file() else source).stat().st_size
-    budget_mib = max(1, int(size / factor / MIB)) if factor else None
+    budget_mib = budget_of(source, factor)
     directory = cache / "shared" / f"{source.stem}-{factor:g}"
     try:
         options = Options(budget_mib=budget_mib, measure=False)

@@ -340,12 +340,17 @@ def test_bytes_that_do_not_fill_the_shape_are_refused(front: Paceline) -> None:
     assert "Expected 64, got 60" in error.details()
 
 
+def items_request(rows: int, slo_ms: int) -> Any:
+    request = service_pb2.ModelInferRequest(model_name="items")
+    request.inputs.add(name="x", datatype="FP32", shape=[rows, 4])
+    request.raw_input_contents.append(bytes(16 * rows))
+    request.parameters["slo_ms"].int64_param = slo_ms
+    return request
+
+
 def test_an_objective_that_cannot_be_met_says_by_how_much(front: Paceline) -> None:
     """`slow` takes 80 ms: with 20 ms left the request is refused before it costs anything."""
-    request = service_pb2.ModelInferRequest(model_name="items")
-    request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
-    request.raw_input_contents.append(bytes(16))
-    request.parameters["slo_ms"].int64_param = 20
+    request = items_request(1, slo_ms=20)
     with front.channel() as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
@@ -360,10 +365,7 @@ def test_an_objective_that_cannot_be_met_says_by_how_much(front: Paceline) -> No
 
 def test_what_an_overload_refuses_is_told_when_to_try_again(front: Paceline) -> None:
     """256 rows at once, for a model that takes 4 in 80 ms, and half a second for each request."""
-    request = service_pb2.ModelInferRequest(model_name="items")
-    request.inputs.add(name="x", datatype="FP32", shape=[4, 4])
-    request.raw_input_contents.append(bytes(64))
-    request.parameters["slo_ms"].int64_param = 500
+    request = items_request(4, slo_ms=500)
     with front.channel() as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         calls = [stub.ModelInfer.future(request, timeout=TIMEOUT_S) for _ in range(64)]

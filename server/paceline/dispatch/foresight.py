@@ -134,12 +134,12 @@ class Foresight:
         """
         taken = open_s = 0.0
         for flow, rate_rps in urgent:
-            took_s, half_s, slo_s = flow.of_slot_s(model, pool)
+            took_s, most_open_s, slo_s = flow.of_slot_s(model, pool)
             part = rate_rps * took_s
             taken += part
             # Nor is more open than came within an objective.
             came_s = part * slo_s / 2
-            open_s += came_s if came_s < half_s else half_s
+            open_s += came_s if came_s < most_open_s else most_open_s
         left = 1.0 - taken if taken < 1.0 - LEAST_LEFT else LEAST_LEFT
         behind_s = (work_s + waits_s - open_s) / left
         return behind_s if behind_s > work_s else work_s

@@ -70,7 +70,7 @@ class MachinePool:
         self._holders: dict[str, Holders] = {}
         """By model; none that no machine holds."""
         self._sharing: dict[str, frozenset[str]] = {}
-        """What `sharing` found, until machines come, go or get other models."""
+        """What `sharing` found under this layout."""
         self.layout = 0
         """Another number whenever machines come, go, or hold other models or instances."""
         self._common: dict[tuple[str, str], int] = {}
@@ -109,7 +109,6 @@ class MachinePool:
         self._laid_out()
         machine.up = False
         self.slots -= machine.slots
-        self._sharing.clear()
         for model in machine.lanes:
             holders = self._holders[model]
             holders.remove(machine)
@@ -263,10 +262,10 @@ class MachinePool:
         if holders is None:
             holders = self._holders[model] = Holders(model)
         holders.add(machine, lane)
-        self._sharing.clear()
 
     def _laid_out(self) -> None:
         self.layout += 1
+        self._sharing.clear()
         self._common.clear()
 
     def _changed(self, machine: Machine) -> None:

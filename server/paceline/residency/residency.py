@@ -327,9 +327,10 @@ class Residency:
         for name, rate_rps in event.rates_rps.items():
             model = self.models[name]
             model.chains[event.chain] = Worth(rate_rps, event.priority, event.keep_alive_s)
-            if name not in before:  # another plan of the chain is no use of its models
+            if name in before:  # another plan of the chain is no use of its models
+                self._notice_idle(model)  # but may keep them for another time
+            else:
                 self._used(model, now_s)
-            self._notice_idle(model)  # who replans may also keep it for another time
             declared_rps = sum(worth.rate_rps for worth in model.chains.values())
             if model.rate.at(now_s) < declared_rps:
                 model.rate = Rate(declared_rps, now_s)
