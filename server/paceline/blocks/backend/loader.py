@@ -133,11 +133,11 @@ class Loader:
         with self._changed:
             return self._window.held_bytes
 
-    def wait_within(self, limit_bytes: int) -> None:
-        """Until no more than that is held; the window's limit must have been lowered to it."""
+    def wait_within_limit(self) -> None:
+        """Until no more is held than the limit that `pin` has set."""
 
         def within() -> bool:
-            return not self._dropping and self._window.held_bytes <= limit_bytes
+            return not self._dropping and self._window.within_limit
 
         with self._changed:  # no longer than a back-off: an error is for the run to meet
             self._changed.wait_for(lambda: within() or self._error or self._closed)
