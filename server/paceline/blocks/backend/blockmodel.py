@@ -100,11 +100,15 @@ class BlockModel:
         )
         self._skeleton = Skeleton(
             blocks,
-            lambda block: source.graph(block.graph, self.manifest.objects[block.graph]),
+            lambda block, waiting: source.graph(
+                block.graph, self.manifest.objects[block.graph], waiting
+            ),
             source.graphs,
             self._objects,
             settings.threads,
             None if self._driver is None else self._on_device,
+            turns=ledger.building,
+            urgent=self._loader.waited_for,
         )
         self._runs: Sessions = self._skeleton
         if self._driver is not None:
