@@ -220,8 +220,12 @@ def test_sessions_are_built_by_as_many_loads_at_a_time_as_there_are_cores(direct
     """The next one may when a turn ends, an urgent one first; I/O is another matter."""
     cores = len(os.sched_getaffinity(0))
     building = [Ledger("disk", directory=directory) for _ in range(cores)]
+    assert building[0].building.begin(lambda: False), "nobody else loads: it needs no turn"
+    building[0].building.end(TURN_S)
+    other = Ledger("store", directory=directory)
+    other.expect("other", MIB)
     for ledger in building:
-        ledger.building.begin(lambda: False)
+        assert not ledger.building.begin(lambda: False)
     building[0].begin(lambda: False)
     began: list[str] = []
 
@@ -229,6 +233,7 @@ def test_sessions_are_built_by_as_many_loads_at_a_time_as_there_are_cores(direct
         ledger.building.begin(lambda: name == "urgent")
         began.append(name)
 
+    assert not any(row.building.virtual for row in building[0].rows().values())
     waiting = {name: Ledger("disk", directory=directory) for name in ("slow", "urgent")}
     threads = []
     for name, ledger in waiting.items():
@@ -243,7 +248,7 @@ def test_sessions_are_built_by_as_many_loads_at_a_time_as_there_are_cores(direct
     waiting["urgent"].building.end(TURN_S)
     threads[0].join()
     assert began == ["urgent", "slow"]
-    for ledger in (*building, *waiting.values()):
+    for ledger in (other, *building, *waiting.values()):
         ledger.close()
 
 

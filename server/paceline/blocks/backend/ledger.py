@@ -125,6 +125,8 @@ class Ledger:
         self._directory = directory or default_directory()
         self._priority = priority
         self._turn_bell, self._building_bell = Bell(), Bell()
+        self.building: Turns = _Building(self)
+        """At the cores, for building sessions; as many at a time as there are. For one thread."""
         self.bell = Bell()
         """Rings when a budget is divided anew."""
         self._name = self._turn_bell.address
@@ -136,11 +138,6 @@ class Ledger:
                 Load(channel, bell=self._turn_bell.address),
                 Load(_CORES, bell=self._building_bell.address),
             )
-
-    @property
-    def building(self) -> Turns:
-        """Turns at the cores, for building sessions; as many at a time as there are."""
-        return _Building(self)
 
     def expect(self, model: str, size_bytes: int) -> None:
         """So much is to be loaded, of what the server calls `model`."""
@@ -162,6 +159,13 @@ class Ledger:
     def end(self, amount: float) -> None:
         """See `held_turn.Turns`."""
         self._give_back("load", amount)
+
+    def _loads_alone(self) -> bool:
+        """Whether nobody else loads, by a look at the table that keeps nobody from it."""
+        others = (
+            row for name, row in _read(self._directory / _TABLE).items() if name != self._name
+        )
+        return not any(row.left_bytes or row.load.busy or row.building.busy for row in others)
 
     def _take(
         self, kind: Kind, urgent: Callable[[], bool], bell: Bell, *, turn: float
@@ -274,18 +278,24 @@ class Ledger:
 
 
 class _Building:
-    """A ledger's turns at the cores."""
+    """A ledger's turns at the cores. Who loads alone is not held up by taking any: others that come
+    see that it loads, and it looks again when the turn would be over.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._taken = False
 
     def begin(self, urgent: Callable[[], bool]) -> bool:
-        bell = self._ledger._building_bell
-        rows = self._ledger._take("building", urgent, bell, turn=TURN_S)
-        return sum(row.building.busy for row in rows.values()) == 1
+        self._taken = not self._ledger._loads_alone()
+        if self._taken:
+            bell = self._ledger._building_bell
+            self._ledger._take("building", urgent, bell, turn=TURN_S)
+        return not self._taken
 
     def end(self, amount: float) -> None:
-        self._ledger._give_back("building", amount)
+        if self._taken:
+            self._ledger._give_back("building", amount)
 
 
 def _next(loads: Mapping[str, Load], channel: str, now_s: float) -> list[str]:

@@ -208,6 +208,7 @@ class Skeleton:
             with self._changed:
                 self._built[block.key] = session
                 self._changed.notify_all()
+            self._turn.end_if_due()
         return not self._errors
 
     def _build_one(self, block: Block) -> Any:
@@ -219,7 +220,6 @@ class Skeleton:
             return self._make(graph, block)
         finally:
             self._turn.used(time.perf_counter() - began_s)
-            self._turn.end_if_due()
 
 
 def ort_version() -> str:
