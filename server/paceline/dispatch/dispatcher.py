@@ -330,12 +330,12 @@ class Dispatcher:
         route, spec, machine = stage.route, stage.route.bound.spec, offer.machine
         pieces = offer.take()
         rows = 0
-        by_s = inf
+        latest_s = inf
         for piece in pieces:
             rows += piece.count
             entry = piece.entry
-            if entry.order[1] < by_s:
-                by_s = entry.order[1]
+            if entry.latest_s < latest_s:
+                latest_s = entry.latest_s
             self._admission.launched(entry.run.ticket, entry.step.place, piece.count)
         first = pieces[0].entry
         inputs = batch_inputs(pieces, rows, batches=spec.batches)
@@ -350,10 +350,11 @@ class Dispatcher:
         batch = next(self._ids)
         timeout_s, overdue_s = self._pool.started(machine, route, rows, batch, now_s)
         # When the first of them is late, or about when they may have to be tried elsewhere.
-        look_s = by_s + route.tail_s + TIE_S
+        deadline_s = latest_s + route.floor_s
+        look_s = deadline_s + TIE_S
         overdue_at_s = now_s + overdue_s
         if overdue_at_s < look_s:
-            look_s = by_s - overdue_s - route.beyond_s
+            look_s = deadline_s - route.tail_s - overdue_s - route.beyond_s
             if look_s < overdue_at_s:
                 look_s = overdue_at_s
         made = Batch(machine, stage, offer.lot, pieces, rows, now_s)
