@@ -52,7 +52,7 @@ class Link:
     def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
         raise NotImplementedError
 
-    def graph(self, digest: str, stated: PoolObject) -> bytes:
+    def graph(self, digest: str, stated: PoolObject, waiting: Waiting = nullcontext) -> bytes:
         raise NotImplementedError
 
     @property
@@ -81,7 +81,7 @@ class Turns:
     def begin(self, urgent: Callable[[], bool]) -> bool:
         return self._alone
 
-    def end(self, size_bytes: int) -> None: ...
+    def end(self, amount: float) -> None: ...
 
     def moved(self, size_bytes: int) -> None: ...
 

@@ -179,9 +179,16 @@ class Together:
         return results
 
 
-def test_members_compute_at_the_same_time(opened: Open, repository: Path) -> None:
-    """Every block of one waits until the other one has begun a block, too."""
-    model = opened("fused")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+@pytest.mark.parametrize("budget_mib", [None, "4", "2.1"])
+def test_members_compute_at_the_same_time(
+    opened: Open, repository: Path, budget_mib: str | None
+) -> None:
+    """Every block of one waits until the other one has begun a block, too.
+
+    A budget of 2.1 MiB has room for two blocks of 1 MiB.
+    """
+    model = opened("fused", **({"memory_budget_mib": budget_mib} if budget_mib else {}))
     model._runs = Together(model._runs)
     x = batch_of(2)
     with ThreadPoolExecutor(2) as threads:
@@ -193,6 +200,7 @@ def test_members_compute_at_the_same_time(opened: Open, repository: Path) -> Non
         plain = ort.InferenceSession(repository.parent / f"{name}.onnx").run(None, {"x": x})[0]
         got = answer.result()[f"{name}/y"]
         np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
+    assert budget_mib is None or model.loader.peak_bytes <= float(budget_mib) * 2**20
 
 
 @pytest.mark.parametrize(

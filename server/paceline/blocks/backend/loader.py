@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from .held_turn import FreeTurns, HeldTurn, Turns
 from .manifest import PoolError
 from .mapping import MappedObject
 from .source import Source
@@ -21,35 +22,13 @@ from .window import Span, Step, Window
 
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 8.0
-TURN_S = 0.02
-"""Steps that follow each other within this time are one turn: a turn costs about 0.3 ms."""
 
 
-class Turns(Protocol):
+class LoadTurns(Turns, Protocol):
     """Permission to move bytes, shared by all loads of the machine."""
-
-    def begin(self, urgent: Callable[[], bool]) -> bool:
-        """Blocks until it is this process's turn; `urgent` says whether a request waits.
-
-        Returns whether nobody else has something to load.
-        """
-
-    def end(self, size_bytes: int) -> None:
-        """The bytes are moved."""
 
     def moved(self, size_bytes: int) -> None:
         """So many bytes are there that took no turn."""
-
-
-class FreeTurns:
-    """Nobody to share with."""
-
-    def begin(self, urgent: Callable[[], bool]) -> bool:
-        return True
-
-    def end(self, size_bytes: int) -> None: ...
-
-    def moved(self, size_bytes: int) -> None: ...
 
 
 class Loader:
@@ -61,7 +40,7 @@ class Loader:
         objects: Mapping[str, MappedObject],
         source: Source,
         *,
-        turns: Turns | None = None,
+        turns: LoadTurns | None = None,
         keep_page_cache: bool = False,
         on_drop: Callable[[], None] | None = None,
     ) -> None:
@@ -69,6 +48,7 @@ class Loader:
         self._objects = objects
         self._source = source
         self._turns = turns or FreeTurns()
+        self._turn = HeldTurn(self._turns, self.waited_for)
         self._keep_page_cache = keep_page_cache
         self._on_drop = on_drop
         self._changed = threading.Condition()
@@ -77,11 +57,8 @@ class Loader:
         self._retry_at_s = 0.0
         self._closed = False
         self._dropping = False
-        self._alone = False
         self._following: Step | None = None
         """What was asked for ahead of its turn."""
-        self._turn_since_s: float | None = None
-        self._turn_bytes = 0
         self._found_bytes = 0
         self._peak_bytes = 0
         self._moved_bytes = 0
@@ -133,11 +110,11 @@ class Loader:
         with self._changed:
             return self._window.held_bytes
 
-    def wait_within(self, limit_bytes: int) -> None:
-        """Until no more than that is held; the window's limit must have been lowered to it."""
+    def wait_within_limit(self) -> None:
+        """Until no more is held than the limit that `pin` has set."""
 
         def within() -> bool:
-            return not self._dropping and self._window.held_bytes <= limit_bytes
+            return not self._dropping and self._window.within_limit
 
         with self._changed:  # no longer than a back-off: an error is for the run to meet
             self._changed.wait_for(lambda: within() or self._error or self._closed)
@@ -190,6 +167,11 @@ class Loader:
                 self._lose(name)
             self._changed.notify_all()
 
+    def waited_for(self) -> bool:
+        """Whether a run waits for weights."""
+        with self._changed:
+            return self._window.waited_for
+
     def wait_complete(self, timeout_s: float) -> bool:
         """Whether everything is in memory within that time. Raises PoolError if it cannot be."""
         with self._changed:
@@ -211,7 +193,7 @@ class Loader:
             with self._changed:
                 step = None if self._closed else self._ready_step()
             if step is None:
-                self._end_turn()  # nobody else waits for one that is idle
+                self._turn.end()  # nobody else waits for one that is idle
                 self._tell_found()
                 with self._changed:
                     step = self._next_step()
@@ -260,18 +242,19 @@ class Loader:
         try:
             later: tuple[Span, ...] = ()
             for number, span in enumerate(step.fetch, 1):
-                if self._turn_since_s is None and self._source.takes_turn(span):
+                if not self._turn.held and self._source.takes_turn(span):
                     asked_s = time.perf_counter()
-                    began_s += self._begin_turn() - asked_s
-                if self._turn_since_s is not None:
+                    self._turn.begin()
+                    began_s += time.perf_counter() - asked_s
+                if self._turn.held:
                     later = later or self._fetched_next()
                 self._source.expect((*step.fetch[number:], *later))
-                self._source.fetch(span, self._without_turn)
+                self._source.fetch(span, self._turn.without)
                 moved += span.size_bytes
-                if self._turn_since_s is None:
-                    self._found_bytes += span.size_bytes
+                if self._turn.held:
+                    self._turn.used(span.size_bytes)
                 else:
-                    self._turn_bytes += span.size_bytes
+                    self._found_bytes += span.size_bytes
                 with self._changed:
                     self._window.fetched(span)
                     self._error, self._backoff_s = None, FIRST_BACKOFF_S
@@ -283,8 +266,7 @@ class Loader:
             with self._changed:
                 self._moved_bytes += moved
                 self._moving_s += now_s - began_s
-            if self._turn_since_s is not None and now_s - self._turn_since_s >= TURN_S:
-                self._end_turn()
+            self._turn.end_if_due()
 
     def _fetched_next(self) -> tuple[Span, ...]:
         """What the step after this one will fetch, if it can be asked for before its turn.
@@ -292,42 +274,17 @@ class Loader:
         A link that waits for the next request at the end of every turn is idle for as long. But
         what is on its way cannot be overtaken: so only while there is nobody to give a turn to.
         """
-        if self._in_turn or not self._alone or not self._source.distant:
+        if self._in_turn or not self._turn.alone or not self._source.distant:
             return ()
         with self._changed:
             self._following = self._window.next_step()
             return () if self._following is None else self._following.fetch
-
-    def _begin_turn(self) -> float:
-        self._alone = self._turns.begin(self._waited_for)
-        self._turn_since_s = time.perf_counter()
-        return self._turn_since_s
-
-    @contextlib.contextmanager
-    def _without_turn(self) -> Iterator[None]:
-        """While another process fetches what is wanted here: it may need a turn for that."""
-        had_turn = self._turn_since_s is not None
-        self._end_turn()
-        yield
-        if had_turn:
-            self._begin_turn()
-
-    def _end_turn(self) -> None:
-        if self._turn_since_s is not None:
-            self._turn_since_s = None
-            with contextlib.suppress(PoolError, OSError):  # its lease ends without us
-                self._turns.end(self._turn_bytes)
-            self._turn_bytes = 0
 
     def _tell_found(self) -> None:
         if self._found_bytes:
             with contextlib.suppress(PoolError, OSError):  # of use to who divides links, no more
                 self._turns.moved(self._found_bytes)
             self._found_bytes = 0
-
-    def _waited_for(self) -> bool:
-        with self._changed:
-            return self._window.waited_for
 
     def _fail(self, spans: Sequence[Span], error: Exception) -> None:
         wrong = error if isinstance(error, PoolError) else PoolError(f"weights: {error!r}")

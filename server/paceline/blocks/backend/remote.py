@@ -163,14 +163,15 @@ class RemoteSource:
     def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
         """Any of them may be in the store."""
 
-    def graph(self, digest: str, stated: PoolObject) -> bytes:
+    def graph(self, digest: str, stated: PoolObject, waiting: Waiting = nullcontext) -> bytes:
         path = self._store.path(digest)
         if path.is_file():
             try:
                 return self._store.read(digest, stated)
             except Altered:
                 self._discard(digest, "other bytes")
-        text = self._remote.all(f"objects/{digest}")
+        with waiting():
+            text = self._remote.all(f"objects/{digest}")
         if not is_right(text, stated):
             raise PoolError(f"graph {digest}: the store has other bytes under this name")
         self._write(path, text)

@@ -38,8 +38,8 @@ class Source(Protocol):
     def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
         """Raises PoolError if one of these should be on this machine already and is not."""
 
-    def graph(self, digest: str, stated: PoolObject) -> bytes:
-        """A graph, complete and checked. Raises PoolError."""
+    def graph(self, digest: str, stated: PoolObject, waiting: Waiting = nullcontext) -> bytes:
+        """A graph, complete and checked; waits for a store in `waiting()`. Raises PoolError."""
 
     @property
     def graphs(self) -> Path:
@@ -108,7 +108,7 @@ class LocalSource:
         for digest, one in stated.items():
             self._store.find(digest, one)
 
-    def graph(self, digest: str, stated: PoolObject) -> bytes:
+    def graph(self, digest: str, stated: PoolObject, waiting: Waiting = nullcontext) -> bytes:
         return self._store.read(digest, stated)
 
     @property

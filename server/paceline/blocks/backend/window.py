@@ -3,8 +3,10 @@
 A `Window` knows what is in memory, what the runs under way still need and, while none is under
 way, that the next one will look like the last. It fetches strictly in the order of need, and drops
 only what is needed later than what it fetches, so that the block a run waits for always comes
-first. Pinned blocks stay. No I/O, no clock: the loader performs what `next_step` says, one step at
-a time. Section 3 of the papers' digest (SwapNet: prefetch, swap-out by reference).
+first. Of several runs that wait the earliest comes first, and may take the others' room: so one of
+them always goes on, whatever the limit. Pinned blocks stay. No I/O, no clock: the loader performs
+what `next_step` says, one step at a time. Section 3 of the papers' digest (SwapNet: prefetch,
+swap-out by reference).
 
 Invariant: the bytes in memory never exceed the limit, except that after the limit was lowered what
 is being computed is not taken away, and that a block larger than the limit could never run (the
@@ -74,6 +76,11 @@ class Window:
     def held_bytes(self) -> int:
         """What is in memory or on its way there."""
         return sum(self._have.values())
+
+    @property
+    def within_limit(self) -> bool:
+        """Whether no more is held than may be; for a moment not, when the limit was lowered."""
+        return self._limit_bytes is None or self.held_bytes <= self._limit_bytes
 
     @property
     def unlimited(self) -> bool:
@@ -210,19 +217,20 @@ class Window:
         )
 
     def _distances(self) -> dict[str, int]:
-        """How many blocks are computed before one that needs the object, by object.
+        """When an object is needed, by object: a number that is higher for what is needed later.
 
-        Blocks of runs under way come first, then those of the run that is expected next.
+        Runs under way come first, their blocks in turn by position; no two of them share a number,
+        or each could wait for the room that the other one holds. Then comes what is expected next.
         """
         found: dict[str, int] = {}
-        longest = 0
-        for run in self._runs.values():
+        longest, runs = 0, len(self._runs) or 1
+        for rank, run in enumerate(self._runs.values()):
             longest = max(longest, len(run.rest))
             for position, block in enumerate(run.rest):
                 for name in self._blocks[block]:
-                    found[name] = min(position, found.get(name, _NEVER))
+                    found[name] = min(position * runs + rank, found.get(name, _NEVER))
         later = [*self._expected, *sorted(self._pinned.difference(self._expected))]
-        for position, block in enumerate(later, longest):
+        for position, block in enumerate(later, longest * runs):
             for name in self._blocks[block]:
                 found.setdefault(name, position)
         return found
