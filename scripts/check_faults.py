@@ -22,7 +22,6 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -30,7 +29,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ EXPLAINED = {
 }
 SAID = {
     "late": "timeout expired|deadline exceeded",
-    "shed": "is overloaded|maximum queue size",
+    "shed": "is overloaded|maximum queue size|is not in memory",
     "unavailable": "not reachable|not healthy|no other machine|connection|unavailable",
     "unknown": "unknown model|is not available|not found|is not ready",
 }
@@ -419,7 +418,7 @@ async def healed(clients: Clients, seen: Seen) -> None:
 
 @asynccontextmanager
 async def serving(
-    work: Path, tritons: int, arguments: Sequence[str], keep: Path | None
+    work: Path, tritons: int, arguments: Sequence[str]
 ) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
     """`paceline serve` over what it is to serve; its address."""
     models, chains, state = work / "models", work / "chains", work / "state"
@@ -452,8 +451,6 @@ async def serving(
             if process.returncode is None:
                 process.terminate()
                 await process.wait()
-            if keep is not None:
-                shutil.copyfile(work / "paceline.log", keep)
 
 
 async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
@@ -470,7 +467,7 @@ async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
 async def check(work: Path, options: argparse.Namespace) -> Seen:
     """The whole run."""
     seen, rng = Seen(), random.Random(options.seed)
-    async with serving(work, options.tritons, options.serve, options.log) as (address, process):
+    async with serving(work, options.tritons, options.serve) as (address, process):
         clients = Clients(address, seen, random.Random(rng.random()))
         async with grpc.aio.insecure_channel(address) as channel:
             control = control_pb2_grpc.ControlStub(channel)
@@ -507,7 +504,7 @@ async def check(work: Path, options: argparse.Namespace) -> Seen:
     left = [
         " ".join(p.info["cmdline"])
         for p in psutil.process_iter(["cmdline"])
-        if str(work) in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
+        if str(work / "state") in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
     ]
     for command in left:
         seen.complain(f"left behind: {command}")
@@ -525,11 +522,17 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=40.0, help="requests per second")
     parser.add_argument("--seed", type=int, default=1, help="what breaks, and when")
     parser.add_argument("--tritons", type=int, default=0, help="remote Tritons (0: its own)")
-    parser.add_argument("--log", type=Path, help="where to keep what paceline serve said")
+    parser.add_argument("--keep", type=Path, help="a new directory, to work in and keep with logs")
     parser.add_argument("serve", nargs="*", help="further options of paceline serve, after --")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="paceline-faults-") as work:
-        seen = asyncio.run(check(Path(work), options))
+    with ExitStack() as stack:
+        if options.keep is None:
+            temporary = tempfile.TemporaryDirectory(prefix="paceline-faults-")
+            work = Path(stack.enter_context(temporary))
+        else:
+            work = options.keep.resolve()
+            work.mkdir(parents=True)
+        seen = asyncio.run(check(work, options))
     print(f"{seen.asked} requests: {dict(seen.ends)}; faults: {dict(seen.faults)}")
     print(f"{len(seen.wrong)} wrong")
     return 1 if seen.wrong else 0
