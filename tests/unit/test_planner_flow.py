@@ -45,7 +45,9 @@ def drawn(rng: random.Random) -> tuple[Graph, list[Offers]]:
     offers = []
     for _ in range(modules):
         count = rng.randint(1, 8)
-        latencies_s = np.array([rng.choice((0.05, 0.1, 0.2, rng.random())) for _ in range(count)])
+        latencies_s = np.array(
+            [rng.choice((0.1, 0.2, 0.3, 0.7, rng.random())) for _ in range(count)]
+        )
         costs = np.array([rng.choice((1.0, 2.0, 5.0, 9 * rng.random())) for _ in range(count)])
         offers.append(pareto(latencies_s, costs)[0])
     return graph, offers
@@ -55,7 +57,7 @@ def solved(graph: Graph, offers: Sequence[Offers]) -> Flow | None:
     return Flow.of(graph, offers, SLO_S)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(150))
 def test_a_flow_is_the_best_there_is_and_none_where_no_latencies_fit(seed: int) -> None:
     graph, offers = drawn(random.Random(seed))
     flow = solved(graph, offers)
@@ -65,7 +67,7 @@ def test_a_flow_is_the_best_there_is_and_none_where_no_latencies_fit(seed: int) 
         check(flow, graph, offers)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(150))
 def test_after_a_module_lost_options_the_flow_is_the_best_there_is_again(seed: int) -> None:
     rng = random.Random(seed)
     graph, offers = drawn(rng)

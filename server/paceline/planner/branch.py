@@ -4,9 +4,10 @@ Invariant: no combination of options that keeps the objective costs less than `C
 
 A node allows every module a range of latencies. Its linear relaxation blends options (`flow`, from
 that of the node it is a part of); the prices of latency in it bound the node from below, rule
-options out, and tell a combination to try: the options just within the blended latencies. The module whose blend is the cheapest against
-what it stands for is then split there, into shorter and longer latencies: each half has a tighter
-relaxation, where fixing one option among hundreds would hardly change it.
+options out, and tell a combination to try: the options just within the blended latencies. The
+module whose blend is the cheapest against what it stands for is then split there, into shorter and
+longer latencies: each half has a tighter relaxation, where fixing one option among hundreds would
+hardly change it.
 """
 
 from __future__ import annotations

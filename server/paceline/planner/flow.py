@@ -161,18 +161,19 @@ class Flow:
     def _settle(self, arc: int) -> bool:
         """Send what gains through `arc`, one way or the other; False if there is no end of it."""
         a, b = self.net.ends[arc]
+        rounding_s = _SAME * self.slo_s
         for forward, start, end in ((True, b, a), (False, a, b)):
             while forward or self.carried[arc] > _SAME * self.carried[-1]:
                 own_s = self.more_s[arc] if forward else -self.less_s[arc]
-                lacking_s = self.at_s[end] + own_s - self.at_s[start]
-                if lacking_s <= _SAME * self.slo_s:
+                gain_s = self.at_s[end] + own_s - self.at_s[start]
+                if gain_s <= rounding_s:
                     break
-                less_s, via = self._nearest(start, end, arc, lacking_s)
+                short_s, via = self._short(start, end, arc, gain_s)
                 self.at_s = [
-                    at_s - min(by_s, less_s[end])
-                    for at_s, by_s in zip(self.at_s, less_s, strict=True)
+                    at_s - min(by_s, short_s[end])
+                    for at_s, by_s in zip(self.at_s, short_s, strict=True)
                 ]
-                if less_s[end] >= lacking_s:
+                if gain_s - short_s[end] <= rounding_s:
                     break
                 cycle = [(arc, forward), *_path(via, start, end)]
                 amount = min(self.more[k] if more else self.less[k] for k, more in cycle)
@@ -189,7 +190,7 @@ class Flow:
             else:
                 self.less[k] = self.carried[k]
 
-    def _nearest(
+    def _short(
         self, start: int, end: int, without: int, most_s: float
     ) -> tuple[list[float], list[tuple[int, int, bool]]]:
         """By how much the best path from `start` to every point falls short of what `at_s` allows,
