@@ -28,6 +28,7 @@ from .manifest import (
     PoolError,
     pages,
     runtime_here,
+    swap_rate_bytes_s,
 )
 from .run import Durations, Sessions, compute, needed_blocks
 from .settings import Settings
@@ -73,6 +74,7 @@ class BlockModel:
                 [sum(held[name] for name in names) for names in needs],
                 tables=bool(self._tables),
                 activations=self.manifest.activation_bytes,
+                rate_bytes_s=swap_rate_bytes_s(blocks),
                 settings=settings,
                 ledger=ledger,
             )

@@ -24,7 +24,7 @@ from .shares import Claim
 
 TABLE_SHARE = 1 / 16
 _DEFAULT_RATE_BYTES_S = 1e9
-"""Swap-in before anything was measured: what a local disk gives."""
+"""Swap-in where nobody measured: what a local disk gives."""
 _REPLAN_RUNS = 16
 _REDIVIDE_S = 0.5
 _LOAD_MEMORY_S = 5.0
@@ -51,7 +51,8 @@ def _blocks_share(tables: bool) -> float:
 class Budget:
     """Of one model in one process.
 
-    `needs` are the bytes of each block, `activations` those beside weights by size of the batch.
+    `needs` are the bytes of each block, `activations` those beside weights by size of the batch;
+    `rate_bytes_s` is what swapping in is planned with until it was measured here.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Budget:
         *,
         tables: bool,
         activations: Callable[[int], int],
+        rate_bytes_s: float | None,
         settings: Settings,
         ledger: Ledger,
     ) -> None:
@@ -70,6 +72,7 @@ class Budget:
         self._settings = settings
         self._ledger = ledger
         self._tables = tables
+        self._rate_bytes_s = rate_bytes_s or _DEFAULT_RATE_BYTES_S
         self._most_rows = 1
         self._attending = threading.Lock()
         self._check(1)
@@ -237,7 +240,7 @@ class Budget:
             self._needs,
             self._durations.at(rows),
             limit_bytes=limit_bytes,
-            rate_bytes_s=self._loader.rate() or _DEFAULT_RATE_BYTES_S,
+            rate_bytes_s=self._loader.rate() or self._rate_bytes_s,
         )
 
     def _decayed(self, now_s: float) -> float:
