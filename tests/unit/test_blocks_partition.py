@@ -5,19 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.blocks_models import written
 
 from paceline.blocks import cut
-from paceline.blocks.backend.manifest import Block, Manifest, Member, swap_rate_bytes_s
+from paceline.blocks.backend.manifest import Block, Member
 from paceline.blocks.backend.plan import READING_COST
-from paceline.blocks.compile import compile_model
 from paceline.blocks.dividing import best_division
-from paceline.blocks.member import Options
 from paceline.blocks.partition import Partition, partition
 from paceline.blocks.trial import Took, Trial
 
@@ -130,27 +126,6 @@ def test_what_waits_is_cut_finely_and_what_computes_is_not() -> None:
     assert slow.pinned == 3  # the rest holds two: one comes while the other computes
     assert [stop for stop in slow.stops if stop > slow.pinned] == list(range(4, 13))
     assert len(fast.stops) == 6
-
-
-def test_the_rate_of_swapping_is_what_compiling_measured(tmp_path: Path) -> None:
-    manifest = compiled(tmp_path, Options(4))
-    (member,) = manifest.members
-    rate = swap_rate_bytes_s(member.blocks)
-    took_s = [block.swap_in_s or 0.0 for block in member.blocks]
-    assert rate == pytest.approx(sum(b.swapped_bytes for b in member.blocks) / sum(took_s))
-    assert swap_rate_bytes_s([replace(b, swap_in_s=None) for b in member.blocks]) is None
-    cuts = manifest.document["measured"]["cuts"][""]
-    assert cuts["rate_bytes_s"] > 0
-    assert cuts["block_s"] > 0
-    assert set(cuts["latency_s"]) >= set(cuts["by_size_s"])
-    assert sum(cuts["latency_s"][rows] / took for rows, took in cuts["by_size_s"].items()) <= len(
-        cuts["by_size_s"]
-    )
-
-
-def compiled(tmp_path: Path, options: Options) -> Manifest:
-    source = written(tmp_path, "bert")
-    return compile_model({"": source}, tmp_path / "m", tmp_path / "pool", options).model.manifest
 
 
 BLOCK = Block("", "", 1, (), (), (), 4 * MIB, 0, (), 0, {}, None)
