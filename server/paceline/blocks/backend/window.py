@@ -15,7 +15,7 @@ caller refuses such a limit).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 CHUNK_BYTES = 8 * 2**20
@@ -104,6 +104,10 @@ class Window:
         """Whether everything that the block needs is in memory."""
         return all(name in self._ready for name in self._blocks[block])
 
+    def needs(self, block: int) -> Sequence[str]:
+        """The objects that the block needs."""
+        return self._blocks[block]
+
     def holds(self, name: str) -> bool:
         """Whether the whole object is in memory."""
         return name in self._ready
@@ -140,13 +144,22 @@ class Window:
         if span.last and self._have.get(span.name) == self._sizes[span.name]:
             self._ready.add(span.name)
 
+    def unfetched(self, span: Span) -> None:
+        """A span of the last step was not fetched; what came of the object before stays."""
+        self._have[span.name] = min(span.offset, self._have.get(span.name, 0))
+        if not self._have[span.name]:
+            del self._have[span.name]
+
     def lost(self, name: str) -> None:
         """The object could not be fetched: nothing of it is in memory."""
         self._have.pop(name, None)
         self._ready.discard(name)
 
-    def next_step(self) -> Step | None:
-        """What to do now, None if nothing. Its spans count as held from here on."""
+    def next_step(self, aside: Collection[str] = ()) -> Step | None:
+        """What to do now, None if nothing. Its spans count as held from here on.
+
+        Objects that are `aside` are not fetched now, whoever needs them.
+        """
         distances = self._distances()
         drop: list[str] = []
         limit = _NEVER if self._limit_bytes is None else self._limit_bytes
@@ -154,6 +167,8 @@ class Window:
         fetch: list[Span] = []
         planned = 0
         for name, distance in self._wanted(distances):
+            if name in aside:
+                continue
             size, have = self._sizes[name], self._have.get(name, 0)
             while have < size and planned < self._chunk_bytes:
                 take = min(size - have, self._chunk_bytes - planned)
