@@ -68,8 +68,8 @@ ABLATIONS: Mapping[str, Options] = {
     "pooled dispatch": replace(PLAIN, dispatch="pooled"),
 }
 
-TOGETHER = ("harpagon", "scrooge")
-"""What 100 chains at once are planned by beside the optimum: the two nearest to it."""
+TOGETHER = ("harpagon", "nexus", "scrooge", "inferline")
+"""What 100 chains at once are planned by beside the optimum; Clipper finds no plan for some."""
 
 
 def four_kinds(chain: PlannedChain) -> PlannedChain:

@@ -81,6 +81,7 @@ class Case:
             tables=False,
             activations=lambda rows: 4 * MIB * rows,
             empty=self._empty,
+            rate_bytes_s=None,
             settings=read_settings(given, directory),
             ledger=self.ledger,
             most=3,

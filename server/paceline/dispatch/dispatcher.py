@@ -5,15 +5,14 @@ collectors would launch (`waiting`).
 
 Invariants: a request that was submitted ends exactly once, in Answer or Fail, unless cancelled;
 a machine runs at most `slots` batches, and of a model at most its instances; nothing is launched
-for a request that cannot meet its deadline any more, or that has failed or been cancelled; rows
-are executed at most once per machine (a restarted machine is another one), and on two at a time at
-most: there, when a batch takes so long that another attempt is about to be too late.
+for a request that cannot meet its deadline any more, or that has failed or been cancelled. What is
+executed more than once, and where, is the subject of `retries`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from math import inf
 
@@ -54,20 +53,11 @@ from paceline.dispatch.learned import LearnedDuration
 from paceline.dispatch.machines import HangLimits, MachinePool
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
 from paceline.dispatch.refusals import never_entered, queue_full, timed_out, too_late
+from paceline.dispatch.retries import Retries, for_requests, is_lost, stranded
 from paceline.dispatch.route import ChainRoute
-from paceline.dispatch.running import Running, behind_s, own_piece, retry_s, rivalled
+from paceline.dispatch.running import Running
 from paceline.dispatch.stage import Served, Stage, served
 from paceline.dispatch.waiting import Waiting
-
-MOST_TRIES = 3
-"""Machines that rows are tried on before their request fails."""
-OWN_STALL_S = 0.01
-"""By how much this process must be late itself before it does not call a batch overdue for it."""
-
-_GONE = (ErrorKind.NOT_READY, ErrorKind.UNKNOWN_MODEL)
-"""The lane does not hold its model any more: it is being repaired, or its Triton came back."""
-_LOST = (ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE, *_GONE)
-"""Failures of the lane, not of the request: unreachable, hanging, its process dead."""
 
 
 @dataclass(slots=True)
@@ -93,6 +83,9 @@ class Dispatcher:
         self._per_chain: dict[str, int] = {}
         self._running = Running()
         self._ids = count(1)
+        self._retries = Retries(
+            self._pool, self._waiting, self._running, self._admission, self._ids
+        )
         self._wake_s = inf
         self._leasing = False
 
@@ -132,6 +125,7 @@ class Dispatcher:
                 self._served.pop(event.chain, None)
             case MachineUp():
                 self._pool.up(event.machine, event.hardware, event.slots, event.instances)
+                self._give_up_stranded(now_s, actions)
             case MachineDown():
                 self._pool.down(event.machine)
         if settled:
@@ -264,13 +258,7 @@ class Dispatcher:
         latest_s = deadline_s - route.floor_s
         entry = Entry(run, stage, step, inputs, work.rows, key, order, latest_s, now_s)
         self._admission.counted(run.ticket, step.place, work.rows)
-        self._queue(entry, now_s)
-
-    def _queue(self, entry: Entry, now_s: float) -> None:
-        stage = entry.stage
-        self._waiting.add(stage)
-        for part in stage.collector.add(entry, now_s):
-            part.run.entries.append(part)
+        self._waiting.add(entry, now_s)
 
     def _install(self, route: ChainRoute) -> None:
         """New requests take this route; stages of replaced routes go when they are empty."""
@@ -312,8 +300,7 @@ class Dispatcher:
         elif self._wake_s < inf and not waiting.changed(now_s):
             return
         for entry in waiting.late(now_s):
-            if entry.race and rivalled(entry):
-                self._drop(entry.run, entry.race, also=entry)
+            if self._retries.gives_way(entry):
                 continue
             error = too_late(entry.stage.route, now_s, entry.run.submit.deadline_s)
             self._fail(entry.run, error, now_s, actions)
@@ -330,12 +317,12 @@ class Dispatcher:
         route, spec, machine = stage.route, stage.route.bound.spec, offer.machine
         pieces = offer.take()
         rows = 0
-        by_s = inf
+        latest_s = inf
         for piece in pieces:
             rows += piece.count
             entry = piece.entry
-            if entry.order[1] < by_s:
-                by_s = entry.order[1]
+            if entry.latest_s < latest_s:
+                latest_s = entry.latest_s
             self._admission.launched(entry.run.ticket, entry.step.place, piece.count)
         first = pieces[0].entry
         inputs = batch_inputs(pieces, rows, batches=spec.batches)
@@ -350,10 +337,11 @@ class Dispatcher:
         batch = next(self._ids)
         timeout_s, overdue_s = self._pool.started(machine, route, rows, batch, now_s)
         # When the first of them is late, or about when they may have to be tried elsewhere.
-        look_s = by_s + route.tail_s + TIE_S
+        deadline_s = latest_s + route.floor_s
+        look_s = deadline_s + TIE_S
         overdue_at_s = now_s + overdue_s
         if overdue_at_s < look_s:
-            look_s = by_s - overdue_s - route.beyond_s
+            look_s = deadline_s - route.tail_s - overdue_s - route.beyond_s
             if look_s < overdue_at_s:
                 look_s = overdue_at_s
         made = Batch(machine, stage, offer.lot, pieces, rows, now_s)
@@ -394,14 +382,25 @@ class Dispatcher:
         entry = piece.entry
         if not entry.alive:
             return
-        run, step, start = entry.run, entry.step, entry.base + piece.start
         if entry.race:
-            self._drop(run, -entry.race)
-        run.spans.append(batch.span(piece, now_s))
+            self._retries.won(entry)
+        entry.run.spans.append(batch.span(piece, now_s))
+        self._rows_done(entry, piece.start, piece.count, outputs, now_s, actions)
+
+    def _rows_done(
+        self,
+        entry: Entry,
+        first: int,
+        count: int,
+        outputs: tuple[Tensor, ...] | None,
+        now_s: float,
+        actions: list[Action],
+    ) -> None:
+        run, step, start = entry.run, entry.step, entry.base + first
         if run.submit.stream and outputs is not None and (part := run.partial(step, outputs)):
             actions.append(Partial(run.submit.request, start, part))
         try:
-            complete = run.rows_done(step, start, piece.count, outputs)
+            complete = run.rows_done(step, start, count, outputs)
         except RequestError as error:
             self._fail(run, error, now_s, actions)
             return
@@ -423,117 +422,43 @@ class Dispatcher:
         *,
         garbled: bool = False,
     ) -> None:
-        lost = error.kind in _LOST or garbled
-        if error.kind in _GONE:
-            # To the client this is no unknown model: it asked for what is served.
-            error = BackendError(error.message, kind=ErrorKind.UNAVAILABLE)
+        lost = garbled or is_lost(error)
+        error = for_requests(error)
         if lost and self._pool.broke(batch.machine, batch.stage.route.model, now_s):
             actions.append(Broken(batch.machine.name, batch.stage.route.model, error.message))
-        if error.kind is ErrorKind.DEADLINE:
-            # The batch hung; to its requests that is a failure, their own deadlines may be far.
-            error = BackendError(error.message, kind=ErrorKind.UNAVAILABLE)
-        # A batch that the model refused may hold one bad request: try the others without it.
-        alone = not lost and len(batch.pieces) > 1
         for piece in batch.pieces:
             entry = piece.entry
-            if not entry.alive:
+            if not entry.alive or self._retries.goes_on(batch, piece, now_s, lost=lost):
                 continue
-            retry = lost and self._may_retry(batch, entry)
-            if entry.race and rivalled(entry) and (entry.race > 0 or (lost and not retry)):
-                # The others that hold its rows go on.
-                self._drop(entry.run, entry.race)
-            elif retry:
-                failed_on = entry.failed_on | {batch.machine.identity}
-                again = piece.retry(seq=next(self._ids), failed_on=failed_on)
-                self._again(again, now_s)
-            elif alone:
-                self._again(piece.retry(seq=next(self._ids), alone=True), now_s)
-            elif entry.step.bound.module.on_error != "skip":
-                self._fail(entry.run, error, now_s, actions)
-            elif piece.count > 1 and not lost:
-                for row in range(piece.count):
-                    one = Piece(entry, piece.start + row, 1)
-                    self._again(one.retry(seq=next(self._ids), alone=True), now_s)
-            else:
+            if entry.step.bound.module.on_error == "skip":
                 self._piece_done(batch, piece, None, now_s, actions)
+            else:
+                self._fail(entry.run, error, now_s, actions)
 
-    def _again(self, entry: Entry, now_s: float) -> None:
-        self._admission.counted_again(entry.run.ticket, entry.step.place, entry.rows)
-        self._queue(entry, now_s)
-
-    def _may_retry(self, batch: Batch, entry: Entry) -> bool:
-        failed_on = entry.failed_on | {batch.machine.identity}
-        if len(failed_on) >= MOST_TRIES:
-            return False
-        # A machine that went down may come back as another incarnation before the deadline.
-        return not batch.machine.up or self._pool.others(batch.stage.route.model, failed_on)
-
-    # -- batches that take long ---------------------------------------------------------------
+    def _give_up_stranded(self, now_s: float, actions: list[Action]) -> None:
+        """What failed, and was to be tried on a machine that has its model no more."""
+        again = [e for run in self._runs.values() for e in run.entries if e.failed_on and e.waiting]
+        for entry in again:
+            if not entry.waiting or not self._retries.is_stranded(entry):
+                continue
+            first, left = entry.taken, entry.waiting
+            self._waiting.discard(entry)
+            if self._retries.gives_way(entry):
+                continue
+            if entry.step.bound.module.on_error == "skip":
+                self._admission.launched(entry.run.ticket, entry.step.place, left)
+                self._rows_done(entry, first, left, None, now_s, actions)
+            else:
+                self._fail(entry.run, stranded(entry), now_s, actions)
 
     def _look_at(
         self, number: int, batch: Batch, since_s: float, now_s: float, actions: list[Action]
     ) -> None:
-        """Give up rows that are late, and try the others elsewhere if the batch is overdue."""
+        """Give up rows that are late; the others are tried elsewhere if the batch is overdue."""
         for piece in batch.pieces:
             run = piece.entry.run
             if piece.entry.alive and now_s > (deadline_s := run.submit.deadline_s):
                 self._fail(run, timed_out(batch, now_s, deadline_s), now_s, actions)
-        alive = [piece.entry for piece in batch.pieces if piece.entry.alive]
-        if not alive:
-            return
-        next_s = behind_s(min(entry.run.submit.deadline_s for entry in alive))
-        if not batch.overdue:
-            at_s = retry_s(batch, alive, self._pool)
-            if at_s <= now_s and now_s - since_s > OWN_STALL_S:
-                # It is us who were late: what has come in since is to be read first.
-                at_s = now_s + OWN_STALL_S
-            elif at_s <= now_s and not self._race(number, batch, now_s):
-                at_s = now_s + max(OWN_STALL_S, batch.stage.route.again_s(batch.rows))
-            if at_s > now_s:
-                next_s = min(next_s, at_s)
-        self._running.again(number, next_s)
-
-    def _race(self, number: int, batch: Batch, now_s: float) -> bool:
-        """Try rows of a batch elsewhere as well; False where no other machine could take any.
-
-        Whoever is done first counts. Until the batch ends nothing more is sent to its lane, and
-        its lot may use another machine.
-        """
-        model, identity = batch.stage.route.model, batch.machine.identity
-        pieces, again = [], []
-        for piece in batch.pieces:
-            entry = piece.entry
-            failed_on = entry.failed_on | {identity}
-            own = piece
-            if (
-                entry.alive
-                and now_s <= entry.latest_s
-                and len(failed_on) < MOST_TRIES
-                and self._pool.others(model, failed_on, sound=True)
-                and not (entry.race and rivalled(entry))
-            ):
-                own = own_piece(piece)
-                own.entry.race = next(self._ids)
-                other = own.retry(seq=next(self._ids), failed_on=failed_on)
-                other.race = -own.entry.race
-                again.append(other)
-            pieces.append(own)
-        if not again:
-            return False
-        self._running.replace(number, replace(batch, pieces=tuple(pieces), overdue=True))
-        self._pool.overdue(batch.machine, model)
-        batch.stage.collector.ended(batch.lot)
-        for other in again:
-            self._again(other, now_s)
-        return True
-
-    def _drop(self, run: ChainRun, race: int, *, also: Entry | None = None) -> None:
-        """Forget the entries of one side of a race; `also` has been taken out of its queue."""
-        if also is not None:
-            left = also.rows - also.taken
-            self._admission.launched(run.ticket, also.step.place, left)
-        for entry in run.entries:
-            if entry.race == race and entry.alive:
-                if left := entry.waiting:
-                    self._admission.launched(run.ticket, entry.step.place, left)
-                self._waiting.discard(entry)
+        if alive := [piece.entry for piece in batch.pieces if piece.entry.alive]:
+            look_s = self._retries.look_at(number, batch, alive, since_s, now_s)
+            self._running.again(number, look_s)

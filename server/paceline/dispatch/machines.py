@@ -143,6 +143,11 @@ class MachinePool:
             for machine, lane in holders.lanes.values()
         )
 
+    def is_up(self, identity: tuple[str, int]) -> bool:
+        """Whether that machine is there, and has been since."""
+        machine = self._machines.get(identity[0])
+        return machine is not None and machine.identity == identity
+
     def sharing(self, model: str) -> frozenset[str]:
         """The models that some machine holds beside `model`, itself included."""
         found = self._sharing.get(model)

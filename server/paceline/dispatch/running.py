@@ -1,7 +1,7 @@
 """Batches on their machines, each with the instant at which somebody has to look at it.
 
 A batch is looked at when the first deadline of its rows passes, and when it is overdue: when it has
-taken so much longer than is normal there that its rows are worth a second machine (decision 35).
+taken so much longer than is normal there that its rows are worth a second machine (`retries`).
 Invariant: a batch has one look ahead of it; looks of batches that have ended are forgotten when
 they are as many as the others.
 """
@@ -9,13 +9,10 @@ they are as many as the others.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
-from math import inf, nextafter
+from collections.abc import Iterator
+from math import inf
 
 from paceline.dispatch.batch import Batch
-from paceline.dispatch.collector import TIE_S
-from paceline.dispatch.machines import MachinePool
-from paceline.dispatch.queue import Entry, Piece
 
 _FEW = 64
 """Looks that are not worth sorting out."""
@@ -68,35 +65,3 @@ class Running:
                 found.append((at_s, number, batch))
         self.look_s = looks[0][0] if looks else inf
         return found
-
-
-def behind_s(deadline_s: float) -> float:
-    """When it has passed for sure: what ends at the deadline is in time."""
-    return max(deadline_s + TIE_S, nextafter(deadline_s, inf))
-
-
-def retry_s(batch: Batch, entries: Sequence[Entry], pool: MachinePool) -> float:
-    """When rows of a batch have to be tried elsewhere; inf where that could not be in time.
-
-    At the last moment at which what is left, and a batch that another machine may just have begun,
-    still fit; not before the batch is overdue.
-    """
-    route = batch.stage.route
-    overdue_s = batch.started_s + pool.overdue_s(batch.machine, route, batch.rows)
-    by_s = min((e.launch_by_s for e in entries if e.latest_s >= overdue_s), default=inf)
-    return max(overdue_s, by_s - route.again_s(batch.rows))
-
-
-def rivalled(entry: Entry) -> bool:
-    """Whether others still hold the same rows."""
-    return any(other.alive and other.race == -entry.race for other in entry.run.entries)
-
-
-def own_piece(piece: Piece) -> Piece:
-    """The piece with an entry that holds no other rows."""
-    if piece.count == piece.entry.rows:
-        return piece
-    entry = piece.entry.part(piece.start, piece.count)
-    entry.taken = entry.rows
-    entry.run.entries.append(entry)
-    return Piece(entry, 0, entry.rows)

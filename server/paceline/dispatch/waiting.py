@@ -38,10 +38,12 @@ class Waiting:
     def __bool__(self) -> bool:
         return bool(self._active)
 
-    def add(self, stage: Stage) -> None:
-        """It got rows."""
+    def add(self, entry: Entry, now_s: float) -> None:
+        """Rows have to be executed."""
+        stage, run = entry.stage, entry.run
         stage.look_s = -inf
         self._active[stage] = None
+        run.entries += stage.collector.add(entry, now_s)
 
     def discard(self, entry: Entry) -> None:
         """A request has ended: forget what waits of it."""

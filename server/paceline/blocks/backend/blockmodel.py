@@ -29,6 +29,7 @@ from .manifest import (
     PoolError,
     pages,
     runtime_here,
+    swap_rate_bytes_s,
 )
 from .run import Durations, Sessions, compute, needed_blocks
 from .settings import Settings
@@ -76,6 +77,7 @@ class BlockModel:
                 tables=bool(self._tables),
                 activations=self.manifest.activation_bytes,
                 empty=empty_arena,
+                rate_bytes_s=swap_rate_bytes_s(blocks),
                 settings=settings,
                 ledger=ledger,
                 most=max(1, cores // (settings.threads or cores)),

@@ -33,7 +33,7 @@ TABLE_SHARE = 1 / 16
 _TOGETHER_SHARE = 1 / 2
 """Of a budget: what runs at the same time may take beside weights."""
 _DEFAULT_RATE_BYTES_S = 1e9
-"""Swap-in before anything was measured: what a local disk gives."""
+"""Swap-in where nobody measured: what a local disk gives."""
 _REPLAN_RUNS = 16
 _REDIVIDE_S = 0.5
 _LOAD_MEMORY_S = 5.0
@@ -61,7 +61,8 @@ class Budget:
     """Of one model in one process.
 
     `needs` are the bytes of each block, `activations` those beside weights by size of the batch.
-    `empty` empties the arena that these are in.
+    `empty` empties the arena that these are in. `rate_bytes_s` is what swapping in is planned with
+    until it was measured here.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Budget:
         tables: bool,
         activations: Callable[[int], int],
         empty: Callable[[], None],
+        rate_bytes_s: float | None,
         settings: Settings,
         ledger: Ledger,
         most: int = 1,
@@ -85,6 +87,7 @@ class Budget:
         self._settings = settings
         self._ledger = ledger
         self._tables = tables
+        self._rate_bytes_s = rate_bytes_s or _DEFAULT_RATE_BYTES_S
         self._most_rows = 1
         self._attending = threading.Lock()
         self._check(1)
@@ -342,9 +345,9 @@ class Budget:
             self._needs,
             self._durations.at(rows),
             limit_bytes=max(limit_bytes - self._beside_largest_bytes, self._largest_bytes),
-            rate_bytes_s=self._loader.rate() or _DEFAULT_RATE_BYTES_S,
+            rate_bytes_s=self._loader.rate() or self._rate_bytes_s,
         )
 
     def _decayed(self, now_s: float) -> float:
         """Runs a second, the last ones counting most."""
-        return float(self._load * 2.718281828 ** ((self._load_at_s - now_s) / _LOAD_MEMORY_S))
+        return float(self._load * math.exp((self._load_at_s - now_s) / _LOAD_MEMORY_S))

@@ -47,7 +47,7 @@ _FIRST_REGION_BYTES = 32 << 20
 """Of an empty arena; later ones double."""
 _KEPT_REGION_BYTES = 64 << 10
 """The very first region is never given back, so it is a small one."""
-_NOTHING = bytes.fromhex(
+NOTHING = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179"
     "120a0a08080112040a02080142040a00100d"
 )
@@ -261,7 +261,7 @@ def _share_arena() -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.use_env_allocators", "1")
-        session = ort.InferenceSession(_NOTHING, options, ["CPUExecutionProvider"])
+        session = ort.InferenceSession(NOTHING, options, ["CPUExecutionProvider"])
         giving_back = ort.RunOptions()
         giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         one = {"x": ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32))}
