@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.blocks_cgroup import idle, limited, print_cgroup
 from scripts.blocks_cold import cold, print_cold
-from scripts.blocks_group import print_fuse
+from scripts.blocks_group import fused, print_fuse
 from scripts.blocks_measure import RATIOS, Bench
 from scripts.blocks_served import print_served
 from scripts.blocks_share import print_share, share
@@ -50,6 +50,7 @@ CHILDREN: Mapping[str, Callable[..., dict[str, Any]]] = {
     "share": share,
     "limited": limited,
     "idle": idle,
+    "fused": fused,
 }
 
 
@@ -79,8 +80,11 @@ def main() -> None:
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
             )
         if name in ("fuse", "share", "cgroup"):
-            places = ("triton" if name == "fuse" else "process", "paceline")
-            first = places[:1] if name == "cgroup" else places  # a link is not for the others
+            places = (
+                ("process", "triton", "paceline") if name == "fuse" else ("process", "paceline")
+            )
+            # A link is not for the others, and --ratios are.
+            first = places[:1] if name == "cgroup" else places[-2:]
             command.add_argument("--at", nargs="+", choices=places, default=first)
         if name in ("cgroup", "served"):
             command.add_argument("--batch", type=int, default=1)

@@ -7,12 +7,22 @@ import asyncio
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
 
 import numpy as np
 import psutil
-from scripts.blocks_measure import WARM_UP_RUNS, Bench, drop_page_cache, filled
+from scripts.blocks_cgroup import SLACK_MIB, cgroup, limit_hits, most_mib
+from scripts.blocks_measure import (
+    WARM_UP_RUNS,
+    Bench,
+    drop_page_cache,
+    filled,
+    in_child,
+    item_of,
+    open_model,
+)
 from scripts.blocks_served import print_group, write_plain
 
 from paceline.blocks.backend.settings import MIB
@@ -36,18 +46,96 @@ def print_fuse(bench: Bench, arguments: argparse.Namespace) -> None:
 
         print_ocr(bench.work, arguments.repeats, arguments.at)
         return
+    if "process" in arguments.at:
+        print_in_process(bench, models, arguments.repeats, arguments.ratios)
     if "triton" in arguments.at:
         print_on_triton(bench, models, arguments.repeats, arguments.ratios)
     if "paceline" in arguments.at:
         print_group(bench, models, arguments.repeats)
 
 
+def within(bench: Bench, models: Sequence[str], ratio: float) -> tuple[Path, int]:
+    """The fused group compiled for a budget in MiB: its weights / ratio, and the activations of two
+    members.
+    """
+    directory, pool = bench.work / "fuse", bench.work / "fuse" / "blocks"
+    sources = {f"m_{model}": bench.onnx(model) for model in models}
+    whole = compile_model(sources, directory / "measured", pool, Options()).model.manifest
+    budget_mib = ceil((whole.weights_bytes / ratio + 2 * whole.activation_bytes(1)) / MIB)
+    made = directory / "models" / f"group_{budget_mib}"
+    compile_model(sources, made, pool, Options(budget_mib=budget_mib))
+    return made, budget_mib
+
+
+def print_in_process(
+    bench: Bench, models: Sequence[str], repeats: int, ratios: Sequence[float]
+) -> None:
+    """A row a budget: in a cgroup of the budget, what a process takes beside it and no more."""
+    print(
+        "| weights / budget | limit MiB | most MiB | limit hits "
+        "| members one after the other ms | at the same time ms |"
+    )
+    print("|---|---|---|---|---|---|")
+    for ratio in ratios:
+        directory, budget_mib = within(bench, models, ratio)
+        parameters = {"memory_budget_mib": str(budget_mib)}
+        drop_page_cache(bench.work)
+        with cgroup() as group:
+            idle = in_child(
+                bench, group, do="idle", directory=str(directory), parameters=parameters
+            )
+            beside_mib = most_mib(group) - idle["held_mib"]
+        limit_mib = ceil(budget_mib + beside_mib + SLACK_MIB)
+        drop_page_cache(bench.work)
+        with cgroup(limit_mib) as group:
+            took = in_child(
+                bench,
+                group,
+                do="fused",
+                directory=str(directory),
+                parameters=parameters,
+                repeats=repeats,
+            )
+            print(
+                f"| {ratio:g} ({budget_mib} MiB) | {limit_mib} | {most_mib(group):.0f} "
+                f"| {limit_hits(group)} | {1e3 * took['in_turn_s']:.0f} "
+                f"| {1e3 * took['at_once_s']:.0f} |",
+                flush=True,
+            )
+
+
+def fused(directory: str, parameters: dict[str, str], repeats: int) -> dict[str, float]:
+    """Medians of a run of each member, one after the other and all at once, in turn."""
+    model = open_model(Path(directory), **parameters)
+    members = model.members
+    feeds = {
+        member.name: {
+            tensor.name: filled(tensor.name, tensor.dtype, item_of(model.manifest, 1, tensor))
+            for tensor in member.inputs
+        }
+        for member in members
+    }
+
+    def run(number: int) -> None:
+        member = members[number]
+        outputs = [tensor.name for tensor in member.outputs]
+        model.infer(member.name, feeds[member.name], outputs, 1)
+
+    took_s: dict[str, list[float]] = {"in_turn_s": [], "at_once_s": []}
+    with ThreadPoolExecutor(len(members)) as threads, ThreadPoolExecutor(1) as one:
+        for _ in range(WARM_UP_RUNS + repeats):
+            for key, pool in (("in_turn_s", one), ("at_once_s", threads)):
+                began_s = time.perf_counter()
+                list(pool.map(run, range(len(members))))
+                took_s[key].append(time.perf_counter() - began_s)
+    model.close()
+    return {key: statistics.median(all_s[WARM_UP_RUNS:]) for key, all_s in took_s.items()}
+
+
 def print_on_triton(
     bench: Bench, models: Sequence[str], repeats: int, ratios: Sequence[float]
 ) -> None:
-    """`ratios`: the fused group within budgets as well, its weights / ratio and two members'
-    activations.
-    """
+    """`ratios`: the fused group within budgets as well; see `within`."""
     repository = bench.work / "fuse" / "models"
     options = Options(measure=False)
     pool = bench.work / "fuse" / "blocks"
@@ -62,12 +150,8 @@ def print_on_triton(
         "blocks, fused": ["group"],
     }
     for ratio in ratios:
-        made = compile_model(sources, bench.work / "fuse" / "measured", pool, Options())
-        whole = made.model.manifest
-        budget_mib = ceil((whole.weights_bytes / ratio + 2 * whole.activation_bytes(1)) / MIB)
-        name = f"group_{budget_mib}"
-        compile_model(sources, repository / name, pool, Options(budget_mib=budget_mib))
-        ways[f"blocks, fused, budget {budget_mib} MiB ({ratio:g})"] = [name]
+        directory, budget_mib = within(bench, models, ratio)
+        ways[f"blocks, fused, budget {budget_mib} MiB ({ratio:g})"] = [directory.name]
     results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, names in ways.items():
