@@ -290,6 +290,7 @@ def limit_hits(group: Path) -> int:
 def idle(directory: str, parameters: dict[str, str]) -> dict[str, float]:
     """What is held of the weights in a process that runs nothing, its sessions made."""
     model = open_model(Path(directory), **parameters)
+    model._skeleton._thread.join()  # sessions take memory, and on a busy machine their time
     time.sleep(SETTLED_S)
     held_mib = model.loader.held_bytes / MIB
     model.close()
