@@ -70,9 +70,10 @@ def main() -> None:
         command.add_argument("--repeats", type=int, default=5)
         if name == "swap":
             command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-        if name in ("swap", "cgroup", "served"):
-            some = "*" if name == "served" else "+"
-            command.add_argument("--ratios", type=float, nargs=some, default=RATIOS)
+        if name in ("swap", "cgroup", "served", "fuse"):
+            some = "*" if name in ("served", "fuse") else "+"
+            ratios = () if name == "fuse" else RATIOS
+            command.add_argument("--ratios", type=float, nargs=some, default=ratios)
         if name in ("cold", "served"):
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
