@@ -52,6 +52,9 @@ def harpagon(chain: PlannedChain, options: Options) -> list[Schedule]:
 
 def _variants(options: Options) -> Iterator[Options]:
     """The options, then with the parts of module scheduling left out that can mislead a split."""
+    if options.strict:
+        yield options
+        return
     tuples = (None, 2) if options.max_tuples is None else (options.max_tuples,)
     for max_tuples in tuples:
         for dummy in (True, False) if options.dummy else (False,):

@@ -84,16 +84,18 @@ def schedule(
     dispatch: Dispatch = "throughput-cost",
     max_tuples: int | None = None,
     dummy_rps: float = 0.0,
+    strict: bool = False,
 ) -> Schedule | None:
     """The cheapest schedule found for `rate_rps` within `budget_s`, or None.
 
     With `max_tuples`, the last tuple must take all that is left, fraction included.
     `dummy_rps` requests/s are served on top. Harpagon section on multi-tuple configurations.
+    `strict` takes the published walk as it comes: None where it strands a remainder.
     """
     load = Load(rate_rps, dummy_rps, budget_s, dispatch)
     ranks = ranked(c for c in configurations if c.duration_s <= budget_s + TOLERANCE)
     best: Schedule | None = None
-    for limit in _limits(max_tuples):
+    for limit in (max_tuples,) if strict else _limits(max_tuples):
         start = 0
         while start < len(ranks):
             if best and not cheaper(load.total_rps / ranks[start].tc_ratio, best.cost_per_hour):
@@ -104,11 +106,14 @@ def schedule(
             # Configurations above the first one taken changed nothing: leave that one out next.
             start = ranks.index(placements[0].configuration, start) + 1
             if rests_rps[-1]:
-                placements = _held_back(load, ranks[start - 1 :], limit, placements)
+                again = () if strict else _held_back(load, ranks[start - 1 :], limit, placements)
+                placements = again
             if placements:
                 found = Schedule(rate_rps, dummy_rps, placements)
                 if best is None or cheaper(found.cost_per_hour, best.cost_per_hour):
                     best = found
+            if strict:
+                break
     return best
 
 
