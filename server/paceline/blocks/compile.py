@@ -189,7 +189,7 @@ class _Compiler:
         self._chunks: dict[str, Any] = {}
         self._measured: dict[str, Any] = {}
         self._shapes: dict[int, dict[str, Sequence[int]]] = {}
-        self._trials: dict[tuple[str, ...], Trial] = {}
+        self._trials: dict[str, Trial] = {}
 
     def member(self, name: str, source: Source) -> Member:
         """Compiles one ONNX file."""
@@ -253,12 +253,13 @@ class _Compiler:
         shapes: Mapping[int, Shapes],
     ) -> Trial:
         """How the members of the document run; once for the same blocks."""
-        blocks = tuple(block.key for member in members for block in member.blocks)
-        if blocks not in self._trials:
+        keys = [block.key for member in members for block in member.blocks]
+        of = json.dumps([keys, shapes])
+        if of not in self._trials:
             path = self._pool.stage / "tried.json"
             path.write_text(json.dumps(document), encoding="utf-8")
-            self._trials[blocks] = tried(path, self._pool.root, self._pool.stage, shapes)
-        return self._trials[blocks]
+            self._trials[of] = tried(path, self._pool.root, self._pool.stage, shapes)
+        return self._trials[of]
 
     def _faithful(self, told: str, name: str, source: Source, optimised: Optimised) -> Member:
         """The member as finely divided as gives what ONNX Runtime gives for the whole graph."""
