@@ -124,8 +124,8 @@ def _of(trial: Trial, member: Member) -> Pieces | None:
 
 
 def _badness(latency_s: Mapping[int, float], before_s: Mapping[int, float]) -> tuple[bool, float]:
-    """Of a way against the one before: first whether it takes fewer sizes of batch, or any at all;
-    then how much longer runs are, all sizes that both take together.
+    """Of a way against the one before: whether it takes fewer sizes of batch, then how much longer
+    runs are, of all sizes that both take together; a size that only it takes outweighs that.
     """
     both = latency_s.keys() & before_s.keys()
     fewer = len(latency_s) < len(before_s)
