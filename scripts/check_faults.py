@@ -3,7 +3,8 @@
 
     .venv/bin/python scripts/check_faults.py                  # Paceline's own Triton, two minutes
     .venv/bin/python scripts/check_faults.py --tritons 2      # two Tritons it only knows by address
-    .venv/bin/python scripts/check_faults.py --seed 7 --seconds 600 -- --memory-mib 300
+    .venv/bin/python scripts/check_faults.py --seed 7 --seconds 600 -- --memory-mib 150
+    .venv/bin/python scripts/check_faults.py --say "runs: auto" --say "keep_alive_s: 3"
 
 Clients ask a chain of three, a chain with a fan-out and a model by its own name, alone, in streams,
 cancelled and in bursts. Meanwhile, drawn from the seed: a model's process or a whole Triton is
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
@@ -45,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.timed_model import write_timed
 
 from paceline.core.errors import PacelineError
-from paceline.triton.launcher import LocalTriton, LocalTritonSettings
+from paceline.triton.launcher import LocalTriton, LocalTritonSettings, shm_owner_prefix
 from paceline.v1 import control_pb2, control_pb2_grpc
 
 ROW = 4
@@ -473,6 +475,8 @@ async def check(work: Path, options: argparse.Namespace) -> Seen:
             control = control_pb2_grpc.ControlStub(channel)
             faults = Faults(seen, rng, clients, work / "state", control)
             await healed(clients, seen)
+            front = psutil.Process(process.pid)
+            before_bytes = front.memory_info().rss
             began_s = time.monotonic()
             until_s = began_s + options.seconds
             tasks = [
@@ -493,25 +497,35 @@ async def check(work: Path, options: argparse.Namespace) -> Seen:
                 await faults.put_back(name)
             await faults.have("second")
             await healed(clients, seen)
-            status = await control.Status(control_pb2.StatusRequest())
-            print(f"in the end: {str(status)[:2000]}")
+            status = json.loads((await control.Status(control_pb2.StatusRequest())).json)
+            if status["in_flight"]:
+                seen.complain(f"{status['in_flight']} requests are still in flight")
+            print(
+                f"paceline serve takes {front.memory_info().rss / 2**20:.0f} MiB, "
+                f"{before_bytes / 2**20:.0f} before"
+            )
         await clients.client.close()
         process.terminate()
         async with asyncio.timeout(60.0):
             code = await process.wait()
         if code:
             seen.complain(f"paceline serve ended with {code}")
+    look_around(work, process.pid, seen)
+    return seen
+
+
+def look_around(work: Path, pid: int, seen: Seen) -> None:
+    """What a `paceline serve` that has ended left behind."""
     left = [
         " ".join(p.info["cmdline"])
         for p in psutil.process_iter(["cmdline"])
         if str(work / "state") in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
     ]
-    for command in left:
-        seen.complain(f"left behind: {command}")
-    text = (work / "paceline.log").read_text(encoding="utf-8")
-    if "Traceback" in text:
+    left += [str(path) for path in Path("/dev/shm").glob(f"{shm_owner_prefix(pid)}*")]
+    for each in left:
+        seen.complain(f"left behind: {each}")
+    if "Traceback" in (work / "paceline.log").read_text(encoding="utf-8"):
         seen.complain("paceline serve logged a traceback")
-    return seen
 
 
 def main() -> int:
@@ -523,8 +537,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="what breaks, and when")
     parser.add_argument("--tritons", type=int, default=0, help="remote Tritons (0: its own)")
     parser.add_argument("--keep", type=Path, help="a new directory, to work in and keep with logs")
+    parser.add_argument(
+        "--say", action="append", default=[], help="one more line of every chain file; repeatable"
+    )
     parser.add_argument("serve", nargs="*", help="further options of paceline serve, after --")
     options = parser.parse_args()
+    for name in CHAINS:
+        CHAINS[name] += "".join(f"{line}\n" for line in options.say)
     with ExitStack() as stack:
         if options.keep is None:
             temporary = tempfile.TemporaryDirectory(prefix="paceline-faults-")
