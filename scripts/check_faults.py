@@ -497,8 +497,12 @@ async def check(work: Path, options: argparse.Namespace) -> Seen:
                 await faults.put_back(name)
             await faults.have("second")
             await healed(clients, seen)
-            status = json.loads((await control.Status(control_pb2.StatusRequest())).json)
-            if status["in_flight"]:
+            for _ in range(20):
+                status = json.loads((await control.Status(control_pb2.StatusRequest())).json)
+                if not status["in_flight"]:
+                    break
+                await asyncio.sleep(0.5)
+            else:
                 seen.complain(f"{status['in_flight']} requests are still in flight")
             print(
                 f"paceline serve takes {front.memory_info().rss / 2**20:.0f} MiB, "
