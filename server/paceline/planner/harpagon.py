@@ -1,9 +1,9 @@
 """Harpagon: dispatch bounds, scheduling and splitting together (arXiv 2412.06161).
 
 Invariant: no option makes a plan costlier by being on (splitting by efficiency aside, which is a
-heuristic), nor does lifting a limit of one or two tuples. The heuristics can mislead each other (a
-cheaper choice for one module may end the climb earlier), so it also plans without dummy requests
-and with two tuples, and keeps the cheapest.
+heuristic, and `strict`), nor does lifting a limit of one or two tuples. The heuristics can mislead
+each other (a cheaper choice for one module may end the climb earlier), so it also plans without
+dummy requests and with two tuples, and keeps the cheapest. `strict` does neither.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ exceeds the budget it was made for.
 The published walk takes configurations best throughput-cost ratio first. It can strand a
 remainder that nothing serves in time (then it is walked again with one full machine less), or lose
 to a simpler mix, so it is also tried without its best configurations and with at most one or two
-tuples; the published result wins ties. The gap to brute force is in the property tests.
+tuples (unless `strict`); the published result wins ties. The gap to brute force is in the property
+tests.
 
 >>> m3 = [Configuration("gpu", b, d, 1.0) for b, d in ((2, 0.1), (8, 0.25), (32, 0.8))]
 >>> show(schedule(198.0, m3, 1.0, dispatch="round-robin", max_tuples=2))
@@ -106,8 +107,8 @@ def schedule(
             # Configurations above the first one taken changed nothing: leave that one out next.
             start = ranks.index(placements[0].configuration, start) + 1
             if rests_rps[-1]:
-                again = () if strict else _held_back(load, ranks[start - 1 :], limit, placements)
-                placements = again
+                below = ranks[start - 1 :]
+                placements = () if strict else _held_back(load, below, limit, placements)
             if placements:
                 found = Schedule(rate_rps, dummy_rps, placements)
                 if best is None or cheaper(found.cost_per_hour, best.cost_per_hour):
