@@ -406,16 +406,17 @@ class Faults:
 
 
 async def healed(clients: Clients, seen: Seen) -> None:
-    """Everything is answered again, many times over."""
-    until_s = time.monotonic() + HEALED_S
+    """Everything is answered again, many times over; now and then one may be late."""
     for name in ASKED:
+        until_s = time.monotonic() + HEALED_S
         good = 0
         while good < 20:
-            good = good + 1 if await clients.ask(name) else 0
+            answered = await clients.ask(name)
+            good = good + 1 if answered else max(0, good - 4)
             if time.monotonic() > until_s:
                 seen.complain(f"{name} is not served {HEALED_S:g} s after the last fault")
                 break
-            await asyncio.sleep(0.02 if good else 0.5)
+            await asyncio.sleep(0.02 if answered else 0.5)
 
 
 @asynccontextmanager
