@@ -4,6 +4,7 @@
     .venv/bin/python scripts/check_faults.py                  # Paceline's own Triton, two minutes
     .venv/bin/python scripts/check_faults.py --tritons 2      # two Tritons it only knows by address
     .venv/bin/python scripts/check_faults.py --seed 7 --seconds 600 -- --memory-mib 150
+    .venv/bin/python scripts/check_faults.py --blocks         # one of the models swaps its weights
     .venv/bin/python scripts/check_faults.py --say "runs: auto" --say "keep_alive_s: 3"
 
 Clients ask a chain of three, a chain with a fan-out and a model by its own name, alone, in streams,
@@ -25,6 +26,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -38,6 +40,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import onnx
 import psutil
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
@@ -51,6 +54,9 @@ from paceline.triton.launcher import LocalTriton, LocalTritonSettings, shm_owner
 from paceline.v1 import control_pb2, control_pb2_grpc
 
 ROW = 4
+WIDTH = 2**18
+LAYERS = 6
+BUDGET_MIB = 16
 MOST_ITEMS = 5
 TIMEOUT_S = 4.0
 """A client's deadline."""
@@ -110,10 +116,13 @@ CHAINS = {"line": LINE, "items": ITEMS}
 ASKED = ("line", "items", "second")
 
 
-def write_models(repository: Path) -> None:
+def write_models(repository: Path, *, blocks: bool) -> None:
     """`first` and `second` answer what they were given; `split` makes 0 to 4 rows of a row."""
-    for name, ms in (("first", {1: 8, 8: 20}), ("second", {1: 5, 8: 15})):
-        write_timed(repository, ms, name, dims=f"[{ROW}]")
+    write_timed(repository, {1: 8, 8: 20}, "first", dims=f"[{ROW}]")
+    if blocks:
+        compile_second(repository)
+    else:
+        write_timed(repository, {1: 5, 8: 15}, "second", dims=f"[{ROW}]")
     directory = repository / "split"
     (directory / "1").mkdir(parents=True)
     (directory / "1" / "model.py").write_text(_SPLIT.lstrip(), encoding="utf-8")
@@ -129,6 +138,34 @@ def write_models(repository: Path) -> None:
         ),
         encoding="utf-8",
     )
+
+
+def compile_second(repository: Path) -> None:
+    """As blocks, 48 MiB of weights within a third of that: y = x A0 B0 A1 B1 ..., where A places x
+    somewhere in a wide row of zeros and B takes it out again.
+    """
+    nodes, weights, value = [], [], "x"
+    for layer in range(LAYERS):
+        wide = np.zeros((ROW, WIDTH), np.float32)
+        wide[np.arange(ROW), np.arange(ROW) + 100 * layer] = 1.0
+        for name, matrix in ((f"a{layer}", wide), (f"b{layer}", wide.T.copy())):
+            weights.append(onnx.numpy_helper.from_array(matrix, name))
+            made = "y" if name == f"b{LAYERS - 1}" else f"after_{name}"
+            nodes.append(onnx.helper.make_node("MatMul", [value, name], [made]))
+            value = made
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", ROW])
+        for name in "xy"
+    )
+    graph = onnx.helper.make_graph(nodes, "second", [x], [y], weights)
+    opset = [onnx.helper.make_opsetid("", 17)]
+    path = repository.parent / "second.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    command = [
+        *(sys.executable, "-m", "paceline", "blocks", "compile", str(path)),
+        *("--out", str(repository), "--budget-mib", str(BUDGET_MIB), "--max-batch", "8"),
+    ]
+    subprocess.run(command, check=True)
 
 
 def asked_of(name: str, number: int) -> tuple[Any, Any]:
@@ -421,12 +458,12 @@ async def healed(clients: Clients, seen: Seen) -> None:
 
 @asynccontextmanager
 async def serving(
-    work: Path, tritons: int, arguments: Sequence[str]
+    work: Path, tritons: int, arguments: Sequence[str], *, blocks: bool
 ) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
     """`paceline serve` over what it is to serve; its address."""
     models, chains, state = work / "models", work / "chains", work / "state"
     chains.mkdir()
-    write_models(models)
+    await asyncio.to_thread(write_models, models, blocks=blocks)
     for name, text in CHAINS.items():
         (chains / f"{name}.yaml").write_text(text, encoding="utf-8")
     async with AsyncExitStack() as stack:
@@ -470,7 +507,8 @@ async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
 async def check(work: Path, options: argparse.Namespace) -> Seen:
     """The whole run."""
     seen, rng = Seen(), random.Random(options.seed)
-    async with serving(work, options.tritons, options.serve) as (address, process):
+    async with serving(work, options.tritons, options.serve, blocks=options.blocks) as served:
+        address, process = served
         clients = Clients(address, seen, random.Random(rng.random()))
         async with grpc.aio.insecure_channel(address) as channel:
             control = control_pb2_grpc.ControlStub(channel)
@@ -542,6 +580,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="what breaks, and when")
     parser.add_argument("--tritons", type=int, default=0, help="remote Tritons (0: its own)")
     parser.add_argument("--keep", type=Path, help="a new directory, to work in and keep with logs")
+    parser.add_argument("--blocks", action="store_true", help="one of the models within a budget")
     parser.add_argument(
         "--say", action="append", default=[], help="one more line of every chain file; repeatable"
     )
