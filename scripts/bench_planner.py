@@ -65,6 +65,7 @@ ABLATIONS: Mapping[str, Options] = {
     "no splitting by efficiency": replace(PLAIN, efficiency=False),
     "no node merger": replace(PLAIN, node_merger=False),
     "no cost-direct": replace(PLAIN, cost_direct=False),
+    "the published walk alone": replace(PLAIN, strict=True),
     "pooled dispatch": replace(PLAIN, dispatch="pooled"),
 }
 

@@ -3,7 +3,9 @@
 
     .venv/bin/python scripts/check_faults.py                  # Paceline's own Triton, two minutes
     .venv/bin/python scripts/check_faults.py --tritons 2      # two Tritons it only knows by address
-    .venv/bin/python scripts/check_faults.py --seed 7 --seconds 600 -- --memory-mib 300
+    .venv/bin/python scripts/check_faults.py --seed 7 --seconds 600 -- --memory-mib 150
+    .venv/bin/python scripts/check_faults.py --blocks         # one of the models swaps its weights
+    .venv/bin/python scripts/check_faults.py --say "runs: auto" --say "keep_alive_s: 3"
 
 Clients ask a chain of three, a chain with a fan-out and a model by its own name, alone, in streams,
 cancelled and in bursts. Meanwhile, drawn from the seed: a model's process or a whole Triton is
@@ -19,10 +21,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -36,6 +40,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import onnx
 import psutil
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
@@ -45,10 +50,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.timed_model import write_timed
 
 from paceline.core.errors import PacelineError
-from paceline.triton.launcher import LocalTriton, LocalTritonSettings
+from paceline.triton.launcher import LocalTriton, LocalTritonSettings, shm_owner_prefix
 from paceline.v1 import control_pb2, control_pb2_grpc
 
 ROW = 4
+WIDTH = 2**18
+LAYERS = 6
+BUDGET_MIB = 16
 MOST_ITEMS = 5
 TIMEOUT_S = 4.0
 """A client's deadline."""
@@ -108,10 +116,13 @@ CHAINS = {"line": LINE, "items": ITEMS}
 ASKED = ("line", "items", "second")
 
 
-def write_models(repository: Path) -> None:
+def write_models(repository: Path, *, blocks: bool) -> None:
     """`first` and `second` answer what they were given; `split` makes 0 to 4 rows of a row."""
-    for name, ms in (("first", {1: 8, 8: 20}), ("second", {1: 5, 8: 15})):
-        write_timed(repository, ms, name, dims=f"[{ROW}]")
+    write_timed(repository, {1: 8, 8: 20}, "first", dims=f"[{ROW}]")
+    if blocks:
+        compile_second(repository)
+    else:
+        write_timed(repository, {1: 5, 8: 15}, "second", dims=f"[{ROW}]")
     directory = repository / "split"
     (directory / "1").mkdir(parents=True)
     (directory / "1" / "model.py").write_text(_SPLIT.lstrip(), encoding="utf-8")
@@ -127,6 +138,34 @@ def write_models(repository: Path) -> None:
         ),
         encoding="utf-8",
     )
+
+
+def compile_second(repository: Path) -> None:
+    """As blocks, 48 MiB of weights within a third of that: y = x A0 B0 A1 B1 ..., where A places x
+    somewhere in a wide row of zeros and B takes it out again.
+    """
+    nodes, weights, value = [], [], "x"
+    for layer in range(LAYERS):
+        wide = np.zeros((ROW, WIDTH), np.float32)
+        wide[np.arange(ROW), np.arange(ROW) + 100 * layer] = 1.0
+        for name, matrix in ((f"a{layer}", wide), (f"b{layer}", wide.T.copy())):
+            weights.append(onnx.numpy_helper.from_array(matrix, name))
+            made = "y" if name == f"b{LAYERS - 1}" else f"after_{name}"
+            nodes.append(onnx.helper.make_node("MatMul", [value, name], [made]))
+            value = made
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", ROW])
+        for name in "xy"
+    )
+    graph = onnx.helper.make_graph(nodes, "second", [x], [y], weights)
+    opset = [onnx.helper.make_opsetid("", 17)]
+    path = repository.parent / "second.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    command = [
+        *(sys.executable, "-m", "paceline", "blocks", "compile", str(path)),
+        *("--out", str(repository), "--budget-mib", str(BUDGET_MIB), "--max-batch", "8"),
+    ]
+    subprocess.run(command, check=True)
 
 
 def asked_of(name: str, number: int) -> tuple[Any, Any]:
@@ -404,26 +443,27 @@ class Faults:
 
 
 async def healed(clients: Clients, seen: Seen) -> None:
-    """Everything is answered again, many times over."""
-    until_s = time.monotonic() + HEALED_S
+    """Everything is answered again, many times over; now and then one may be late."""
     for name in ASKED:
+        until_s = time.monotonic() + HEALED_S
         good = 0
         while good < 20:
-            good = good + 1 if await clients.ask(name) else 0
+            answered = await clients.ask(name)
+            good = good + 1 if answered else max(0, good - 4)
             if time.monotonic() > until_s:
                 seen.complain(f"{name} is not served {HEALED_S:g} s after the last fault")
                 break
-            await asyncio.sleep(0.02 if good else 0.5)
+            await asyncio.sleep(0.02 if answered else 0.5)
 
 
 @asynccontextmanager
 async def serving(
-    work: Path, tritons: int, arguments: Sequence[str]
+    work: Path, tritons: int, arguments: Sequence[str], *, blocks: bool
 ) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
     """`paceline serve` over what it is to serve; its address."""
     models, chains, state = work / "models", work / "chains", work / "state"
     chains.mkdir()
-    write_models(models)
+    await asyncio.to_thread(write_models, models, blocks=blocks)
     for name, text in CHAINS.items():
         (chains / f"{name}.yaml").write_text(text, encoding="utf-8")
     async with AsyncExitStack() as stack:
@@ -467,12 +507,15 @@ async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
 async def check(work: Path, options: argparse.Namespace) -> Seen:
     """The whole run."""
     seen, rng = Seen(), random.Random(options.seed)
-    async with serving(work, options.tritons, options.serve) as (address, process):
+    async with serving(work, options.tritons, options.serve, blocks=options.blocks) as served:
+        address, process = served
         clients = Clients(address, seen, random.Random(rng.random()))
         async with grpc.aio.insecure_channel(address) as channel:
             control = control_pb2_grpc.ControlStub(channel)
             faults = Faults(seen, rng, clients, work / "state", control)
             await healed(clients, seen)
+            front = psutil.Process(process.pid)
+            before_bytes = front.memory_info().rss
             began_s = time.monotonic()
             until_s = began_s + options.seconds
             tasks = [
@@ -493,25 +536,39 @@ async def check(work: Path, options: argparse.Namespace) -> Seen:
                 await faults.put_back(name)
             await faults.have("second")
             await healed(clients, seen)
-            status = await control.Status(control_pb2.StatusRequest())
-            print(f"in the end: {str(status)[:2000]}")
+            for _ in range(20):
+                status = json.loads((await control.Status(control_pb2.StatusRequest())).json)
+                if not status["in_flight"]:
+                    break
+                await asyncio.sleep(0.5)
+            else:
+                seen.complain(f"{status['in_flight']} requests are still in flight")
+            print(
+                f"paceline serve takes {front.memory_info().rss / 2**20:.0f} MiB, "
+                f"{before_bytes / 2**20:.0f} before"
+            )
         await clients.client.close()
         process.terminate()
         async with asyncio.timeout(60.0):
             code = await process.wait()
         if code:
             seen.complain(f"paceline serve ended with {code}")
+    look_around(work, process.pid, seen)
+    return seen
+
+
+def look_around(work: Path, pid: int, seen: Seen) -> None:
+    """What a `paceline serve` that has ended left behind."""
     left = [
         " ".join(p.info["cmdline"])
         for p in psutil.process_iter(["cmdline"])
         if str(work / "state") in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
     ]
-    for command in left:
-        seen.complain(f"left behind: {command}")
-    text = (work / "paceline.log").read_text(encoding="utf-8")
-    if "Traceback" in text:
+    left += [str(path) for path in Path("/dev/shm").glob(f"{shm_owner_prefix(pid)}*")]
+    for each in left:
+        seen.complain(f"left behind: {each}")
+    if "Traceback" in (work / "paceline.log").read_text(encoding="utf-8"):
         seen.complain("paceline serve logged a traceback")
-    return seen
 
 
 def main() -> int:
@@ -523,8 +580,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="what breaks, and when")
     parser.add_argument("--tritons", type=int, default=0, help="remote Tritons (0: its own)")
     parser.add_argument("--keep", type=Path, help="a new directory, to work in and keep with logs")
+    parser.add_argument("--blocks", action="store_true", help="one of the models within a budget")
+    parser.add_argument(
+        "--say", action="append", default=[], help="one more line of every chain file; repeatable"
+    )
     parser.add_argument("serve", nargs="*", help="further options of paceline serve, after --")
     options = parser.parse_args()
+    for name in CHAINS:
+        CHAINS[name] += "".join(f"{line}\n" for line in options.say)
     with ExitStack() as stack:
         if options.keep is None:
             temporary = tempfile.TemporaryDirectory(prefix="paceline-faults-")

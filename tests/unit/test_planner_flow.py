@@ -57,7 +57,7 @@ def solved(graph: Graph, offers: Sequence[Offers]) -> Flow | None:
     return Flow.of(graph, offers, SLO_S)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(60))
 def test_a_flow_is_the_best_there_is_and_none_where_no_latencies_fit(seed: int) -> None:
     graph, offers = drawn(random.Random(seed))
     flow = solved(graph, offers)
@@ -67,7 +67,7 @@ def test_a_flow_is_the_best_there_is_and_none_where_no_latencies_fit(seed: int) 
         check(flow, graph, offers)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(60))
 def test_after_a_module_lost_options_the_flow_is_the_best_there_is_again(seed: int) -> None:
     rng = random.Random(seed)
     graph, offers = drawn(rng)
@@ -85,3 +85,25 @@ def test_after_a_module_lost_options_the_flow_is_the_best_there_is_again(seed: i
         assert flow.prices() == before, "the node above is split once more"
         assert (then is None) == (solved(graph, offers) is None)
         flow = then
+
+
+def test_latencies_that_exceed_the_objective_by_rounding_alone_keep_it() -> None:
+    crown = Graph.of([(), (), (), (0, 1), (1, 2), (0, 2)])
+    fitted = 0
+    for seed in range(300):
+        rng = random.Random(seed)
+        slo_s = rng.choice((1.0, 1.6, 2.2))
+        offers = []
+        for _ in range(6):
+            latencies_s = np.array([rng.randint(1, 12) / 10 for _ in range(3)])
+            offers.append(pareto(latencies_s, np.array([rng.random() for _ in range(3)]))[0])
+        flow = Flow.of(crown, offers, slo_s)
+        at = 0
+        while flow is not None and at < 6:
+            offers[at] = (offers[at][0][:1], offers[at][1][:1])
+            flow = flow.after([each if i == at else None for i, each in enumerate(offers)], at)
+            at += 1
+        fits = crown.longest([float(s[0]) for s, _ in offers]) <= slo_s + 1e-9
+        assert (flow is not None) == fits, seed
+        fitted += fits
+    assert 50 <= fitted <= 250

@@ -189,7 +189,7 @@ class _Compiler:
         self._chunks: dict[str, Any] = {}
         self._measured: dict[str, Any] = {}
         self._shapes: dict[int, dict[str, Sequence[int]]] = {}
-        self._trials: dict[tuple[str, ...], Trial] = {}
+        self._trials: dict[str, Trial] = {}
 
     def member(self, name: str, source: Source) -> Member:
         """Compiles one ONNX file."""
@@ -253,12 +253,13 @@ class _Compiler:
         shapes: Mapping[int, Shapes],
     ) -> Trial:
         """How the members of the document run; once for the same blocks."""
-        blocks = tuple(block.key for member in members for block in member.blocks)
-        if blocks not in self._trials:
+        keys = [block.key for member in members for block in member.blocks]
+        of = json.dumps([keys, shapes])
+        if of not in self._trials:
             path = self._pool.stage / "tried.json"
             path.write_text(json.dumps(document), encoding="utf-8")
-            self._trials[blocks] = tried(path, self._pool.root, self._pool.stage, shapes)
-        return self._trials[blocks]
+            self._trials[of] = tried(path, self._pool.root, self._pool.stage, shapes)
+        return self._trials[of]
 
     def _faithful(self, told: str, name: str, source: Source, optimised: Optimised) -> Member:
         """The member as finely divided as gives what ONNX Runtime gives for the whole graph."""
@@ -352,6 +353,21 @@ class _Compiler:
             note = "not measured and no batching: lengths of its inputs could not be guessed"
             return replace(member, batching=False, notes=(*member.notes, f"{note}; give --shape"))
 
+        def equal(divided: Member, batch: int) -> bool:
+            feed = measure.sample(member, batch, guess, shapes, measure.Draw(batch))
+            wanted = plain(feed)
+            try:
+                got = [runner.run(divided, feed, whole=which, drop=True) for which in (True, False)]
+            except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
+                if len(divided.blocks) > 1:
+                    return False
+                raise ConfigError(f"{told}: does not run as a block: {error}") from None
+            if exact:
+                return all(measure.same(wanted, answer) for answer in got)
+            return measure.same(*got) and measure.close(wanted, got[0])
+
+        if compared and not equal(member, 1):
+            return None
         if member.batching and (why := why_not_batched(runner, member, guess, shapes)):
             notes = (*member.notes, f"no batching: {why}")
             member = replace(member, batching=False, notes=notes)
@@ -362,45 +378,20 @@ class _Compiler:
             }
             for size in (_MEASURED_BATCHES if member.batching else _MEASURED_BATCHES[:1])
         }
-        try:
-            member = divide(member, tried_with)
-        except ConfigError:  # it does not run so finely divided
-            if len(member.blocks) > 1:
-                return None
-            raise
         batches = [1, 2] if member.batching else [1]
+        found = divide(member, tried_with)
         if compared:
-            self._progress(f"{told}: comparing {len(member.blocks)} blocks")
-            if not all(self._equal(told, runner, member, plain, guess, n, exact) for n in batches):
+            self._progress(f"{told}: comparing {len(found.blocks)} blocks")
+            if found.blocks != member.blocks and not all(equal(found, rows) for rows in batches):
+                self._measured["cuts"].pop(member.name)
+                found = member
+            if found.blocks == member.blocks and member.batching and not equal(member, 2):
                 return None
             self._measured.setdefault("verified_batches", {})[member.name] = batches
         self._measured.setdefault("shapes", {}).update(tried_with[1])
         for size, shapes_of in tried_with.items():
             self._shapes.setdefault(size, {}).update(shapes_of)
-        return member
-
-    def _equal(
-        self,
-        told: str,
-        runner: measure.BlockRunner,
-        member: Member,
-        plain: Callable[[Mapping[str, measure.Array]], Mapping[str, measure.Array]],
-        guess: int,
-        batch: int,
-        exact: bool,
-    ) -> bool:
-        """Whether blocks in turn, and as one, give what `plain` gives; see `_measure`."""
-        feed = measure.sample(member, batch, guess, self._options.shapes, measure.Draw(batch))
-        wanted = plain(feed)
-        try:
-            got = [runner.run(member, feed, whole=whole, drop=True) for whole in (False, True)]
-        except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
-            if len(member.blocks) > 1:
-                return False
-            raise ConfigError(f"{told}: does not run as a block: {error}") from None
-        if exact:
-            return all(measure.same(wanted, answer) for answer in got)
-        return measure.same(*got) and measure.close(wanted, got[0])
+        return found
 
 
 def _cache_key(

@@ -60,8 +60,10 @@ def best_division(
     """The member in the blocks that are best, and what the manifest says of that.
 
     `finest` have all cuts that `by_size` has; `most_bytes` of a block that is more than one piece;
-    `tables`: some of the budget is for rows of tables. Raises ConfigError if a way cannot be run.
+    `tables`: some of the budget is for rows of tables. No block is larger than the largest by size,
+    so that no batch is refused for it. Raises ConfigError if a way cannot be run.
     """
+    most_bytes = min(most_bytes, max(block.bytes for block in by_size))
     ends = [piece.stop for piece in finest]
     before = tuple(ends.index(block.stop) + 1 for block in by_size)
     member, trial = attempt(finest)
@@ -124,8 +126,8 @@ def _of(trial: Trial, member: Member) -> Pieces | None:
 
 
 def _badness(latency_s: Mapping[int, float], before_s: Mapping[int, float]) -> tuple[bool, float]:
-    """Of a way against the one before: first whether it takes fewer sizes of batch, or any at all;
-    then how much longer runs are, all sizes that both take together.
+    """Of a way against the one before: whether it takes fewer sizes of batch, then how much longer
+    runs are, of all sizes that both take together; a size that only it takes outweighs that.
     """
     both = latency_s.keys() & before_s.keys()
     fewer = len(latency_s) < len(before_s)

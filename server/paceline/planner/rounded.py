@@ -12,6 +12,7 @@ from math import floor, inf
 
 from paceline.core.plan import Plan
 from paceline.planner.assemble import budgets_s, graph_of
+from paceline.planner.fits import too_few
 from paceline.planner.frontier import Frontier
 from paceline.planner.pack import pack
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
@@ -22,7 +23,6 @@ from paceline.planner.whole_plan import (
     assembled,
     full_machines,
     kinds_of,
-    short_of,
 )
 
 
@@ -52,7 +52,7 @@ def rounded(
     if all(count <= kinds[name].limit for name, count in used.items()):
         packing = pack([s.load() for s in served if s.rest_rps], kinds, used)
     if packing is None:
-        raise short_of(kinds, chains)
+        raise too_few(chains, options)
     if not cheaper(full + packing.cost_per_hour, below):
         return None
     return assembled(chains, served, packing, kinds, options.policy)

@@ -33,6 +33,7 @@ from paceline.planner.baselines.clipper import clipper
 from paceline.planner.baselines.inferline import inferline
 from paceline.planner.baselines.nexus import nexus
 from paceline.planner.baselines.scrooge import scrooge
+from paceline.planner.fits import usable
 from paceline.planner.frontier import Choice, Frontier
 from paceline.planner.harpagon import harpagon
 from paceline.planner.machines import whole_machines
@@ -41,7 +42,6 @@ from paceline.planner.problem import Options, PlannedChain, PlannedModule, deman
 from paceline.planner.rounded import rounded
 from paceline.planner.schedule import Placement, Schedule
 from paceline.planner.whole_bound import least_cost_within
-from paceline.planner.whole_plan import usable
 
 __all__ = [
     "HEURISTICS",
@@ -69,15 +69,15 @@ def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:
     """The cheapest plan found for `chains`; `solve_s` is left at 0.
 
     Raises PlanError when a chain cannot keep its objective (which module lacks how many
-    milliseconds) and ConfigError for an unknown policy.
+    milliseconds) or fits into no machine, and ConfigError for an unknown policy.
     """
     if options.policy not in POLICIES:
         raise ConfigError(
             f"unknown policy {options.policy!r}; choose one of {', '.join(sorted(POLICIES))}",
             key="policy",
         )
+    chains = usable(chains, options)
     if options.billing == "machine":
-        chains = usable(chains, options)
         bound = _whole_bound(chains, options) if options.bound else 0.0
         return replace(_whole(chains, options), lower_bound_per_hour=bound)
     planned = [_solve_chain(chain, options) for chain in chains]
