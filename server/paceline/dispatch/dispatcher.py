@@ -344,7 +344,7 @@ class Dispatcher:
                 look_s = overdue_at_s
         made = Batch(machine, stage, offer.lot, pieces, rows, now_s)
         self._running.add(batch, made, look_s)
-        stage.collector.launched(offer)
+        stage.collector.launched(offer, batch, machine.ends_s[batch])
         return Execute(batch, machine.name, call, rows, timeout_s)
 
     # -- what comes back --------------------------------------------------------------------
@@ -354,7 +354,7 @@ class Dispatcher:
         model, overdue = batch.stage.route.model, batch.overdue
         self._pool.ended(batch.machine, model, batch_id, overdue=overdue)
         if not overdue:
-            batch.stage.collector.ended(batch.lot)
+            batch.stage.collector.ended(batch.lot, batch_id)
         return batch
 
     def _batch_done(self, event: BatchDone, now_s: float, actions: list[Action]) -> None:

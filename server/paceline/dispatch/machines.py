@@ -69,12 +69,12 @@ class MachinePool:
         self._incarnations: dict[str, int] = {}
         self._holders: dict[str, Holders] = {}
         """By model; none that no machine holds."""
-        self._sharing: dict[str, frozenset[str]] = {}
-        """What `sharing` found under this layout."""
         self.layout = 0
         """Another number whenever machines come, go, or hold other models or instances."""
         self._common: dict[tuple[str, str], int] = {}
         """What `common_slots` found under this layout."""
+        self._parts: dict[tuple[str, str], float] = {}
+        """What `part_of` found under this layout."""
         self.versions: dict[str, int] = {}
         """By model that some machine holds: another number whenever one of them changed at all."""
         self._changes = 0
@@ -143,16 +143,6 @@ class MachinePool:
             for machine, lane in holders.lanes.values()
         )
 
-    def sharing(self, model: str) -> frozenset[str]:
-        """The models that some machine holds beside `model`, itself included."""
-        found = self._sharing.get(model)
-        if found is None:
-            holders = self._holders.get(model)
-            machines = holders.machines() if holders is not None else ()
-            found = frozenset(other for machine in machines for other in machine.lanes)
-            self._sharing[model] = found
-        return found
-
     def common_slots(self, model: str, other: str) -> int:
         """Slots of the machines that can run both models."""
         found = self._common.get((model, other))
@@ -166,6 +156,17 @@ class MachinePool:
                 and (beside := machine.lanes.get(other)) is not None
                 and beside.instances > 0
             )
+        return found
+
+    def part_of(self, model: str, other: str) -> float:
+        """What a second of work of `other`, spread over all slots that can run it, takes of each
+        slot that can run `model`; 0 where they share no machine.
+        """
+        found = self._parts.get((model, other))
+        if found is None:
+            common = self.common_slots(model, other)
+            slots = self.common_slots(model, model) * self.common_slots(other, other)
+            found = self._parts[model, other] = common / slots if common else 0.0
         return found
 
     def free_at_s(self, model: str, now_s: float) -> Sequence[float]:
@@ -265,7 +266,7 @@ class MachinePool:
 
     def _laid_out(self) -> None:
         self.layout += 1
-        self._sharing.clear()
+        self._parts.clear()
         self._common.clear()
 
     def _changed(self, machine: Machine) -> None:
