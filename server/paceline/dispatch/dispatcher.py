@@ -177,7 +177,7 @@ class Dispatcher:
         return self._pool.all()
 
     def durations_learned(self) -> tuple[LearnedDuration, ...]:
-        """What batches took lately, by model, hardware and batch size."""
+        """What batches took lately, by model, machine, hardware and batch size."""
         return self._pool.learned.all()
 
     # -- requests ---------------------------------------------------------------------------

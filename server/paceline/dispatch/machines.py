@@ -4,9 +4,9 @@ A *lane* is one model on one machine: the unit that fails, is quarantined and is
 Invariants: a machine runs at most `slots` batches and of a model at most its instances; a lane in
 quarantine gets at most one batch, its probe, only after its back-off and when it executes nothing.
 
-Durations are learned per lane as the ratio of what batches took to what the profile says
-(exponentially weighted), so that a machine that is slower than its kind is expected to be; and
-over all machines by batch size (`learned`), for whoever corrects the profile.
+Durations are learned per lane and batch size as the ratio of what batches took to what the profile
+says (exponentially weighted), so that a machine that is slower than its kind is expected to be; the
+newest themselves are kept (`learned`), for whoever corrects the profile.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class MachinePool:
         self._changed(machine)
         self._laid_out()
         machine.up = False
+        self.learned.forget(name)
         self.slots -= machine.slots
         for model in machine.lanes:
             holders = self._holders[model]
@@ -184,7 +185,7 @@ class MachinePool:
         profiled_s = route.duration_s(machine.hardware, rows)
         if profiled_s is None:
             return None
-        return profiled_s * machine.lanes[route.model].ratio
+        return profiled_s * machine.lanes[route.model].slower(rows)
 
     def started(
         self, machine: Machine, route: ModuleRoute, rows: int, batch: int, now_s: float
@@ -200,7 +201,7 @@ class MachinePool:
         if known is None:
             machine.ends_s[batch] = now_s
             return self._hang.unprofiled_s, inf
-        ratio = lane.ratio
+        ratio = lane.slower(rows)
         machine.ends_s[batch] = now_s + known.at(rows) * ratio
         slow_s = known.slow_at(rows) * (ratio if ratio > 1.0 else 1.0)
         hang = self._hang
@@ -214,8 +215,8 @@ class MachinePool:
         known = route.durations.get(machine.hardware)
         if known is None:
             return inf
-        slow_s = known.slow_at(rows) * max(1.0, machine.lanes[route.model].ratio)
-        lately_s = self.learned.p95_s(route.model, machine.hardware, rows)
+        slow_s = known.slow_at(rows) * max(1.0, machine.lanes[route.model].slower(rows))
+        lately_s = self.learned.p95_s(route.model, machine.name, machine.hardware, rows)
         return self._hang.overdue_of(max(slow_s, lately_s))
 
     def overdue(self, machine: Machine, model: str) -> None:
@@ -239,12 +240,15 @@ class MachinePool:
             lane.failures = 0
             lane.blocked_until_s = -inf
             self._changed(machine)
-        self.learned.add(route.model, machine.hardware, rows, took_s)
+        self.learned.add(route.model, machine.name, machine.hardware, rows, took_s)
         profiled_s = route.duration_s(machine.hardware, rows)
         if profiled_s is None:
             return
         lane.batches += 1
-        lane.ratio += LEARNING_WEIGHT * (took_s / profiled_s - lane.ratio)
+        ratio = took_s / profiled_s
+        known = lane.slower(rows)
+        lane.ratios[rows] = known + LEARNING_WEIGHT * (ratio - known)
+        lane.ratio += LEARNING_WEIGHT * (ratio - lane.ratio)
 
     def broke(self, machine: Machine, model: str, now_s: float) -> bool:
         """The lane lost or garbled a batch: quarantine it. True when that is news."""
