@@ -11,7 +11,9 @@ request's slack has run out (its launch-by time has come).
 * **throughput-cost** (Harpagon 1.1; full machines `d + b/w`): allocations ranked by
   throughput-cost ratio; whole batches are cut from the stream, the best rank that is due first.
   A rank of n machines is due every `d/n`; what no rank is due for goes to the next one, and what
-  is more than was planned for to the best rank that has it in time.
+  is more than was planned for to the best rank that has it in time. A rank's own `d + b/w` takes
+  what better ranks leave as evenly spaced; they collect whole batches, so that it comes in bursts,
+  and ranks below the first have the largest bound of the schedule.
 * **round-robin** (what Nexus does; `2d`): every machine has a queue of its own, requests are dealt
   out in proportion to throughput.
 
