@@ -113,9 +113,13 @@ def planned(
     rate_rps: float,
     dispatch: Dispatch,
     billing: Billing,
+    chains: Sequence[str] = ("c",),
 ) -> Case:
-    """Planned as the server plans for this policy. Raises PlanError."""
-    chain = chain_of("c", models, slo_s, dispatch)
+    """`chains` alike, the first the most urgent, planned as the server plans for this policy.
+
+    Raises PlanError.
+    """
+    made = tuple(chain_of(c, models, slo_s, dispatch, at) for at, c in enumerate(chains))
     configurations = {
         model: tuple(
             Configuration(kind, size, took_s, PRICES[kind])
@@ -124,18 +128,21 @@ def planned(
         )
         for model in models
     }
-    wanted = PlannedChain(
-        "c",
-        slo_s,
-        rate_rps,
-        tuple(
-            PlannedModule(m.name, m.model, rate_rps, tuple(m.parents), configurations[m.model])
-            for m in chain.modules
-        ),
-    )
+    wanted = [
+        PlannedChain(
+            chain.name,
+            slo_s,
+            rate_rps,
+            tuple(
+                PlannedModule(m.name, m.model, rate_rps, tuple(m.parents), configurations[m.model])
+                for m in chain.modules
+            ),
+        )
+        for chain in made
+    ]
     options = Options(policy=POLICIES[dispatch], dispatch=dispatch, billing=billing, bound=False)
-    plan = solve([wanted], options)
-    return Case(name, dispatch, (chain,), plan, profiles_of(models, hardware))
+    plan = solve(wanted, options)
+    return Case(name, dispatch, made, plan, profiles_of(models, hardware))
 
 
 def scheduled(
@@ -280,27 +287,55 @@ def kept(found: Mapping[float, float]) -> float:
     return least
 
 
+def print_priorities(dispatch: Dispatch) -> None:
+    """Goodput of an urgent chain and of one like it that may wait, which share machines."""
+    for models, kinds, rate_rps, loose in (
+        (("m3",), ("big",), 45.0, 6.0),
+        (("hear", "read", "speak"), ("big", "small"), 30.0, 6.0),
+        (("hear", "read", "speak"), ("big",), 45.0, 15.0),
+    ):
+        slo_s = loose * sum(MODELS[model]["big"][0][1] for model in models)
+        told = f"{'-'.join(models)} {'+'.join(kinds)} {rate_rps:g}/s slo={loose:g}"
+        names = ("urgent", "other")
+        case = planned(told, models, kinds, slo_s, rate_rps, dispatch, "machine", names)
+        found = []
+        for loads in ((1.0, 0.0), (1.0, 1.0), (1.0, 2.0), (1.0, 5.0), (2.0, 2.0), (5.0, 5.0)):
+            by_chain = goodput_rps(case, dict(zip(names, loads, strict=True)), steady=False)
+            shares = "+".join(f"{by_chain[name] / rate_rps:.2f}" for name in names)
+            found.append(f"{loads[0]:g}+{loads[1]:g}: {shares}")
+        print(f"{dispatch} {case.name}   {', '.join(found)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", choices=list(POLICIES), action="append")
-    parser.add_argument("--steady", action="store_true")
+    parser.add_argument("--steady", action="store_true", help="evenly spaced arrivals alone")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--priorities", action="store_true", help="two chains instead of one")
     given = parser.parse_args()
-    print("goodput over the planned rate at " + ", ".join(f"{f:g}x" for f in FACTORS))
     for dispatch in given.policy or POLICIES:
-        worst, count, bad = 1.0, 0, 0
-        for case in cases(dispatch):
-            if given.only not in case.name:
-                continue
-            for steady in (True, False)[: 1 if given.steady else 2]:
-                found = shares(case, steady=steady)
-                least = kept(found)
-                worst, count, bad = min(worst, least), count + 1, bad + (least < 0.95)
-                told = " ".join(f"{share:5.2f}" for share in found.values())
-                mark = "*" if least < 0.95 else " "
-                kind = "steady" if steady else "poisson"
-                print(f"{mark}{least:5.2f} {told}  {dispatch} {kind:7} {case.name}", flush=True)
-        print(f"{dispatch}: {bad} of {count} below 0.95, the worst {worst:.3f}")
+        if given.priorities:
+            print_priorities(dispatch)
+        else:
+            print_cases(dispatch, given.only, (True,) if given.steady else (True, False))
+
+
+def print_cases(dispatch: Dispatch, only: str, arrivals: Sequence[bool]) -> None:
+    """Goodput of every case over its planned rate, and what is left of its peak."""
+    print("goodput over the planned rate at " + ", ".join(f"{f:g}x" for f in FACTORS))
+    worst, count, bad = 1.0, 0, 0
+    for case in cases(dispatch):
+        if only not in case.name:
+            continue
+        for steady in arrivals:
+            found = shares(case, steady=steady)
+            least = kept(found)
+            worst, count, bad = min(worst, least), count + 1, bad + (least < 0.95)
+            told = " ".join(f"{share:5.2f}" for share in found.values())
+            mark = "*" if least < 0.95 else " "
+            kind = "steady" if steady else "poisson"
+            print(f"{mark}{least:5.2f} {told}  {dispatch} {kind:7} {case.name}", flush=True)
+    print(f"{dispatch}: {bad} of {count} below 0.95, the worst {worst:.3f}")
 
 
 if __name__ == "__main__":

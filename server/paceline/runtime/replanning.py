@@ -187,7 +187,7 @@ class Replanner:
             # Gone, or loaded afresh: what comes back may be another machine.
             del self._behind[name]
             if self._slow.pop(name, None) is not None and name in up:
-                told.append(f"{name} is as fast as others")
+                told.append(f"{name} has begun afresh")
         for name, ratio in found.items():
             if name not in up:
                 continue
