@@ -6,6 +6,7 @@
     .venv/bin/python scripts/bench_blocks.py --work DIR share vit_b16
     .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --link-mbps 1000
     .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --at paceline
+    .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 bert_base --together
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse resnet50 squeezenet densenet121
     .venv/bin/python scripts/bench_blocks.py --work DIR fuse ocr    # the example's chain
     .venv/bin/python scripts/bench_blocks.py --work DIR served vit_b16    # through Paceline
@@ -69,9 +70,10 @@ def main() -> None:
         command.add_argument("--repeats", type=int, default=5)
         if name == "swap":
             command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-        if name in ("swap", "cgroup", "served"):
-            some = "*" if name == "served" else "+"
-            command.add_argument("--ratios", type=float, nargs=some, default=RATIOS)
+        if name in ("swap", "cgroup", "served", "fuse"):
+            some = "*" if name in ("served", "fuse") else "+"
+            ratios = () if name == "fuse" else RATIOS
+            command.add_argument("--ratios", type=float, nargs=some, default=ratios)
         if name in ("cold", "served"):
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
@@ -90,6 +92,9 @@ def main() -> None:
             )
         if name == "cgroup":
             command.add_argument("--limit-mib", type=int, help="of the cgroup")
+            command.add_argument(
+                "--together", action="store_true", help="all models, sharing one budget"
+            )
             command.add_argument("--link-mbps", type=float, default=0, help="0: local disk")
     child = commands.add_parser("child")  # one measurement in a process of its own
     child.add_argument("job", type=json.loads)

@@ -65,11 +65,12 @@ ABLATIONS: Mapping[str, Options] = {
     "no splitting by efficiency": replace(PLAIN, efficiency=False),
     "no node merger": replace(PLAIN, node_merger=False),
     "no cost-direct": replace(PLAIN, cost_direct=False),
+    "the published walk alone": replace(PLAIN, strict=True),
     "pooled dispatch": replace(PLAIN, dispatch="pooled"),
 }
 
-TOGETHER = ("harpagon", "scrooge")
-"""What 100 chains at once are planned by beside the optimum: the two nearest to it."""
+TOGETHER = ("harpagon", "nexus", "scrooge", "inferline")
+"""What 100 chains at once are planned by beside the optimum; Clipper finds no plan for some."""
 
 
 def four_kinds(chain: PlannedChain) -> PlannedChain:

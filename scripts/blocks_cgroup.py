@@ -5,7 +5,8 @@ process with the model's sessions, but no weights and no run, takes by itself. C
 those of version 2 have no controllers where this was written. With --link-mbps the model's pool is
 a store behind a link, which serves from outside the cgroup; the cache begins empty, so that the
 first run fetches and writes it, and later ones swap in from there. With `--at paceline` the cgroup
-holds `paceline serve` with its Triton.
+holds `paceline serve` with its Triton. With `--together` it holds a process for each model, and
+they share one budget, the sum of theirs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +60,9 @@ _NEVER_S = 3600.0
 
 
 def print_cgroup(bench: Bench, arguments: argparse.Namespace) -> None:
+    if arguments.together:
+        print_together(bench, arguments)
+        return
     print(
         "| model | weights / budget | batch | limit MiB | how | median ms | most MiB | limit hits |"
     )
@@ -112,6 +117,60 @@ def print_limited(
             f"| {limit_mib} | {how} | {took} | {peak_mib:.0f} | {hits} |",
             flush=True,
         )
+
+
+def print_together(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Each way's row: all models at the same time, in processes of their own."""
+    print(
+        "| models | weights / budget | batch | limit MiB | how | ms each | most MiB | limit hits |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    rows = arguments.batch
+    for ratio in arguments.ratios:
+        budgets = [bench.budget(model, ratio, rows) for model in arguments.models]
+        total_mib = sum(budget.mib for budget in budgets)
+        jobs = [{"directory": str(budget.directory)} for budget in budgets]
+        limit_mib = arguments.limit_mib
+        if limit_mib is None:
+            own = [{"memory_budget_mib": f"{budget.mib}"} for budget in budgets]
+            drop_page_cache(bench.work)
+            with cgroup() as group:
+                held = in_children(bench, group, jobs, own, do="idle")
+                beside_mib = most_mib(group) - sum(one["held_mib"] for one in held)
+            limit_mib = math.ceil(total_mib + beside_mib + SLACK_MIB * len(budgets))
+        together = {"shared_budget_mib": f"{total_mib}", "budget_group": f"bench-{os.getpid()}"}
+        for how, parameters in (
+            ("paged by the kernel", {}),
+            (f"one budget of {total_mib:.0f} MiB", together),
+        ):
+            given = [parameters] * len(jobs)
+            drop_page_cache(bench.work)
+            with cgroup(limit_mib) as group:
+                job = {"batch": rows, "repeats": arguments.repeats, "onnx": ""}
+                results = in_children(bench, group, jobs, given, do="limited", **job)
+                peak_mib, hits = most_mib(group), limit_hits(group)
+            took = ", ".join(f"{1e3 * one['median_s']:.0f}" if one else "killed" for one in results)
+            print(
+                f"| {', '.join(arguments.models)} | {ratio:g} | {rows} | {limit_mib} | {how} "
+                f"| {took} | {peak_mib:.0f} | {hits} |",
+                flush=True,
+            )
+
+
+def in_children(
+    bench: Bench,
+    group: Path,
+    jobs: Sequence[Mapping[str, Any]],
+    parameters: Sequence[Mapping[str, str]],
+    **job: Any,
+) -> list[dict[str, Any]]:
+    """What each job returns, all at the same time in one cgroup."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        running = [
+            pool.submit(in_child, bench, group, **job, **own, parameters=given)
+            for own, given in zip(jobs, parameters, strict=True)
+        ]
+        return [one.result() for one in running]
 
 
 def print_through(

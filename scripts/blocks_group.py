@@ -7,6 +7,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -36,26 +37,37 @@ def print_fuse(bench: Bench, arguments: argparse.Namespace) -> None:
         print_ocr(bench.work, arguments.repeats, arguments.at)
         return
     if "triton" in arguments.at:
-        print_on_triton(bench, models, arguments.repeats)
+        print_on_triton(bench, models, arguments.repeats, arguments.ratios)
     if "paceline" in arguments.at:
         print_group(bench, models, arguments.repeats)
 
 
-def print_on_triton(bench: Bench, models: Sequence[str], repeats: int) -> None:
+def print_on_triton(
+    bench: Bench, models: Sequence[str], repeats: int, ratios: Sequence[float]
+) -> None:
+    """`ratios`: the fused group within budgets as well, its weights / ratio and two members'
+    activations.
+    """
     repository = bench.work / "fuse" / "models"
     options = Options(measure=False)
     pool = bench.work / "fuse" / "blocks"
     for model in models:
         compile_model({"": bench.onnx(model)}, repository / model, pool, options)
         write_plain(repository / f"plain_{model}", repository / model, bench.onnx(model))
-    compile_model(
-        {f"m_{model}": bench.onnx(model) for model in models}, repository / "group", pool, options
-    )
+    sources = {f"m_{model}": bench.onnx(model) for model in models}
+    compile_model(sources, repository / "group", pool, options)
     ways = {
         "plain, one each": [f"plain_{model}" for model in models],
         "blocks, one each": list(models),
         "blocks, fused": ["group"],
     }
+    for ratio in ratios:
+        made = compile_model(sources, bench.work / "fuse" / "measured", pool, Options())
+        whole = made.model.manifest
+        budget_mib = ceil((whole.weights_bytes / ratio + 2 * whole.activation_bytes(1)) / MIB)
+        name = f"group_{budget_mib}"
+        compile_model(sources, repository / name, pool, Options(budget_mib=budget_mib))
+        ways[f"blocks, fused, budget {budget_mib} MiB ({ratio:g})"] = [name]
     results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, names in ways.items():

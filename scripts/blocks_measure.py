@@ -75,12 +75,10 @@ class Bench:
         """Its directory; compiled for a small budget, the blocks are smaller."""
         name, budget_mib = model.replace("@", "_"), None
         if budget_bytes is not None:
-            # Budgets that are divided alike are one compile.
-            piece_mib = Options(budget_mib=int(budget_bytes / MIB)).piece_bytes // MIB
-            if piece_mib < Options().piece_bytes // MIB:
-                # Of a budget the activations of batch 1 are not for blocks; 1 MiB is for rounding.
-                beside_mib = ceil(self.manifest(model).activation_bytes(1) / MIB) + 1
-                name, budget_mib = f"{name}_{piece_mib}", 2 * piece_mib + beside_mib
+            # Of a budget the activations of batch 1 are not for blocks.
+            beside_bytes = self.manifest(model).activation_bytes(1)
+            budget_mib = ceil((budget_bytes + beside_bytes) / MIB)
+            name = f"{name}_{budget_mib}"
         directory = self.work / "models" / name
         shapes = {"x": ITEMS[model]} if model in ITEMS else {}
         options = Options(budget_mib=budget_mib, shapes=shapes)

@@ -8,7 +8,8 @@
 Per model and budget (none; weights / 2.32, / 3.5, / 5.81): blocks in turn against the whole
 compiled graph, bit for bit, at batch 1 and 3; and both against the source in a plain session, as
 the largest difference relative to the largest value. Exits 1 if bits differ or that is above 1e-4;
-a budget that a model cannot be cut for is refused, and said so.
+a budget that a model cannot be cut for is refused, and said so. Cut by size; with --measure by
+latency, as `paceline blocks compile` does, and a batch's activations come on top of the budget.
 Models are those of make_models.py and what wheels have; what is made and the pool are kept in
 --cache. Wheels but the OCR example's are not among the requirements. Only their files are needed:
 
@@ -24,6 +25,7 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +143,22 @@ def budget_of(source: Path, factor: float) -> int | None:
     return max(1, int(size / factor / MIB)) if factor else None
 
 
-def check(name: str, source: Path, factor: float, cache: Path) -> bool | None:
-    """Whether it holds; None if the budget is refused."""
+def options_of(source: Path, factor: float, cache: Path, measured: bool) -> Options:
+    """For the budget by the factor; with room for the activations of all batches if `measured`."""
     budget_mib = budget_of(source, factor)
-    label = Path(name).stem
+    if budget_mib is not None and measured:
+        directory = cache / "measured" / source.stem
+        whole = compile_model({"": source}, directory, cache / "blocks", Options()).model.manifest
+        budget_mib += ceil(whole.activation_bytes(max(BATCHES)) / MIB)
+    return Options(budget_mib=budget_mib, measure=measured)
+
+
+def check(name: str, source: Path, factor: float, cache: Path, measured: bool) -> bool | None:
+    """Whether it holds; None if the budget is refused."""
+    options = options_of(source, factor, cache, measured)
+    budget_mib, label = options.budget_mib, Path(name).stem
     told = f"{label:16}{f'{budget_mib} MiB' if budget_mib else 'none':>8}"
     try:
-        options = Options(budget_mib=budget_mib, measure=False)
         directory = cache / "repository" / label
         model = compile_model({"": source}, directory, cache / "blocks", options).model
     except ConfigError as error:
@@ -178,6 +189,7 @@ def main() -> int:
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(known)}")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "paceline")
+    parser.add_argument("--measure", action="store_true", help="cut by latency")
     arguments = parser.parse_args()
     for name in arguments.models:
         if name not in known and not (name.endswith(".onnx") and Path(name).is_file()):
@@ -189,7 +201,7 @@ def main() -> int:
         if source is None:
             print(f"{name:16}   skipped: the wheel {WHEELS[name].distribution} is not installed")
             continue
-        good += [check(name, source, factor, arguments.cache) for factor in FACTORS]
+        good += [check(name, source, f, arguments.cache, arguments.measure) for f in FACTORS]
     refused = good.count(None)
     print(f"{good.count(True)} of {len(good)} hold, {refused} are refused for too small a budget")
     return 1 if False in good else 0

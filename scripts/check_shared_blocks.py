@@ -4,11 +4,11 @@
     .venv/bin/python scripts/check_shared_blocks.py                      # all
     .venv/bin/python scripts/check_shared_blocks.py resnet50 densenet121 # some of them
 
-The models of check_blocks.py, cut as there (weights / 2.32, / 3.5, / 5.81), run by threes in the
-backend's own `BlockModel`: without a budget, and sharing one of the sum of theirs. Two threads ask
-each, from the moment that it begins to load, with batches of 1, 2 and 3; then the load shifts from
-one model to the next, so that the budget is divided anew. Every answer is compared. Exits 1 if bits
-differ, or if a shared budget was never divided anew.
+The models of check_blocks.py, cut as there (weights / 2.32, / 3.5, / 5.81; by latency with
+--measure), run by threes in the backend's own `BlockModel`: without a budget, and sharing one of
+the sum of theirs. Two threads ask each, from the moment that it begins to load, with batches of 1,
+2 and 3; then the load shifts from one model to the next, so that the budget is divided anew. Every
+answer is compared. Exits 1 if bits differ, or if a shared budget was never divided anew.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.blocks_measure import open_model
-from scripts.check_blocks import FACTORS, TOO_LARGE, budget_of, plain, source_of
+from scripts.check_blocks import FACTORS, TOO_LARGE, options_of, plain, source_of
 from scripts.make_models import ZOO
 from scripts.prepare_models import NETWORKS
 
@@ -38,7 +38,6 @@ from paceline.blocks.backend.manifest import Member
 from paceline.blocks.backend.objects import ObjectStore
 from paceline.blocks.compile import compile_model
 from paceline.blocks.measure import BlockRunner, Draw, guess_axes, same, sample
-from paceline.blocks.member import Options
 from paceline.core.errors import BudgetError
 
 TOGETHER = 3
@@ -65,16 +64,15 @@ class Checked:
     budgets: set[int] = field(default_factory=set)
 
 
-def prepared(name: str, factor: float, cache: Path) -> Checked | None:
+def prepared(name: str, factor: float, cache: Path, measured: bool) -> Checked | None:
     """None, and a line, where there is no such model or the budget is refused."""
     source = source_of(name, cache)
     if source is None:
         print(f"left out: {name}: its wheel is not installed", flush=True)
         return None
-    budget_mib = budget_of(source, factor)
+    options = options_of(source, factor, cache, measured)
     directory = cache / "shared" / f"{source.stem}-{factor:g}"
     try:
-        options = Options(budget_mib=budget_mib, measure=False)
         found = compile_model({"": source}, directory, cache / "blocks", options).model
     except BudgetError as error:
         print(f"left out: {error}", flush=True)
@@ -85,7 +83,7 @@ def prepared(name: str, factor: float, cache: Path) -> Checked | None:
     feeds = [sample(member, rows, guess, {}, Draw(rows)) for rows in batches]
     runner = BlockRunner(ObjectStore(found.pool), found.manifest.objects)
     expected = [runner.run(member, feed, whole=True, drop=True) for feed in feeds]
-    return Checked(source.stem, directory, budget_mib, member, feeds, expected)
+    return Checked(source.stem, directory, options.budget_mib, member, feeds, expected)
 
 
 def ask(one: Checked, times: int) -> None:
@@ -137,6 +135,7 @@ def main() -> int:
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(known)}")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "paceline")
+    parser.add_argument("--measure", action="store_true", help="cut by latency")
     arguments = parser.parse_args()
     if unknown := sorted({*arguments.models} - {*known}):
         parser.error(f"no model {unknown[0]!r}: use {', '.join(known)}")
@@ -146,7 +145,7 @@ def main() -> int:
         names = arguments.models or known
         waiting: list[Checked] = []
         for name in names:
-            made = prepared(name, factor, arguments.cache)
+            made = prepared(name, factor, arguments.cache, arguments.measure)
             waiting += [] if made is None else [made]
             if len(waiting) == TOGETHER or (waiting and name == names[-1]):
                 good.append(check(waiting, factor))

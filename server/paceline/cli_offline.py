@@ -95,6 +95,9 @@ def plan(
     ] = True,
     node_merger: Annotated[bool, typer.Option(help="harpagon: siblings as one node.")] = True,
     cost_direct: Annotated[bool, typer.Option(help="harpagon: also split by saving.")] = True,
+    strict: Annotated[
+        bool, typer.Option(help="harpagon: the published walk over configurations, no other.")
+    ] = False,
 ) -> None:
     """What is the least that must be paid to serve these chains within their objectives, and how?
 
@@ -121,6 +124,7 @@ def plan(
         efficiency=efficiency,
         node_merger=node_merger,
         cost_direct=cost_direct,
+        strict=strict,
     )
     how = _verification(arrivals, window, confidence, requests, seed)
     wanted = read_demand(

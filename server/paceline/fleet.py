@@ -173,13 +173,13 @@ class RemoteTritons:
     async def look_after(self, client: TritonClient) -> None:
         """One look at a machine."""
         name, machines = client.name, self._controller.machines
-        held = machines.holds(name)
-        if held is None:
-            return
+        held = machines.holds(name)  # nothing where models come and go, or it went away
         alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
         if machines.is_up(name):
             try:
-                if alive and (await client.model_ready(held) or not machines.has(name, held)):
+                if alive and (
+                    held is None or await client.model_ready(held) or not machines.has(name, held)
+                ):
                     return
             except BackendError:
                 # It went between the two questions.

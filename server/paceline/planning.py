@@ -79,6 +79,8 @@ def read_demand(
             "the limit out",
             key="--limit",
         )
+    memory = {name: kind.memory_bytes for name, kind in prices.items() if kind.memory_bytes}
+    used = replace(options, memory_bytes=memory)
     demands: list[PlannedChain] = []
     declared: list[Chain] = []
     for read in read_chains(paths):
@@ -103,15 +105,13 @@ def read_demand(
                 where=chain.where("rate_rps") if rate_rps is None else f"chain {chain.name}",
             )
         try:
-            form = _form(changed, rate, measured, prices, overhead_s, options, with_runs)
+            form = _form(changed, rate, measured, prices, overhead_s, used, with_runs)
         except ConfigError as error:
             where = error.where or chain.where(error.key)
             raise ConfigError(error.message, key=error.key, where=where) from None
         declared.append(form.chain)
         demands.append(form.planned)
         measured = form.profiles
-    memory = {name: kind.memory_bytes for name, kind in prices.items() if kind.memory_bytes}
-    used = replace(options, memory_bytes=memory)
     return Demand(tuple(declared), tuple(demands), used, measured, prices)
 
 

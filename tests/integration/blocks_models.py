@@ -30,6 +30,22 @@ def write_mlp(path: Path, *, layers: int = 12, seed: int = 0, head_seed: int = 0
     return save(path, nodes, weights, ("x", TensorProto.FLOAT, ["N", WIDTH]))
 
 
+def write_towers(path: Path, *, layers: int = 8) -> Path:
+    """y = tower(x) + tower(x): two parallel branches of tanh(x W), 256 KiB of weights a layer."""
+    nodes, weights = [], []
+    for tower in "ab":
+        value = "x"
+        for layer in range(layers):
+            drawn = np.random.default_rng([ord(tower), layer])
+            matrix = drawn.standard_normal((WIDTH, WIDTH), dtype=np.float32) / np.float32(16)
+            name = f"{tower}{layer}"
+            weights.append(numpy_helper.from_array(matrix, f"w_{name}"))
+            nodes.append(helper.make_node("MatMul", [value, f"w_{name}"], [f"m_{name}"]))
+            nodes.append(helper.make_node("Tanh", [f"m_{name}"], [value := f"t_{name}"]))
+    nodes.append(helper.make_node("Add", [f"t_a{layers - 1}", f"t_b{layers - 1}"], ["y"]))
+    return save(path, nodes, weights, ("x", TensorProto.FLOAT, ["N", WIDTH]))
+
+
 def write_embedding(path: Path, *, seed: int = 0) -> Path:
     """ids -> rows of a 2 MiB table -> a layer: a model with a table that is paged on demand."""
     drawn = np.random.default_rng(seed)

@@ -248,8 +248,10 @@ class MemoryOracle:
         self._require(not users or bool(others), "lease", f"{action} while {users} use it")
 
     def _serves(self, name: str, model: str) -> bool:
+        """One whose instances are being changed serves with those it had."""
         there = model in self._held[name] and model not in self._going[name]
-        return there and model not in self._coming[name]
+        before, _ = self._coming[name].get(model, (1, 1))
+        return there and before > 0
 
     def _require(self, holds: bool, check: str, message: str) -> None:
         if not holds:

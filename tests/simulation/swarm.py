@@ -415,12 +415,12 @@ def _faults(rng: Random, machines: tuple[MachineSpec, ...], end_s: float) -> lis
     )
     mix += [Mishap.ERROR] * rng.choice((0, 0, 1))
     found: list[Stimulus] = []
-    for _ in range(rng.randint(1, 6)):
+    for _ in range(rng.choice((1, 2, 3, 4, 5, 6, 15))):
         at_s, name = rng.random() * end_s, rng.choice(machines).name
         back_s = at_s + rng.choice((0.0, 0.1, 1.0, end_s))
         match rng.choice(mix):
             case "crash":
-                notice_s = rng.choice((0.0, 0.0, 0.05))
+                notice_s = rng.choice((0.0, 0.0, 0.05, 1.0))
                 found += [Crash(at_s, name, notice_s), Start(back_s, name)]
             case "withdraw":
                 found += [Withdraw(at_s, name), Start(back_s, name)]

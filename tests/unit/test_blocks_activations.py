@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from tests.blocks_models import written
 
 from paceline.blocks.backend.blockmodel import BlockModel
-from paceline.blocks.backend.manifest import Manifest, PoolError
+from paceline.blocks.backend.manifest import Manifest, PoolError, swap_rate_bytes_s
+from paceline.blocks.backend.plan import choose
 from paceline.blocks.backend.settings import read_settings
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
@@ -181,6 +183,35 @@ def test_blocks_fit_twice_beside_the_batch_that_was_asked_for(tmp_path: Path) ->
     assert 2 * coarse.largest_block_bytes + coarse.activation_bytes(1) > 12 * MIB
     finer = compiled(1)
     assert 2 * finer.largest_block_bytes + finer.activation_bytes(1) <= 12 * MIB
+
+
+def test_cuts_are_by_latency_and_the_first_plan_by_the_rate_that_compiling_measured(
+    bert: CompiledModel, opened: Callable[..., BlockModel]
+) -> None:
+    """Never worse than by size, by the model; and the manifest says what it was made of."""
+    (member,) = bert.manifest.members
+    took_s = [block.swap_in_s or 0.0 for block in member.blocks]
+    assert min(took_s) > 0
+    rate = sum(block.swapped_bytes for block in member.blocks) / sum(took_s)
+    assert swap_rate_bytes_s(member.blocks) == pytest.approx(rate)
+    assert swap_rate_bytes_s([replace(block, swap_in_s=None) for block in member.blocks]) is None
+    cuts = bert.manifest.document["measured"]["cuts"][""]
+    assert cuts["rate_bytes_s"] > 0
+    assert cuts["block_s"] > 0
+    assert set(cuts["latency_s"]) >= set(cuts["by_size_s"])
+    longer = [cuts["latency_s"][rows] / took - 1 for rows, took in cuts["by_size_s"].items()]
+    assert len(cuts["latency_s"]) > len(longer) or sum(longer) <= 1e-9
+
+    model = opened(floor_of(bert.manifest, 1) + MIB)
+    assert model.budget is not None
+    assert model.budget.plan is not None
+    first = choose(
+        [block.swapped_bytes for block in member.blocks],
+        [block.execute_s[1] for block in member.blocks],
+        limit_bytes=model.budget.limit_bytes,
+        rate_bytes_s=rate,
+    )
+    assert model.budget.plan == first
 
 
 MEASURE = """

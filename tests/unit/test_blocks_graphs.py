@@ -20,7 +20,7 @@ from paceline.blocks.backend.blockmodel import BlockModel
 from paceline.blocks.backend.manifest import Block, PoolError
 from paceline.blocks.backend.settings import read_settings
 from paceline.blocks.backend.skeleton import Skeleton
-from paceline.blocks.backend.source import graphs_of
+from paceline.blocks.backend.source import Waiting, graphs_of
 from paceline.blocks.repository import CompiledModel, compiled_model
 
 LAYERS = 24
@@ -65,16 +65,35 @@ class Graphs:
     def __init__(self, blocks: tuple[Block, ...], missing: set[str]) -> None:
         self.missing = missing
         self.asked: list[str] = []
-        self.skeleton = Skeleton(blocks, self.graph, Path(), {}, 1, on_device=self.make)
+        self.under_way = False
+        self.turns: list[bool] = []
+        """Whether each was urgent."""
+        self.turn_comes = threading.Event()
+        self.turn_comes.set()
+        self.skeleton = Skeleton(blocks, self.graph, Path(), {}, 1, on_device=self.make, turns=self)
 
-    def graph(self, block: Block) -> bytes:
+    def begin(self, urgent: Callable[[], bool]) -> bool:
+        """See `held_turn.Turns`."""
+        assert self.turn_comes.wait(TIMEOUT_S) and not self.under_way
+        self.under_way = True
+        self.turns.append(urgent())
+        return True
+
+    def end(self, amount: float) -> None:
+        assert self.under_way
+        self.under_way = False
+
+    def graph(self, block: Block, waiting: Waiting) -> bytes:
         self.asked.append(block.key)
         if block.key in self.missing:
+            with waiting():
+                assert not self.under_way, "others could use the core"
             raise PoolError(f"graph {block.graph} is missing")
         return block.graph.encode()
 
-    @staticmethod
-    def make(graph: bytes, block: Block) -> Any:
+    def make(self, graph: bytes, block: Block) -> Any:
+        assert self.under_way, "it is not this load's turn"
+
         class Session:
             def run(self, values: list[Any]) -> list[Any]:
                 return [graph.decode(), *values]
@@ -106,6 +125,26 @@ def test_a_graph_that_is_missing_fails_only_who_needs_it(
     ending.start()
     ending.join(TIMEOUT_S)
     assert not ending.is_alive()
+
+
+def test_sessions_are_built_in_turns_that_are_urgent_when_a_run_waits(
+    built: CompiledModel,
+) -> None:
+    """And short ones are one turn, which ends with the last of them."""
+    blocks = built.manifest.members[0].blocks
+    graphs = Graphs(blocks, set())
+    graphs.turn_comes.clear()
+    run = threading.Thread(target=graphs.skeleton.run, args=(0, []))
+    run.start()
+    while not graphs.skeleton._awaited:
+        pass
+    graphs.skeleton.start()
+    graphs.turn_comes.set()
+    run.join(TIMEOUT_S)
+    graphs.skeleton._thread.join(TIMEOUT_S)
+    assert graphs.turns[0] is True and not graphs.under_way
+    assert len(graphs.turns) < len(keys_of(blocks)) or len(graphs.turns) == 1
+    graphs.skeleton.close()
 
 
 def test_a_graph_that_comes_back_is_all_that_is_tried_again(

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paceline.blocks.backend.held_turn import TURN_S
 from paceline.blocks.backend.ledger import FORMAT, Ledger, Row
 from paceline.blocks.backend.manifest import PoolError
 from paceline.blocks.backend.shares import Claim, divide
-from paceline.blocks.backend.turns import Load, asked, began, ended, next_load, weight
+from paceline.blocks.backend.turns import Load, asked, began, ended, next_loads, weight
 from paceline.blocks.backend.window import CHUNK_BYTES
 
 MIB = 2**20
@@ -68,11 +69,10 @@ def serve(loads: dict[str, Load], turns: int) -> list[str]:
     order = []
     for now in range(turns):
         for name, load in list(loads.items()):
-            loads[name] = asked(loads, name, load.weight)
-        chosen = next_load(loads, "disk", float(now))
-        assert chosen is not None
+            loads[name] = asked(loads, name, load.weight, turn=CHUNK_BYTES)
+        (chosen,) = next_loads(loads, "disk", float(now))
         loads[chosen] = began(loads[chosen], float(now))
-        assert next_load(loads, "disk", float(now)) is None, "one at a time"
+        assert not next_loads(loads, "disk", float(now)), "one at a time"
         loads[chosen] = ended(loads[chosen], CHUNK_BYTES)
         order.append(chosen)
     return order
@@ -96,11 +96,30 @@ def test_a_load_that_was_idle_has_saved_up_no_turns() -> None:
 
 def test_a_turn_that_hangs_is_passed_over_and_other_channels_do_not_wait() -> None:
     loads = {"hangs": Load("disk", holding_since_s=0.0), "next": Load("disk", waiting=True)}
-    assert next_load(loads, "disk", 1.0) is None
-    assert next_load(loads, "disk", 2.5) == "next"
-    assert next_load(loads, "store", 1.0) is None
+    assert next_loads(loads, "disk", 1.0) == []
+    assert next_loads(loads, "disk", 2.5) == ["next"]
+    assert next_loads(loads, "store", 1.0) == []
     loads["remote"] = Load("store", waiting=True)
-    assert next_load(loads, "store", 1.0) == "remote"
+    assert next_loads(loads, "store", 1.0) == ["remote"]
+
+
+def test_of_two_cores_an_urgent_load_has_one_and_the_others_share_the_other() -> None:
+    loads = {name: Load("cores") for name in "abc"}
+    loads["urgent"] = Load("cores", weight=weight(urgent=True, priority=0))
+    turns = []
+    for now in range(48):
+        for name, load in list(loads.items()):
+            loads[name] = asked(loads, name, load.weight, turn=TURN_S)
+        chosen = next_loads(loads, "cores", float(now), places=2)
+        for name in chosen:
+            loads[name] = began(loads[name], float(now))
+        assert not next_loads(loads, "cores", float(now), places=2)
+        for name in chosen:
+            loads[name] = ended(loads[name], TURN_S)
+        turns.append(chosen)
+    assert sum("urgent" in chosen for chosen in turns) >= 47, "but when each has had its first"
+    others = [name for chosen in turns for name in chosen if name != "urgent"]
+    assert all(16 <= others.count(name) <= 17 for name in "abc")
 
 
 @pytest.fixture
@@ -197,6 +216,42 @@ def test_turns_pass_from_one_to_the_next(directory: Path) -> None:
     assert sorted(moved) == ["a"] * 20 + ["b"] * 20
 
 
+def test_sessions_are_built_by_as_many_loads_at_a_time_as_there_are_cores(directory: Path) -> None:
+    """The next one may when a turn ends, an urgent one first; I/O is another matter."""
+    cores = len(os.sched_getaffinity(0))
+    building = [Ledger("disk", directory=directory) for _ in range(cores)]
+    assert building[0].building.begin(lambda: False), "nobody else loads: it needs no turn"
+    building[0].building.end(TURN_S)
+    other = Ledger("store", directory=directory)
+    other.expect("other", MIB)
+    for ledger in building:
+        assert not ledger.building.begin(lambda: False)
+    building[0].begin(lambda: False)
+    began: list[str] = []
+
+    def build(name: str, ledger: Ledger) -> None:
+        ledger.building.begin(lambda: name == "urgent")
+        began.append(name)
+
+    assert not any(row.building.virtual for row in building[0].rows().values())
+    waiting = {name: Ledger("disk", directory=directory) for name in ("slow", "urgent")}
+    threads = []
+    for name, ledger in waiting.items():
+        threads.append(threading.Thread(target=build, args=(name, ledger)))
+        threads[-1].start()
+        while not building[0].rows()[ledger._name].building.waiting:
+            pass
+    assert not began
+    building[0].building.end(TURN_S)
+    threads[1].join()
+    assert began == ["urgent"]
+    waiting["urgent"].building.end(TURN_S)
+    threads[0].join()
+    assert began == ["urgent", "slow"]
+    for ledger in (other, *building, *waiting.values()):
+        ledger.close()
+
+
 def test_a_turn_says_whether_others_load_through_the_same_channel(directory: Path) -> None:
     mine, other, elsewhere = (
         Ledger(channel, directory=directory) for channel in ("store", "store", "disk")
@@ -238,8 +293,9 @@ def test_the_tables_format_changes_with_its_rows() -> None:
     kinds = (Row, Load, Claim)
     fields = [" ".join(field.name for field in dataclasses.fields(kind)) for kind in kinds]
     assert (FORMAT, *fields) == (
-        1,
-        "pid started bell load group total_bytes limit_bytes claim model loading_bytes moved_bytes",
-        "channel virtual weight waiting holding_since_s share",
+        2,
+        "pid started bell load building group total_bytes limit_bytes claim model loading_bytes "
+        "moved_bytes",
+        "channel virtual weight waiting holding_since_s share bell",
         "curve rate_rps weight",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,22 +13,33 @@ from paceline.blocks.backend import loader as loader_module
 from paceline.blocks.backend.loader import Loader
 from paceline.blocks.backend.manifest import PAGE_BYTES, Chunks, Manifest, PoolError, PoolObject
 from paceline.blocks.backend.mapping import LazyObjects, MappedObject
-from paceline.blocks.backend.source import Waiting
+from paceline.blocks.backend.source import Later, Waiting
 from paceline.blocks.backend.window import Span, Window
 
+TIMEOUT_S = 30.0
 PAGES = {"a": 1, "b": 3, "c": 1, "d": 2, "e": 5}
 CHUNK_PAGES = 2
 
 
 class Link:
-    """A `Source` that notes what is expected and fetched; some fetches fail, once each."""
+    """A `Source` that notes what is expected and fetched; some fetches fail, once each.
 
-    def __init__(self, distant: bool = True, failing: Sequence[Span] = ()) -> None:
+    Those of `late` spans fail as often as it says, in a way that may pass.
+    """
+
+    def __init__(
+        self,
+        distant: bool = True,
+        failing: Sequence[Span] = (),
+        late: Mapping[Span, int] | None = None,
+    ) -> None:
         self.distant = distant
         self.fetched: list[Span] = []
         self.expected: list[tuple[Span, ...]] = []
         """Before each of those."""
         self.failing = list(failing)
+        self.late = dict(late or {})
+        self.patient: list[tuple[Span, bool]] = []
         self._now: tuple[Span, ...] = ()
 
     def expect(self, spans: Sequence[Span]) -> None:
@@ -36,10 +48,14 @@ class Link:
     def takes_turn(self, span: Span) -> bool:
         return True
 
-    def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
+    def fetch(self, span: Span, waiting: Waiting = nullcontext, *, patient: bool = True) -> None:
+        self.patient.append((span, patient))
         if span in self.failing:
             self.failing.remove(span)
             raise PoolError("the link is down")
+        if self.late.get(span, 0):
+            self.late[span] -= 1
+            raise Later("nothing came")
         self.fetched.append(span)
         self.expected.append(self._now)
 
@@ -52,7 +68,7 @@ class Link:
     def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
         raise NotImplementedError
 
-    def graph(self, digest: str, stated: PoolObject) -> bytes:
+    def graph(self, digest: str, stated: PoolObject, waiting: Waiting = nullcontext) -> bytes:
         raise NotImplementedError
 
     @property
@@ -81,7 +97,7 @@ class Turns:
     def begin(self, urgent: Callable[[], bool]) -> bool:
         return self._alone
 
-    def end(self, size_bytes: int) -> None: ...
+    def end(self, amount: float) -> None: ...
 
     def moved(self, size_bytes: int) -> None: ...
 
@@ -199,9 +215,11 @@ def test_an_object_that_cannot_be_opened_fails_who_waits_and_is_tried_again(
     opened = LazyObjects(stated, opener)
 
     class Opening(Link):
-        def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
+        def fetch(
+            self, span: Span, waiting: Waiting = nullcontext, *, patient: bool = True
+        ) -> None:
             assert opened[span.name].size_bytes
-            super().fetch(span, waiting)
+            super().fetch(span, waiting, patient=patient)
 
     window = Window([[name] for name in PAGES], {n: one.size_bytes for n, one in stated.items()})
     loader = Loader(window, opened, Opening())
@@ -217,5 +235,80 @@ def test_an_object_that_cannot_be_opened_fails_who_waits_and_is_tried_again(
                 break
             except PoolError:
                 continue
+    finally:
+        loader.close()
+
+
+def started(objects: Mapping[str, MappedObject], link: Link) -> Loader:
+    sizes = {name: pages * PAGE_BYTES for name, pages in PAGES.items()}
+    window = Window([[name] for name in PAGES], sizes, chunk_bytes=CHUNK_PAGES * PAGE_BYTES)
+    loader = Loader(window, objects, link)
+    loader.start()
+    return loader
+
+
+def test_others_are_fetched_while_an_object_is_tried_again(
+    objects: Mapping[str, MappedObject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From where it failed; a run that can computes another block first."""
+    monkeypatch.setattr(loader_module, "FIRST_PAUSE_S", 0.2)
+    stuck = Span("b", PAGE_BYTES, 2 * PAGE_BYTES, True)
+    link = Link(late={stuck: 2})
+    loader = started(objects, link)
+    run = loader.begin(range(len(PAGES)))
+    try:
+        taken = []
+        left = list(range(len(PAGES)))
+        while left:
+            taken.append(loader.take(run, left))
+            loader.finish(run, taken[-1])
+            left.remove(taken[-1])
+    finally:
+        loader.end(run)
+        loader.close()
+    assert taken == [0, 2, 3, 4, 1]
+    assert link.fetched[-1] == stuck and link.fetched.count(Span("b", 0, PAGE_BYTES, False)) == 1
+    assert [patient for span, patient in link.patient if span == stuck] == [False] * 3
+    assert sum(span.size_bytes for span in link.fetched) == sum(PAGES.values()) * PAGE_BYTES
+
+
+def test_an_object_that_is_slow_comes_when_the_others_are_there(
+    objects: Mapping[str, MappedObject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then there is all the patience for it, which would have kept them waiting."""
+    monkeypatch.setattr(loader_module, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(loader_module, "SLOW_S", 0.0)
+    stuck = Span("a", 0, PAGE_BYTES, True)
+    link = Link(late={stuck: 1})
+    loader = started(objects, link)
+    try:
+        assert loader.wait_complete(TIMEOUT_S)
+    finally:
+        loader.close()
+    assert [span.name for span in link.fetched][-1] == "a"
+    assert [patient for span, patient in link.patient if span == stuck] == [False, True]
+
+
+def test_an_object_that_fails_too_often_fails_the_runs_that_need_it_and_no_others(
+    objects: Mapping[str, MappedObject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(loader_module, "FIRST_BACKOFF_S", 0.001)
+    firsts = [Span("b", 0, pages * PAGE_BYTES, False) for pages in (1, 2)]
+    link = Link(late=dict.fromkeys(firsts, 1 << 30))
+    loader = started(objects, link)
+    runs = [loader.begin([1, 2]), loader.begin([2])]
+    try:
+        with pytest.raises(PoolError, match=r"nothing came, \d+ times in a row"):
+            loader.take(runs[0], [1])
+        with pytest.raises(PoolError, match=r"nothing came, \d+ times in a row"):
+            loader.wait_complete(TIMEOUT_S)
+        assert loader.take(runs[1], [2]) == 2
+        assert loader.take(runs[0], [1, 2]) == 2, "there is something else to compute"
+        loader.finish(runs[0], 2)
+        link.late.clear()
+        while not loader._window.ready(1):  # after a back-off
+            threading.Event().wait(0.01)
+        assert loader.take(runs[0], [1]) == 1 and loader.wait_complete(TIMEOUT_S)
     finally:
         loader.close()

@@ -15,7 +15,14 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from tests.http_stores import StoreHandler, answering
-from tests.integration.blocks_models import VOCABULARY, WIDTH, compiled, write_embedding, write_mlp
+from tests.integration.blocks_models import (
+    VOCABULARY,
+    WIDTH,
+    compiled,
+    write_embedding,
+    write_mlp,
+    write_towers,
+)
 
 from paceline.blocks.backend import store
 from paceline.blocks.backend.blockmodel import BlockModel
@@ -41,6 +48,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         onnx = write_mlp(root / f"{name}.onnx", layers=LAYERS, head_seed=head)
         compiled(root / "models", name, {"": onnx})
     compiled(root / "models", "table", {"": write_embedding(root / "table.onnx")})
+    compiled(root / "models", "towers", {"": write_towers(root / "towers.onnx")})
     both = {name: root / f"{name}.onnx" for name in ("mlp", "sibling")}
     compiled(root / "models", "fused", both)
     return root / "models"
@@ -179,9 +187,16 @@ class Together:
         return results
 
 
-def test_members_compute_at_the_same_time(opened: Open, repository: Path) -> None:
-    """Every block of one waits until the other one has begun a block, too."""
-    model = opened("fused")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+@pytest.mark.parametrize("budget_mib", [None, "4", "2.1"])
+def test_members_compute_at_the_same_time(
+    opened: Open, repository: Path, budget_mib: str | None
+) -> None:
+    """Every block of one waits until the other one has begun a block, too.
+
+    A budget of 2.1 MiB has room for two blocks of 1 MiB.
+    """
+    model = opened("fused", **({"memory_budget_mib": budget_mib} if budget_mib else {}))
     model._runs = Together(model._runs)
     x = batch_of(2)
     with ThreadPoolExecutor(2) as threads:
@@ -193,6 +208,7 @@ def test_members_compute_at_the_same_time(opened: Open, repository: Path) -> Non
         plain = ort.InferenceSession(repository.parent / f"{name}.onnx").run(None, {"x": x})[0]
         got = answer.result()[f"{name}/y"]
         np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
+    assert budget_mib is None or model.loader.peak_bytes <= float(budget_mib) * 2**20
 
 
 @pytest.mark.parametrize(
@@ -229,6 +245,9 @@ class RemotePool:
     """Objects of `wrong_bytes` end in a byte that is another."""
     wrong_bytes: int = OBJECT_BYTES
     ranges: bool = True
+    stuck: str = ""
+    """An object that comes when `going_on` is set."""
+    going_on: threading.Event = field(default_factory=threading.Event)
     sent: list[tuple[str, int]] = field(default_factory=list)
 
     def sent_bytes(self, kind: str = "objects/") -> int:
@@ -250,6 +269,8 @@ def pool(repository: Path) -> Iterator[RemotePool]:
             body = path.read_bytes()
             if served.wrong and len(body) == served.wrong_bytes:
                 body = body[:-1] + bytes([body[-1] ^ 1])
+            if served.stuck and served.stuck in self.path:
+                served.going_on.wait(30)
             if "Range" in self.headers and served.ranges:
                 return self.answer(206, self.part(body))
             return self.answer(200, body)
@@ -374,6 +395,36 @@ def test_a_model_heals_when_its_store_comes_back(
         except PoolError:
             threading.Event().wait(0.02)
     check(model, repository)
+
+
+def test_what_is_there_is_computed_while_another_object_does_not_come(
+    opened: Open, repository: Path, pool: RemotePool, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A tower's first object hangs in the store, until the other tower has begun."""
+    monkeypatch.setattr(store, "SOON_S", 0.1)
+    monkeypatch.setattr("paceline.blocks.backend.loader.SLOW_S", 0.05)
+    found = compiled_model(repository / "towers")
+    assert found is not None
+    pool.stuck = found.manifest.members[0].blocks[0].weights[0].object
+    model = opened("towers", pool=pool.url, cache=str(tmp_path / "cache"))
+    (member,) = model.members
+    first, other = (number for number, one in enumerate(member.blocks) if one.inputs == ("x",))
+    assert first == 0
+
+    class Order:
+        def __init__(self, runs: Any) -> None:
+            self.runs = runs
+            self.blocks: list[int] = []
+
+        def run(self, block: int, values: list[Any]) -> list[Any]:
+            self.blocks.append(block)
+            pool.going_on.set()
+            results: list[Any] = self.runs.run(block, values)
+            return results
+
+    model._runs = order = Order(model._runs)
+    check(model, repository, "towers")
+    assert order.blocks[:2] == [other, first] and len(order.blocks) == len(member.blocks)
 
 
 def test_a_full_disk_is_a_load_error_and_leaves_nothing(

@@ -179,7 +179,7 @@ class Turns:
         self.told.append("begin")
         return False
 
-    def end(self, size_bytes: int) -> None:
+    def end(self, amount: float) -> None:
         self.told.append("end")
         self.given_back.set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -129,6 +130,69 @@ def test_any_runs_get_through_within_any_limit(
                 held += needs[block]
         window.pin(pinned, limit)
         run(window, data.draw(blocks), limit)
+
+
+def test_of_two_runs_that_wait_the_earlier_one_takes_the_others_room() -> None:
+    """Neither could go on if each kept what it has: the limit is one block's."""
+    names = [["a"], ["b", "c"], ["d", "e"]]
+    window = Window(names, dict.fromkeys("abcde", 4), limit_bytes=8, chunk_bytes=4)
+    first = window.begin([0, 1])
+    perform(window)
+    window.start(first, 0)
+    second = window.begin([2])
+    perform(window)  # beside `a` there is room for a half of the second run's block
+    window.finish(first, 0)
+    perform(window)
+    assert window.ready(1) and not window.ready(2)
+    window.start(first, 1)
+    window.finish(first, 1)
+    window.end(first)
+    perform(window)
+    window.start(second, 2)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    shared=st.booleans(),
+    chunk=st.integers(1, 40),
+    room=st.integers(0, 60),
+    orders=st.lists(st.lists(st.integers(0, 5), unique=True), min_size=2, max_size=4),
+    chance=st.randoms(use_true_random=False),
+)
+@settings(deadline=None, max_examples=100)
+def test_runs_at_the_same_time_get_through_within_any_limit(
+    sizes: list[int],
+    shared: bool,
+    chunk: int,
+    room: int,
+    orders: list[list[int]],
+    chance: random.Random,
+) -> None:
+    """Whatever happens first: there is always something that can."""
+    names = [[f"o{block}", *(["o0"] if shared else [])] for block in range(len(sizes))]
+    by_name = {f"o{block}": size for block, size in enumerate(sizes)}
+    limit = max(sum(by_name[name] for name in set(block)) for block in names) + room
+    window = Window(names, by_name, limit_bytes=limit, chunk_bytes=chunk)
+    rest = {}
+    for order in orders:
+        known = [block for block in order if block < len(sizes)]
+        rest[window.begin(known)] = known
+    active: set[int] = set()
+    while any(rest.values()):
+        moves = [number for number, blocks in rest.items() if blocks and window.ready(blocks[0])]
+        if not moves or chance.random() < 0.5:
+            step = window.next_step()
+            for span in step.fetch if step is not None else ():
+                window.fetched(span)
+            assert window.held_bytes <= limit
+            assert step is not None or moves, "every run waits, and nothing comes"
+            continue
+        number = chance.choice(moves)
+        if number in active:
+            window.finish(number, rest[number].pop(0))
+        else:
+            window.start(number, rest[number][0])
+        active ^= {number}
 
 
 @given(

@@ -20,10 +20,11 @@ from paceline.advice import FEW_CHAINS, LONGER, Cheaper, cheaper_slo, curves
 from paceline.cli import app
 from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import Attainment, ChainAttainment
-from paceline.planner.problem import Options
+from paceline.planner.problem import Billing, Options
 from paceline.planner.solve import POLICIES, solve
 from paceline.planning import Offline, limits, plan_offline, read_demand
 from paceline.report import plan_report
+from paceline.sim.headroom import Arrivals, Verification
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHAIN = EXAMPLES / "planning/traffic.yaml"
@@ -322,9 +323,10 @@ def test_an_objective_that_is_too_short_is_told_with_its_place_and_what_to_do(
         offline([tmp_path / "one.yaml"], Options(policy=policy), slo_ms=0.25)
 
 
+@pytest.mark.parametrize("billing", ["fractional", "machine"])
 @pytest.mark.parametrize("policy", ["optimal", "nexus"])
 def test_a_model_that_fits_into_no_machine_is_named_with_what_it_needs(
-    policy: str, tmp_path: Path
+    policy: str, billing: Billing, tmp_path: Path
 ) -> None:
     (tmp_path / "one.yaml").write_text(ONE, encoding="utf-8")
     columns = "model,hardware,batch_size,duration_ms,memory_mib\n"
@@ -334,13 +336,36 @@ def test_a_model_that_fits_into_no_machine_is_named_with_what_it_needs(
         "hardware,price_per_hour,memory_mib\ngpu,1,50\n", encoding="utf-8"
     )
     files = (tmp_path / "p.csv", tmp_path / "h.csv")
-    options = Options(policy=policy, billing="machine")
+    options = Options(policy=policy, billing=billing)
     with pytest.raises(PlanError) as raised:
         plan_offline(read_demand([tmp_path / "one.yaml"], *files, options))
     assert str(raised.value) == (
         "one.yaml:6: module a of chain 'one' needs 101 MiB on gpu, which has 50 MiB; give it "
         "hardware with more memory, or a smaller model"
     )
+
+
+@pytest.mark.parametrize("billing", ["fractional", "machine"])
+def test_no_policy_runs_a_model_where_it_does_not_fit_however_cheap_that_is(
+    billing: Billing, tmp_path: Path
+) -> None:
+    (tmp_path / "one.yaml").write_text(ONE, encoding="utf-8")
+    model = "resnet50-v1-5-tensorflow-mixed-fp16"
+    rows = [f"{model},{name},{b},{10 * b},100.5" for name in ("gpu", "toy") for b in (1, 2)]
+    columns = "model,hardware,batch_size,duration_ms,memory_mib\n"
+    (tmp_path / "p.csv").write_text(columns + "\n".join(rows), encoding="utf-8")
+    (tmp_path / "h.csv").write_text(
+        "hardware,price_per_hour,memory_mib\ngpu,1,101\ntoy,0.1,100\n", encoding="utf-8"
+    )
+    files = (tmp_path / "p.csv", tmp_path / "h.csv")
+    verified = Verification(Arrivals("poisson"), requests=600)
+    for policy in POLICIES:
+        options = Options(policy=policy, billing=billing)
+        wanted = read_demand([tmp_path / "one.yaml"], *files, options)
+        for how in (None, verified) if policy == "nexus" else (None,):
+            plan = plan_offline(wanted, verification=how).plan
+            used = {a.hardware for c in plan.chains for m in c.modules for a in m.allocations}
+            assert used == {"gpu"}, (policy, how)
 
 
 def test_profiles_on_hardware_without_any_price_are_one_error_and_no_warning(

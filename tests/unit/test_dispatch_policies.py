@@ -361,6 +361,24 @@ def test_rows_behind_one_that_waits_for_another_machine_do_not_wait_with_it() ->
     assert (again.machine, crops_of(again)) == (second.machine, [b"a"])
 
 
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_what_waits_for_another_machine_is_given_up_when_none_has_the_model(on_error: str) -> None:
+    dispatcher = reader(machines=2, on_error=on_error)
+    (first,) = executes(submit(dispatcher, 1, b"a"))
+    (second,) = executes(submit(dispatcher, 2, b"b"))
+    dispatcher.handle(lost(first), now_s=0.1)
+    (end,) = dispatcher.handle(MachineUp(second.machine, "gpu", 1, {}), now_s=0.2)
+    if on_error == "skip":
+        assert texts([end]) == {1: [b""]}
+    else:
+        assert isinstance(end, Fail) and end.error.kind is ErrorKind.UNAVAILABLE
+        assert str(end.error) == (
+            f"module 'read' failed on {first.machine}; no other machine has model 'read'"
+        )
+    assert texts(dispatcher.handle(read(second), now_s=0.3)) == {2: [b"B"]}
+    assert dispatcher.in_flight == 0
+
+
 def test_garbled_outputs_are_the_machines_fault_and_run_elsewhere() -> None:
     dispatcher = reader(machines=2)
     (first,) = executes(submit(dispatcher, 1, b"a"))

@@ -33,12 +33,15 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
 
 @dataclass
 class Machines:
-    """What the controller knows: one machine that is up and holds a model."""
+    """What the controller knows: one machine that is up and holds a model, until it is down where
+    models come and go.
+    """
 
+    come_and_go: bool = False
     told_down: list[str] = field(default_factory=list)
 
     def holds(self, name: str) -> str | None:
-        return "m"
+        return None if self.come_and_go and self.told_down else "m"
 
     def has(self, name: str, model: str) -> bool:
         return True
@@ -69,24 +72,62 @@ class Controller:
 async def test_a_look_tells_what_became_of_a_machine(
     ready: bool | None, down: list[str], up: list[str], tmp_path: Path
 ) -> None:
-    server = grpc.aio.server()
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Server(ready), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
     controller = Controller()
-    tritons = RemoteTritons(
+    server = await serving(Server(ready), 0)
+    client = TritonClient(f"127.0.0.1:{server.port}", name="a")
+    async with asyncio.timeout(30):
+        await looking(controller, tmp_path).look_after(client)
+    assert (controller.machines.told_down, controller.told_up) == (down, up)
+    await client.close()
+    await server.stop()
+
+
+@pytest.mark.parametrize("come_and_go", [False, True])
+async def test_a_machine_that_did_not_answer_for_a_while_is_used_again(
+    come_and_go: bool, tmp_path: Path
+) -> None:
+    controller = Controller(Machines(come_and_go))
+    tritons = looking(controller, tmp_path)
+    server = await serving(Server(ready=True), 0)
+    client = TritonClient(f"127.0.0.1:{server.port}", name="a")
+    await server.stop()
+    async with asyncio.timeout(60):
+        await tritons.look_after(client)
+        await tritons.look_after(client)
+        assert (controller.machines.told_down, controller.told_up) == (["a"], [])
+        server = await serving(Server(ready=True), server.port)
+        while not controller.told_up:  # its connection comes back when it does
+            await tritons.look_after(client)
+    assert (controller.machines.told_down, controller.told_up) == (["a"], ["a"])
+    await client.close()
+    await server.stop()
+
+
+@dataclass
+class Serving:
+    server: Any
+    port: int
+
+    async def stop(self) -> None:
+        await self.server.stop(None)
+
+
+async def serving(servicer: Server, port: int) -> Serving:
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    return Serving(server, port)
+
+
+def looking(controller: Controller, state: Path) -> RemoteTritons:
+    return RemoteTritons(
         (),
         cast(Any, controller),
         TritonFleet(),
         model_repositories=(),
-        state_directory=tmp_path,
+        state_directory=state,
         slots=1,
         budget_bytes=lambda hardware: 0.0,
         on_note=lambda text: None,
     )
-    client = TritonClient(f"127.0.0.1:{port}", name="a")
-    async with asyncio.timeout(30):
-        await tritons.look_after(client)
-    assert (controller.machines.told_down, controller.told_up) == (down, up)
-    await client.close()
-    await server.stop(None)

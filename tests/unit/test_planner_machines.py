@@ -12,8 +12,10 @@ from paceline.core.errors import PlanError
 from paceline.core.plan import ModulePlan, Plan, Share
 from paceline.core.profile import Configuration
 from paceline.planner.cycle import Load, together
+from paceline.planner.machines import whole_machines
 from paceline.planner.pack import Machine, Packing, pack
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
+from paceline.planner.rounded import rounded
 from paceline.planner.solve import HEURISTICS, solve
 from paceline.planner.urgency import Stream
 from paceline.planner.whole_bound import least_price
@@ -219,6 +221,31 @@ def test_no_policy_is_cheaper_than_the_optimum_in_whole_machines_either(seed: in
         assert (plan.policy, optimal.policy) == (policy, "optimal")
         assert optimal.cost_per_hour <= plan.cost_per_hour * (1 + 1e-9)
         assert optimal.lower_bound_per_hour == plan.lower_bound_per_hour
+
+
+def test_nor_where_many_chains_share_machines() -> None:
+    # Harpagon's plans for these pack into cheaper machines than what is best in fractions.
+    rng = random.Random("many 26")
+    chains = [chain(f"c{i}", rng, rng.choice((2.0, 15.0))) for i in range(20)]
+    harpagon = solve(chains, replace(MACHINE, policy="harpagon", bound=False))
+    assert harpagon.cost_per_hour < whole_machines(chains, MACHINE).cost_per_hour
+    assert solve(chains, replace(MACHINE, bound=False)).cost_per_hour <= harpagon.cost_per_hour
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_policy_is_left_out_only_where_it_costs_no_less(seed: int) -> None:
+    rng = random.Random(f"left out {seed}")
+    chains = [chain(f"c{i}", rng) for i in range(rng.randint(1, 5))]
+    for policy, plan_of in HEURISTICS.items():
+        options = replace(MACHINE, policy=policy)
+        try:
+            schedules = [plan_of(each, options) for each in chains]
+        except PlanError:
+            continue
+        cost = solve(chains, options).cost_per_hour
+        assert rounded(chains, schedules, options, cost) is None
+        found = rounded(chains, schedules, options, cost * (1 + 1e-6))
+        assert found is not None and found.cost_per_hour == pytest.approx(cost)
 
 
 def test_the_bound_is_rounded_up_to_a_sum_of_whole_machines() -> None:

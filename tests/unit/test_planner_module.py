@@ -61,7 +61,9 @@ def test_a_residual_machine_collects_its_own_rate_unless_batches_are_pooled() ->
 def test_m3_gets_the_published_schedule(
     dispatch: Dispatch, max_tuples: int | None, expected: str
 ) -> None:
-    assert show(schedule(198.0, M3, 1.0, dispatch=dispatch, max_tuples=max_tuples)) == expected
+    for strict in (False, True):
+        found = schedule(198.0, M3, 1.0, dispatch=dispatch, max_tuples=max_tuples, strict=strict)
+        assert show(found) == expected
 
 
 def test_m3_gets_five_whole_machines_from_two_dummy_requests_a_second() -> None:
@@ -97,6 +99,7 @@ def test_the_walk_backs_up_when_the_best_configuration_leaves_a_rest_that_nothin
     # One full b8 leaves 1 request/s: b2 would wait 2 s for its second request.
     configurations = (gpu(2, 0.1), gpu(8, 0.25))
     assert show(schedule(33.0, configurations, 0.6)) == "1.65 x b2 = 1.65"
+    assert schedule(33.0, configurations, 0.6, strict=True) is None
     assert show(schedule(33.0, configurations, 2.2)) == "1 x b8 + 0.05 x b2 = 1.05"
 
 

@@ -259,6 +259,32 @@ async def test_a_machine_that_comes_back_empty_is_filled_again(one_fits: Served)
     assert one_fits.repository.most == 1
 
 
+async def test_a_load_under_way_fails_with_its_machine_so_that_it_keeps_nobody_waiting(
+    one_fits: Served,
+) -> None:
+    one_fits.repository.gate.clear()
+    loading = asyncio.create_task(one_fits.machines.load("b"))
+    measuring = asyncio.create_task(_use(one_fits.machines, "a", "m"))
+    await one_fits.until("b")
+    one_fits.machines.down("m")
+    with pytest.raises(ResidencyError, match="no Triton is up; try again"):
+        await asyncio.wait_for(loading, 5)
+    with pytest.raises(ResidencyError, match="Triton m is down; try again"):
+        await asyncio.wait_for(measuring, 5)
+    with pytest.raises(ResidencyError, match="no Triton is up"):
+        await asyncio.wait_for(one_fits.machines.load("a"), 5)
+    one_fits.repository.held.clear()
+    one_fits.repository.gate.set()
+    await one_fits.machines.up("m")
+    assert await one_fits.machines.load("b") == SPECS["b"]
+    await one_fits.ask("b")
+
+
+async def _use(machines: Machines, model: str, machine: str) -> None:
+    async with machines.using(model, machine):
+        pass
+
+
 async def test_a_cold_model_has_one_instance_until_the_answer_and_serves_while_others_start() -> (
     None
 ):

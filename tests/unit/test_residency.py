@@ -15,6 +15,7 @@ from paceline.residency.ledger import Footprint, Ledger
 from paceline.residency.loading import Pending, order, served
 from paceline.residency.residency import Residency
 from paceline.residency.state import (
+    LOAD_WEIGHT,
     RECYCLE_EVERY_S,
     SERVER_FREE_BYTES,
     SERVER_LOOKS,
@@ -288,6 +289,29 @@ def test_a_size_that_was_twice_as_large_is_made_good_before_anything_is_loaded()
     assert unloads(actions) == ["b"] and granted(actions) == [(1, "a")]
     assert not loads(enter(made, 2, "c")), "20 bytes too many are held"
     assert loads(done(made, only(actions, ev.Unload))) == ["c"]
+
+
+def test_a_load_that_found_its_backbone_there_says_little_about_one_that_does_not() -> None:
+    """First nothing better is known; a whole load then says it, and only a longer one more."""
+    blocks = {model: {"backbone": 90, model: 1} for model in "ab"}
+    made = residency({"a": 5, "b": 5}, blocks=blocks, machines=())
+    a, b = (made.models[name] for name in "ab")
+
+    def loaded(*took_s: tuple[str, float]) -> None:
+        """One after the other, on a machine that has nothing."""
+        made.handle(ev.MachineUp("m", inf, recyclable=True, fill=False), now_s=NOW_S)
+        for model, took in took_s:
+            load = only(enter(made, 1, model), ev.Load)
+            done(made, load, now_s=NOW_S + took)
+            made.handle(ev.Leave(1), now_s=NOW_S + took)
+        made.handle(ev.MachineDown("m"), now_s=NOW_S)
+
+    loaded(("a", 8.0), ("b", 1.0))
+    assert (a.load_s, b.load_s) == (8.0, 1.0)
+    loaded(("b", 7.0), ("a", 2.0))
+    assert (a.load_s, b.load_s) == (8.0, 7.0)
+    loaded(("b", 7.0), ("a", 18.0))
+    assert a.load_s == pytest.approx(8.0 + LOAD_WEIGHT * 10.0)
 
 
 def test_blocks_that_became_known_are_counted_once_from_then_on() -> None:

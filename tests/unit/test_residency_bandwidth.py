@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from paceline.blocks.backend.turns import Load, asked, began, ended, next_load, weight
+from paceline.blocks.backend.turns import Load, asked, began, ended, next_loads, weight
 from paceline.blocks.backend.window import CHUNK_BYTES
 from paceline.residency import events as ev
 from paceline.residency.bandwidth import AHEAD, Transfer, split
@@ -116,9 +116,8 @@ def test_turns_at_the_link_follow_the_shares() -> None:
     for _ in range(400):
         for name, load in list(loads.items()):
             urgent = weight(urgent=True, priority=0, share=load.share)
-            loads[name] = asked(loads, name, urgent)
-        chosen = next_load(loads, "disk", 0.0)
-        assert chosen is not None
+            loads[name] = asked(loads, name, urgent, turn=CHUNK_BYTES)
+        (chosen,) = next_loads(loads, "disk", 0.0)
         loads[chosen] = ended(began(loads[chosen], 0.0), CHUNK_BYTES)
         moved[chosen] += 1
     assert moved["a"] == pytest.approx(300, abs=5)

@@ -112,6 +112,18 @@ def test_an_awaited_model_that_went_with_its_machine_is_awaited_where_it_comes_a
     assert loads(leave(made, 1)) == [("a", 2)]
 
 
+def test_who_used_what_came_first_says_nothing_of_where_it_comes_again() -> None:
+    made = two_wanted("a", "b", machines=("m1", "m2"))
+    begun = only(enter(made, 1, "a"), ev.Load)
+    enter(made, 2, "a")
+    done(made, begun)
+    made.handle(ev.Passed(1, "a"), now_s=NOW_S)
+    again = made.handle(ev.MachineDown("m1"), now_s=NOW_S)
+    assert not loads(done(made, only(again, ev.Load)))
+    assert not loads(leave(made, 1)), "it is for request 2 that the model came again"
+    assert loads(leave(made, 2)) == [("a", 2)]
+
+
 def test_what_was_there_or_has_been_used_follows_a_plan_at_once() -> None:
     made = two_wanted("a", adopted={"a": 2})
     assert granted(enter(made, 1, "a")) == [(1, "a")], "it waits for nothing"

@@ -1,8 +1,9 @@
 """`paceline blocks compile`: ONNX files into a pool and a model directory.
 
-Per member: optimise, tile, cut, write the objects, compare and time; then the manifest, and last
-config.pbtxt, which commits. What is written on the way is in the pool only if all of that succeeds.
-A model whose cache key is the same and whose objects are all right is left alone.
+Per member: optimise, tile, cut, write the objects, compare. For a budget its finest blocks are
+timed first, and joined as the latency model says. Then all blocks are timed, and the manifest is
+written, and last config.pbtxt, which commits. What is written on the way is in the pool only if all
+of that succeeds. A model whose cache key is the same and whose objects are all right is left alone.
 docs/blocks-format.md says what is written; SwapNet (arXiv 2401.16757) why it is cut.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 import onnxruntime as ort
 
-from paceline.blocks import activations, measure
+from paceline.blocks import cut, measure
 from paceline.blocks.aliases import publish_members
 from paceline.blocks.backend.manifest import (
     FORMAT,
@@ -33,6 +34,7 @@ from paceline.blocks.backend.manifest import (
     runtime_here,
 )
 from paceline.blocks.backend.objects import ObjectStore
+from paceline.blocks.dividing import best_division
 from paceline.blocks.fitting import Check, check_blocks, within_budget
 from paceline.blocks.group import Group
 from paceline.blocks.member import ObjectWriter, Options, Prepared, prepare
@@ -40,9 +42,10 @@ from paceline.blocks.pool import MIB, PoolWriter
 from paceline.blocks.repository import CompiledModel, compiled_model, is_ours, publish
 from paceline.blocks.rows import why_not_batched
 from paceline.blocks.source import Optimised, Source, examine, optimise
+from paceline.blocks.trial import Shapes, Trial, tried
 from paceline.core.errors import ConfigError
 
-COMPILER = 8
+COMPILER = 9
 """Raised whenever the same input would give another result."""
 
 _MEASURED_BATCHES = (1, 8)
@@ -156,10 +159,9 @@ def _make(
     with PoolWriter(pool) as writer:
         compiler = _Compiler(writer, model, options, runtime, progress)
         members = [compiler.member(name, source) for name, source in sources.items()]
-        document = compiler.document(members, sources, key)
+        document = compiler.measured_document(members, sources, key)
         if wiring is not None:
             document["wiring"] = wiring
-        document["activations"] = compiler.activations(document)
         text = json.dumps(document, indent=1).encode()
         manifest = parse(text, "the manifest that was just made")
         max_batch = check(manifest, options)
@@ -187,6 +189,7 @@ class _Compiler:
         self._chunks: dict[str, Any] = {}
         self._measured: dict[str, Any] = {}
         self._shapes: dict[int, dict[str, Sequence[int]]] = {}
+        self._trials: dict[str, Trial] = {}
 
     def member(self, name: str, source: Source) -> Member:
         """Compiles one ONNX file."""
@@ -202,10 +205,23 @@ class _Compiler:
         check_blocks(told, source, member, self._options)
         return member
 
-    def document(
+    def measured_document(
         self, members: Sequence[Member], sources: Mapping[str, Source], key: str
     ) -> dict[str, Any]:
-        """The manifest, docs/blocks-format.md."""
+        """The manifest, docs/blocks-format.md, with what could be measured."""
+        document = self._document(members, sources, key)
+        if not self._shapes:
+            return document
+        blocks = sum(len(member.blocks) for member in members)
+        self._progress(f"{self._model}: timing {blocks} blocks")
+        trial = self._try(document, members, self._shapes)
+        document["members"] = [asdict(member) for member in trial.told(members)]
+        document["activations"] = {str(rows): size for rows, size in trial.activations.items()}
+        return document
+
+    def _document(
+        self, members: Sequence[Member], sources: Mapping[str, Source], key: str
+    ) -> dict[str, Any]:
         blocks = [block for member in members for block in (member.whole, *member.blocks)]
         weights = {weight.object for block in blocks for weight in block.weights}
         used = weights | {block.graph for block in blocks}
@@ -227,18 +243,23 @@ class _Compiler:
                 (b.swapped_bytes for m in members for b in m.blocks), default=0
             ),
             "measured": self._measured or None,
+            "activations": {},
         }
 
-    def activations(self, document: Mapping[str, Any]) -> dict[str, int]:
-        """Bytes beside weights by batch size, of what could be run; see `activations`."""
-        if not self._shapes:
-            return {}
-        self._progress(f"{self._model}: measuring activations")
-        path = self._pool.stage / "measured.json"
-        path.write_text(json.dumps(document), encoding="utf-8")
-        pool = self._pool
-        measured = activations.measured(path, pool.root, pool.stage, self._shapes)
-        return {str(rows): size for rows, size in measured.items()}
+    def _try(
+        self,
+        document: Mapping[str, Any],
+        members: Sequence[Member],
+        shapes: Mapping[int, Shapes],
+    ) -> Trial:
+        """How the members of the document run; once for the same blocks."""
+        keys = [block.key for member in members for block in member.blocks]
+        of = json.dumps([keys, shapes])
+        if of not in self._trials:
+            path = self._pool.stage / "tried.json"
+            path.write_text(json.dumps(document), encoding="utf-8")
+            self._trials[of] = tried(path, self._pool.root, self._pool.stage, shapes)
+        return self._trials[of]
 
     def _faithful(self, told: str, name: str, source: Source, optimised: Optimised) -> Member:
         """The member as finely divided as gives what ONNX Runtime gives for the whole graph."""
@@ -248,15 +269,18 @@ class _Compiler:
             )
             if panels and not prepared.panels:
                 continue  # nothing to store in panels: the next way is the same without
-            member = self._write(told, name, source, prepared)
+            writer, member = self._write(told, name, source, prepared)
             if not self._options.measure:
                 break
-            measured = self._measure(told, member, optimised, exact=not panels)
+            divide = partial(self._divide, told, writer, prepared)
+            measured = self._measure(told, member, divide, optimised, exact=not panels)
             if measured is not None:
                 return measured
         return replace(member, batching=member.batching and _one_symbol(prepared, member))
 
-    def _write(self, told: str, name: str, source: Source, prepared: Prepared) -> Member:
+    def _write(
+        self, told: str, name: str, source: Source, prepared: Prepared
+    ) -> tuple[ObjectWriter, Member]:
         total = sum(tensor.size_bytes for tensor in prepared.stored.values())
         done = 0
 
@@ -269,12 +293,49 @@ class _Compiler:
         member = writer.write(name, source, prepared)
         self._objects.update(writer.objects)
         self._chunks.update(writer.chunks)
-        return member
+        return writer, member
+
+    def _divide(
+        self,
+        told: str,
+        writer: ObjectWriter,
+        prepared: Prepared,
+        member: Member,
+        shapes: Mapping[int, Shapes],
+    ) -> Member:
+        """The member in the blocks that the latency model makes of how the finest ones run."""
+        options, pieces = self._options, prepared.finest
+        if options.budget_mib is None or len(pieces) == len(prepared.blocks):
+            return member
+
+        def attempt(pieces: Sequence[cut.Piece]) -> tuple[Member, Trial]:
+            self._progress(f"{told}: trying {len(pieces)} blocks")
+            made = writer.divided(member, prepared, pieces)
+            self._objects.update(writer.objects)  # graphs
+            return made, self._try(self._document([made], {}, ""), [made], shapes)
+
+        found, why = best_division(
+            pieces,
+            prepared.blocks,
+            attempt,
+            budget_bytes=options.budget_mib * MIB,
+            most_bytes=options.block_bytes,
+            tables=bool(prepared.tables),
+        )
+        self._measured.setdefault("cuts", {})[member.name] = why or None
+        return found
 
     def _measure(
-        self, told: str, member: Member, optimised: Optimised, *, exact: bool
+        self,
+        told: str,
+        member: Member,
+        divide: Callable[[Member, Mapping[int, Shapes]], Member],
+        optimised: Optimised,
+        *,
+        exact: bool,
     ) -> Member | None:
-        """The member with what running it showed; None if it does not compute the same in blocks.
+        """The member with what running it showed, in the blocks that `divide` makes of it for the
+        shapes of some batches; None if it does not compute the same in blocks.
 
         The same is bit for bit, in turn as in one block; but for rounding (`exact` false) what the
         optimised graph computes, whose products may add in another order.
@@ -292,41 +353,45 @@ class _Compiler:
             note = "not measured and no batching: lengths of its inputs could not be guessed"
             return replace(member, batching=False, notes=(*member.notes, f"{note}; give --shape"))
 
-        def equal(batch: int) -> bool:
+        def equal(divided: Member, batch: int) -> bool:
             feed = measure.sample(member, batch, guess, shapes, measure.Draw(batch))
             wanted = plain(feed)
             try:
-                got = [in_blocks(feed, whole=whole) for whole in (False, True)]
+                got = [runner.run(divided, feed, whole=which, drop=True) for which in (True, False)]
             except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
-                if len(member.blocks) > 1:
+                if len(divided.blocks) > 1:
                     return False
                 raise ConfigError(f"{told}: does not run as a block: {error}") from None
             if exact:
                 return all(measure.same(wanted, answer) for answer in got)
             return measure.same(*got) and measure.close(wanted, got[0])
 
-        if compared and not equal(1):
+        if compared and not equal(member, 1):
             return None
         if member.batching and (why := why_not_batched(runner, member, guess, shapes)):
             notes = (*member.notes, f"no batching: {why}")
             member = replace(member, batching=False, notes=notes)
-        if compared and member.batching and not equal(2):
-            return None
-        if compared:
-            batches = [1, 2] if member.batching else [1]
-            self._measured.setdefault("verified_batches", {})[member.name] = batches
-        self._progress(f"{told}: timing {len(member.blocks)} blocks")
-        feeds = {
-            size: measure.sample(member, size, guess, shapes)
+        tried_with = {
+            size: {
+                name: list(array.shape)
+                for name, array in measure.sample(member, size, guess, shapes).items()
+            }
             for size in (_MEASURED_BATCHES if member.batching else _MEASURED_BATCHES[:1])
         }
-        self._measured.setdefault("shapes", {}).update(
-            (name, list(array.shape)) for name, array in feeds[1].items()
-        )
-        for size, feed in feeds.items():
-            shapes_of = {name: list(array.shape) for name, array in feed.items()}
+        batches = [1, 2] if member.batching else [1]
+        found = divide(member, tried_with)
+        if compared:
+            self._progress(f"{told}: comparing {len(found.blocks)} blocks")
+            if found.blocks != member.blocks and not all(equal(found, rows) for rows in batches):
+                self._measured["cuts"].pop(member.name)
+                found = member
+            if found.blocks == member.blocks and member.batching and not equal(member, 2):
+                return None
+            self._measured.setdefault("verified_batches", {})[member.name] = batches
+        self._measured.setdefault("shapes", {}).update(tried_with[1])
+        for size, shapes_of in tried_with.items():
             self._shapes.setdefault(size, {}).update(shapes_of)
-        return runner.timed(member, feeds)
+        return found
 
 
 def _cache_key(

@@ -1,4 +1,4 @@
-"""Where to cut a graph: narrow points, pieces between them, blocks of pieces. Pure.
+"""Where a graph can be cut: narrow points, pieces between them, blocks of pieces by size. Pure.
 
 A cut after a node is as narrow as few values are needed on both sides of it (SwapNet's criterion).
 Not counted: the model's inputs, which every block can have, and weights. Values of a width that
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 MAX_WIDTH = 6
 
@@ -102,6 +103,57 @@ def blocks(pieces: Sequence[Piece], target_bytes: int) -> list[Piece]:
         else:
             joined.append(piece)
     return joined
+
+
+def joined(pieces: Sequence[Piece], stops: Sequence[int]) -> list[Piece]:
+    """The first `stops[0]` pieces as one, and so on.
+
+    >>> joined([Piece(0, 1, 3), Piece(1, 2, 4), Piece(2, 5, 9)], [2, 3])
+    [Piece(start=0, stop=2, bytes=7), Piece(start=2, stop=5, bytes=9)]
+    """
+    return [
+        Piece(
+            pieces[first].start,
+            pieces[stop - 1].stop,
+            sum(piece.bytes for piece in pieces[first:stop]),
+        )
+        for first, stop in pairwise((0, *stops))
+    ]
+
+
+def finest(
+    steps: Sequence[Step],
+    sizes: Mapping[str, int],
+    *,
+    least_bytes: int,
+    kept: Collection[int],
+    values: Mapping[str, int],
+    uncut: Collection[str] = (),
+    parts: Mapping[str, str] | None = None,
+) -> list[Piece]:
+    """The pieces between all cuts of any width up to MAX_WIDTH; see `pieces`.
+
+    But one of less than `least_bytes`, or of no more than the values that are alive where it begins
+    (bytes of each in `values`), which a cut would hold longer, joins what precedes it; not at the
+    cuts before the steps `kept`.
+
+    >>> chain = [Step(("x",), ("a",), ("u",)), Step(("a",), ("b",), ("v",)),
+    ...          Step(("b",), ("y",), ("w",))]
+    >>> finest(chain, {"u": 5, "v": 1, "w": 2}, least_bytes=2, kept=(), values={"b": 1})
+    [Piece(start=0, stop=2, bytes=6), Piece(start=2, stop=3, bytes=2)]
+    """
+    live = live_after(steps, ())
+    widths = [_width(names, uncut, parts or {}) for names in live]
+    found: list[Piece] = []
+    for piece in _between(widths, _fresh_bytes(steps, sizes), MAX_WIDTH):
+        alive = live[piece.start - 1] if piece.start else ()
+        least = max(least_bytes, 1 + sum(values.get(name, 0) for name in alive))
+        if found and piece.bytes < least and piece.start not in kept:
+            last = found.pop()
+            found.append(Piece(last.start, piece.stop, last.bytes + piece.bytes))
+        else:
+            found.append(piece)
+    return found
 
 
 def _width(names: Sequence[str], uncut: Collection[str], parts: Mapping[str, str]) -> int:

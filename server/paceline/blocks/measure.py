@@ -1,4 +1,4 @@
-"""Runs compiled models block by block in this process: to compare, and to time.
+"""Runs compiled models block by block in this process, to compare them.
 
 Invariant: weights are mapped, never copied; after a block has run with `drop`, its pages are no
 longer this process's.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -41,10 +39,7 @@ _DTYPES = {
     "FP32": np.float32,
     "FP64": np.float64,
 }
-_REPEATS = 3
 _ROUNDING = 1e-4
-_ENOUGH_S = 0.2  # after so long a block is not run again
-_MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module does not know it yet
 # What axes of unknown length are tried with: images want many, indices of sequences little.
 _GUESSES = (64, 32, 16, 8, 1, 224)
 
@@ -98,31 +93,6 @@ class BlockRunner:
         yield ort.InferenceSession(path, options, ["CPUExecutionProvider"])
         del kept
 
-    def timed(self, member: Member, feeds: Mapping[int, Mapping[str, Array]]) -> Member:
-        """The member with every block's times, and the bytes that live after it at the least batch.
-
-        `feeds`: inputs by batch size.
-        """
-        values = {
-            size: {tensor.value: _value(feed[tensor.name]) for tensor in member.inputs}
-            for size, feed in feeds.items()
-        }
-        inputs = {tensor.value for tensor in member.inputs}
-        blocks = []
-        for block in member.blocks:
-            swap_in_s = self._swap_in(block)
-            execute_s = {}
-            with self.session(block) as session:
-                for size, known in values.items():
-                    execute_s[size], made = _timed(session, block, known)
-                    values[size] = _after(block, known, made, inputs)
-            self.drop(block)
-            live_bytes = sum(_bytes(values[min(values)][name]) for name in block.live)
-            blocks.append(
-                replace(block, execute_s=execute_s, swap_in_s=swap_in_s, live_bytes=live_bytes)
-            )
-        return replace(member, blocks=tuple(blocks))
-
     def drop(self, block: Block) -> None:
         """Gives the block's pages back, here and, where nobody else maps them, in the cache."""
         for name in {weight.object for weight in block.weights}:
@@ -130,15 +100,6 @@ class BlockRunner:
             handle = os.open(self._store.path(name), os.O_RDONLY)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
-
-    def _swap_in(self, block: Block) -> float:
-        self.drop(block)
-        tables = {weight.object for weight in block.weights if weight.access == "rows"}
-        began = time.perf_counter()
-        for name in dict.fromkeys(weight.object for weight in block.weights):
-            if name not in tables:
-                _populate(self._map(name))
-        return time.perf_counter() - began
 
     def _map(self, name: str) -> mmap.mmap:
         if name not in self._maps:
@@ -244,10 +205,6 @@ def _within_rounding(one: Array, other: Array) -> bool:
     return bool(np.allclose(one[finite], other[finite], rtol=0.0, atol=_ROUNDING * largest))
 
 
-def _bytes(value: ort.OrtValue) -> int:
-    return 0 if value.data_type() == "tensor(string)" else int(value.numpy().nbytes)
-
-
 def _value(array: Array) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
@@ -271,23 +228,3 @@ def _after(
     """What somebody still needs after the block."""
     known = {**values, **made}
     return {name: known[name] for name in (*inputs, *block.live)}
-
-
-def _timed(
-    session: ort.InferenceSession, block: Block, values: Mapping[str, ort.OrtValue]
-) -> tuple[float, dict[str, ort.OrtValue]]:
-    """Median time, the first run apart: it allocates; and what the block made."""
-    took: list[float] = []
-    made: dict[str, ort.OrtValue] = {}
-    while len(took) <= _REPEATS and sum(took) < _ENOUGH_S:
-        began = time.perf_counter()
-        made = _step(session, block, values)
-        took.append(time.perf_counter() - began)
-    return median(took[1:] or took), made
-
-
-def _populate(mapped: mmap.mmap) -> None:
-    try:
-        mapped.madvise(_MADV_POPULATE_READ)
-    except OSError:  # an older kernel: touch every page
-        np.frombuffer(mapped, np.uint8)[:: mmap.PAGESIZE].sum()

@@ -48,6 +48,8 @@ _ALIGNMENT = 64
 _BLOCK_BYTES = 16 * MIB
 _PIECE_BYTES = 32 * MIB
 _LEAST_BYTES = 1 * MIB
+_LEAST_CUT_BYTES = 256 << 10  # what less holds is not cut off by itself
+_MOST_CUTS = 256
 _CHUNK_BYTES = 64 << 10  # of a table: what one row of it costs over a link
 # (operator, input): of this input only some rows are read.
 _ROWS = {("Gather", 0), ("EmbedLayerNormalization", 2)}
@@ -103,7 +105,10 @@ class Options:
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A rewritten graph, its weights and how it is divided; one block under its own names if not
-    `cuttable`; `panels`: some products are computed in another order than the optimised graph's."""
+    `cuttable`; `panels`: some products are computed in another order than the optimised graph's.
+
+    Small weights are objects by `pieces`; `blocks` are divided by size, and could be of `finest`.
+    """
 
     model: onnx.ModelProto
     stored: Mapping[str, Stored]
@@ -111,6 +116,7 @@ class Prepared:
     tables: frozenset[str]
     pieces: Sequence[cut.Piece]
     blocks: Sequence[cut.Piece]
+    finest: Sequence[cut.Piece]
     cuttable: bool
     panels: bool
     notes: tuple[str, ...]
@@ -148,19 +154,29 @@ def prepare(
     ]
     tables = _tables(model.graph.node, stored)
     inputs = {value.name for value in model.graph.input}
-    pieces = cut.pieces(
-        [replace(step, reads=tuple(n for n in step.reads if n not in inputs)) for step in steps],
-        {name: 0 if name in tables else tensor.size_bytes for name, tensor in stored.items()},
-        limit_bytes=options.piece_bytes,
-        uncut=within.keys() | {name for name, value in values.items() if value.dtype == 0},
-        parts=parts,
-    )
+    steps = [replace(s, reads=tuple(n for n in s.reads if n not in inputs)) for s in steps]
+    sizes = {name: 0 if name in tables else one.size_bytes for name, one in stored.items()}
+    uncut = within.keys() | {name for name, value in values.items() if value.dtype == 0}
+    pieces = cut.pieces(steps, sizes, limit_bytes=options.piece_bytes, uncut=uncut, parts=parts)
     whole = cut.Piece(0, len(steps), sum(piece.bytes for piece in pieces))
     if why or not divided:
         pieces = [whole]
     blocks = cut.blocks(pieces, options.block_bytes)
+    finest = blocks
+    if len(pieces) > 1 and options.budget_mib is not None:
+        finest = cut.finest(
+            steps,
+            sizes,
+            least_bytes=max(_LEAST_CUT_BYTES, whole.bytes // _MOST_CUTS),
+            kept={block.start for block in blocks},
+            values={name: _least_bytes(value) for name, value in values.items()},
+            uncut=uncut,
+            parts=parts,
+        )
     notes = (why,) if why else () if divided else ("divided, it would not give the same results",)
-    return Prepared(model, stored, values, tables, pieces, blocks, not why, bool(within), notes)
+    return Prepared(
+        model, stored, values, tables, pieces, blocks, finest, not why, bool(within), notes
+    )
 
 
 class ObjectWriter:
@@ -173,11 +189,12 @@ class ObjectWriter:
         self.objects: dict[str, PoolObject] = {}
         self.chunks: dict[str, dict[str, Any]] = {}
         """Hashes of the tables' chunks, as the manifest has them."""
+        self._placed: dict[str, Weight] = {}
 
     def write(self, name: str, source: Source, prepared: Prepared) -> Member:
         """The member with its objects in the pool; not measured."""
         tensors = _tensors(name, source, prepared)
-        placed = self._weights(prepared)
+        placed = self._placed = self._weights(prepared)
         outputs = [value.name for value in prepared.model.graph.output]
         nodes = prepared.model.graph.node
         if prepared.cuttable:
@@ -185,21 +202,25 @@ class ObjectWriter:
         else:
             made = graph.keep(prepared.model, prepared.stored)
         whole = self._block(made, nodes, outputs, prepared, placed)
-        blocks = [whole]
-        if len(prepared.blocks) > 1:
-            blocks = list(self._blocks(prepared, placed, outputs))
         batching = all(_dynamic(prepared, t.value) for t in (*tensors[0], *tensors[1]))
-        return Member(
-            name, *tensors, batching and bool(tensors[0]), prepared.notes, whole, tuple(blocks)
+        member = Member(
+            name, *tensors, batching and bool(tensors[0]), prepared.notes, whole, (whole,)
         )
+        return self.divided(member, prepared, prepared.blocks)
+
+    def divided(self, member: Member, prepared: Prepared, pieces: Sequence[cut.Piece]) -> Member:
+        """The member that was written, in other blocks."""
+        if len(pieces) == 1:
+            return replace(member, blocks=(member.whole,))
+        return replace(member, blocks=tuple(self._blocks(prepared, self._placed, pieces)))
 
     def _blocks(
-        self, prepared: Prepared, placed: Mapping[str, Weight], outputs: Sequence[str]
+        self, prepared: Prepared, placed: Mapping[str, Weight], pieces: Sequence[cut.Piece]
     ) -> Iterator[Block]:
         nodes = prepared.model.graph.node
         steps = [cut.Step(tuple(n.input), tuple(n.output), ()) for n in nodes]
-        live = cut.live_after(steps, outputs)
-        for piece in prepared.blocks:
+        live = cut.live_after(steps, [value.name for value in prepared.model.graph.output])
+        for piece in pieces:
             mine = nodes[piece.start : piece.stop]
             makes = {name for node in mine for name in node.output if name}
             needed = live[piece.stop - 1]

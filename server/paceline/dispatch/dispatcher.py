@@ -53,7 +53,7 @@ from paceline.dispatch.learned import LearnedDuration
 from paceline.dispatch.machines import HangLimits, MachinePool
 from paceline.dispatch.queue import Entry, Piece, batch_inputs
 from paceline.dispatch.refusals import never_entered, queue_full, timed_out, too_late
-from paceline.dispatch.retries import Retries, for_requests, is_lost
+from paceline.dispatch.retries import Retries, for_requests, is_lost, stranded
 from paceline.dispatch.route import ChainRoute
 from paceline.dispatch.running import Running
 from paceline.dispatch.stage import Served, Stage, served
@@ -125,6 +125,7 @@ class Dispatcher:
                 self._served.pop(event.chain, None)
             case MachineUp():
                 self._pool.up(event.machine, event.hardware, event.slots, event.instances)
+                self._give_up_stranded(now_s, actions)
             case MachineDown():
                 self._pool.down(event.machine)
         if settled:
@@ -316,12 +317,12 @@ class Dispatcher:
         route, spec, machine = stage.route, stage.route.bound.spec, offer.machine
         pieces = offer.take()
         rows = 0
-        by_s = inf
+        latest_s = inf
         for piece in pieces:
             rows += piece.count
             entry = piece.entry
-            if entry.order[1] < by_s:
-                by_s = entry.order[1]
+            if entry.latest_s < latest_s:
+                latest_s = entry.latest_s
             self._admission.launched(entry.run.ticket, entry.step.place, piece.count)
         first = pieces[0].entry
         inputs = batch_inputs(pieces, rows, batches=spec.batches)
@@ -336,10 +337,11 @@ class Dispatcher:
         batch = next(self._ids)
         timeout_s, overdue_s = self._pool.started(machine, route, rows, batch, now_s)
         # When the first of them is late, or about when they may have to be tried elsewhere.
-        look_s = by_s + route.tail_s + TIE_S
+        deadline_s = latest_s + route.floor_s
+        look_s = deadline_s + TIE_S
         overdue_at_s = now_s + overdue_s
         if overdue_at_s < look_s:
-            look_s = by_s - overdue_s - route.beyond_s
+            look_s = deadline_s - route.tail_s - overdue_s - route.beyond_s
             if look_s < overdue_at_s:
                 look_s = overdue_at_s
         made = Batch(machine, stage, offer.lot, pieces, rows, now_s)
@@ -380,14 +382,25 @@ class Dispatcher:
         entry = piece.entry
         if not entry.alive:
             return
-        run, step, start = entry.run, entry.step, entry.base + piece.start
         if entry.race:
             self._retries.won(entry)
-        run.spans.append(batch.span(piece, now_s))
+        entry.run.spans.append(batch.span(piece, now_s))
+        self._rows_done(entry, piece.start, piece.count, outputs, now_s, actions)
+
+    def _rows_done(
+        self,
+        entry: Entry,
+        first: int,
+        count: int,
+        outputs: tuple[Tensor, ...] | None,
+        now_s: float,
+        actions: list[Action],
+    ) -> None:
+        run, step, start = entry.run, entry.step, entry.base + first
         if run.submit.stream and outputs is not None and (part := run.partial(step, outputs)):
             actions.append(Partial(run.submit.request, start, part))
         try:
-            complete = run.rows_done(step, start, piece.count, outputs)
+            complete = run.rows_done(step, start, count, outputs)
         except RequestError as error:
             self._fail(run, error, now_s, actions)
             return
@@ -421,6 +434,22 @@ class Dispatcher:
                 self._piece_done(batch, piece, None, now_s, actions)
             else:
                 self._fail(entry.run, error, now_s, actions)
+
+    def _give_up_stranded(self, now_s: float, actions: list[Action]) -> None:
+        """What failed, and was to be tried on a machine that has its model no more."""
+        again = [e for run in self._runs.values() for e in run.entries if e.failed_on and e.waiting]
+        for entry in again:
+            if not entry.waiting or not self._retries.is_stranded(entry):
+                continue
+            first, left = entry.taken, entry.waiting
+            self._waiting.discard(entry)
+            if self._retries.gives_way(entry):
+                continue
+            if entry.step.bound.module.on_error == "skip":
+                self._admission.launched(entry.run.ticket, entry.step.place, left)
+                self._rows_done(entry, first, left, None, now_s, actions)
+            else:
+                self._fail(entry.run, stranded(entry), now_s, actions)
 
     def _look_at(
         self, number: int, batch: Batch, since_s: float, now_s: float, actions: list[Action]

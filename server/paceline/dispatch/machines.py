@@ -144,6 +144,11 @@ class MachinePool:
             for machine, lane in holders.lanes.values()
         )
 
+    def is_up(self, identity: tuple[str, int]) -> bool:
+        """Whether that machine is there, and has been since."""
+        machine = self._machines.get(identity[0])
+        return machine is not None and machine.identity == identity
+
     def common_slots(self, model: str, other: str) -> int:
         """Slots of the machines that can run both models."""
         found = self._common.get((model, other))

@@ -52,6 +52,15 @@ def for_requests(error: RequestError) -> RequestError:
     return error
 
 
+def stranded(entry: Entry) -> RequestError:
+    """What a request is told whose rows can be tried nowhere any more."""
+    route, lost = entry.stage.route, ", ".join(sorted(name for name, _ in entry.failed_on))
+    return BackendError(
+        f"module '{route.name}' failed on {lost}; no other machine has model '{route.model}'",
+        kind=ErrorKind.UNAVAILABLE,
+    )
+
+
 class Retries:
     """See the module docstring."""
 
@@ -126,6 +135,13 @@ class Retries:
         self._admission.launched(entry.run.ticket, entry.step.place, entry.rows - entry.taken)
         self._drop(entry.run, entry.race)
         return True
+
+    def is_stranded(self, entry: Entry) -> bool:
+        """Whether rows that failed wait though every machine that has their model lost them."""
+        if self._pool.others(entry.stage.route.model, entry.failed_on):
+            return False
+        # One that went down may come back as another.
+        return all(self._pool.is_up(identity) for identity in entry.failed_on)
 
     def _again(self, entry: Entry, now_s: float) -> None:
         self._admission.counted_again(entry.run.ticket, entry.step.place, entry.rows)

@@ -2,15 +2,17 @@
 
 Invariant: no combination of options that keeps the objective costs less than `Composed.bound`.
 
-A node allows every module a range of latencies. Its linear relaxation blends options (`relaxed`);
-the prices of latency in it bound the node from below, rule options out, and tell a combination to
-try: the options just within the blended latencies. The module whose blend is the cheapest against
-what it stands for is then split there, into shorter and longer latencies: each half has a tighter
-relaxation, where fixing one option among hundreds would hardly change it.
+A node allows every module a range of latencies. Its linear relaxation blends options (`flow`, from
+that of the node it is a part of); the prices of latency in it bound the node from below, rule
+options out, and tell a combination to try: the options just within the blended latencies. The
+module whose blend is the cheapest against what it stands for is then split there, into shorter and
+longer latencies: each half has a tighter relaxation, where fixing one option among hundreds would
+hardly change it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -18,9 +20,10 @@ from math import inf
 
 import numpy as np
 
+from paceline.planner.flow import Flow
 from paceline.planner.frontier import SAME_S
 from paceline.planner.paths import Graph
-from paceline.planner.relaxed import Offers, Prices, latency_prices, pareto
+from paceline.planner.relaxed import Offers, Prices, pareto
 
 MOST_NODES, MOST_NODES_EXACT = 300, 3000
 """After so many the best found so far is given, with its bound: with a tolerance and without."""
@@ -52,22 +55,23 @@ def by_branching(
     `slo_s`. Those that cost more than `at_most` are not looked for. `most_nodes` 0: as above.
     """
     fronts, kept = zip(*(pareto(*offer) for offer in offers), strict=True)
-    search = _Search(graph, fronts, slo_s)
+    search = _Search.of(graph, fronts, slo_s)
     best, chosen = inf, None
     closed = inf
-    nodes: list[tuple[float, int, Sequence[Offers]]] = [(-inf, 0, fronts)]
+    nodes: list[tuple[float, int, _Node]] = [(-inf, 0, _Node(fronts, (), -1, None))]
     number = 0
     for _ in range(most_nodes or (MOST_NODES if tolerance else MOST_NODES_EXACT)):
         if not nodes or nodes[0][0] >= _enough(min(best, at_most), tolerance):
             break
         known, _, node = heappop(nodes)
-        prices = latency_prices(graph, node, slo_s)
-        if prices is None:
+        flow = node.solved(graph, slo_s)
+        if flow is None:
             continue
+        prices = flow.prices()
         found, picked = search.within(prices.latencies_s)
         if found < best:
             best, chosen = found, picked
-        bound, left = _ruled_out(node, prices, slo_s, min(best, at_most))
+        bound, left = _ruled_out(node.offers, prices, slo_s, min(best, at_most))
         bound = max(bound, known)
         at = _where(left, prices)
         if at is None or bound >= _enough(min(best, at_most), tolerance):
@@ -75,7 +79,7 @@ def by_branching(
             continue
         for half in _halves(left, *at):
             number += 1
-            heappush(nodes, (bound, number, half))
+            heappush(nodes, (bound, number, _Node(half, node.offers, at[0], flow)))
     if chosen is None:
         return None
     known = nodes[0][0] if nodes else inf
@@ -85,6 +89,27 @@ def by_branching(
         best if bound >= _enough(best, 0.0) else bound,
         known < _enough(min(best, at_most), tolerance),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """What is allowed; what was in the node that it is a part of, which module was split there, and
+    the flow that solves that node's relaxation.
+    """
+
+    offers: Sequence[Offers]
+    above: Sequence[Offers]
+    module: int
+    flow: Flow | None
+
+    def solved(self, graph: Graph, slo_s: float) -> Flow | None:
+        """The flow that solves the relaxation; None if nothing keeps `slo_s`."""
+        if self.flow is None:
+            return Flow.of(graph, self.offers, slo_s)
+        changed = [
+            None if now is was else now for now, was in zip(self.offers, self.above, strict=True)
+        ]
+        return self.flow.after(changed, self.module)
 
 
 def _enough(cost: float, tolerance: float) -> float:
@@ -104,7 +129,10 @@ def _ruled_out(
     bound = sum(leasts) - prices.total_per_s * slo_s
     surplus = cost - bound + _ROUNDING * (abs(cost) + abs(bound)) if cost < inf else inf
     keep = [each - least <= surplus for each, least in zip(paid, leasts, strict=True)]
-    return bound, [(s[which], c[which]) for (s, c), which in zip(node, keep, strict=True)]
+    return bound, [
+        offer if which.all() else (offer[0][which], offer[1][which])
+        for offer, which in zip(node, keep, strict=True)
+    ]
 
 
 def _where(node: Sequence[Offers], prices: Prices) -> tuple[int, int] | None:
@@ -132,11 +160,15 @@ def _halves(node: Sequence[Offers], module: int, shorter: int) -> Iterator[list[
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    """Combinations near given latencies; every module's options fastest first."""
+    """Combinations near given latencies; every module's options fastest first, as lists."""
 
     graph: Graph
-    fronts: Sequence[Offers]
+    fronts: Sequence[tuple[list[float], list[float]]]
     slo_s: float
+
+    @classmethod
+    def of(cls, graph: Graph, fronts: Sequence[Offers], slo_s: float) -> _Search:
+        return cls(graph, [(s.tolist(), costs.tolist()) for s, costs in fronts], slo_s)
 
     def within(self, latencies_s: Sequence[float]) -> tuple[float, tuple[int, ...] | None]:
         """The cost and the options just within these, given what latency no path uses: the largest
@@ -145,21 +177,21 @@ class _Search:
         if min(chosen) < 0:
             return inf, None
         for _ in chosen:
-            own_s = [float(s[at]) for (s, _), at in zip(self.fronts, chosen, strict=True)]
+            own_s = [s[at] for (s, _), at in zip(self.fronts, chosen, strict=True)]
             slacks_s = self.graph.slacks(own_s, self.slo_s)
             longer = [self._last_within(i, s + slacks_s[i]) for i, s in enumerate(own_s)]
             savings = [
-                float(costs[at] - costs[max(at, to)])
+                costs[at] - costs[max(at, to)]
                 for (_, costs), at, to in zip(self.fronts, chosen, longer, strict=True)
             ]
-            most = int(np.argmax(savings))
-            if savings[most] <= 0:
+            most = max(savings)
+            if most <= 0:
                 break
-            chosen[most] = longer[most]
-        cost = sum(float(costs[at]) for (_, costs), at in zip(self.fronts, chosen, strict=True))
+            at = savings.index(most)
+            chosen[at] = longer[at]
+        cost = sum(costs[at] for (_, costs), at in zip(self.fronts, chosen, strict=True))
         return cost, tuple(chosen)
 
     def _last_within(self, module: int, latency_s: float) -> int:
         """The cheapest option within a latency; -1 if there is none."""
-        found = np.searchsorted(self.fronts[module][0], latency_s + SAME_S, side="right")
-        return int(found) - 1
+        return bisect_right(self.fronts[module][0], latency_s + SAME_S) - 1

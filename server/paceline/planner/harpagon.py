@@ -1,9 +1,9 @@
 """Harpagon: dispatch bounds, scheduling and splitting together (arXiv 2412.06161).
 
 Invariant: no option makes a plan costlier by being on (splitting by efficiency aside, which is a
-heuristic), nor does lifting a limit of one or two tuples. The heuristics can mislead each other (a
-cheaper choice for one module may end the climb earlier), so it also plans without dummy requests
-and with two tuples, and keeps the cheapest.
+heuristic, and `strict`), nor does lifting a limit of one or two tuples. The heuristics can mislead
+each other (a cheaper choice for one module may end the climb earlier), so it also plans without
+dummy requests and with two tuples, and keeps the cheapest. `strict` does neither.
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ def harpagon(chain: PlannedChain, options: Options) -> list[Schedule]:
 
 def _variants(options: Options) -> Iterator[Options]:
     """The options, then with the parts of module scheduling left out that can mislead a split."""
+    if options.strict:
+        yield options
+        return
     tuples = (None, 2) if options.max_tuples is None else (options.max_tuples,)
     for max_tuples in tuples:
         for dummy in (True, False) if options.dummy else (False,):

@@ -22,6 +22,7 @@ from paceline.core.profile import Configuration
 from paceline.planner.assemble import budgets_s, graph_of, infeasible
 from paceline.planner.compose import compose
 from paceline.planner.cycle import Load, together
+from paceline.planner.fits import too_few
 from paceline.planner.frontier import Choice, Curve, Frontier
 from paceline.planner.optimal import Optimum, optimum
 from paceline.planner.pack import Machine, Packing, pack
@@ -34,7 +35,6 @@ from paceline.planner.whole_plan import (
     assembled,
     full_machines,
     kinds_of,
-    short_of,
 )
 
 POINTS = 48
@@ -96,7 +96,7 @@ def whole_machines(chains: Sequence[PlannedChain], options: Options) -> Plan:
             break
         for name in scarce:
             factors[name] *= 1.5
-    raise short_of(kinds, chains)
+    raise too_few(chains, options)
 
 
 def _fractional(chain: PlannedChain, frontiers: Sequence[Frontier]) -> Optimum:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from paceline.planner.cycle import SLACK, Cycle, Load, Size, together
+from paceline.planner.schedule import TOLERANCE
 from paceline.planner.urgency import Due, Stream
 
 PARTS = 3
@@ -45,7 +46,8 @@ class Shared:
     """One machine and its loads, with the batch size of each when they go by urgency.
 
     With neither `due` nor `cycle` it serves one load as fast as it can, with batches of
-    `batch_size` (0: as the module's full machines).
+    `batch_size` (0: as the module's full machines). `joined` and `room` remember what it was found
+    to be with a load more, and how much of one it has time for: a packing asks again and again.
     """
 
     machine: Machine
@@ -54,6 +56,8 @@ class Shared:
     due: Due | None = None
     cycle: Cycle | None = None
     batch_size: int = 0
+    joined: dict[_Ask, Shared | None] = field(default_factory=dict, repr=False)
+    room: dict[_Ask, _Room | None] = field(default_factory=dict, repr=False)
 
     @property
     def busy(self) -> float:
@@ -69,6 +73,7 @@ class Shared:
         """Become what `other` is."""
         self.machine, self.loads, self.sizes = other.machine, other.loads, other.sizes
         self.due, self.cycle, self.batch_size = other.due, other.cycle, other.batch_size
+        self.joined, self.room = other.joined, other.room
 
 
 def _stream(load: Load, size: Size) -> Stream:
@@ -94,6 +99,16 @@ def _memory_bytes(loads: Iterable[Load], hardware: str) -> int:
 
 _Key = tuple[str, str, str, float]
 """Chain, module, hardware and budget."""
+
+_Ask = tuple[str, str, float, float, bool]
+"""A load, in one packing: chain, module, rate, jitter, and whether it is a part."""
+
+_Room = tuple[float, Size, float]
+"""The rate that a machine has time for, its batch size, and the jitter of such a part."""
+
+
+def _ask(load: Load) -> _Ask:
+    return (load.chain, load.module, load.rate_rps, load.jitter_s, load.part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +146,11 @@ class Packing:
     def places(self, load: Load, among: Sequence[Shared]) -> list[tuple[Shared, Shared]] | None:
         """Machines that can serve it beside what they do, and what each then is; None if none."""
         best: tuple[float, Shared, Shared] | None = None
+        ask = _ask(load)
         for each in among:
-            if (then := self._joined(each, load)) is not None:
+            if ask not in each.joined:
+                each.joined[ask] = self._joined(each, load)
+            if (then := each.joined[ask]) is not None:
                 added = (then.busy - each.busy) * each.machine.price_per_hour
                 if best is None or added < best[0] - SLACK:
                     best = (added, each, then)
@@ -140,36 +158,41 @@ class Packing:
 
     def _divided(self, load: Load, among: Sequence[Shared]) -> list[tuple[Shared, Shared]] | None:
         """The same in parts, the largest first."""
-        offers: list[tuple[float, int, Shared, Size]] = []
-        parts: dict[str, Load] = {}
+        offers: list[tuple[float, int, Shared, Size, float]] = []
+        ask = _ask(load)
         for at, each in enumerate(among):
-            hardware = each.machine.hardware
-            if each.due is None or each.due.busy > 1 - LEAST_PART:
-                continue
-            if not (sizes := self._sizes_of(load, hardware)) or not self._fits(each, load):
-                continue
-            if hardware not in parts:
-                longest_s = max(s.batch_size for s in sizes) / load.total_rps
-                parts[hardware] = replace(load, jitter_s=max(load.jitter_s, longest_s), part=True)
-            jitter_s = parts[hardware].jitter_s
-            rooms = [
-                (each.due.room(s.duration_s, s.deadline_s, jitter_s) / s.row_s, -i)
-                for i, s in enumerate(sizes)
-            ]
-            most_rps, i = max(rooms)
-            if most_rps * sizes[-i].row_s > LEAST_PART:
-                offers.append((most_rps, -at, each, sizes[-i]))
+            if ask not in each.room:
+                each.room[ask] = self._room(each, load)
+            if (room := each.room[ask]) is not None:
+                most_rps, size, jitter_s = room
+                offers.append((most_rps, -at, each, size, jitter_s))
         offers.sort(key=lambda offer: (-offer[0], -offer[1]))
         left_rps = load.rate_rps
         found: list[tuple[Shared, Shared]] = []
-        for most_rps, _, each, size in offers[:PARTS]:
+        for most_rps, _, each, size, jitter_s in offers[:PARTS]:
             taken_rps = min(most_rps * (1 - SLACK), left_rps)
-            part = replace(parts[each.machine.hardware], rate_rps=taken_rps)
+            part = replace(load, rate_rps=taken_rps, jitter_s=jitter_s, part=True)
             found.append((each, self._with(each, part, size)))
             left_rps -= taken_rps
             if left_rps <= SLACK * load.rate_rps:
                 return found
         return None
+
+    def _room(self, each: Shared, load: Load) -> _Room | None:
+        """What the machine has time for of the load, in the batch size that gets the most done."""
+        if each.due is None or each.due.busy > 1 - LEAST_PART:
+            return None
+        sizes = self._sizes_of(load, each.machine.hardware)
+        if not sizes or not self._fits(each, load):
+            return None
+        jitter_s = max(load.jitter_s, max(s.batch_size for s in sizes) / load.total_rps)
+        rooms = [
+            (each.due.room(s.duration_s, s.deadline_s, jitter_s) / s.row_s, -i)
+            for i, s in enumerate(sizes)
+        ]
+        most_rps, i = max(rooms)
+        size = sizes[-i]
+        return (most_rps, size, jitter_s) if most_rps * size.row_s > LEAST_PART else None
 
     def _joined(self, each: Shared, load: Load) -> Shared | None:
         hardware = each.machine.hardware
@@ -197,6 +220,11 @@ class Packing:
         if not all(sizes):
             return None
         waits_s = [own[-1].deadline_s - own[-1].duration_s for own in sizes]
+        shortest_s = [own[-1].duration_s for own in sizes]
+        # Of two, each has to wait for the other's batch: that one may have begun, or is due first.
+        for at, wait_s in enumerate(waits_s):
+            if max(shortest_s[:at] + shortest_s[at + 1 :]) > wait_s + TOLERANCE:
+                return None
         longest_s = max(waits_s)
         known: tuple[Size, ...] = ()
         for share in WAITS:

@@ -81,12 +81,14 @@ class Options:
     `max_tuples` limits the configurations a module may mix (None: no limit); `dummy` tops rates
     up to whole machines; `reassign` offers unused latency to the residuals; `efficiency` splits the
     objective by latency-cost efficiency (without: in proportion to the modules' least latencies),
-    with `node_merger` and `cost_direct` as its refinements. These are Harpagon's; `optimal` has
-    nothing to switch off.
+    with `node_merger` and `cost_direct` as its refinements. `strict` takes the published walk over
+    configurations as it comes, where otherwise other walks are tried as well and the cheapest
+    counts. These are Harpagon's; `optimal` has nothing to switch off.
 
     `billing` "machine" plans whole machines that modules share, at most `machine_limits` of each
-    hardware, each with `memory_bytes` (left out: no limit). Without `bound` the plan's lower bound
-    is left at 0: nothing else depends on it, and it takes a good part of the time.
+    hardware. A machine has `memory_bytes` under either billing (left out: no limit). Without
+    `bound` the plan's lower bound is left at 0: nothing else depends on it, and it takes a good
+    part of the time.
     """
 
     policy: str = "harpagon"
@@ -97,6 +99,7 @@ class Options:
     efficiency: bool = True
     node_merger: bool = True
     cost_direct: bool = True
+    strict: bool = False
     billing: Billing = "fractional"
     machine_limits: Mapping[str, int] = field(default_factory=dict)
     memory_bytes: Mapping[str, int] = field(default_factory=dict)

@@ -7,6 +7,7 @@ left out without losing the minimum.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -25,6 +26,9 @@ Index = npt.NDArray[np.intp]
 Offers = tuple[Floats, Floats]
 """Latencies and costs of one module's options."""
 
+Hull = tuple[Sequence[float], Sequence[float]]
+"""The same of those that a blend can use; latencies rise, costs fall ever more slowly."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prices:
@@ -40,7 +44,7 @@ class Prices:
 
 def latency_prices(graph: Graph, offers: Sequence[Offers], slo_s: float) -> Prices | None:
     """Solve the linear relaxation, in which options may be blended; None if infeasible."""
-    hulls = [_lower_hull(*offer) for offer in offers]
+    hulls = [(np.array(x), np.array(y)) for x, y in (lower_hull(*offer) for offer in offers)]
     costs, latencies, owner = _columns(hulls)
     matrix, limits = _path_rows(graph, latencies, owner, slo_s)
     count = len(graph.parents)
@@ -109,18 +113,39 @@ def _path_rows(graph: Graph, latencies: Floats, owner: Any, slo_s: float) -> tup
     return csr_array(flat, shape=shape), np.array(limits)
 
 
-def _lower_hull(latencies_s: Floats, costs: Floats) -> Offers:
+def lower_hull(latencies_s: Floats, costs: Floats) -> Hull:
     """The corners of the convex hull from below: all that a blend can use."""
     order = np.lexsort((costs, latencies_s))
-    hull: list[tuple[float, float]] = []
+    hull_s: list[float] = []
+    hull: list[float] = []
     for x, y in zip(latencies_s[order].tolist(), costs[order].tolist(), strict=True):
-        if hull and y >= hull[-1][1]:
+        if hull and y >= hull[-1]:
             continue
-        while len(hull) > 1 and _above(hull[-2], hull[-1], (x, y)):
+        # A corner that is not below the line from the one before it to the new one is none.
+        while len(hull) > 1 and (
+            (hull[-1] - hull[-2]) * (x - hull_s[-2]) >= (y - hull[-2]) * (hull_s[-1] - hull_s[-2])
+        ):
+            hull_s.pop()
             hull.pop()
-        hull.append((x, y))
-    return np.array([x for x, _ in hull]), np.array([y for _, y in hull])
+        hull_s.append(x)
+        hull.append(y)
+    return hull_s, hull
 
 
-def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+def narrowed(hull: Hull, latencies_s: Floats, costs: Floats) -> Hull:
+    """The hull of some of its options, fastest first and each cheaper than the one before: those
+    within a range of latencies, or not above the hull by more than some amount at a price.
+
+    Corners that are left are next to each other, so nothing between them changes.
+    """
+    corners_s, corners = hull
+    first = bisect_left(corners_s, float(latencies_s[0]))
+    last = bisect_right(corners_s, float(latencies_s[-1]))
+    if first == last:
+        return lower_hull(latencies_s, costs)
+    before = int(np.searchsorted(latencies_s, corners_s[first]))
+    after = int(np.searchsorted(latencies_s, corners_s[last - 1], side="right"))
+    return lower_hull(
+        np.concatenate((latencies_s[:before], corners_s[first:last], latencies_s[after:])),
+        np.concatenate((costs[:before], corners[first:last], costs[after:])),
+    )

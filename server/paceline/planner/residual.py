@@ -61,13 +61,16 @@ def with_dummies(
     *,
     dispatch: Dispatch = "throughput-cost",
     max_tuples: int | None = None,
+    strict: bool = False,
 ) -> Schedule | None:
     """The cheapest of the plain schedule and those with the rate topped up; None if none fits.
 
     Harpagon section on the dummy generator. Fewest dummies win ties.
     """
     ranks = ranked(c for c in configurations if c.duration_s <= budget_s + TOLERANCE)
-    best = schedule(rate_rps, ranks, budget_s, dispatch=dispatch, max_tuples=max_tuples)
+    best = schedule(
+        rate_rps, ranks, budget_s, dispatch=dispatch, max_tuples=max_tuples, strict=strict
+    )
     if not ranks:
         return best
     for dummy_rps in top_ups_rps(rate_rps, ranks, budget_s, dispatch):
@@ -81,6 +84,7 @@ def with_dummies(
             dispatch=dispatch,
             max_tuples=max_tuples,
             dummy_rps=dummy_rps,
+            strict=strict,
         )
         if found and (best is None or cheaper(found.cost_per_hour, best.cost_per_hour)):
             best = found
@@ -114,6 +118,7 @@ class ModuleScheduler:
             budget_s,
             dispatch=o.dispatch,
             max_tuples=o.max_tuples,
+            strict=o.strict,
         )
 
 

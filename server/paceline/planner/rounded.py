@@ -8,28 +8,33 @@ machine of their own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import floor
+from math import floor, inf
 
 from paceline.core.plan import Plan
 from paceline.planner.assemble import budgets_s, graph_of
+from paceline.planner.fits import too_few
 from paceline.planner.frontier import Frontier
 from paceline.planner.pack import pack
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
-from paceline.planner.schedule import TOLERANCE, Schedule
+from paceline.planner.schedule import TOLERANCE, Schedule, cheaper
 from paceline.planner.whole_plan import (
     Full,
     Served,
     assembled,
     full_machines,
     kinds_of,
-    short_of,
 )
 
 
 def rounded(
-    chains: Sequence[PlannedChain], schedules: Sequence[Sequence[Schedule]], options: Options
-) -> Plan:
-    """`schedules` of every chain's modules in whole machines. Raises PlanError: memory or limit."""
+    chains: Sequence[PlannedChain],
+    schedules: Sequence[Sequence[Schedule]],
+    options: Options,
+    below: float = inf,
+) -> Plan | None:
+    """`schedules` of every chain's modules in whole machines; None where they cost no less than
+    `below`, mostly known before they are packed. Raises PlanError: memory or limit.
+    """
     kinds = kinds_of(chains, options)
     served: list[Served] = []
     for chain, found in zip(chains, schedules, strict=True):
@@ -40,12 +45,27 @@ def rounded(
             for module, schedule, budget_s in zip(chain.modules, found, each_s, strict=True)
         ]
     used = full_machines(served)
+    full = sum(count * kinds[name].price_per_hour for name, count in used.items())
+    if not cheaper(full + sum(_least_share(each) for each in served), below):
+        return None
     packing = None
     if all(count <= kinds[name].limit for name, count in used.items()):
         packing = pack([s.load() for s in served if s.rest_rps], kinds, used)
     if packing is None:
-        raise short_of(kinds, chains)
+        raise too_few(chains, options)
+    if not cheaper(full + packing.cost_per_hour, below):
+        return None
     return assembled(chains, served, packing, kinds, options.policy)
+
+
+def _least_share(served: Served) -> float:
+    """What no packing serves the rest for less than.
+
+    A machine's price is paid at least in proportion to the time it works for each of its loads, and
+    nothing serves a part of the rate for less than that part of the frontier's cost.
+    """
+    part = served.rest_rps / served.module.rate_rps
+    return part * served.frontier.cost_at(served.budget_s) if part else 0.0
 
 
 def _served(chain: str, module: PlannedModule, schedule: Schedule, budget_s: float) -> Served:

@@ -6,7 +6,8 @@ exceeds the budget it was made for.
 The published walk takes configurations best throughput-cost ratio first. It can strand a
 remainder that nothing serves in time (then it is walked again with one full machine less), or lose
 to a simpler mix, so it is also tried without its best configurations and with at most one or two
-tuples; the published result wins ties. The gap to brute force is in the property tests.
+tuples (unless `strict`); the published result wins ties. The gap to brute force is in the property
+tests.
 
 >>> m3 = [Configuration("gpu", b, d, 1.0) for b, d in ((2, 0.1), (8, 0.25), (32, 0.8))]
 >>> show(schedule(198.0, m3, 1.0, dispatch="round-robin", max_tuples=2))
@@ -84,16 +85,18 @@ def schedule(
     dispatch: Dispatch = "throughput-cost",
     max_tuples: int | None = None,
     dummy_rps: float = 0.0,
+    strict: bool = False,
 ) -> Schedule | None:
     """The cheapest schedule found for `rate_rps` within `budget_s`, or None.
 
     With `max_tuples`, the last tuple must take all that is left, fraction included.
     `dummy_rps` requests/s are served on top. Harpagon section on multi-tuple configurations.
+    `strict` takes the published walk as it comes: None where it strands a remainder.
     """
     load = Load(rate_rps, dummy_rps, budget_s, dispatch)
     ranks = ranked(c for c in configurations if c.duration_s <= budget_s + TOLERANCE)
     best: Schedule | None = None
-    for limit in _limits(max_tuples):
+    for limit in (max_tuples,) if strict else _limits(max_tuples):
         start = 0
         while start < len(ranks):
             if best and not cheaper(load.total_rps / ranks[start].tc_ratio, best.cost_per_hour):
@@ -104,11 +107,14 @@ def schedule(
             # Configurations above the first one taken changed nothing: leave that one out next.
             start = ranks.index(placements[0].configuration, start) + 1
             if rests_rps[-1]:
-                placements = _held_back(load, ranks[start - 1 :], limit, placements)
+                below = ranks[start - 1 :]
+                placements = () if strict else _held_back(load, below, limit, placements)
             if placements:
                 found = Schedule(rate_rps, dummy_rps, placements)
                 if best is None or cheaper(found.cost_per_hour, best.cost_per_hour):
                     best = found
+            if strict:
+                break
     return best
 
 

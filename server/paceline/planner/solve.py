@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 
 from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import ChainPlan, Plan
@@ -32,15 +33,15 @@ from paceline.planner.baselines.clipper import clipper
 from paceline.planner.baselines.inferline import inferline
 from paceline.planner.baselines.nexus import nexus
 from paceline.planner.baselines.scrooge import scrooge
+from paceline.planner.fits import usable
 from paceline.planner.frontier import Choice, Frontier
 from paceline.planner.harpagon import harpagon
-from paceline.planner.machines import MANY_CHAINS, whole_machines
+from paceline.planner.machines import whole_machines
 from paceline.planner.optimal import Optimum, optimum
 from paceline.planner.problem import Options, PlannedChain, PlannedModule, demand
 from paceline.planner.rounded import rounded
-from paceline.planner.schedule import TOLERANCE, Placement, Schedule
+from paceline.planner.schedule import Placement, Schedule
 from paceline.planner.whole_bound import least_cost_within
-from paceline.planner.whole_plan import usable
 
 __all__ = [
     "HEURISTICS",
@@ -68,15 +69,15 @@ def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:
     """The cheapest plan found for `chains`; `solve_s` is left at 0.
 
     Raises PlanError when a chain cannot keep its objective (which module lacks how many
-    milliseconds) and ConfigError for an unknown policy.
+    milliseconds) or fits into no machine, and ConfigError for an unknown policy.
     """
     if options.policy not in POLICIES:
         raise ConfigError(
             f"unknown policy {options.policy!r}; choose one of {', '.join(sorted(POLICIES))}",
             key="policy",
         )
+    chains = usable(chains, options)
     if options.billing == "machine":
-        chains = usable(chains, options)
         bound = _whole_bound(chains, options) if options.bound else 0.0
         return replace(_whole(chains, options), lower_bound_per_hour=bound)
     planned = [_solve_chain(chain, options) for chain in chains]
@@ -89,29 +90,37 @@ def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:
 
 
 def _whole(chains: Sequence[PlannedChain], options: Options) -> Plan:
-    """In whole machines; for few chains `optimal` is no dearer than any other policy, as theirs are
-    tried as well: what is best in fractions need not leave the best loads to pack.
+    """In whole machines; `optimal` is no dearer than any other policy, as theirs are tried as well:
+    what is best in fractions need not leave the best loads to pack.
     """
     if options.policy != "optimal":
-        schedules = [HEURISTICS[options.policy](chain, options) for chain in chains]
-        return rounded(chains, schedules, options)
+        plan = _by_policy(chains, options)
+        assert plan is not None, f"{options.policy}: nothing is below infinity"
+        return plan
     best: Plan | None = None
     refusal: PlanError | None = None
     try:
         best = whole_machines(chains, options)
     except PlanError as error:
         refusal = error
-    for policy in HEURISTICS if len(chains) < MANY_CHAINS else ():
+    for policy in HEURISTICS:
+        below = inf if best is None else best.cost_per_hour
         try:
-            other = _whole(chains, replace(options, policy=policy))
+            other = _by_policy(chains, replace(options, policy=policy), below)
         except PlanError:
             continue
-        if best is None or other.cost_per_hour < best.cost_per_hour * (1 - TOLERANCE):
+        if other is not None:
             best = replace(other, policy="optimal")
     if best is None:
         assert refusal is not None
         raise refusal
     return best
+
+
+def _by_policy(chains: Sequence[PlannedChain], options: Options, below: float = inf) -> Plan | None:
+    """A published policy's plan in whole machines; None where it costs no less than `below`."""
+    schedules = [HEURISTICS[options.policy](chain, options) for chain in chains]
+    return rounded(chains, schedules, options, below)
 
 
 def _whole_bound(chains: Sequence[PlannedChain], options: Options) -> float:

@@ -7,10 +7,9 @@ adds up to no more than the machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 
-from paceline.core.errors import PlanError
 from paceline.core.plan import Allocation, ChainPlan, ModulePlan, PackedMachine, Plan, Share
 from paceline.core.profile import Configuration
 from paceline.planner.assemble import graph_of
@@ -18,8 +17,6 @@ from paceline.planner.cycle import Load
 from paceline.planner.frontier import Frontier
 from paceline.planner.pack import Machine, Packing, Shared
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
-
-MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,29 +78,6 @@ def kinds_of(chains: Sequence[PlannedChain], options: Options) -> dict[str, Mach
     }
 
 
-def usable(chains: Sequence[PlannedChain], options: Options) -> list[PlannedChain]:
-    """The chains without hardware that there is none of, or that a module does not fit into.
-
-    Raises PlanError where that leaves a module nothing.
-    """
-    kinds = kinds_of(chains, options)
-
-    def fits(module: PlannedModule, hardware: str) -> bool:
-        kind, needed = kinds[hardware], module.memory_bytes.get(hardware, 0)
-        return kind.limit >= 1 and (not kind.memory_bytes or needed <= kind.memory_bytes)
-
-    found: list[PlannedChain] = []
-    for chain in chains:
-        modules = []
-        for module in chain.modules:
-            left = tuple(c for c in module.configurations if fits(module, c.hardware))
-            if not left:
-                raise short_of(kinds, [chain])
-            modules.append(replace(module, configurations=left))
-        found.append(replace(chain, modules=tuple(modules)))
-    return found
-
-
 def full_machines(served: Sequence[Served]) -> dict[str, int]:
     """How many there are, by hardware."""
     used: dict[str, int] = {}
@@ -111,37 +85,6 @@ def full_machines(served: Sequence[Served]) -> dict[str, int]:
         hardware = full.configuration.hardware
         used[hardware] = used.get(hardware, 0) + full.machines
     return used
-
-
-def short_of(kinds: Mapping[str, Machine], chains: Sequence[PlannedChain]) -> PlanError:
-    """What to say where limits or memory leave no plan."""
-    for chain in chains:
-        for module in chain.modules:
-            if text := _too_large(module, kinds):
-                return PlanError(
-                    f"module {module.name} of chain {chain.name!r} needs {text}; give it hardware "
-                    "with more memory, or a smaller model",
-                    chain=chain.name,
-                    key=f"modules.{module.name}.model",
-                )
-    limits = ", ".join(f"{k.limit:g} x {n}" for n, k in sorted(kinds.items()) if k.limit < inf)
-    return PlanError(
-        f"the machines do not suffice ({limits or 'memory'}): allow more of them, a lower rate or "
-        "a longer slo_ms"
-    )
-
-
-def _too_large(module: PlannedModule, kinds: Mapping[str, Machine]) -> str:
-    """What the module needs and what there is, where it fits into no machine that may be used."""
-    told: list[str] = []
-    for name in sorted({c.hardware for c in module.configurations}):
-        kind, needed_bytes = kinds[name], module.memory_bytes.get(name, 0)
-        if kind.limit >= 1 and not 0 < kind.memory_bytes < needed_bytes:
-            return ""
-        if kind.limit >= 1:
-            needed, there = -(-needed_bytes // MIB), kind.memory_bytes // MIB
-            told.append(f"{needed} MiB on {name}, which has {there} MiB")
-    return " and ".join(told)
 
 
 def assembled(

@@ -54,8 +54,8 @@ class Leases:
         self._by_model: dict[str, dict[int, Lease]] = {}
         self._pins: dict[str, int] = {}
         self._bound: dict[tuple[str, str], int] = {}
-        self._came_for: dict[int, list[str]] = {}
-        self._awaited: set[str] = set()
+        self._awaited: dict[str, set[int]] = {}
+        """For whom a model came last, while none of them is over."""
 
     def __len__(self) -> int:
         return sum(len(leases) for leases in self._by_model.values())
@@ -143,10 +143,11 @@ class Leases:
             del self._by_model[lease.model]
 
     def came(self, model: str, waiting: Sequence[Lease]) -> None:
-        """A model has just come for those that wait."""
-        for lease in waiting:
-            self._awaited.add(model)
-            self._came_for.setdefault(lease.request, []).append(model)
+        """A model has just come, for those that wait."""
+        if waiting:
+            self._awaited[model] = {lease.request for lease in waiting}
+        else:
+            self._awaited.pop(model, None)
 
     def awaited(self, model: str) -> bool:
         """Whether it came for requests that waited, none of which is over yet."""
@@ -154,8 +155,9 @@ class Leases:
 
     def over(self, request: int) -> bool:
         """A request has ended, or will at once; whether some model is no longer `awaited`."""
-        came = self._awaited.intersection(self._came_for.pop(request, ()))
-        self._awaited -= came
+        came = [model for model, waited in self._awaited.items() if request in waited]
+        for model in came:
+            del self._awaited[model]
         return bool(came)
 
     def _count(self, lease: Lease, change: int) -> None:

@@ -56,6 +56,8 @@ class Held:
     since_s: float = 0.0
     closing: bool = False
     """Resident, but no new lease may pin it: something more urgent needs its room."""
+    whole: bool = True
+    """Whether its load found less than half of it there, in blocks of others."""
 
     @property
     def open(self) -> bool:
@@ -125,7 +127,9 @@ class Ledger:
         """A load begins; it must fit."""
         missing = self.missing_bytes(footprint, instances)
         assert missing <= self.free_bytes, (model, missing, self)
-        self._add(Held(model, footprint, instances, Phase.LOADING, operation, now_s))
+        held = Held(model, footprint, instances, Phase.LOADING, operation, now_s)
+        held.whole = 2 * missing >= footprint.alone_bytes(instances)
+        self._add(held)
 
     def adopt(self, model: str, footprint: Footprint, instances: int, now_s: float) -> None:
         """It is there already (a Triton that was running before us); it may be too much."""

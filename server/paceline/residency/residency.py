@@ -362,7 +362,7 @@ class Residency:
             return
         machine, model = self.machines[event.machine], self.models[event.model]
         if held.phase is Phase.LOADING:
-            model.learn_load(now_s - held.since_s)
+            model.learn_load(now_s - held.since_s, whole=held.whole)
             self.leases.came(event.model, self.waiting_for(event.model, event.machine))
             machine.ledger.loaded(event.model, now_s)
             self.counts.loads += 1

@@ -69,7 +69,9 @@ class Model:
     footprint: Footprint
     instances: Mapping[str, int]
     load_s: float = FIRST_LOAD_S
+    """Of all of it, where nothing that it shares is there."""
     loads: int = 0
+    whole_loads: int = 0
     rate: Rate = field(default_factory=Rate)
     used_s: float = 0.0
     chains: dict[str, Worth] = field(default_factory=dict)
@@ -94,10 +96,14 @@ class Model:
         """What its absence costs, per second, where others take `unload_s` to make room."""
         return self.rate.at(now_s) * (self.load_s + unload_s) * self.weight
 
-    def learn_load(self, took_s: float) -> None:
+    def learn_load(self, took_s: float, *, whole: bool = True) -> None:
+        """A load that was not `whole` tells only that one which is takes as long at least."""
+        took_s = max(took_s, LEAST_LOAD_S)
         self.loads += 1
-        share = 1.0 if self.loads == 1 else LOAD_WEIGHT
-        self.load_s += share * (max(took_s, LEAST_LOAD_S) - self.load_s)
+        first = self.loads == 1 or (whole and not self.whole_loads)
+        self.whole_loads += whole
+        if whole or not self.whole_loads or took_s > self.load_s:
+            self.load_s += (1.0 if first else LOAD_WEIGHT) * (took_s - self.load_s)
 
     def failed(self, machine: str, reason: str, now_s: float) -> None:
         before = self.failures.get(machine)

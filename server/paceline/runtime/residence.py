@@ -58,7 +58,8 @@ class Residence:
         self._needs: dict[tuple[str, tuple[int, ...]], tuple[ev.Need, ...]] = {}
         self._routes: dict[str, ChainRoute] = {}
         self._ids = count(-1, -1)
-        self._granted: dict[int, asyncio.Future[None]] = {}
+        self._granted: dict[int, tuple[str, asyncio.Future[None]]] = {}
+        """Of leases of our own; with the machine, where only that one will do."""
         self._wishes: dict[int, str] = {}
         self._gone: dict[str, list[asyncio.Future[None]]] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
@@ -109,7 +110,10 @@ class Residence:
             async with self.using(model):
                 for name in before:
                     await self._load_again(name, model)
-                (name, *_) = self.state.holders(model)
+                holders = self.state.holders(model)
+                if not holders:
+                    raise ResidencyError(f"{model!r} went while it was loaded; try again")
+                name = holders[0]
                 return await self._machines.named()[name].repository.spec(model)
         except ResidencyError:
             if not known:
@@ -132,10 +136,13 @@ class Residence:
     async def using(self, model: str, machine: str = "") -> AsyncIterator[None]:
         """Lease a model, on that machine where one is named; it is there while the block runs.
 
-        Raises ResidencyError where it cannot be had.
+        Raises ResidencyError where it cannot be had, also because no Triton is up that could have
+        it: who waits here may be what keeps one from being used again.
         """
+        self._check_up(machine)
         number = next(self._ids)
-        granted = self._granted[number] = asyncio.get_running_loop().create_future()
+        granted = asyncio.get_running_loop().create_future()
+        self._granted[number] = machine, granted
         self._tell(ev.Enter(number, (ev.Need(model, machine=machine),)))
         try:
             await granted
@@ -169,6 +176,18 @@ class Residence:
         self._machines.placed[name].clear()
         for model in list(self._gone):
             self._changed(model)
+        for machine, granted in self._granted.values():
+            try:
+                self._check_up(machine)
+            except ResidencyError as error:
+                if not granted.done():
+                    granted.set_exception(error)
+
+    def _check_up(self, machine: str) -> None:
+        if machine and machine not in self.state.machines:
+            raise ResidencyError(f"Triton {machine} is down; try again when it is back")
+        if not self.state.machines:
+            raise ResidencyError("no Triton is up; try again when one is back")
 
     def lock(self, machine: str, model: str) -> asyncio.Lock:
         """One operation on a model of a machine at a time."""
@@ -347,13 +366,15 @@ class Residence:
         return task
 
     def _grant(self, request: int) -> None:
-        if (granted := self._granted.get(request)) is not None and not granted.done():
+        _, granted = self._granted.get(request, ("", None))
+        if granted is not None and not granted.done():
             granted.set_result(None)
         elif self._wishes.pop(request, None) is not None:
             asyncio.get_running_loop().call_soon(self._tell, ev.Leave(request))
 
     def _refuse(self, action: ev.Refuse) -> None:
-        if (granted := self._granted.get(action.request)) is not None:
+        _, granted = self._granted.get(action.request, ("", None))
+        if granted is not None:
             if not granted.done():
                 granted.set_exception(ResidencyError(action.reason))
         elif self._wishes.pop(action.request, None) is None:

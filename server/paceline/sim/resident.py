@@ -235,9 +235,15 @@ class ResidentWorld(World):
         waiting = self._mishaps.get(machine)
         return waiting.popleft() if waiting and waiting[0] in kinds else None
 
+    def _is_dead(self, machine: str) -> bool:
+        """Died, though residency may not have heard of it: what it is asked for does not happen."""
+        return not self.backend.machines[machine].alive
+
     def _load(self, action: ev.Load) -> None:
         name, model = action.machine, self.memory.models[action.model]
         mishap = self._mishap(name, LoadMishap.FAIL, LoadMishap.HANG)
+        if self._is_dead(name):
+            mishap = LoadMishap.FAIL
         if action.model not in self.loaded[name] and mishap is not LoadMishap.FAIL:
             self.loaded[name][action.model] = action.instances
         after_s = self.memory.patience_s if mishap is LoadMishap.HANG else model.load_s
@@ -275,9 +281,9 @@ class ResidentWorld(World):
         if self._leaving.get((name, action.model)) is not action:
             return
         del self._leaving[name, action.model]
-        stuck = self._mishap(name, LoadMishap.STUCK)
+        stuck = self._mishap(name, LoadMishap.STUCK) or self._is_dead(name)
         after_s = self.memory.patience_s if stuck else self.memory.models[action.model].unload_s
-        self._later(after_s, partial(self._gone, action, self._lives[name], stuck is not None))
+        self._later(after_s, partial(self._gone, action, self._lives[name], bool(stuck)))
 
     def _gone(self, action: ev.Unload, life: int, stuck: bool) -> None:
         if life != self._lives[action.machine]:

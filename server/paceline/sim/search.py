@@ -19,6 +19,7 @@ from paceline.core.chain import Chain
 from paceline.core.errors import ConfigError, PlanError
 from paceline.core.plan import Attainment, ChainAttainment, Plan
 from paceline.core.profile import Profiles
+from paceline.planner.fits import usable
 from paceline.planner.problem import Options, PlannedChain
 from paceline.planner.solve import HEURISTICS
 from paceline.sim.evidence import Evidence
@@ -85,6 +86,7 @@ def verified(
     """
     if not any(how.arrivals.judged(chain) for chain in chains):
         return base, {}
+    demands = usable(demands, options)
     if options.billing == "machine" or len(chains) == 1:
         units = [(tuple(chains), tuple(demands), base)]
     else:

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 0.25
-REPAIR_WAIT_S = 3.0
+REPAIR_WAIT_S = 1.0
 
 
 class TritonRepository:

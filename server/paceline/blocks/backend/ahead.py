@@ -35,7 +35,7 @@ LONGEST_S = 600.0
 
 class _Yielding:
     """Turns until others load as well and the model's own process is there: that one is weighed
-    by who waits for it, and must not wait for us. See `loader.Turns`.
+    by who waits for it, and must not wait for us. See `loader.LoadTurns`.
     """
 
     def __init__(self, ledger: Ledger, model: str) -> None:
@@ -52,8 +52,8 @@ class _Yielding:
             raise PoolError(f"model {self._model!r} is fetched by its own process now")
         return alone
 
-    def end(self, size_bytes: int) -> None:
-        self._ledger.end(size_bytes)
+    def end(self, amount: float) -> None:
+        self._ledger.end(amount)
 
     def moved(self, size_bytes: int) -> None:
         self._ledger.moved(size_bytes)

@@ -3,12 +3,13 @@
 `BlockModel` opens a manifest, maps its objects, starts to build sessions and to load weights, each
 on a thread of its own, and can take requests at once: a request waits for just what it needs.
 Without a budget everything is loaded, in the order of computation, and stays. With one, runs go
-through a window of that size, one at a time.
+through a window of that size, as many at a time as find room there (`budget`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from .manifest import (
     PoolError,
     pages,
     runtime_here,
+    swap_rate_bytes_s,
 )
 from .run import Durations, Sessions, compute, needed_blocks
 from .settings import Settings
@@ -68,13 +70,17 @@ class BlockModel:
         held = {name: pages(one.size_bytes) for name, one in stated.items()}
         self.budget: Budget | None = None
         if settings.has_budget:
+            cores = len(os.sched_getaffinity(0))
             self.budget = Budget(
                 self.manifest.model,
                 [sum(held[name] for name in names) for names in needs],
                 tables=bool(self._tables),
                 activations=self.manifest.activation_bytes,
+                empty=empty_arena,
+                rate_bytes_s=swap_rate_bytes_s(blocks),
                 settings=settings,
                 ledger=ledger,
+                most=max(1, cores // (settings.threads or cores)),
             )
         else:
             ledger.expect(
@@ -96,11 +102,15 @@ class BlockModel:
         )
         self._skeleton = Skeleton(
             blocks,
-            lambda block: source.graph(block.graph, self.manifest.objects[block.graph]),
+            lambda block, waiting: source.graph(
+                block.graph, self.manifest.objects[block.graph], waiting
+            ),
             source.graphs,
             self._objects,
             settings.threads,
             None if self._driver is None else self._on_device,
+            turns=ledger.building,
+            urgent=self._loader.waited_for,
         )
         self._runs: Sessions = self._skeleton
         if self._driver is not None:
@@ -114,8 +124,6 @@ class BlockModel:
             self._runs = DeviceRuns(self._skeleton, self._pool, len(blocks), fetched)
         self._changes = Changes(self._objects, source.check, self._lose)
         self._used: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
-        self._one_at_a_time = threading.Lock()
-        self._last_shapes: tuple[Any, ...] = ()
         self._closed = False
 
     @classmethod
@@ -157,19 +165,12 @@ class BlockModel:
         """
         if self.budget is None:
             return self._infer(member, feed, outputs, rows)
-        with self._one_at_a_time:
-            self.budget.admit(rows)
-            shapes = (
-                member,
-                *(feed[tensor.name].shape for tensor in self._members[member][0].inputs),
-            )
-            if shapes != self._last_shapes:
-                # What a run takes beside the leavings of others nobody could foresee.
-                empty_arena()
-                self._last_shapes = shapes
+        network, first = self._members[member]
+        kind = (member, *(feed[tensor.name].shape for tensor in network.inputs))
+        need = self.budget.need(kind, range(first, first + len(network.blocks)), rows)
+        with self.budget.running(need):
             results = self._infer(member, feed, outputs, rows)
             self._trim_tables(self.budget.table_bytes)
-        self.budget.ran(rows)
         return results
 
     def close(self) -> None:

@@ -1,9 +1,13 @@
-"""Keeps a model within its memory budget: what is pinned, and its share of a shared budget.
+"""Keeps a model within its memory budget: what is pinned, its share of a shared budget, its runs.
 
 A thread of its own looks at it when a run count is reached, when the ledger's bell rings and, with
 a shared budget, twice a second (loads shift also by ending); requests never wait for it. Of the
 budget a part is for the activations of the largest batch so far (what memory a run has taken the
 process keeps), a part for the rows of tables that are paged in on demand, the rest is the window's.
+
+Runs begin in the order in which they come, beside others as long as all together find what they
+need (`admission`). What they took beside weights is kept for the next ones until a look finds none
+under way, or a shared budget is divided anew and leaves no room for it.
 """
 
 from __future__ import annotations
@@ -12,8 +16,11 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+from .admission import Admission, Need
 from .ledger import Bell, Ledger, ring
 from .loader import Loader
 from .manifest import PoolError
@@ -23,8 +30,10 @@ from .settings import MIB, Settings
 from .shares import Claim
 
 TABLE_SHARE = 1 / 16
+_TOGETHER_SHARE = 1 / 2
+"""Of a budget: what runs at the same time may take beside weights."""
 _DEFAULT_RATE_BYTES_S = 1e9
-"""Swap-in before anything was measured: what a local disk gives."""
+"""Swap-in where nobody measured: what a local disk gives."""
 _REPLAN_RUNS = 16
 _REDIVIDE_S = 0.5
 _LOAD_MEMORY_S = 5.0
@@ -52,6 +61,8 @@ class Budget:
     """Of one model in one process.
 
     `needs` are the bytes of each block, `activations` those beside weights by size of the batch.
+    `empty` empties the arena that these are in. `rate_bytes_s` is what swapping in is planned with
+    until it was measured here.
     """
 
     def __init__(
@@ -61,20 +72,33 @@ class Budget:
         *,
         tables: bool,
         activations: Callable[[int], int],
+        empty: Callable[[], None],
+        rate_bytes_s: float | None,
         settings: Settings,
         ledger: Ledger,
+        most: int = 1,
     ) -> None:
+        """`most`: runs at the same time."""
         self._name = name
         self._needs = needs
+        self._largest_bytes = max(needs, default=0)
         self._activations = activations
+        self._empty = empty
         self._settings = settings
         self._ledger = ledger
         self._tables = tables
+        self._rate_bytes_s = rate_bytes_s or _DEFAULT_RATE_BYTES_S
         self._most_rows = 1
         self._attending = threading.Lock()
         self._check(1)
         self._shared = settings.shared_budget_bytes is not None
         self._bytes = 0 if self._shared else settings.memory_budget_bytes or 0
+        self._due_bytes = self._bytes
+        """What the division of a shared budget says; less than what runs under way still hold."""
+        self._admission = Admission(most)
+        self._queue: deque[object] = deque()
+        """Of runs that wait to begin; the first one makes itself room."""
+        self._changed = threading.Condition()
         self._rows = 1
         self._runs = 0
         self._load = 0.0
@@ -96,8 +120,8 @@ class Budget:
 
     @property
     def activation_bytes(self) -> int:
-        """For batches as large as the largest so far."""
-        return self._activations(self._most_rows)
+        """For batches as large as the largest so far, as many at a time as there were."""
+        return max(self._activations(self._most_rows), self._admission.beside_bytes)
 
     @property
     def table_bytes(self) -> int:
@@ -112,34 +136,20 @@ class Budget:
         self._attend()
         self._thread.start()
 
-    def admit(self, rows: int) -> None:
-        """Makes room for what a batch of `rows` needs beside weights, before it runs.
+    def need(self, kind: Hashable, blocks: Iterable[int], rows: int) -> Need:
+        """Of a run that computes these blocks; see `Need`."""
+        largest = max((self._needs[block] for block in blocks), default=0)
+        return Need(kind, rows, largest, self._activations(rows))
 
-        Raises PoolError if there cannot be enough.
-        """
-        if rows <= self._most_rows:
-            return
-        self._check(rows)
-        before, self._most_rows = self._most_rows, rows
+    @contextmanager
+    def running(self, need: Need) -> Iterator[None]:
+        """A run: waits until it may begin. Raises PoolError if there cannot be enough for it."""
+        self._enter(need)
         try:
-            self._join()
-        except PoolError:
-            self._most_rows = before
-            raise
-        self._attend()
-        self._loader.wait_within(self.limit_bytes)
-
-    def ran(self, rows: int) -> None:
-        """A run of a batch of `rows` is over."""
-        with self._lock:
-            self._rows = rows
-            self._runs += 1
-            now_s = time.monotonic()
-            self._load = self._decayed(now_s) + 1 / _LOAD_MEMORY_S
-            self._load_at_s = now_s
-            due = self._runs in (1, 2, 4, 8) or self._runs % _REPLAN_RUNS == 0
-        if due:
-            ring(self._ledger.bell.address)
+            yield
+        finally:
+            self._leave(need)
+        self._ran(need.rows)
 
     def dropped(self) -> None:
         """Memory was given up; others may be waiting for it."""
@@ -152,10 +162,93 @@ class Budget:
         if self._thread.is_alive():
             self._thread.join()
 
+    def _enter(self, need: Need) -> None:
+        turn = object()
+        with self._changed:
+            self._queue.append(turn)
+            try:
+                self._changed.wait_for(lambda: self._queue[0] is turn and self._may_begin(need))
+                before = self.limit_bytes, self._beside_largest_bytes
+                self._begin(need)
+            except BaseException:
+                self._queue.remove(turn)
+                self._changed.notify_all()
+                raise
+        try:
+            if (self.limit_bytes, self._beside_largest_bytes) != before:
+                self._attend()
+                self._loader.wait_within_limit()
+        except BaseException:
+            self._leave(need)
+            raise
+        finally:
+            with self._changed:
+                self._queue.popleft()
+                self._changed.notify_all()
+
+    def _leave(self, need: Need) -> None:
+        with self._changed:
+            self._admission.end(need)
+            self._changed.notify_all()
+
+    def _may_begin(self, need: Need) -> bool:
+        if self._admission.idle:
+            return True
+        if self._admission.full or need.rows > self._most_rows:
+            return False  # what makes the model keep room for larger batches does so alone
+        blocks, beside = self._admission.with_one_more(need)
+        blocks = max(blocks, self._admission.blocks_bytes, self._largest_bytes)
+        beside = max(beside, self.activation_bytes)
+        return (
+            beside <= self._due_bytes * _TOGETHER_SHARE
+            and budget_for(blocks, beside, tables=self._tables) <= self._due_bytes
+        )
+
+    def _begin(self, need: Need) -> None:
+        """Makes room for what the batch needs beside weights. Raises PoolError if there is none."""
+        if self._admission.idle:
+            if need.rows > self._most_rows:
+                self._grow(need.rows)
+            if self._due_bytes < self._bytes:
+                self._forget()  # others wait for what earlier runs have left here
+            elif self._admission.with_one_more(need)[1] > self.activation_bytes:
+                # What a run takes beside the leavings of others nobody could foresee.
+                self._empty()
+                self._admission.emptied()
+        self._admission.begin(need)
+
+    def _grow(self, rows: int) -> None:
+        self._check(rows)
+        before, self._most_rows = self._most_rows, rows
+        try:
+            self._join()
+        except PoolError:
+            self._most_rows = before
+            raise
+
+    def _forget(self) -> None:
+        self._empty()
+        self._admission.forget()
+
+    @property
+    def _beside_largest_bytes(self) -> int:
+        """Room that pinned blocks leave for those of other runs than one."""
+        return max(0, self._admission.blocks_bytes - self._largest_bytes)
+
+    def _ran(self, rows: int) -> None:
+        with self._lock:
+            self._rows = rows
+            self._runs += 1
+            now_s = time.monotonic()
+            self._load = self._decayed(now_s) + 1 / _LOAD_MEMORY_S
+            self._load_at_s = now_s
+            due = self._runs in (1, 2, 4, 8) or self._runs % _REPLAN_RUNS == 0
+        if due:
+            ring(self._ledger.bell.address)
+
     def _floor_bytes(self, rows: int) -> int:
         """The least that batches of `rows` run within."""
-        largest = max(self._needs, default=0)
-        return budget_for(largest, self._activations(rows), tables=self._tables)
+        return budget_for(self._largest_bytes, self._activations(rows), tables=self._tables)
 
     def _check(self, rows: int) -> None:
         floor, activations = self._floor_bytes(rows), self._activations(rows)
@@ -205,19 +298,34 @@ class Budget:
 
     def _attend_alone(self) -> None:
         rows = self._rows
-        if self._shared:
-            held = max(self._loader.held_bytes, self.limit_bytes)
-            held_bytes = budget_for(held, self.activation_bytes, tables=self._tables)
-            held_bytes = min(held_bytes, max(self._bytes, held))
-            self._bytes = self._ledger.exchange(self._claim(rows), held_bytes)
-        if self.limit_bytes < max(self._needs, default=0):
+        claim = self._claim(rows) if self._shared else None
+        with self._changed:  # nobody begins meanwhile: what is said here would not hold
+            if self._admission.idle and not self._queue and self._admission.beside_bytes:
+                self._forget()
+            if claim is not None:
+                self._exchange(claim)
+            self._changed.notify_all()
+        if self.limit_bytes < self._largest_bytes:
             self._loader.pin((), 0)  # until others have made room
             return
         self.plan = self._plan(self.limit_bytes, rows)
         self._loader.pin(self.plan.pinned, self.limit_bytes)
 
+    def _exchange(self, claim: Claim) -> None:
+        beside = self.activation_bytes
+        held = max(self._loader.held_bytes, self.limit_bytes)
+        held_bytes = budget_for(held, beside, tables=self._tables)
+        held_bytes = min(held_bytes, max(self._bytes, held))
+        needed_bytes = 0
+        if beside > self._activations(self._most_rows):
+            # What runs have taken together cannot be had back before they are over.
+            blocks = max(self._admission.blocks_bytes, self._largest_bytes)
+            needed_bytes = budget_for(blocks, beside, tables=self._tables)
+        self._due_bytes = self._ledger.exchange(claim, max(held_bytes, needed_bytes))
+        self._bytes = max(self._due_bytes, needed_bytes)
+
     def _claim(self, rows: int) -> Claim:
-        beside, floor = self.activation_bytes, self._floor_bytes(self._most_rows)
+        beside, floor = self._activations(self._most_rows), self._floor_bytes(self._most_rows)
         everything = budget_for(sum(self._needs), beside, tables=self._tables)
         most = min(everything, self._settings.memory_budget_bytes or everything)
         step = max((most - floor) // _CURVE_POINTS, 1)
@@ -236,10 +344,10 @@ class Budget:
         return choose(
             self._needs,
             self._durations.at(rows),
-            limit_bytes=limit_bytes,
-            rate_bytes_s=self._loader.rate() or _DEFAULT_RATE_BYTES_S,
+            limit_bytes=max(limit_bytes - self._beside_largest_bytes, self._largest_bytes),
+            rate_bytes_s=self._loader.rate() or self._rate_bytes_s,
         )
 
     def _decayed(self, now_s: float) -> float:
         """Runs a second, the last ones counting most."""
-        return float(self._load * 2.718281828 ** ((self._load_at_s - now_s) / _LOAD_MEMORY_S))
+        return float(self._load * math.exp((self._load_at_s - now_s) / _LOAD_MEMORY_S))

@@ -1,6 +1,7 @@
 """What the blocks models of a machine tell each other: one small table, shared by their processes.
 
-Every process has a row, with its claim on a shared budget and its place in the queue for I/O.
+Every process has a row, with its claim on a shared budget and its places in the queues for I/O and
+for the cores.
 A transaction locks the table (flock, which the kernel undoes when a process is killed), forgets
 the rows of processes that are gone, and replaces the file in one rename: a process that is killed
 anywhere leaves the table as it was. Processes that must act are woken through sockets of the
@@ -25,26 +26,31 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from .held_turn import TURN_S, Turns
 from .manifest import PoolError
 from .shares import Claim, divide
-from .turns import Load, asked, began, ended, next_load, weight
+from .turns import Load, asked, began, ended, next_loads, weight
+from .window import CHUNK_BYTES
 
-FORMAT = 1
+FORMAT = 2
 """Of the table: one more whenever `Row`, `Load` or `Claim`, or what they mean, change."""
 _TABLE, _FRESH, _LOCK = (f"{name}-{FORMAT}" for name in ("table", "fresh", "lock"))
 _ENVIRONMENT = "PACELINE_BLOCKS_LEDGER"
 _MAX_BYTES = 1 << 20
+_CORES = "cores"
 _RETRY_S = 0.1
 """How soon a wake-up that a dying process did not send is made up for."""
 _numbers = count()
+Kind = Literal["load", "building"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model of one process. `limit_bytes` is in force; `claim` is None without a budget.
+    """One model of one process: its loading of bytes, and its building of sessions.
 
+    `limit_bytes` is in force; `claim` is None without a budget.
     `loading_bytes` is what a model that stays whole in memory, called `model` by its server, has
     to load; `moved_bytes` what it has moved so far.
     """
@@ -53,6 +59,7 @@ class Row:
     started: str
     bell: str
     load: Load
+    building: Load
     group: str = ""
     total_bytes: int = 0
     limit_bytes: int = 0
@@ -60,6 +67,12 @@ class Row:
     model: str = ""
     loading_bytes: int = 0
     moved_bytes: int = 0
+
+    def at(self, kind: Kind) -> Load:
+        return self.load if kind == "load" else self.building
+
+    def with_(self, kind: Kind, load: Load) -> Row:
+        return replace(self, load=load) if kind == "load" else replace(self, building=load)
 
     @property
     def left_bytes(self) -> int:
@@ -111,14 +124,19 @@ class Ledger:
     def __init__(self, channel: str, *, priority: int = 0, directory: Path | None = None) -> None:
         self._directory = directory or default_directory()
         self._priority = priority
-        self._channel = channel
-        self._turn_bell = Bell()
+        self._turn_bell, self._building_bell = Bell(), Bell()
+        self.building: Turns = _Building(self)
+        """At the cores, for building sessions; as many at a time as there are. For one thread."""
         self.bell = Bell()
         """Rings when a budget is divided anew."""
         self._name = self._turn_bell.address
         with self._table() as rows:
             rows[self._name] = Row(
-                os.getpid(), _started(os.getpid()), self.bell.address, Load(channel)
+                os.getpid(),
+                _started(os.getpid()),
+                self.bell.address,
+                Load(channel, bell=self._turn_bell.address),
+                Load(_CORES, bell=self._building_bell.address),
             )
 
     def expect(self, model: str, size_bytes: int) -> None:
@@ -127,50 +145,62 @@ class Ledger:
             rows[self._name] = replace(rows[self._name], model=model, loading_bytes=size_bytes)
 
     def begin(self, urgent: Callable[[], bool]) -> bool:
-        """See `loader.Turns`."""
+        """See `held_turn.Turns`."""
+        rows = self._take("load", urgent, self._turn_bell, turn=CHUNK_BYTES)
+        mine = rows.pop(self._name)
+        # Processes of one model fetch each object once: they have nothing to overtake.
+        return not any(
+            row.load.channel == mine.load.channel
+            and (row.left_bytes or row.load.busy)
+            and not (mine.model and row.model == mine.model)
+            for row in rows.values()
+        )
+
+    def end(self, amount: float) -> None:
+        """See `held_turn.Turns`."""
+        self._give_back("load", amount)
+
+    def _loads_alone(self) -> bool:
+        """Whether nobody else loads, by a look at the table that keeps nobody from it."""
+        others = (
+            row for name, row in _read(self._directory / _TABLE).items() if name != self._name
+        )
+        return not any(row.left_bytes or row.load.busy or row.building.busy for row in others)
+
+    def _take(
+        self, kind: Kind, urgent: Callable[[], bool], bell: Bell, *, turn: float
+    ) -> dict[str, Row]:
+        """Waits for a turn of this kind; everybody's rows then."""
         while True:
             with self._table() as rows:
-                loads = {name: row.load for name, row in rows.items()}
-                share = loads[self._name].share
-                loads[self._name] = asked(
-                    loads,
-                    self._name,
-                    weight(urgent=urgent(), priority=self._priority, share=share),
-                )
+                mine = rows[self._name]
+                loads = {name: row.at(kind) for name, row in rows.items()}
+                weighs = weight(urgent=urgent(), priority=self._priority, share=mine.load.share)
+                load = loads[self._name] = asked(loads, self._name, weighs, turn=turn)
                 now_s = time.monotonic()
-                mine = next_load(loads, self._channel, now_s) == self._name
-                load = loads[self._name]
-                rows[self._name] = replace(
-                    rows[self._name], load=began(load, now_s) if mine else load
-                )
-                model = rows[self._name].model
-                others = [row for name, row in rows.items() if name != self._name]
-            if mine:
-                # Processes of one model fetch each object once: they have nothing to overtake.
-                return not any(
-                    row.load.channel == self._channel
-                    and (row.left_bytes or row.load.busy)
-                    and not (model and row.model == model)
-                    for row in others
-                )
-            self._turn_bell.wait(_RETRY_S)
+                first = self._name in _next(loads, load.channel, now_s)
+                if first:
+                    load = began(load, now_s)
+                rows[self._name] = mine.with_(kind, load)
+                found = dict(rows)
+            if first:
+                return found
+            bell.wait(_RETRY_S)
 
-    def end(self, size_bytes: int) -> None:
-        """See `loader.Turns`."""
+    def _give_back(self, kind: Kind, amount: float) -> None:
         with self._table() as rows:
             mine = rows[self._name]
-            rows[self._name] = replace(
-                mine,
-                load=ended(mine.load, size_bytes),
-                moved_bytes=mine.moved_bytes + size_bytes,
-            )
-            loads = {name: row.load for name, row in rows.items()}
-            following = next_load(loads, self._channel, time.monotonic())
-        if following is not None:
-            ring(following)
+            load = ended(mine.at(kind), amount)
+            if kind == "load":
+                mine = replace(mine, moved_bytes=mine.moved_bytes + int(amount))
+            rows[self._name] = mine.with_(kind, load)
+            loads = {name: row.at(kind) for name, row in rows.items()}
+            following = _next(loads, load.channel, time.monotonic())
+        for name in following:
+            ring(loads[name].bell)
 
     def moved(self, size_bytes: int) -> None:
-        """See `loader.Turns`."""
+        """See `loader.LoadTurns`."""
         with self._table() as rows:
             mine = rows[self._name]
             rows[self._name] = replace(mine, moved_bytes=mine.moved_bytes + size_bytes)
@@ -240,11 +270,38 @@ class Ledger:
             ring(row.bell)
         with contextlib.suppress(OSError):
             self._directory.rmdir()
-        self._turn_bell.close()
-        self.bell.close()
+        for bell in (self._turn_bell, self._building_bell, self.bell):
+            bell.close()
 
     def _table(self) -> contextlib.AbstractContextManager[dict[str, Row]]:
         return _table(self._directory)
+
+
+class _Building:
+    """A ledger's turns at the cores. Who loads alone is not held up by taking any: others that come
+    see that it loads, and it looks again when the turn would be over.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._taken = False
+
+    def begin(self, urgent: Callable[[], bool]) -> bool:
+        self._taken = not self._ledger._loads_alone()
+        if self._taken:
+            bell = self._ledger._building_bell
+            self._ledger._take("building", urgent, bell, turn=TURN_S)
+        return not self._taken
+
+    def end(self, amount: float) -> None:
+        if self._taken:
+            self._ledger._give_back("building", amount)
+
+
+def _next(loads: Mapping[str, Load], channel: str, now_s: float) -> list[str]:
+    """A disk or store is for one at a time."""
+    places = len(os.sched_getaffinity(0)) if channel == _CORES else 1
+    return next_loads(loads, channel, now_s, places=places)
 
 
 def read_rows(directory: Path) -> dict[str, Row]:
@@ -319,7 +376,8 @@ def _row(entry: dict[str, Any]) -> Row:
     if claim is not None:
         curve = tuple((int(size), float(seconds)) for size, seconds in claim["curve"])
         claim = Claim(curve, claim["rate_rps"], claim["weight"])
-    return Row(**{**entry, "load": Load(**entry["load"]), "claim": claim})
+    loads = {kind: Load(**entry[kind]) for kind in ("load", "building")}
+    return Row(**{**entry, **loads, "claim": claim})
 
 
 def _started(pid: int) -> str:

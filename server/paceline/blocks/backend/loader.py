@@ -2,54 +2,67 @@
 
 It performs what a `Window` decides, one step at a time, in turn with the other loads of the
 machine; runs wait here for their blocks. Locking: `_changed` guards the window and is never held
-while bytes move. A fetch that fails fails the runs that wait, and is tried again for the next run
-after a back-off: a store that comes back is enough to heal a model.
+while bytes move. An object that cannot be had is put aside, and the others are fetched meanwhile: a
+run whose branches are parallel computes what it can. It is tried again; if it fails in a way that
+does not pass, or too often, it fails the runs that have nothing else to compute, and is still tried
+again after a back-off: a store that comes back is enough to heal a model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from .held_turn import FreeTurns, HeldTurn, Turns
 from .manifest import PoolError
 from .mapping import MappedObject
-from .source import Source
+from .source import Later, Source
 from .window import Span, Step, Window
 
+ATTEMPTS = 5
+"""In a row, until a failure that may pass is told."""
+FIRST_PAUSE_S = 0.1
+"""Between those, at most; doubles from one to the next."""
+SLOW_S = 1.0
+"""An attempt that failed after so long is not made again while there is something else to fetch."""
 FIRST_BACKOFF_S = 0.25
 LONGEST_BACKOFF_S = 8.0
-TURN_S = 0.02
-"""Steps that follow each other within this time are one turn: a turn costs about 0.3 ms."""
 
 
-class Turns(Protocol):
+class LoadTurns(Turns, Protocol):
     """Permission to move bytes, shared by all loads of the machine."""
-
-    def begin(self, urgent: Callable[[], bool]) -> bool:
-        """Blocks until it is this process's turn; `urgent` says whether a request waits.
-
-        Returns whether nobody else has something to load.
-        """
-
-    def end(self, size_bytes: int) -> None:
-        """The bytes are moved."""
 
     def moved(self, size_bytes: int) -> None:
         """So many bytes are there that took no turn."""
 
 
-class FreeTurns:
-    """Nobody to share with."""
+@dataclass(slots=True)
+class _Aside:
+    """An object that could not be had. `error` is told until `retry_at_s`, and then again."""
 
-    def begin(self, urgent: Callable[[], bool]) -> bool:
-        return True
+    failures: int = 0
+    slow: bool = False
+    retry_at_s: float = 0.0
+    backoff_s: float = 0.0
+    error: PoolError | None = None
 
-    def end(self, size_bytes: int) -> None: ...
-
-    def moved(self, size_bytes: int) -> None: ...
+    def failed(self, error: PoolError, took_s: float) -> None:
+        self.failures += 1
+        self.slow = took_s >= SLOW_S
+        if isinstance(error, Later) and self.failures < ATTEMPTS:
+            # Many that failed together shall not come back together.
+            pause_s = FIRST_PAUSE_S * 2 ** (self.failures - 1) * random.uniform(0.5, 1.0)
+        else:
+            passing = isinstance(error, Later)
+            self.error = PoolError(f"{error}, {self.failures} times in a row") if passing else error
+            self.backoff_s = min(2 * self.backoff_s or FIRST_BACKOFF_S, LONGEST_BACKOFF_S)
+            pause_s = self.backoff_s
+        self.retry_at_s = time.monotonic() + pause_s
 
 
 class Loader:
@@ -61,7 +74,7 @@ class Loader:
         objects: Mapping[str, MappedObject],
         source: Source,
         *,
-        turns: Turns | None = None,
+        turns: LoadTurns | None = None,
         keep_page_cache: bool = False,
         on_drop: Callable[[], None] | None = None,
     ) -> None:
@@ -69,19 +82,15 @@ class Loader:
         self._objects = objects
         self._source = source
         self._turns = turns or FreeTurns()
+        self._turn = HeldTurn(self._turns, self.waited_for)
         self._keep_page_cache = keep_page_cache
         self._on_drop = on_drop
         self._changed = threading.Condition()
-        self._error: PoolError | None = None
-        self._backoff_s = FIRST_BACKOFF_S
-        self._retry_at_s = 0.0
+        self._aside: dict[str, _Aside] = {}
         self._closed = False
         self._dropping = False
-        self._alone = False
         self._following: Step | None = None
         """What was asked for ahead of its turn."""
-        self._turn_since_s: float | None = None
-        self._turn_bytes = 0
         self._found_bytes = 0
         self._peak_bytes = 0
         self._moved_bytes = 0
@@ -90,11 +99,6 @@ class Loader:
         # Within a budget the next step may drop what this one fetched: one after the other.
         self._in_turn = not window.unlimited
         self._thread = threading.Thread(target=self._work, name="blocks-loader", daemon=True)
-
-    @property
-    def error(self) -> PoolError | None:
-        """Why the last fetch failed; None once one succeeded."""
-        return self._error
 
     @property
     def peak_bytes(self) -> int:
@@ -133,14 +137,14 @@ class Loader:
         with self._changed:
             return self._window.held_bytes
 
-    def wait_within(self, limit_bytes: int) -> None:
-        """Until no more than that is held; the window's limit must have been lowered to it."""
+    def wait_within_limit(self) -> None:
+        """Until no more is held than the limit that `pin` has set."""
 
         def within() -> bool:
-            return not self._dropping and self._window.held_bytes <= limit_bytes
+            return not self._dropping and self._window.within_limit
 
-        with self._changed:  # no longer than a back-off: an error is for the run to meet
-            self._changed.wait_for(lambda: within() or self._error or self._closed)
+        with self._changed:
+            self._changed.wait_for(lambda: within() or self._closed)
 
     def begin(self, order: Sequence[int]) -> int:
         """A run that needs these blocks; `end` it in any case."""
@@ -164,8 +168,9 @@ class Loader:
                             return block
                     if self._closed:
                         raise PoolError("the model is being unloaded")
-                    if self._error is not None and time.monotonic() < self._retry_at_s:
-                        raise self._error
+                    errors = [self._told(self._window.needs(block)) for block in candidates]
+                    if errors[0] is not None and None not in errors:
+                        raise errors[0]
                     self._changed.wait()
             finally:
                 self._stalled_s += time.perf_counter() - began_s
@@ -190,12 +195,24 @@ class Loader:
                 self._lose(name)
             self._changed.notify_all()
 
+    def waited_for(self) -> bool:
+        """Whether a run waits for weights."""
+        with self._changed:
+            return self._window.waited_for
+
     def wait_complete(self, timeout_s: float) -> bool:
         """Whether everything is in memory within that time. Raises PoolError if it cannot be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._window.complete or self._error, timeout_s)
-            if self._error is not None:
-                raise self._error
+            error = None
+
+            def settled() -> bool:
+                nonlocal error
+                error = self._told(self._aside)
+                return error is not None or self._window.complete
+
+            self._changed.wait_for(settled, timeout_s)
+            if error is not None:
+                raise error
             return self._window.complete
 
     def close(self) -> None:
@@ -211,7 +228,7 @@ class Loader:
             with self._changed:
                 step = None if self._closed else self._ready_step()
             if step is None:
-                self._end_turn()  # nobody else waits for one that is idle
+                self._turn.end()  # nobody else waits for one that is idle
                 self._tell_found()
                 with self._changed:
                     step = self._next_step()
@@ -224,23 +241,19 @@ class Loader:
     def _next_step(self) -> Step | None:
         """Waits for one; None when closed."""
         while not self._closed:
-            pause_s = self._retry_at_s - time.monotonic() if self._error is not None else 0.0
-            if pause_s > 0:
-                self._changed.wait(pause_s)
-                continue
             step = self._ready_step()
             if step is not None:
                 return step
-            self._changed.wait()
+            now_s = time.monotonic()
+            pauses = [one.retry_at_s - now_s for one in self._aside.values()]
+            self._changed.wait(min((pause_s for pause_s in pauses if pause_s > 0), default=None))
         return None
 
     def _ready_step(self) -> Step | None:
         """What can be done at once."""
-        if self._error is not None and time.monotonic() < self._retry_at_s:
-            return None
         step, self._following = self._following, None
         if step is None:
-            step = self._window.next_step()
+            step = self._next_of_window()
         self._dropping = step is not None and bool(step.drop)
         self._peak_bytes = max(self._peak_bytes, self._window.held_bytes)
         return step
@@ -259,32 +272,37 @@ class Loader:
         began_s = time.perf_counter()
         try:
             later: tuple[Span, ...] = ()
+            number, span_s = 0, began_s
             for number, span in enumerate(step.fetch, 1):
-                if self._turn_since_s is None and self._source.takes_turn(span):
+                if not self._turn.held and self._source.takes_turn(span):
                     asked_s = time.perf_counter()
-                    began_s += self._begin_turn() - asked_s
-                if self._turn_since_s is not None:
+                    self._turn.begin()
+                    began_s += time.perf_counter() - asked_s
+                if self._turn.held:
                     later = later or self._fetched_next()
                 self._source.expect((*step.fetch[number:], *later))
-                self._source.fetch(span, self._without_turn)
+                before = self._aside.get(span.name)
+                patient = before is not None and before.slow
+                span_s = time.perf_counter()
+                self._source.fetch(span, self._turn.without, patient=patient)
                 moved += span.size_bytes
-                if self._turn_since_s is None:
-                    self._found_bytes += span.size_bytes
+                if self._turn.held:
+                    self._turn.used(span.size_bytes)
                 else:
-                    self._turn_bytes += span.size_bytes
+                    self._found_bytes += span.size_bytes
                 with self._changed:
                     self._window.fetched(span)
-                    self._error, self._backoff_s = None, FIRST_BACKOFF_S
+                    if span.last or (before is not None and before.error is None):
+                        self._aside.pop(span.name, None)
                     self._changed.notify_all()
         except Exception as error:  # a thread that died would leave runs waiting for ever
-            self._fail(step.fetch, error)
+            self._fail(step.fetch[number - 1 :], error, time.perf_counter() - span_s)
         finally:
             now_s = time.perf_counter()
             with self._changed:
                 self._moved_bytes += moved
                 self._moving_s += now_s - began_s
-            if self._turn_since_s is not None and now_s - self._turn_since_s >= TURN_S:
-                self._end_turn()
+            self._turn.end_if_due()
 
     def _fetched_next(self) -> tuple[Span, ...]:
         """What the step after this one will fetch, if it can be asked for before its turn.
@@ -292,32 +310,11 @@ class Loader:
         A link that waits for the next request at the end of every turn is idle for as long. But
         what is on its way cannot be overtaken: so only while there is nobody to give a turn to.
         """
-        if self._in_turn or not self._alone or not self._source.distant:
+        if self._in_turn or not self._turn.alone or not self._source.distant:
             return ()
         with self._changed:
-            self._following = self._window.next_step()
+            self._following = self._next_of_window()
             return () if self._following is None else self._following.fetch
-
-    def _begin_turn(self) -> float:
-        self._alone = self._turns.begin(self._waited_for)
-        self._turn_since_s = time.perf_counter()
-        return self._turn_since_s
-
-    @contextlib.contextmanager
-    def _without_turn(self) -> Iterator[None]:
-        """While another process fetches what is wanted here: it may need a turn for that."""
-        had_turn = self._turn_since_s is not None
-        self._end_turn()
-        yield
-        if had_turn:
-            self._begin_turn()
-
-    def _end_turn(self) -> None:
-        if self._turn_since_s is not None:
-            self._turn_since_s = None
-            with contextlib.suppress(PoolError, OSError):  # its lease ends without us
-                self._turns.end(self._turn_bytes)
-            self._turn_bytes = 0
 
     def _tell_found(self) -> None:
         if self._found_bytes:
@@ -325,22 +322,36 @@ class Loader:
                 self._turns.moved(self._found_bytes)
             self._found_bytes = 0
 
-    def _waited_for(self) -> bool:
-        with self._changed:
-            return self._window.waited_for
-
-    def _fail(self, spans: Sequence[Span], error: Exception) -> None:
+    def _fail(self, spans: Sequence[Span], error: Exception, took_s: float) -> None:
+        """The first of them could not be fetched, the others were not tried."""
         wrong = error if isinstance(error, PoolError) else PoolError(f"weights: {error!r}")
+        name = spans[0].name
         with self._changed:
             following, self._following = self._following, None
-            spans = (*spans, *(following.fetch if following is not None else ()))
-            for span in spans:
-                if not self._window.holds(span.name):
-                    self._lose(span.name)
-            self._error = wrong
-            self._retry_at_s = time.monotonic() + self._backoff_s
-            self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+            for span in reversed((*spans, *(following.fetch if following is not None else ()))):
+                self._window.unfetched(span)
+            if not isinstance(wrong, Later):
+                self._lose(name)
+            self._aside.setdefault(name, _Aside()).failed(wrong, took_s)
             self._changed.notify_all()
+
+    def _next_of_window(self) -> Step | None:
+        now_s = time.monotonic()
+        aside = {name: now_s < one.retry_at_s for name, one in self._aside.items()}
+        slow = [name for name, one in self._aside.items() if aside[name] or one.slow]
+        step = self._window.next_step(slow)
+        if step is None and slow:
+            step = self._window.next_step([name for name in slow if aside[name]])
+        return step
+
+    def _told(self, names: Iterable[str]) -> PoolError | None:
+        """Why one of these cannot be had, if that is to be told."""
+        now_s = time.monotonic()
+        for name in names:
+            one = self._aside.get(name)
+            if one is not None and one.error is not None and now_s < one.retry_at_s:
+                return one.error
+        return None
 
     def _lose(self, name: str) -> None:
         self._window.lost(name)

@@ -234,6 +234,13 @@ def weights_bytes(weights: Iterable[Weight], objects: Mapping[str, PoolObject]) 
     return sum(pages(objects[name].size_bytes) for name in {weight.object for weight in weights})
 
 
+def swap_rate_bytes_s(blocks: Iterable[Block]) -> float | None:
+    """Bytes a second at which these blocks were swapped in where they were compiled."""
+    measured = [(block.swapped_bytes, block.swap_in_s) for block in blocks if block.swap_in_s]
+    took_s = sum(block_s for _, block_s in measured)
+    return sum(size for size, _ in measured) / took_s if took_s else None
+
+
 def parse(text: bytes, where: str) -> Manifest:
     """The manifest in `text`. Raises PoolError that names `where` and the key at fault."""
     try:

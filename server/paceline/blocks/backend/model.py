@@ -68,7 +68,7 @@ class TritonPythonModel:
             settings = read_settings(parameters, Path(args["model_repository"]))
             self._blocks = self._open(settings, config)
             if self._blocks.manifest.wiring is not None:
-                self._wired = self._wire(args, config)
+                self._wired = self._wire(args, settings.parallel or 1)
         except ValueError as error:  # PoolError, SettingsError
             raise ValueError(f"model '{self._name}': {error}") from None
         self._model = self._wired or self._blocks
@@ -157,13 +157,14 @@ class TritonPythonModel:
             model.close()  # what is left behind would be in the way of others
             raise
 
-    def _wire(self, args: Mapping[str, str], config: Mapping[str, Any]) -> WiredModel:
+    def _wire(self, args: Mapping[str, str], parallel: int) -> WiredModel:
         from paceline_blocks import hosted  # other models need none of it
 
         wiring = self._blocks.manifest.wiring
         directory = Path(args["model_repository"], args["model_version"])
         try:
-            return WiredModel(wiring, self._blocks, hosted.host_all(wiring, directory, args))
+            members = hosted.host_all(wiring, directory, args)
+            return WiredModel(wiring, self._blocks, members, parallel)
         except BaseException:
             self._blocks.close()
             raise

@@ -19,7 +19,7 @@ from .window import CHUNK_BYTES
 _SPREADS = 16
 _STEPS = 4
 _SWAPS = 4
-_READING_COST = 0.1
+READING_COST = 0.1
 """Seconds that a second of I/O beside it costs the computation: an estimate, to break near-ties."""
 
 
@@ -128,7 +128,7 @@ def _cost(sizes: Sequence[int], rate_bytes_s: float) -> Callable[[Plan], float]:
 
     def cost_s(plan: Plan) -> float:
         read_bytes = total - sum(sizes[block] for block in plan.pinned)
-        return plan.latency_s + _READING_COST * read_bytes / rate_bytes_s
+        return plan.latency_s + READING_COST * read_bytes / rate_bytes_s
 
     return cost_s
 

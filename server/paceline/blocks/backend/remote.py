@@ -25,6 +25,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from . import store
 from .chunks import requests
 from .manifest import Chunks, Manifest, PoolError, PoolObject, is_digest, parse
 from .mapping import LazyObjects, MappedObject, look_of
@@ -163,14 +164,15 @@ class RemoteSource:
     def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
         """Any of them may be in the store."""
 
-    def graph(self, digest: str, stated: PoolObject) -> bytes:
+    def graph(self, digest: str, stated: PoolObject, waiting: Waiting = nullcontext) -> bytes:
         path = self._store.path(digest)
         if path.is_file():
             try:
                 return self._store.read(digest, stated)
             except Altered:
                 self._discard(digest, "other bytes")
-        text = self._remote.all(f"objects/{digest}")
+        with waiting():
+            text = self._remote.all(f"objects/{digest}")
         if not is_right(text, stated):
             raise PoolError(f"graph {digest}: the store has other bytes under this name")
         self._write(path, text)
@@ -213,7 +215,7 @@ class RemoteSource:
             return False
         return span.name in self._chunks or self._is_ours(span.name, self._parts[span.name])
 
-    def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
+    def fetch(self, span: Span, waiting: Waiting = nullcontext, *, patient: bool = True) -> None:
         opened = self._objects[span.name]
         part = self._parts.get(span.name)
         size = min(span.size_bytes, opened.size_bytes - span.offset)  # spans are whole pages
@@ -223,7 +225,8 @@ class RemoteSource:
         elif part is not None and (
             part.ours or not self._came_from_elsewhere(span.name, part, waiting)
         ):
-            self._download(span.name, part, span.offset, size)
+            patience_s = store.TIMEOUT_S if patient else store.SOON_S
+            self._download(span.name, part, span.offset, size, patience_s)
             self._reader.wrote_span(part, span.offset, size)
         elif span.offset == 0:
             self.check(span.name)
@@ -314,13 +317,13 @@ class RemoteSource:
 
     def stop(self) -> None:
         self._stopped = True  # those that are made from now on
-        for store in list(self._stores):
-            store.stop()
+        for each in list(self._stores):
+            each.stop()
 
     def close(self) -> None:
         self._settler.close()
-        for store in self._stores:
-            store.close()
+        for each in self._stores:
+            each.close()
         for part in self._parts.values():
             part.close()
         self._objects.close()
@@ -339,14 +342,22 @@ class RemoteSource:
             self._download(digest, part, offset, size)
             self._reader.wrote(part, offset, size)
 
-    def _download(self, digest: str, part: PartialObject, offset: int, size_bytes: int) -> None:
+    def _download(
+        self,
+        digest: str,
+        part: PartialObject,
+        offset: int,
+        size_bytes: int,
+        patience_s: float | None = None,
+    ) -> None:
+        """See `Store.copy`."""
         self._objects[digest].written = True
 
         def write(position: int, piece: memoryview) -> None:
             part.write(offset + position, piece)
 
         try:
-            self._remote.copy(_remote_part(digest, offset, size_bytes), write)
+            self._remote.copy(_remote_part(digest, offset, size_bytes), write, patience_s)
         except PoolError:
             part.release()  # whoever waits for it is not to wait for our next try
             raise

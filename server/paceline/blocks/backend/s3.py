@@ -25,6 +25,7 @@ from .store import (
     Part,
     Passing,
     Write,
+    once,
     persist,
 )
 
@@ -76,8 +77,12 @@ class S3Store:
         self.copy(part, write)
         return text
 
-    def copy(self, part: Part, write: Write) -> None:
-        persist(f"{self._url}/{part.key}", lambda: self._copy(part, write), self._stopped)
+    def copy(self, part: Part, write: Write, patience_s: float | None = None) -> None:
+        what = f"{self._url}/{part.key}"
+        if patience_s is None:
+            persist(what, lambda: self._copy(part, write), self._stopped)
+        else:  # for the first bytes; later ones are botocore's affair
+            once(what, lambda: self._copy(part, write, patience_s))
 
     def all(self, key: str) -> bytes:
         def attempt() -> bytes:
@@ -100,12 +105,16 @@ class S3Store:
         self._threads.shutdown()
         self._client.close()
 
-    def _copy(self, part: Part, write: Write) -> None:
+    def _copy(self, part: Part, write: Write, patience_s: float | None = None) -> None:
         with self._failures_told():
             asked = self._ahead.pop(part) or self._send(part)
             self._ahead.begin(part)
             self._ahead.ask(part.size_bytes, self._send)
-            body, pace = asked.result()["Body"], Pace()
+            try:
+                body, pace = asked.result(patience_s)["Body"], Pace()
+            except TimeoutError:
+                _drop(asked)
+                raise Passing("timed out") from None
             with contextlib.closing(body):
                 position = 0
                 while position < part.size_bytes:

@@ -12,6 +12,7 @@ takes still depends on what ran before it: `empty_arena` is for those whose memo
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from .held_turn import FreeTurns, HeldTurn, Turns
 from .loader import FIRST_BACKOFF_S, LONGEST_BACKOFF_S
 from .manifest import Block, PoolError
 from .mapping import MappedObject
+from .source import Waiting
 
 DTYPES: Mapping[str, Any] = {
     "BOOL": np.bool_,
@@ -44,7 +47,7 @@ _FIRST_REGION_BYTES = 32 << 20
 """Of an empty arena; later ones double."""
 _KEPT_REGION_BYTES = 64 << 10
 """The very first region is never given back, so it is a small one."""
-_NOTHING = bytes.fromhex(
+NOTHING = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a0a08080112040a020801620f0a0179"
     "120a0a08080112040a02080142040a00100d"
 )
@@ -113,6 +116,7 @@ class Session:
 class Skeleton:
     """Sessions of all blocks, built in order by a thread; a run waits for the one it needs.
 
+    Building takes turns with the other loads of the machine, as many at a time as there are cores.
     One that cannot be built fails the runs that need it, no others, and is tried again after a
     back-off: a graph that comes back is enough to heal a model, as weights are (`loader`).
     """
@@ -120,13 +124,18 @@ class Skeleton:
     def __init__(
         self,
         blocks: Sequence[Block],
-        graph: Callable[[Block], bytes],
+        graph: Callable[[Block, Waiting], bytes],
         folder: Path,
         objects: Mapping[str, MappedObject],
         threads: int,
         on_device: Callable[[bytes, Block], Any] | None = None,
+        *,
+        turns: Turns | None = None,
+        urgent: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`on_device` makes sessions whose weights are elsewhere than in `objects`."""
+        """`on_device` makes sessions whose weights are elsewhere than in `objects`; `urgent` says
+        whether a request waits for something else than a session.
+        """
         self._blocks = blocks
         self._graph = graph
         self._make = on_device or partial(Session, folder=folder, objects=objects, threads=threads)
@@ -134,6 +143,8 @@ class Skeleton:
         self._errors: dict[str, Exception] = {}
         """Of sessions that could not be built, until they are tried again."""
         self._changed = threading.Condition()
+        self._awaited = 0
+        self._turn = HeldTurn(turns or FreeTurns(), lambda: self._awaited > 0 or urgent())
         self._closed = False
         self._thread = threading.Thread(target=self._build, name="blocks-skeleton", daemon=True)
 
@@ -159,9 +170,11 @@ class Skeleton:
 
     def _await(self, key: str) -> Any:
         with self._changed:
+            self._awaited += 1
             self._changed.wait_for(
                 lambda: key in self._built or key in self._errors or self._closed
             )
+            self._awaited -= 1
             if key in self._built:
                 return self._built[key]
             raise self._errors.get(key) or PoolError("the model is being unloaded")
@@ -169,10 +182,12 @@ class Skeleton:
     def _build(self) -> None:
         backoff_s = FIRST_BACKOFF_S
         while not self._build_missing():
+            self._turn.end()
             with self._changed:
                 if self._changed.wait_for(lambda: self._closed, backoff_s):
                     return
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+        self._turn.end()
 
     def _build_missing(self) -> bool:
         """Tries each session that there is not yet, once; whether none is left to be tried."""
@@ -184,7 +199,7 @@ class Skeleton:
             with self._changed:
                 self._errors.pop(block.key, None)  # who needs it waits for what comes of this try
             try:
-                session = self._make(self._graph(block), block)
+                session = self._build_one(block)
             except Exception as error:  # a thread that died would leave runs waiting for ever
                 with self._changed:
                     self._errors[block.key] = error
@@ -193,7 +208,18 @@ class Skeleton:
             with self._changed:
                 self._built[block.key] = session
                 self._changed.notify_all()
+            self._turn.end_if_due()
         return not self._errors
+
+    def _build_one(self, block: Block) -> Any:
+        graph = self._graph(block, self._turn.without)
+        if not self._turn.held:
+            self._turn.begin()
+        began_s = time.perf_counter()
+        try:
+            return self._make(graph, block)
+        finally:
+            self._turn.used(time.perf_counter() - began_s)
 
 
 def ort_version() -> str:
@@ -235,7 +261,7 @@ def _share_arena() -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.use_env_allocators", "1")
-        session = ort.InferenceSession(_NOTHING, options, ["CPUExecutionProvider"])
+        session = ort.InferenceSession(NOTHING, options, ["CPUExecutionProvider"])
         giving_back = ort.RunOptions()
         giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         one = {"x": ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32))}

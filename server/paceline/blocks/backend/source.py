@@ -23,6 +23,10 @@ from .window import Span
 Waiting = Callable[[], AbstractContextManager[None]]
 
 
+class Later(PoolError):
+    """Bytes could not be had now; another attempt may get them."""
+
+
 class Source(Protocol):
     """Objects of one model. `fetch`, `graph` and `check` may run at once, each in one thread."""
 
@@ -38,8 +42,8 @@ class Source(Protocol):
     def find_graphs(self, stated: Mapping[str, PoolObject]) -> None:
         """Raises PoolError if one of these should be on this machine already and is not."""
 
-    def graph(self, digest: str, stated: PoolObject) -> bytes:
-        """A graph, complete and checked. Raises PoolError."""
+    def graph(self, digest: str, stated: PoolObject, waiting: Waiting = nullcontext) -> bytes:
+        """A graph, complete and checked; waits for a store in `waiting()`. Raises PoolError."""
 
     @property
     def graphs(self) -> Path:
@@ -53,10 +57,12 @@ class Source(Protocol):
         already, and not what another process is fetching.
         """
 
-    def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
-        """Brings the span's bytes into memory. Raises PoolError; the object is then not held.
+    def fetch(self, span: Span, waiting: Waiting = nullcontext, *, patient: bool = True) -> None:
+        """Brings the span's bytes into memory. Raises Later, the object is then as it was before,
+        or PoolError: nothing of it is held then.
 
-        In `waiting()` it does nothing but wait for another process that fetches the object.
+        In `waiting()` it does nothing but wait for another process that fetches the object. Not
+        `patient`: it is given up sooner when nothing comes, because there are others to be fetched.
         """
 
     def check(self, digest: str) -> None:
@@ -108,7 +114,7 @@ class LocalSource:
         for digest, one in stated.items():
             self._store.find(digest, one)
 
-    def graph(self, digest: str, stated: PoolObject) -> bytes:
+    def graph(self, digest: str, stated: PoolObject, waiting: Waiting = nullcontext) -> bytes:
         return self._store.read(digest, stated)
 
     @property
@@ -121,7 +127,7 @@ class LocalSource:
     def takes_turn(self, span: Span) -> bool:
         return True
 
-    def fetch(self, span: Span, waiting: Waiting = nullcontext) -> None:
+    def fetch(self, span: Span, waiting: Waiting = nullcontext, *, patient: bool = True) -> None:
         if span.offset == 0:
             self.check(span.name)
         self._reader.bring(self._objects, span)

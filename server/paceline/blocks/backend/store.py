@@ -5,9 +5,9 @@ link would be idle meanwhile. Answers are read in the order of use, and wait in 
 until then.
 
 A store retries what may pass (no connection, timeouts, answers that trickle, 408, 429, 5xx, short
-answers) with back-off and then raises PoolError that names the URL; what will not pass (404, 403)
-fails at once. An answer is never longer than what was asked for. Each thread that fetches has a
-store of its own.
+answers) with back-off and then raises PoolError that names the URL, or leaves that to who has
+others to fetch meanwhile (`Later`); what will not pass (404, 403) fails at once. An answer is never
+longer than what was asked for. Each thread that fetches has a store of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 from .manifest import MAX_MANIFEST_BYTES, PoolError
+from .source import Later
 
 T = TypeVar("T")
 Asked = TypeVar("Asked")
@@ -40,6 +41,8 @@ TIMEOUT_S = 10.0
 """For a connection, and for the next bytes of an answer."""
 LEAST_BYTES_PER_S = 64 << 10
 """Of an answer, after `TIMEOUT_S`: one that comes more slowly is given up."""
+SOON_S = 2.0
+"""Instead of that, at the first attempt of an object that others need not wait for."""
 ATTEMPTS = 5
 FIRST_PAUSE_S = 0.1
 """Doubles from one attempt to the next: 1.5 s in all before a store is given up."""
@@ -90,10 +93,11 @@ class Store(Protocol):
     def read(self, part: Part) -> memoryview:
         """Exactly these bytes. Raises PoolError."""
 
-    def copy(self, part: Part, write: Write) -> None:
+    def copy(self, part: Part, write: Write, patience_s: float | None = None) -> None:
         """Hands these bytes over in pieces, each gone when `write` returns. Raises PoolError.
 
-        After a failure that may pass they come again from the first on.
+        After a failure that may pass they come again from the first on. With `patience_s` there is
+        one attempt, for which the next bytes have so long to come. Raises Later if it fails so.
         """
 
     def all(self, key: str) -> bytes:
@@ -218,10 +222,19 @@ class HttpStore:
         self._receive(part, lambda position: text[position : position + PIECE_BYTES], _nothing)
         return text
 
-    def copy(self, part: Part, write: Write) -> None:
-        self._receive(part, lambda position: self._piece[: part.size_bytes - position], write)
+    def copy(self, part: Part, write: Write, patience_s: float | None = None) -> None:
+        def room(position: int) -> memoryview:
+            return self._piece[: part.size_bytes - position]
 
-    def _receive(self, part: Part, room: Callable[[int], memoryview], done: Write) -> None:
+        self._receive(part, room, write, patience_s)
+
+    def _receive(
+        self,
+        part: Part,
+        room: Callable[[int], memoryview],
+        done: Write,
+        patience_s: float | None = None,
+    ) -> None:
         """Its bytes in pieces, each where there is `room` for what begins at a position."""
 
         def take(answer: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> None:
@@ -236,7 +249,10 @@ class HttpStore:
                 position += count
 
         what = f"{self._url}/{part.key}"
-        persist(what, lambda: self._get(part.key, part, take), self._stopped)
+        if patience_s is None:
+            persist(what, lambda: self._get(part.key, part, take), self._stopped)
+        else:
+            once(what, lambda: self._get(part.key, part, take, patience_s))
 
     def all(self, key: str) -> bytes:
         def take(answer: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
@@ -261,9 +277,13 @@ class HttpStore:
         key: str,
         part: Part | None,
         take: Callable[[http.client.HTTPResponse, http.client.HTTPConnection], T],
+        patience_s: float | None = None,
     ) -> T:
         asked = None if part is None else self._ahead.pop(part)
         connection = asked or self._free()
+        connection.timeout = patience_s or TIMEOUT_S
+        if connection.sock is not None:
+            connection.sock.settimeout(connection.timeout)
         try:
             if asked is None:
                 self._ask(connection, key, part)
@@ -384,17 +404,25 @@ def _coming(unread_bytes: int, connection: http.client.HTTPConnection) -> int:
     return max(0, unread_bytes - received[0])
 
 
+def once(what: str, attempt: Callable[[], T]) -> T:
+    """Raises Later, or PoolError when there is no use in trying again."""
+    try:
+        return attempt()
+    except PoolError as error:
+        raise PoolError(f"{what}: {error}") from None
+    except Passing as error:
+        raise Later(f"{what}: {error}") from None
+
+
 def persist(what: str, attempt: Callable[[], T], stopped: threading.Event) -> T:
     """Raises PoolError when there is no use in trying again."""
     pause_s = FIRST_PAUSE_S
     for number in range(1, ATTEMPTS + 1):
         try:
-            return attempt()
-        except PoolError as error:
-            raise PoolError(f"{what}: {error}") from None
-        except Passing as error:
+            return once(what, attempt)
+        except Later as error:
             if number == ATTEMPTS:
-                raise PoolError(f"{what}: {error}, {ATTEMPTS} times in a row") from None
+                raise PoolError(f"{error}, {ATTEMPTS} times in a row") from None
             # Many that failed together shall not come back together.
             if stopped.wait(pause_s * random.uniform(0.5, 1.0)):
                 raise PoolError(f"{what}: given up: the model is being unloaded") from None

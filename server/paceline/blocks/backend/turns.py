@@ -1,20 +1,20 @@
-"""Whose load may move bytes next: fair by weight, in small chunks, without starvation. Pure.
+"""Whose load goes on next: fair by weight, in small pieces, without starvation. Pure.
 
-Stride scheduling: each load has a virtual time that advances by bytes / weight, and the smallest
-one goes next. An urgent load, one that a request waits for, weighs more: it overtakes at the next
-chunk and then gets almost everything, but a load of any weight goes on. A load that comes or comes
-back starts a turn behind those that are there at most, so nobody saves up turns.
-Cicada's priority-aware scheduler. Where Paceline decided which share of the channel a load gets
-(`Load.share`, by the deadlines of those who wait), that is its weight: all that are shared out
-weigh as much together as one urgent load.
+Loads share disks and stores, one of them at a time, and the cores, on which they build sessions, as
+many at a time as there are. Stride scheduling: each load has a virtual time on each of these
+channels that advances by bytes (or seconds) / weight, and the smallest one goes next. An urgent
+load, one that a request waits for, weighs more: it overtakes at the next piece and then gets almost
+everything, but a load of any weight goes on. A load that comes or comes back starts a turn behind
+those that are there at most, so nobody saves up turns. Cicada's priority-aware scheduler. Where
+Paceline decided which share of a disk or store a load gets (`Load.share`, by the deadlines of those
+who wait), that is its weight, at the cores as well: all that are shared out weigh as much together
+as one urgent load.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from .window import CHUNK_BYTES
 
 URGENT_WEIGHT = 16.0
 LEASE_S = 2.0
@@ -23,7 +23,7 @@ LEASE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One process's loading on one channel (a disk, a store)."""
+    """One process's loading on one channel: a disk, a store, the cores."""
 
     channel: str
     virtual: float = 0.0
@@ -32,6 +32,8 @@ class Load:
     holding_since_s: float | None = None
     share: float = 0.0
     """Of the channel, 0 to 1; 0: nobody decided."""
+    bell: str = ""
+    """Rings when it may be its turn."""
 
     @property
     def busy(self) -> bool:
@@ -46,14 +48,14 @@ def weight(*, urgent: bool, priority: int, share: float = 0.0) -> float:
     return (URGENT_WEIGHT if urgent else 1.0) / 2.0 ** min(priority, 6)
 
 
-def asked(loads: Mapping[str, Load], name: str, weight: float) -> Load:
-    """`name`'s load, once it has asked for a turn."""
+def asked(loads: Mapping[str, Load], name: str, weight: float, *, turn: float) -> Load:
+    """`name`'s load, once it has asked for a turn; `turn` is what one uses at most."""
     load = loads[name]
     if load.waiting:
         return replace(load, weight=weight)
     # Whoever asks again at once is not there for a moment; a turn of the others is that long.
     least = [
-        other.virtual - CHUNK_BYTES / other.weight
+        other.virtual - turn / other.weight
         for key, other in loads.items()
         if key != name and other.channel == load.channel and other.busy
     ]
@@ -62,24 +64,27 @@ def asked(loads: Mapping[str, Load], name: str, weight: float) -> Load:
     )
 
 
-def next_load(loads: Mapping[str, Load], channel: str, now_s: float) -> str | None:
-    """Who may go now; None if somebody is at it, or nobody waits.
+def next_loads(
+    loads: Mapping[str, Load], channel: str, now_s: float, *, places: int = 1
+) -> list[str]:
+    """Who may go now: of those that wait as many as fit beside those that are at it.
 
-    >>> loads = {"a": Load("disk", 5.0, waiting=True), "b": Load("disk", 4.0, waiting=True)}
-    >>> next_load(loads, "disk", 0.0)
-    'b'
+    >>> waiting = {name: Load("disk", virtual=turn, waiting=True) for name, turn in
+    ...            (("a", 5.0), ("b", 4.0), ("c", 6.0))}
+    >>> next_loads(waiting, "disk", 0.0), next_loads(waiting, "disk", 0.0, places=2)
+    (['b'], ['b', 'a'])
     """
     here = {name: load for name, load in loads.items() if load.channel == channel}
     for load in here.values():
         if load.holding_since_s is not None and now_s - load.holding_since_s < LEASE_S:
-            return None
+            places -= 1
     waiting = [(load.virtual, -load.weight, name) for name, load in here.items() if load.waiting]
-    return min(waiting)[2] if waiting else None
+    return [name for *_, name in sorted(waiting)[: max(places, 0)]]
 
 
 def began(load: Load, now_s: float) -> Load:
     return replace(load, waiting=False, holding_since_s=now_s)
 
 
-def ended(load: Load, size_bytes: int) -> Load:
-    return replace(load, virtual=load.virtual + size_bytes / load.weight, holding_since_s=None)
+def ended(load: Load, amount: float) -> Load:
+    return replace(load, virtual=load.virtual + amount / load.weight, holding_since_s=None)

@@ -3,8 +3,10 @@
 A `Window` knows what is in memory, what the runs under way still need and, while none is under
 way, that the next one will look like the last. It fetches strictly in the order of need, and drops
 only what is needed later than what it fetches, so that the block a run waits for always comes
-first. Pinned blocks stay. No I/O, no clock: the loader performs what `next_step` says, one step at
-a time. Section 3 of the papers' digest (SwapNet: prefetch, swap-out by reference).
+first. Of several runs that wait the earliest comes first, and may take the others' room: so one of
+them always goes on, whatever the limit. Pinned blocks stay. No I/O, no clock: the loader performs
+what `next_step` says, one step at a time. Section 3 of the papers' digest (SwapNet: prefetch,
+swap-out by reference).
 
 Invariant: the bytes in memory never exceed the limit, except that after the limit was lowered what
 is being computed is not taken away, and that a block larger than the limit could never run (the
@@ -13,7 +15,7 @@ caller refuses such a limit).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 CHUNK_BYTES = 8 * 2**20
@@ -76,6 +78,11 @@ class Window:
         return sum(self._have.values())
 
     @property
+    def within_limit(self) -> bool:
+        """Whether no more is held than may be; for a moment not, when the limit was lowered."""
+        return self._limit_bytes is None or self.held_bytes <= self._limit_bytes
+
+    @property
     def unlimited(self) -> bool:
         """Whether nothing is ever dropped."""
         return self._limit_bytes is None
@@ -96,6 +103,10 @@ class Window:
     def ready(self, block: int) -> bool:
         """Whether everything that the block needs is in memory."""
         return all(name in self._ready for name in self._blocks[block])
+
+    def needs(self, block: int) -> Sequence[str]:
+        """The objects that the block needs."""
+        return self._blocks[block]
 
     def holds(self, name: str) -> bool:
         """Whether the whole object is in memory."""
@@ -133,13 +144,22 @@ class Window:
         if span.last and self._have.get(span.name) == self._sizes[span.name]:
             self._ready.add(span.name)
 
+    def unfetched(self, span: Span) -> None:
+        """A span of the last step was not fetched; what came of the object before stays."""
+        self._have[span.name] = min(span.offset, self._have.get(span.name, 0))
+        if not self._have[span.name]:
+            del self._have[span.name]
+
     def lost(self, name: str) -> None:
         """The object could not be fetched: nothing of it is in memory."""
         self._have.pop(name, None)
         self._ready.discard(name)
 
-    def next_step(self) -> Step | None:
-        """What to do now, None if nothing. Its spans count as held from here on."""
+    def next_step(self, aside: Collection[str] = ()) -> Step | None:
+        """What to do now, None if nothing. Its spans count as held from here on.
+
+        Objects that are `aside` are not fetched now, whoever needs them.
+        """
         distances = self._distances()
         drop: list[str] = []
         limit = _NEVER if self._limit_bytes is None else self._limit_bytes
@@ -147,6 +167,8 @@ class Window:
         fetch: list[Span] = []
         planned = 0
         for name, distance in self._wanted(distances):
+            if name in aside:
+                continue
             size, have = self._sizes[name], self._have.get(name, 0)
             while have < size and planned < self._chunk_bytes:
                 take = min(size - have, self._chunk_bytes - planned)
@@ -210,19 +232,20 @@ class Window:
         )
 
     def _distances(self) -> dict[str, int]:
-        """How many blocks are computed before one that needs the object, by object.
+        """When an object is needed, by object: a number that is higher for what is needed later.
 
-        Blocks of runs under way come first, then those of the run that is expected next.
+        Runs under way come first, their blocks in turn by position; no two of them share a number,
+        or each could wait for the room that the other one holds. Then comes what is expected next.
         """
         found: dict[str, int] = {}
-        longest = 0
-        for run in self._runs.values():
+        longest, runs = 0, len(self._runs) or 1
+        for rank, run in enumerate(self._runs.values()):
             longest = max(longest, len(run.rest))
             for position, block in enumerate(run.rest):
                 for name in self._blocks[block]:
-                    found[name] = min(position, found.get(name, _NEVER))
+                    found[name] = min(position * runs + rank, found.get(name, _NEVER))
         later = [*self._expected, *sorted(self._pinned.difference(self._expected))]
-        for position, block in enumerate(later, longest):
+        for position, block in enumerate(later, longest * runs):
             for name in self._blocks[block]:
                 found.setdefault(name, position)
         return found

@@ -1,22 +1,24 @@
 """Members that are wired: arrays go from one to the next in memory, none leaves the process.
 
 Members are networks that run as blocks and models of Triton's Python backend (`hosted`). A request
-runs the steps that the outputs it asks for need, one after the other. Values are as Triton has
-them - with the batch axis if the whole model has one, BYTES as `bytes` - and fitted to each member:
-one that batches, in a model that does not, gets an axis of one.
+runs the steps that the outputs it asks for need, each as soon as what it takes is there: in the
+request's own thread, or, beside others where the chain forks, in one of its own. Values are as
+Triton has them - with the batch axis if the whole model has one, BYTES as `bytes` - and fitted to
+each member: one that batches, in a model that does not, gets an axis of one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
 
 from .batching import Call, RequestError
 from .manifest import Member, Tensor
-from .wiring import GIVEN, Port, Step, Wiring
+from .wiring import GIVEN, Planned, Port, Step, Wiring
 
 
 class Blocks(Protocol):
@@ -43,13 +45,23 @@ class Hosted(Protocol):
 class WiredModel:
     """See the module docstring. `infer` may be called by several threads."""
 
-    def __init__(self, wiring: Wiring, blocks: Blocks, hosted: Mapping[str, Hosted]) -> None:
-        """`hosted` by module."""
+    def __init__(
+        self,
+        wiring: Wiring,
+        blocks: Blocks,
+        hosted: Mapping[str, Hosted],
+        parallel: int = 1,
+    ) -> None:
+        """`hosted` by module; `parallel`: requests at a time, for each of which there are threads
+        enough for all the steps that can be beside one another.
+        """
         self._wiring = wiring
         self._blocks = blocks
         self._hosted = hosted
         self._members = {member.name: member for member in blocks.members}
         self._axes = 1 if wiring.max_batch else 0
+        self._forking = frozenset(s.module for s in wiring.steps if wiring.forks(s.module))
+        self._threads = ThreadPoolExecutor(max(1, len(self._forking)) * parallel)
 
     def call(self, request: int, given: Mapping[str, Any], outputs: Sequence[str]) -> Call:
         """What a request wants. Raises RequestError when an input that it needs is missing."""
@@ -68,33 +80,53 @@ class WiredModel:
 
         Raises RequestError or StepError that name the step which failed.
         """
-        plan = self._wiring.needed(outputs, feed)
+        left = list(self._wiring.needed(outputs, feed))
         rows = rows if self._axes else 1
-        uses = Counter(value for planned in plan for value in planned.takes.values())
+        uses = Counter(value for planned in left for value in planned.takes.values())
         uses.update(outputs)
         values = {GIVEN + n if GIVEN + n in uses else n: array for n, array in feed.items()}
-        for planned in plan:
-            step = planned.step
-            given = {name: values[value] for name, value in planned.takes.items()}
-            for value in planned.takes.values():
-                uses[value] -= 1
-                if not uses[value]:
-                    values.pop(value, None)
-            try:
-                made = self._run(step, given, planned.gives, rows)
-            except RequestError as error:
-                raise RequestError(f"{_told(step)}: {error}") from None
-            except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
-                raise StepError(f"{_told(step)}: {error}") from None
-            values.update((step.value(name), array) for name, array in made.items())
+        beside: list[Future[dict[str, Any]]] = []
+        try:
+            while left or beside:
+                ready = [one for one in left if values.keys() >= {*one.takes.values()}]
+                alone = len(ready) == 1 and not beside
+                mine = []
+                for planned in ready:
+                    left.remove(planned)
+                    given = _take(values, uses, planned)
+                    if alone or planned.step.module not in self._forking:
+                        mine.append((planned, given))
+                    else:
+                        beside.append(self._threads.submit(self._step, planned, given, rows))
+                for planned, given in mine:
+                    values.update(self._step(planned, given, rows))
+                if beside and not mine:
+                    done = wait(beside, return_when=FIRST_COMPLETED).done
+                    for ran in [ran for ran in beside if ran in done]:
+                        beside.remove(ran)
+                        values.update(ran.result())
+        finally:
+            wait(beside)  # after a failure: no step outlives its request
         return {name: values[name] for name in outputs}
 
     def close(self) -> None:
+        self._threads.shutdown()
         try:
             for hosted in self._hosted.values():
                 hosted.close()
         finally:
             self._blocks.close()
+
+    def _step(self, planned: Planned, given: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        """The values that a step gives. Raises RequestError or StepError that name it."""
+        step = planned.step
+        try:
+            made = self._run(step, given, planned.gives, rows)
+        except RequestError as error:
+            raise RequestError(f"{_told(step)}: {error}") from None
+        except Exception as error:  # ONNX Runtime's own exceptions share no useful base class
+            raise StepError(f"{_told(step)}: {error}") from None
+        return {step.value(name): array for name, array in made.items()}
 
     def _run(
         self, step: Step, given: Mapping[str, Any], names: Sequence[str], rows: int
@@ -146,6 +178,16 @@ def tensors_of(wiring: Wiring, ports: Sequence[Port]) -> list[Tensor]:
 
 class StepError(RuntimeError):
     """A member failed."""
+
+
+def _take(values: dict[str, Any], uses: Counter[str], planned: Planned) -> dict[str, Any]:
+    """A step's arrays, by the names of its inputs; those that nobody else needs are let go."""
+    given = {name: values[value] for name, value in planned.takes.items()}
+    for value in planned.takes.values():
+        uses[value] -= 1
+        if not uses[value]:
+            values.pop(value, None)
+    return given
 
 
 def _told(step: Step) -> str:

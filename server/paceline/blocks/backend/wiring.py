@@ -78,6 +78,20 @@ class Wiring:
                 wanted.update(takes.values())
         return tuple(reversed(chosen))
 
+    def forks(self, module: str) -> bool:
+        """Whether some other step neither needs what this one makes nor makes what it needs."""
+        before: dict[str, set[str]] = {}
+        makers = {
+            step.value(port.name): step.module for step in self.steps for port in step.outputs
+        }
+        for step in self.steps:
+            parents = {makers[value] for value in step.inputs.values() if value in makers}
+            before[step.module] = parents.union(*(before[parent] for parent in parents))
+        return any(
+            other != module and other not in before[module] and module not in behind
+            for other, behind in before.items()
+        )
+
     @property
     def optional(self) -> frozenset[str]:
         """Inputs that a request for some output need not bring."""

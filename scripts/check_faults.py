@@ -1,0 +1,605 @@
+#!/usr/bin/env python3
+"""Serves chains on real Tritons while things break, and holds every answer against what is right.
+
+    .venv/bin/python scripts/check_faults.py                  # Paceline's own Triton, two minutes
+    .venv/bin/python scripts/check_faults.py --tritons 2      # two Tritons it only knows by address
+    .venv/bin/python scripts/check_faults.py --seed 7 --seconds 600 -- --memory-mib 150
+    .venv/bin/python scripts/check_faults.py --blocks         # one of the models swaps its weights
+    .venv/bin/python scripts/check_faults.py --say "runs: auto" --say "keep_alive_s: 3"
+
+Clients ask a chain of three, a chain with a fan-out and a model by its own name, alone, in streams,
+cancelled and in bursts. Meanwhile, drawn from the seed: a model's process or a whole Triton is
+killed or stopped for a while, chains are deleted and applied anew, models unloaded and loaded.
+What is after `--` is handed to `paceline serve`.
+
+Exits 1 where a request ended twice, never, or too late, with a wrong answer or an error that faults
+do not explain; where anything was not served again after the last fault, or was left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import onnx
+import psutil
+import tritonclient.grpc.aio as triton
+from tritonclient.utils import InferenceServerException
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.timed_model import write_timed
+
+from paceline.core.errors import PacelineError
+from paceline.triton.launcher import LocalTriton, LocalTritonSettings, shm_owner_prefix
+from paceline.v1 import control_pb2, control_pb2_grpc
+
+ROW = 4
+WIDTH = 2**18
+LAYERS = 6
+BUDGET_MIB = 16
+MOST_ITEMS = 5
+TIMEOUT_S = 4.0
+"""A client's deadline."""
+LATE_S = 1.0
+"""How long after it an answer may come: two busy cores."""
+HEALED_S = 60.0
+"""How long after the last fault everything must be served again."""
+EXPLAINED = {
+    "StatusCode.DEADLINE_EXCEEDED": "late",
+    "StatusCode.RESOURCE_EXHAUSTED": "shed",
+    "StatusCode.UNAVAILABLE": "unavailable",
+    "StatusCode.CANCELLED": "cancelled",
+}
+SAID = {
+    "late": "timeout expired|deadline exceeded",
+    "shed": "is overloaded|maximum queue size|is not in memory",
+    "unavailable": "not reachable|not healthy|no other machine|connection|unavailable",
+    "unknown": "unknown model|is not available|not found|is not ready",
+}
+"""On streams errors come without a status; unknown: while a chain is deleted, a model unloaded."""
+
+_SPLIT = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+            rows = np.stack([x * (i + 1) for i in range(int(x[0]) % MOST)] or [x])
+            rows = rows[: int(x[0]) % MOST].astype(np.float32)
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("rows", rows)]))
+        return responses
+""".replace("MOST", str(MOST_ITEMS))
+
+LINE = f"""
+chain: line
+slo_ms: 2000
+inputs: {{x: {{dtype: FP32, shape: [{ROW}]}}}}
+modules:
+  a: {{model: first, inputs: {{x: inputs.x}}}}
+  b: {{model: second, inputs: {{x: a.y}}}}
+  c: {{model: first, inputs: {{x: b.y}}}}
+outputs: {{y: c.y}}
+"""
+ITEMS = f"""
+chain: items
+slo_ms: 2000
+inputs: {{x: {{dtype: FP32, shape: [{ROW}]}}}}
+modules:
+  split: {{model: split, inputs: {{x: inputs.x}}}}
+  each: {{model: second, for_each: split.rows, fan_out: 2, inputs: {{x: split.rows}}}}
+outputs: {{y: each.y}}
+"""
+CHAINS = {"line": LINE, "items": ITEMS}
+ASKED = ("line", "items", "second")
+
+
+def write_models(repository: Path, *, blocks: bool) -> None:
+    """`first` and `second` answer what they were given; `split` makes 0 to 4 rows of a row."""
+    write_timed(repository, {1: 8, 8: 20}, "first", dims=f"[{ROW}]")
+    if blocks:
+        compile_second(repository)
+    else:
+        write_timed(repository, {1: 5, 8: 15}, "second", dims=f"[{ROW}]")
+    directory = repository / "split"
+    (directory / "1").mkdir(parents=True)
+    (directory / "1" / "model.py").write_text(_SPLIT.lstrip(), encoding="utf-8")
+    (directory / "config.pbtxt").write_text(
+        textwrap.dedent(
+            f"""\
+            name: "split"
+            backend: "python"
+            max_batch_size: 0
+            input [{{name: "x" data_type: TYPE_FP32 dims: [{ROW}]}}]
+            output [{{name: "rows" data_type: TYPE_FP32 dims: [-1, {ROW}]}}]
+            """
+        ),
+        encoding="utf-8",
+    )
+
+
+def compile_second(repository: Path) -> None:
+    """As blocks, 48 MiB of weights within a third of that: y = x A0 B0 A1 B1 ..., where A places x
+    somewhere in a wide row of zeros and B takes it out again.
+    """
+    nodes, weights, value = [], [], "x"
+    for layer in range(LAYERS):
+        wide = np.zeros((ROW, WIDTH), np.float32)
+        wide[np.arange(ROW), np.arange(ROW) + 100 * layer] = 1.0
+        for name, matrix in ((f"a{layer}", wide), (f"b{layer}", wide.T.copy())):
+            weights.append(onnx.numpy_helper.from_array(matrix, name))
+            made = "y" if name == f"b{LAYERS - 1}" else f"after_{name}"
+            nodes.append(onnx.helper.make_node("MatMul", [value, name], [made]))
+            value = made
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", ROW])
+        for name in "xy"
+    )
+    graph = onnx.helper.make_graph(nodes, "second", [x], [y], weights)
+    opset = [onnx.helper.make_opsetid("", 17)]
+    path = repository.parent / "second.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    command = [
+        *(sys.executable, "-m", "paceline", "blocks", "compile", str(path)),
+        *("--out", str(repository), "--budget-mib", str(BUDGET_MIB), "--max-batch", "8"),
+    ]
+    subprocess.run(command, check=True)
+
+
+def asked_of(name: str, number: int) -> tuple[Any, Any]:
+    """Input and right output of a request: no other request's output is the same."""
+    row = np.array([number, number + 0.5, -number, 1.0], np.float32)
+    if name == "second":
+        return row[None], row[None]
+    if name == "line":
+        return row, row
+    return row, np.stack([row * (i + 1) for i in range(MOST_ITEMS)])[: number % MOST_ITEMS]
+
+
+@dataclass
+class Seen:
+    """What became of the requests, and what was done meanwhile."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    asked: int = 0
+
+    def complain(self, text: str) -> None:
+        self.wrong.append(text)
+        print(f"WRONG: {text}", flush=True)
+
+
+class Clients:
+    """Requests without end, each held against what is right."""
+
+    def __init__(self, address: str, seen: Seen, rng: random.Random) -> None:
+        self.address = address
+        self.seen = seen
+        self.rng = rng
+        self.client = triton.InferenceServerClient(address)
+
+    async def ask(self, name: str, *, give_up_s: float | None = None) -> bool:
+        """One request; whether it was answered."""
+        self.seen.asked += 1
+        number = self.seen.asked
+        given, right = asked_of(name, number)
+        x = triton.InferInput("x", given.shape, "FP32")
+        x.set_data_from_numpy(given)
+        began_s = time.monotonic()
+        call = asyncio.create_task(
+            self.client.infer(name, [x], request_id=str(number), client_timeout=TIMEOUT_S)
+        )
+        if give_up_s is not None:
+            await asyncio.wait((call,), timeout=give_up_s)
+            call.cancel()
+        try:
+            result = await call
+        except asyncio.CancelledError:
+            if give_up_s is None:
+                raise
+            self.seen.ends["given up"] += 1
+            return False
+        except InferenceServerException as error:
+            self._failed(name, number, error)
+            return False
+        finally:
+            took_s = time.monotonic() - began_s
+            if took_s > TIMEOUT_S + LATE_S:
+                self.seen.complain(f"request {number} to {name} ended after {took_s:.1f} s")
+        self._answered(name, number, right, result)
+        return True
+
+    async def stream(self, count: int) -> None:
+        """Some requests on one stream, whose answers come by request id, items as they come."""
+        rights: dict[str, Any] = {}
+        parts: dict[str, list[Any]] = {}
+
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            for _ in range(count):
+                self.seen.asked += 1
+                number = self.seen.asked
+                given, right = asked_of("items", number)
+                x = triton.InferInput("x", given.shape, "FP32")
+                x.set_data_from_numpy(given)
+                rights[str(number)] = right
+                yield {"model_name": "items", "inputs": [x], "request_id": str(number)}
+                await asyncio.sleep(self.rng.random() * 0.02)
+
+        failed = 0
+        try:
+            async with asyncio.timeout(TIMEOUT_S + LATE_S + count * 0.02):
+                async for result, error in self.client.stream_infer(
+                    requests(), stream_timeout=TIMEOUT_S
+                ):
+                    if error is not None:
+                        failed += 1
+                        self._failed("items", None, error)
+                        continue
+                    identity = result.get_response().id
+                    parts.setdefault(identity, []).append(result.as_numpy("y"))
+        except TimeoutError:
+            self.seen.complain(f"a stream of {count} did not end")
+        except InferenceServerException as error:
+            failed = count
+            self._failed("items", None, error)
+        for identity, found in parts.items():
+            # Parts come in any order; those that did come are rows of the right answer.
+            rows = {tuple(row) for row in rights[identity]}
+            got = [tuple(row) for part in found if part is not None for row in part]
+            if not rows.issuperset(got) or len(set(got)) < len(got):
+                self.seen.complain(f"request {identity} on a stream: {got}, not {rows}")
+            self.seen.ends["streamed"] += len(got) == len(rows)
+
+    def _answered(self, name: str, number: int, right: Any, result: Any) -> None:
+        got = result.as_numpy("y")
+        if result.get_response().id != str(number):
+            self.seen.complain(f"request {number} got the answer of {result.get_response().id}")
+        elif got is None or got.shape != right.shape or not np.array_equal(got, right):
+            self.seen.complain(f"request {number} to {name} got {got}, not {right}")
+        self.seen.ends["answered"] += 1
+
+    def _failed(self, name: str, number: int | None, error: InferenceServerException) -> None:
+        status = str(error.status() or "")
+        said = error.message() or ""
+        kinds = (kind for kind, words in SAID.items() if re.search(words, said, re.IGNORECASE))
+        kind = EXPLAINED.get(status) or next(kinds, None)
+        if kind is not None:
+            self.seen.ends[kind] += 1
+        else:
+            self.seen.ends["failed"] += 1
+            self.seen.complain(f"request {number} to {name}: {status} {error.message()}")
+
+    async def run(self, rate_rps: float, until_s: float) -> None:
+        """Ask at that rate (Poisson), now and then in bursts and streams, some given up."""
+        tasks: set[asyncio.Task[Any]] = set()
+        while time.monotonic() < until_s:
+            draw = self.rng.random()
+            batch: list[Coroutine[Any, Any, Any]]
+            if draw < 0.004:
+                batch = [self.ask(self.rng.choice(ASKED)) for _ in range(60)]
+            elif draw < 0.02:
+                batch = [self.stream(self.rng.randint(1, 12))]
+            elif draw < 0.08:
+                batch = [self.ask(self.rng.choice(ASKED), give_up_s=self.rng.random() * 0.1)]
+            else:
+                batch = [self.ask(self.rng.choice(ASKED))]
+            for each in batch:
+                task = asyncio.create_task(each)
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            await asyncio.sleep(self.rng.expovariate(rate_rps))
+        if tasks:
+            _, pending = await asyncio.wait(tasks, timeout=TIMEOUT_S + 5 * LATE_S)
+            for task in pending:
+                task.cancel()
+            if pending:
+                self.seen.complain(f"{len(pending)} requests never ended")
+
+
+class Faults:
+    """What breaks."""
+
+    def __init__(
+        self, seen: Seen, rng: random.Random, clients: Clients, state: Path, control: Any
+    ) -> None:
+        self._seen = seen
+        self._rng = rng
+        self._clients = clients
+        self._state = state
+        self._control = control
+
+    async def run(self, until_s: float) -> None:
+        """One after the other, with pauses in which some of them heal."""
+        kinds = {
+            "model killed": (4, self._kill_model),
+            "model stopped": (4, self._stop_model),
+            "Triton killed": (1, self._kill_triton),
+            "Triton stopped": (2, self._stop_triton),
+            "chain applied anew": (2, self._apply),
+            "chain deleted": (1, self._delete),
+            "model unloaded": (1, self._unload),
+        }
+        names = list(kinds)
+        weights = [kinds[name][0] for name in names]
+        while time.monotonic() < until_s:
+            (name,) = self._rng.choices(names, weights)
+            self._seen.faults[name] += 1
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                await kinds[name][1]()
+            await asyncio.sleep(self._rng.choice((0.1, 0.5, 2.0, 6.0)))
+
+    def _processes(self, name: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter(["name", "cmdline"]):
+            command = " ".join(process.info["cmdline"] or ())
+            if process.info["name"] == name and str(self._state) in command:
+                found.append(process)
+        return found
+
+    async def _kill_model(self) -> None:
+        if stubs := self._stubs():
+            os.kill(self._rng.choice(stubs).pid, signal.SIGKILL)
+
+    async def _stop_model(self) -> None:
+        if stubs := self._stubs():
+            await self._stop(self._rng.choice(stubs))
+
+    async def _kill_triton(self) -> None:
+        if found := self._processes("tritonserver"):
+            os.kill(self._rng.choice(found).pid, signal.SIGKILL)
+
+    async def _stop_triton(self) -> None:
+        if found := self._processes("tritonserver"):
+            await self._stop(self._rng.choice(found))
+
+    def _stubs(self) -> list[psutil.Process]:
+        tritons = self._processes("tritonserver")
+        return [
+            child
+            for triton_process in tritons
+            for child in triton_process.children(recursive=True)
+            if "stub" in child.name()
+        ]
+
+    async def _stop(self, process: psutil.Process) -> None:
+        process.suspend()
+        try:
+            await asyncio.sleep(self._rng.choice((0.05, 0.3, 1.0, 4.0)))
+        finally:
+            process.resume()
+
+    async def _apply(self) -> None:
+        await self._changed(self._put(self._rng.choice(sorted(CHAINS))))
+
+    async def _delete(self) -> None:
+        name = self._rng.choice(sorted(CHAINS))
+        await self._changed(self._control.Delete(control_pb2.DeleteRequest(chain=name)))
+        await asyncio.sleep(0.2)
+        await self.put_back(name)
+
+    async def _unload(self) -> None:
+        client = self._clients.client
+        await self._changed(client.unload_model("second"))
+        await asyncio.sleep(0.2)
+        await self.have("second")
+
+    async def put_back(self, name: str) -> None:
+        """Apply a chain until it is served: nothing else does that."""
+        await self._until_changed(f"chain {name}", lambda: self._put(name))
+
+    async def have(self, model: str) -> None:
+        """Load a model until it is there."""
+        client = self._clients.client
+        await self._until_changed(f"model {model}", lambda: client.load_model(model))
+
+    async def _until_changed(self, what: str, change: Callable[[], Any]) -> None:
+        until_s = time.monotonic() + HEALED_S
+        while not await self._changed(change()):
+            if time.monotonic() > until_s:
+                self._seen.complain(f"{what} was refused for {HEALED_S:g} s")
+                return
+            await asyncio.sleep(1.0)
+
+    def _put(self, name: str) -> Any:
+        return self._control.Apply(
+            control_pb2.ApplyRequest(chains=[control_pb2.ChainDocument(yaml=CHAINS[name])])
+        )
+
+    async def _changed(self, change: Any) -> bool:
+        """Changes may fail while Tritons are down, but end."""
+        try:
+            async with asyncio.timeout(HEALED_S):
+                await change
+        except (grpc.aio.AioRpcError, InferenceServerException):
+            self._seen.ends["changes refused"] += 1
+            return False
+        except TimeoutError:
+            self._seen.complain(f"a change took more than {HEALED_S:g} s")
+            return False
+        return True
+
+
+async def healed(clients: Clients, seen: Seen) -> None:
+    """Everything is answered again, many times over; now and then one may be late."""
+    for name in ASKED:
+        until_s = time.monotonic() + HEALED_S
+        good = 0
+        while good < 20:
+            answered = await clients.ask(name)
+            good = good + 1 if answered else max(0, good - 4)
+            if time.monotonic() > until_s:
+                seen.complain(f"{name} is not served {HEALED_S:g} s after the last fault")
+                break
+            await asyncio.sleep(0.02 if answered else 0.5)
+
+
+@asynccontextmanager
+async def serving(
+    work: Path, tritons: int, arguments: Sequence[str], *, blocks: bool
+) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
+    """`paceline serve` over what it is to serve; its address."""
+    models, chains, state = work / "models", work / "chains", work / "state"
+    chains.mkdir()
+    await asyncio.to_thread(write_models, models, blocks=blocks)
+    for name, text in CHAINS.items():
+        (chains / f"{name}.yaml").write_text(text, encoding="utf-8")
+    async with AsyncExitStack() as stack:
+        remote: list[str] = []
+        for index in range(tritons):
+            settings = LocalTritonSettings(
+                state_directory=state / f"triton{index}", model_repositories=(models,)
+            )
+            started = await stack.enter_async_context(LocalTriton(settings))
+            remote += ["--triton", f"cpu@{started.url}"]
+        command = [
+            *(sys.executable, "-m", "paceline", "serve", "--state-dir", str(state)),
+            *("--chains", str(chains), "--model-repository", str(models)),
+            *("--grpc-port", "0", "--http-port", "0", "--replan-window-s", "5"),
+            *(remote or ["--slots", "3"]),
+            *arguments,
+        ]
+        log = stack.enter_context((work / "paceline.log").open("w+"))
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        try:
+            yield await _address(process, work / "paceline.log"), process
+        finally:
+            if process.returncode is None:
+                process.terminate()
+                await process.wait()
+
+
+async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
+    for _ in range(1200):
+        text = await asyncio.to_thread(log.read_text, encoding="utf-8")
+        if found := re.search(r"serving gRPC on (127\.0\.0\.1:\d+)", text):
+            return found[1]
+        if process.returncode is not None:
+            break
+        await asyncio.sleep(0.1)
+    raise PacelineError(f"paceline serve did not start:\n{text}")
+
+
+async def check(work: Path, options: argparse.Namespace) -> Seen:
+    """The whole run."""
+    seen, rng = Seen(), random.Random(options.seed)
+    async with serving(work, options.tritons, options.serve, blocks=options.blocks) as served:
+        address, process = served
+        clients = Clients(address, seen, random.Random(rng.random()))
+        async with grpc.aio.insecure_channel(address) as channel:
+            control = control_pb2_grpc.ControlStub(channel)
+            faults = Faults(seen, rng, clients, work / "state", control)
+            await healed(clients, seen)
+            front = psutil.Process(process.pid)
+            before_bytes = front.memory_info().rss
+            began_s = time.monotonic()
+            until_s = began_s + options.seconds
+            tasks = [
+                asyncio.create_task(clients.run(options.rate, until_s + 2.0)),
+                asyncio.create_task(faults.run(until_s)),
+            ]
+            waited_for: set[asyncio.Task[None]] = set(tasks)
+            while waited_for:
+                done, waited_for = await asyncio.wait(waited_for, timeout=15.0)
+                for task in done:
+                    task.result()
+                print(
+                    f"{time.monotonic() - began_s:5.0f} s: {sum(seen.faults.values())} faults, "
+                    f"{seen.asked} requests: {dict(seen.ends)}",
+                    flush=True,
+                )
+            for name in CHAINS:
+                await faults.put_back(name)
+            await faults.have("second")
+            await healed(clients, seen)
+            for _ in range(20):
+                status = json.loads((await control.Status(control_pb2.StatusRequest())).json)
+                if not status["in_flight"]:
+                    break
+                await asyncio.sleep(0.5)
+            else:
+                seen.complain(f"{status['in_flight']} requests are still in flight")
+            print(
+                f"paceline serve takes {front.memory_info().rss / 2**20:.0f} MiB, "
+                f"{before_bytes / 2**20:.0f} before"
+            )
+        await clients.client.close()
+        process.terminate()
+        async with asyncio.timeout(60.0):
+            code = await process.wait()
+        if code:
+            seen.complain(f"paceline serve ended with {code}")
+    look_around(work, process.pid, seen)
+    return seen
+
+
+def look_around(work: Path, pid: int, seen: Seen) -> None:
+    """What a `paceline serve` that has ended left behind."""
+    left = [
+        " ".join(p.info["cmdline"])
+        for p in psutil.process_iter(["cmdline"])
+        if str(work / "state") in " ".join(p.info["cmdline"] or ()) and p.pid != os.getpid()
+    ]
+    left += [str(path) for path in Path("/dev/shm").glob(f"{shm_owner_prefix(pid)}*")]
+    for each in left:
+        seen.complain(f"left behind: {each}")
+    if "Traceback" in (work / "paceline.log").read_text(encoding="utf-8"):
+        seen.complain("paceline serve logged a traceback")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="how long things break")
+    parser.add_argument("--rate", type=float, default=40.0, help="requests per second")
+    parser.add_argument("--seed", type=int, default=1, help="what breaks, and when")
+    parser.add_argument("--tritons", type=int, default=0, help="remote Tritons (0: its own)")
+    parser.add_argument("--keep", type=Path, help="a new directory, to work in and keep with logs")
+    parser.add_argument("--blocks", action="store_true", help="one of the models within a budget")
+    parser.add_argument(
+        "--say", action="append", default=[], help="one more line of every chain file; repeatable"
+    )
+    parser.add_argument("serve", nargs="*", help="further options of paceline serve, after --")
+    options = parser.parse_args()
+    for name in CHAINS:
+        CHAINS[name] += "".join(f"{line}\n" for line in options.say)
+    with ExitStack() as stack:
+        if options.keep is None:
+            temporary = tempfile.TemporaryDirectory(prefix="paceline-faults-")
+            work = Path(stack.enter_context(temporary))
+        else:
+            work = options.keep.resolve()
+            work.mkdir(parents=True)
+        seen = asyncio.run(check(work, options))
+    print(f"{seen.asked} requests: {dict(seen.ends)}; faults: {dict(seen.faults)}")
+    print(f"{len(seen.wrong)} wrong")
+    return 1 if seen.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
