@@ -20,6 +20,7 @@ from tests.integration.models import (
     write_broken,
     write_failing,
     write_identity,
+    write_picky,
     write_transpose,
 )
 from tests.integration.paceline_process import Paceline
@@ -77,6 +78,7 @@ def front_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_timed(repository, {1: 80}, "slow", max_batch_size=4)
     write_transpose(repository)
     write_failing(repository)
+    write_picky(repository)
     write_broken(repository)
     return repository
 

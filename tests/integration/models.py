@@ -45,6 +45,24 @@ class TritonPythonModel:
         return [pb_utils.InferenceResponse(error=error) for _ in requests]
 """
 
+_PICKY = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
+            if (x == -1).any():
+                error = pb_utils.TritonError("a bad item", pb_utils.TritonError.INVALID_ARG)
+                responses.append(pb_utils.InferenceResponse(error=error))
+                continue
+            large = pb_utils.Tensor("large", x[:, :1] > 100)
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("y", 2 * x), large]))
+        return responses
+"""
+
 _BROKEN = """
 class TritonPythonModel:
     def initialize(self, args):
@@ -130,6 +148,19 @@ def write_failing(repository: Path, name: str = "failing") -> Path:
     output [{name: "y" data_type: TYPE_FP32 dims: [4]}]
     """
     return write_model(repository, name, config, _FAILING)
+
+
+def write_picky(repository: Path, name: str = "picky") -> Path:
+    """y = 2 x, and whether a row's first element is above 100; a batch with a -1 in it fails."""
+    config = """
+    max_batch_size: 8
+    input [{name: "x" data_type: TYPE_FP32 dims: [4]}]
+    output [
+      {name: "y" data_type: TYPE_FP32 dims: [4]},
+      {name: "large" data_type: TYPE_BOOL dims: [1]}
+    ]
+    """
+    return write_model(repository, name, config, _PICKY)
 
 
 def write_broken(repository: Path, name: str = "broken") -> Path:

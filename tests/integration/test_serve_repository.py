@@ -84,7 +84,7 @@ def test_chains_and_models_are_ready_and_others_are_not(
     assert ready == {"pair": True, "items": True, "add": True, "broken": False, "nope": False}
     found = states(client)
     assert found.pop("broken") == "UNAVAILABLE"
-    expected = ("add", "failing", "identity", "items", "pair", "slow", "transpose")
+    expected = ("add", "failing", "identity", "items", "pair", "picky", "slow", "transpose")
     assert found == dict.fromkeys(expected, "READY")
 
 

@@ -83,6 +83,14 @@ class Pools(RuleBasedStateMachine):
         else:
             self.pool.broke(machine, model, self.now_s)
 
+    def slots(self, model: str, other: str) -> int:
+        """Of machines that can run both."""
+        return sum(
+            machine.slots
+            for machine in self.pool.all()
+            if all(m in machine.lanes and machine.lanes[m].instances for m in (model, other))
+        )
+
     @invariant()
     def answers_are_those_of_looking_at_every_machine(self) -> None:
         for model in MODELS:
@@ -106,8 +114,11 @@ class Pools(RuleBasedStateMachine):
             assert [rank[:2] for rank in got] == sorted(free)
             assert list(self.pool.free_at_s(model, self.now_s)) == sorted(free_at_s)
             assert self.pool.next_probe_s(model, self.now_s) == min(probes_s)
-            sharing = {other for machine, _ in holding for other in machine.lanes}
-            assert self.pool.sharing(model) == sharing
+            for other in MODELS:
+                # A second of work of it is spread over the slots that can run it.
+                both = self.slots(model, other)
+                own = self.slots(model, model) * self.slots(other, other)
+                assert self.pool.part_of(model, other) == (both / own if both else 0.0)
 
 
 TestPools = Pools.TestCase

@@ -84,12 +84,53 @@ def test_slowdowns_are_learned_over_profiled_p95_weighted_by_batches() -> None:
         ProfileRow("asr", "t4", size, took_s) for size, took_s in PROFILES["asr"]
     )
     learned = [
-        LearnedDuration("asr", "t4", 1, count=30, median_s=0.01, p95_s=2 * 0.0484),
-        LearnedDuration("asr", "t4", 8, count=90, median_s=0.01, p95_s=0.2035),
-        LearnedDuration("asr", "t4", 4, count=19, median_s=0.01, p95_s=9.0),
-        LearnedDuration("unprofiled", "t4", 1, count=99, median_s=0.01, p95_s=9.0),
+        LearnedDuration("asr", "g0", "t4", 1, count=30, median_s=0.01, p95_s=2 * 0.0484),
+        LearnedDuration("asr", "g0", "t4", 8, count=90, median_s=0.01, p95_s=0.2035),
+        LearnedDuration("asr", "g0", "t4", 4, count=19, median_s=0.01, p95_s=9.0),
+        LearnedDuration("unprofiled", "g0", "t4", 1, count=99, median_s=0.01, p95_s=9.0),
     ]
     assert provisioning.slowdowns(learned) == {("asr", "t4"): pytest.approx(1.25)}
+
+
+@pytest.mark.parametrize("machines", [2, 3, 4])
+def test_one_slow_machine_is_a_straggler_and_its_kind_is_as_fast_as_before(machines: int) -> None:
+    provisioning = Provisioning(
+        cast(Machines, Rented()), {"t4": Hardware("t4", 1.0)}, Options(), lambda step: None
+    )
+    provisioning.profiles = provisioning.profiles.merged(
+        ProfileRow("asr", "t4", size, took_s) for size, took_s in PROFILES["asr"]
+    )
+    learned = [
+        LearnedDuration("asr", f"g{at}", "t4", 8, 50, 0.2, 0.2035 * (1.0 if at else 3.0))
+        for at in range(machines)
+    ]
+    assert provisioning.slowdowns(learned) == {("asr", "t4"): pytest.approx(1.0)}
+    others = {f"g{at}": pytest.approx(1.0) for at in range(1, machines)}
+    assert provisioning.stragglers(learned) == {"g0": pytest.approx(3.0), **others}
+    alone = provisioning.slowdowns(learned[:1])
+    assert alone == {("asr", "t4"): pytest.approx(3.0)}, "nobody says that its kind is faster"
+
+
+def test_a_straggler_counts_as_less_of_a_machine_where_machines_are_scarce() -> None:
+    provisioning = Provisioning(
+        cast(Machines, Rented()), {"t4": Hardware("t4", 1.0)}, Options(), lambda step: None
+    )
+    provisioning.profiles = provisioning.profiles.merged(
+        ProfileRow("asr", "t4", size, took_s) for size, took_s in PROFILES["asr"]
+    )
+    module = Module("asr", "asr", {"x": Source(None, "x")})
+    chains = [
+        Chain(name, 1.0, (X,), (module,), {"y": Source("asr", "y")}, priority=at, rate_rps=70.0)
+        for at, name in enumerate(("high", "low"))
+    ]
+    traffic = provisioning.assumed(chains)
+    planned = provisioning.solve(chains, SPECS, traffic).chain("low")
+    assert planned is not None and planned.rate_rps == 70.0, "four slots suffice for both"
+    provisioning.slow = {"t4.0": 2.0}
+    plan = provisioning.solve(chains, SPECS, traffic)
+    high, low = plan.chain("high"), plan.chain("low")
+    assert high is not None and high.rate_rps == 70.0
+    assert low is not None and low.rate_rps < 10.0, "two do not"
 
 
 Points = Mapping[str, Sequence[tuple[int, float]]]

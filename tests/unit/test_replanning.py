@@ -30,6 +30,8 @@ class Controller:
         self.chain: tuple[Chain, ...] = (OCR,)
         self.up = {"a", "b"}
         self.rebalanced: list[list[str]] = []
+        self.behind: dict[str, float] = {}
+        self.told_slow: list[dict[str, float]] = []
 
     def chains(self) -> tuple[Chain, ...]:
         return self.chain
@@ -40,11 +42,15 @@ class Controller:
     def slowdowns(self) -> Mapping[tuple[str, str], float]:
         return self.slow
 
+    def stragglers(self) -> Mapping[str, float]:
+        return self.behind
+
     def machines_up(self) -> frozenset[str]:
         return frozenset(self.up)
 
-    async def rebalance(self) -> None:
+    async def rebalance(self, slow: Mapping[str, float]) -> None:
         self.rebalanced.append(sorted(self.up))
+        self.told_slow.append(dict(slow))
 
     async def replan(self, proposal: Proposal, decide: Decide) -> bool:
         self.asked.append(proposal)
@@ -176,3 +182,25 @@ def test_machines_that_come_and_go_are_planned_for_at_the_next_look() -> None:
         asyncio.run(run(replanner, 20, range(second, second + 1)))
     assert controller.rebalanced == [["a"], ["b", "c"]], "without machines there is no plan"
     assert [c.reason for c in replanner.changes] == ["b is gone", "b has come, c has come"]
+
+
+def test_a_machine_that_stays_slower_than_its_kind_is_told_the_plan_and_so_is_its_recovery() -> (
+    None
+):
+    controller = Controller()
+    replanner = Replanner(controller, RULES)
+    controller.behind = {"a": 1.0, "b": 3.0}
+    asyncio.run(run(replanner, 20, range(2)))
+    assert controller.told_slow == [], "a stall does not count"
+    asyncio.run(run(replanner, 20, range(2, 30)))
+    assert controller.told_slow == [{"b": 3.0}]
+    controller.behind["b"] = 1.3
+    asyncio.run(run(replanner, 20, range(30, 90)))
+    assert len(controller.told_slow) == 1, "it wanders about the limit"
+    controller.behind["b"] = 1.0
+    asyncio.run(run(replanner, 20, range(90, 120)))
+    assert controller.told_slow == [{"b": 3.0}, {}]
+    assert [change.reason for change in replanner.changes] == [
+        "b takes 3 times as long as others",
+        "b is as fast as others again",
+    ]

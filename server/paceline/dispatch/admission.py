@@ -2,12 +2,12 @@
 spend machines on late answers.
 
 A request's end is predicted by walking its chain: a module starts when its parents have ended, and
-not before a batch for one more row could start there. Rows ahead (admitted, not yet launched, as
-urgent or more) fill whole batches, which start on the slots in the order in which they are expected
-to be free; the batch that the request joins grows at the planned rate until it starts. Of the
-chain's other modules that share the machines, what the queues' order (launch-by times) puts before
-the request counts: further down, not the rows of requests that entered just before it; further
-up, those of requests that enter just after it as well.
+not before a batch for one more row could start there. Which batch that is the module's policy knows
+(`Collector.foreseen`), behind the rows ahead (admitted, not yet launched, as urgent or more); it
+grows at the planned rate until it starts. Rows that one batch brings come together. Of the
+chain's other modules that share machines with it, what the queues' order (launch-by times) puts
+before the request counts: further down, not the rows of requests that entered just before it;
+further up, those of requests that enter just after it as well.
 
 Behind more urgent priorities it also counts what will come at them meanwhile; and a chain to which
 they leave next to nothing is owed a little all the same (`foresight`).
@@ -24,9 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf
 
 from paceline.core.errors import ErrorKind, Rejected
+from paceline.dispatch.collector import NOTHING_ROWS
 from paceline.dispatch.foresight import FIRST, Foresight, Shares, Urgent, level
 from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.refusals import LEAST_RETRY_S
@@ -34,8 +35,6 @@ from paceline.dispatch.stage import Served, Stage
 
 ReadyIn = Callable[[str, float], float]
 """How long from an instant on until a model can be used; 0 when it can."""
-
-_NOTHING_ROWS = 1e-6
 
 MISS_STEP = 0.05
 """By what share of a chain's slack (its objective less planned batches along its slowest path) a
@@ -100,7 +99,7 @@ class Admission:
         cold = self.cold(served, now_s)
         given = priority
         if served.route.modules[0].rate_rps > 0 or cold:
-            predicted_s = self.predicted_s(served, priority, pool, now_s)
+            predicted_s = self.predicted_s(served, priority, pool, now_s, budget_s)
             margin_s = self._margin_s(served, priority, predicted_s, now_s)
             excess_s = predicted_s + margin_s - budget_s
             if excess_s > 0:
@@ -122,25 +121,27 @@ class Admission:
         ready_in_s = ((s.route.model, self.ready_in_s(s.route.model, now_s)) for s in served.stages)
         return {model: wait_s for model, wait_s in ready_in_s if wait_s > 0}
 
-    def predicted_s(self, served: Served, priority: int, pool: MachinePool, now_s: float) -> float:
-        """Time from now to the answer of a request that would enter now."""
-        ends_s: list[float] = []
+    def predicted_s(
+        self,
+        served: Served,
+        priority: int,
+        pool: MachinePool,
+        now_s: float,
+        budget_s: float = inf,
+    ) -> float:
+        """Time from now to the answer of a request that would enter now with `budget_s` left."""
+        ends: list[tuple[float, int]] = []
+        """When each module's batch ends, and its rows."""
         # Where machines are too few for the planned rate, no more than they can take gets in.
         share = min(1.0, pool.slots / served.load) if served.load > 0 else 1.0
         urgent = self._foresight.urgent(priority, now_s)
         for stage, parents in zip(served.stages, served.parents, strict=True):
-            route = stage.route
-            there_s = 0.0
+            there = (0.0, 1)
             for parent in parents:
-                if ends_s[parent] > there_s:
-                    there_s = ends_s[parent]
-            start_s, rows = self._start(stage, priority, there_s, share, urgent, pool, now_s)
-            if there_s > start_s:
-                start_s = there_s
-            if start_s > 0:
-                rows += int(route.rate_rps * start_s)
-            ends_s.append(start_s + route.best_s(min(route.full_rows, rows)))
-        return max(ends_s)
+                if ends[parent] > there:
+                    there = ends[parent]
+            ends.append(self._end(stage, priority, budget_s, there, share, urgent, pool, now_s))
+        return max(ends)[0]
 
     def missed(self, served: Served, now_s: float, priority: int = 0) -> None:
         """A request that was admitted did not end in time."""
@@ -176,7 +177,7 @@ class Admission:
             if left is None:
                 continue
             left -= rows
-            if left > _NOTHING_ROWS:
+            if left > NOTHING_ROWS:
                 ahead[priority] = left
                 continue
             # Sums of floats end near 0, not at it: start over, so that errors do not add up.
@@ -192,7 +193,7 @@ class Admission:
             return False
         if not self._shares.owes(served, priority, pool, now_s):
             return False
-        return self.predicted_s(served, FIRST, pool, now_s) <= budget_s
+        return self.predicted_s(served, FIRST, pool, now_s, budget_s) <= budget_s
 
     def _margin_s(self, served: Served, priority: int, predicted_s: float, now_s: float) -> float:
         """No more than what the request is expected to wait: where nothing waits, none is refused
@@ -202,40 +203,50 @@ class Admission:
             return 0.0
         return min(margin.left_s(now_s), max(0.0, predicted_s - served.route.longest.floor_s))
 
-    def _start(
+    def _end(
         self,
         stage: Stage,
         priority: int,
-        there_s: float,
+        budget_s: float,
+        there: tuple[float, int],
         share: float,
         urgent: Urgent,
         pool: MachinePool,
         now_s: float,
     ) -> tuple[float, int]:
-        """When a batch with one more row could start, from now, and its rows so far.
+        """When a batch with one more row would end, from now, and its rows. The row is `there`
+        after so long, with so many others. `share` of the planned rate is admitted.
 
-        At once, where nobody can tell. The row is not there before `there_s`; `share` of the
-        planned rate is admitted.
+        Where nobody can tell, the batch starts at once.
         """
         route = stage.route
+        there_s, company = there
+        start_s, joined, size, known, rate_rps = 0.0, 1, route.full_rows, route.best, route.rate_rps
+        at_once = float(company)
         if self.ready_in_s is not None and (wait_s := self.ready_in_s(route.model, now_s)) > 0:
-            return wait_s, 1
-        if route.row_s <= 0:
-            return 0.0, 1
-        rows = stage.waiting_before(priority) if urgent else stage.ahead_of(priority)
-        batches, joined = divmod(int(rows + _NOTHING_ROWS), route.full_rows)
-        if batches == 0 and len(self._busy) <= 1 and pool.free(route.model, now_s):
-            return 0.0, joined + 1
-        free_s = pool.free_at_s(route.model, now_s)
-        if not free_s:
-            return 0.0, 1
-        rounds, position = divmod(batches, len(free_s))
-        own_s = free_s[position] - now_s + rounds * route.row_s * route.full_rows
-        same_s, urgent_s = self._others_s(stage, priority, there_s, share, urgent, pool)
-        start_s = own_s + same_s
-        if urgent:
-            start_s = self._foresight.start_s(urgent, start_s, urgent_s, route.model, pool)
-        return start_s, joined + 1
+            start_s = wait_s
+        elif route.row_s > 0:
+            rows = stage.waiting_before(priority) if urgent else stage.ahead_of(priority)
+            foreseen = stage.collector.foreseen(
+                rows, priority, budget_s - route.tail_s, pool, now_s
+            )
+            if foreseen is not None:
+                start_s, joined, size, known, rate_rps, at_once = foreseen
+                urgent_s = 0.0
+                if len(self._busy) > 1:
+                    same_s, urgent_s = self._others_s(stage, priority, there_s, share, urgent, pool)
+                    start_s += same_s
+                if urgent:
+                    start_s = self._foresight.start_s(urgent, start_s, urgent_s, route.model, pool)
+        if company > at_once and known is not None:
+            # Those of one batch come together, and do not fit into the batches that can start then.
+            there_s += int((company - 1) / at_once) * known.at(size)
+        if there_s > start_s:
+            start_s = there_s
+        if start_s > 0:
+            joined += int(rate_rps * start_s)
+        rows = joined if joined < size else size
+        return (start_s + known.at(rows) if known is not None else start_s), rows
 
     def _others_s(
         self,
@@ -246,17 +257,18 @@ class Admission:
         urgent: Urgent,
         pool: MachinePool,
     ) -> tuple[float, float]:
-        """Work of other modules that goes before, spread over all slots; and, where more urgent
-        work is foreseen, that which is already here."""
+        """Work of other modules that goes before on each of the module's slots; and, where more
+        urgent work is foreseen, that which is already here."""
         route = stage.route
-        near = pool.sharing(route.model)
         work_s = urgent_s = 0.0
         for other in self._busy:
-            if other is stage or other.route.model not in near:
+            part = pool.part_of(route.model, other.route.model)
+            if other is stage or part == 0.0:
                 continue
+            row_s = other.route.row_s * part
             rows = other.ahead_of(priority)
             if urgent and rows > (own := other.ahead.get(priority, 0.0)):
-                urgent_s += min(rows - own, other.collector.rows) * other.route.row_s
+                urgent_s += min(rows - own, other.collector.rows) * row_s
                 rows = own
             if other.route.chain == route.chain:
                 # Launched by `deadline - tail`: entered that much before it, they go before it.
@@ -266,9 +278,8 @@ class Admission:
                     rows -= min(other.ahead.get(priority, 0.0), rate_rps * lag_s)
                 else:
                     rows += rate_rps * min(-lag_s, there_s)
-            work_s += rows * other.route.row_s
-        slots = max(1, pool.slots)
-        return work_s / slots, urgent_s / slots
+            work_s += rows * row_s
+        return work_s, urgent_s
 
     def _change(self, ticket: Ticket, place: int, rows: float) -> None:
         had = ticket.rows[place]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
 
+from paceline.core.profile import Durations
 from paceline.core.values import value
 from paceline.dispatch.holders import Machine
 from paceline.dispatch.machines import MachinePool
@@ -14,6 +15,14 @@ from paceline.dispatch.route import ModuleRoute
 
 TIE_S = 1e-9
 """Instants this close are the same: planned rates fill batches exactly when machines free up."""
+NOTHING_ROWS = 1e-6
+"""Expected rows are sums of floats: as many more or less are none."""
+WORTHWHILE = 0.75
+"""The share of a full batch below which it is not shrunk to save its most urgent request."""
+
+Foreseen = tuple[float, int, int, Durations | None, float, float]
+"""A batch to come: how long until it could start, its rows so far, the most it takes, durations
+where it would run, the rate at which it fills, and how many rows can be started at once."""
 
 
 @value
@@ -76,10 +85,48 @@ class Collector(Protocol):
         """
         ...
 
-    def launched(self, offer: Offer) -> None:
-        """An offer was taken up."""
+    def foreseen(
+        self, rows: float, priority: int, by_s: float, pool: MachinePool, now_s: float
+    ) -> Foreseen | None:
+        """The batch that one more row would join, which has to be launched within `by_s`, behind
+        `rows` rows of that priority or a more urgent one, which wait here or are on their way; None
+        where nobody can tell.
+        """
         ...
 
-    def ended(self, lot: int) -> None:
+    def launched(self, offer: Offer, batch: int, ends_s: float) -> None:
+        """An offer was taken up, by batch number `batch`, expected to end at `ends_s`."""
+        ...
+
+    def ended(self, lot: int, batch: int) -> None:
         """A batch of that lot came back."""
         ...
+
+
+def in_time(head: Entry, machine: Machine, rows: int, now_s: float) -> int:
+    """Rows that a batch may hold so that its most urgent one is still answered in time."""
+    route = head.stage.route
+    if now_s <= head.launch_by_s or rows == 1:
+        return rows
+    known = route.durations.get(machine.hardware)
+    if known is None:
+        return rows
+    left_s = head.latest_s + known.at(1) - now_s
+    low, high = 1, rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if known.at(middle) <= left_s else (low, middle - 1)
+    return low
+
+
+def past_saving(queue: ModuleQueue, head: Entry, machine: Machine, size: int, now_s: float) -> bool:
+    """Whether `head` could only be saved by a batch so small that it costs those behind it.
+
+    Behind a full batch's worth of rows, what is past its launch-by time needs a smaller batch;
+    then those behind it are late in turn.
+    """
+    return (
+        size > 1
+        and queue.rows_like(head, size) >= size
+        and in_time(head, machine, size, now_s) < WORTHWHILE * size
+    )

@@ -178,7 +178,7 @@ class Dispatcher:
         return self._pool.all()
 
     def durations_learned(self) -> tuple[LearnedDuration, ...]:
-        """What batches took lately, by model, hardware and batch size."""
+        """What batches took lately, by model, machine, hardware and batch size."""
         return self._pool.learned.all()
 
     # -- requests ---------------------------------------------------------------------------
@@ -346,7 +346,7 @@ class Dispatcher:
                 look_s = overdue_at_s
         made = Batch(machine, stage, offer.lot, pieces, rows, now_s)
         self._running.add(batch, made, look_s)
-        stage.collector.launched(offer)
+        stage.collector.launched(offer, batch, machine.ends_s[batch])
         return Execute(batch, machine.name, call, rows, timeout_s)
 
     # -- what comes back --------------------------------------------------------------------
@@ -356,7 +356,7 @@ class Dispatcher:
         model, overdue = batch.stage.route.model, batch.overdue
         self._pool.ended(batch.machine, model, batch_id, overdue=overdue)
         if not overdue:
-            batch.stage.collector.ended(batch.lot)
+            batch.stage.collector.ended(batch.lot, batch_id)
         return batch
 
     def _batch_done(self, event: BatchDone, now_s: float, actions: list[Action]) -> None:

@@ -191,13 +191,10 @@ class Shares:
 
 
 def _of_slot_s(served: Served, model: str, pool: MachinePool) -> tuple[float, float, float]:
-    own = pool.common_slots(model, model)
     took_s = open_s = 0.0
     for stage, rows in zip(served.stages, served.fan_outs, strict=True):
         route = stage.route
-        # What runs on machines that do not hold `model` takes nothing of its slots.
-        if common := pool.common_slots(model, route.model):
-            row_s = route.row_s * common / pool.common_slots(route.model, route.model) / own
-            took_s += rows * row_s
-            open_s += (route.full_rows - 1) / 4 * row_s
+        row_s = route.row_s * pool.part_of(model, route.model)
+        took_s += rows * row_s
+        open_s += (route.full_rows - 1) / 4 * row_s
     return took_s, open_s, served.route.bound.chain.slo_s

@@ -28,6 +28,9 @@ class Lane:
     instances: int
     running: int = 0
     ratio: float = 1.0
+    """What its batches take over what the profile says, whatever their size."""
+    ratios: dict[int, float] = field(default_factory=dict)
+    """The same by rows of a batch, of those that were executed."""
     batches: int = 0
     failures: int = 0
     overdue: int = 0
@@ -44,6 +47,10 @@ class Lane:
     def quarantined(self) -> bool:
         """Whether its last batch failed in a way that says the lane is broken, or does not end."""
         return self.failures > 0 or self.overdue > 0
+
+    def slower(self, rows: int) -> float:
+        """What a batch of so many rows is expected to take over what the profile says."""
+        return self.ratios.get(rows, self.ratio)
 
     @property
     def straggling(self) -> bool:

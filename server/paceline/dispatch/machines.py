@@ -4,9 +4,9 @@ A *lane* is one model on one machine: the unit that fails, is quarantined and is
 Invariants: a machine runs at most `slots` batches and of a model at most its instances; a lane in
 quarantine gets at most one batch, its probe, only after its back-off and when it executes nothing.
 
-Durations are learned per lane as the ratio of what batches took to what the profile says
-(exponentially weighted), so that a machine that is slower than its kind is expected to be; and
-over all machines by batch size (`learned`), for whoever corrects the profile.
+Durations are learned per lane and batch size as the ratio of what batches took to what the profile
+says (exponentially weighted), so that a machine that is slower than its kind is expected to be; the
+newest themselves are kept (`learned`), for whoever corrects the profile.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class MachinePool:
         self._incarnations: dict[str, int] = {}
         self._holders: dict[str, Holders] = {}
         """By model; none that no machine holds."""
-        self._sharing: dict[str, frozenset[str]] = {}
-        """What `sharing` found under this layout."""
         self.layout = 0
         """Another number whenever machines come, go, or hold other models or instances."""
         self._common: dict[tuple[str, str], int] = {}
         """What `common_slots` found under this layout."""
+        self._parts: dict[tuple[str, str], float] = {}
+        """What `part_of` found under this layout."""
         self.versions: dict[str, int] = {}
         """By model that some machine holds: another number whenever one of them changed at all."""
         self._changes = 0
@@ -108,6 +108,7 @@ class MachinePool:
         self._changed(machine)
         self._laid_out()
         machine.up = False
+        self.learned.forget(name)
         self.slots -= machine.slots
         for model in machine.lanes:
             holders = self._holders[model]
@@ -148,16 +149,6 @@ class MachinePool:
         machine = self._machines.get(identity[0])
         return machine is not None and machine.identity == identity
 
-    def sharing(self, model: str) -> frozenset[str]:
-        """The models that some machine holds beside `model`, itself included."""
-        found = self._sharing.get(model)
-        if found is None:
-            holders = self._holders.get(model)
-            machines = holders.machines() if holders is not None else ()
-            found = frozenset(other for machine in machines for other in machine.lanes)
-            self._sharing[model] = found
-        return found
-
     def common_slots(self, model: str, other: str) -> int:
         """Slots of the machines that can run both models."""
         found = self._common.get((model, other))
@@ -171,6 +162,17 @@ class MachinePool:
                 and (beside := machine.lanes.get(other)) is not None
                 and beside.instances > 0
             )
+        return found
+
+    def part_of(self, model: str, other: str) -> float:
+        """What a second of work of `other`, spread over all slots that can run it, takes of each
+        slot that can run `model`; 0 where they share no machine.
+        """
+        found = self._parts.get((model, other))
+        if found is None:
+            common = self.common_slots(model, other)
+            slots = self.common_slots(model, model) * self.common_slots(other, other)
+            found = self._parts[model, other] = common / slots if common else 0.0
         return found
 
     def free_at_s(self, model: str, now_s: float) -> Sequence[float]:
@@ -188,7 +190,7 @@ class MachinePool:
         profiled_s = route.duration_s(machine.hardware, rows)
         if profiled_s is None:
             return None
-        return profiled_s * machine.lanes[route.model].ratio
+        return profiled_s * machine.lanes[route.model].slower(rows)
 
     def started(
         self, machine: Machine, route: ModuleRoute, rows: int, batch: int, now_s: float
@@ -204,7 +206,7 @@ class MachinePool:
         if known is None:
             machine.ends_s[batch] = now_s
             return self._hang.unprofiled_s, inf
-        ratio = lane.ratio
+        ratio = lane.slower(rows)
         machine.ends_s[batch] = now_s + known.at(rows) * ratio
         slow_s = known.slow_at(rows) * (ratio if ratio > 1.0 else 1.0)
         hang = self._hang
@@ -218,8 +220,8 @@ class MachinePool:
         known = route.durations.get(machine.hardware)
         if known is None:
             return inf
-        slow_s = known.slow_at(rows) * max(1.0, machine.lanes[route.model].ratio)
-        lately_s = self.learned.p95_s(route.model, machine.hardware, rows)
+        slow_s = known.slow_at(rows) * max(1.0, machine.lanes[route.model].slower(rows))
+        lately_s = self.learned.p95_s(route.model, machine.name, machine.hardware, rows)
         return self._hang.overdue_of(max(slow_s, lately_s))
 
     def overdue(self, machine: Machine, model: str) -> None:
@@ -243,12 +245,15 @@ class MachinePool:
             lane.failures = 0
             lane.blocked_until_s = -inf
             self._changed(machine)
-        self.learned.add(route.model, machine.hardware, rows, took_s)
+        self.learned.add(route.model, machine.name, machine.hardware, rows, took_s)
         profiled_s = route.duration_s(machine.hardware, rows)
         if profiled_s is None:
             return
         lane.batches += 1
-        lane.ratio += LEARNING_WEIGHT * (took_s / profiled_s - lane.ratio)
+        ratio = took_s / profiled_s
+        known = lane.slower(rows)
+        lane.ratios[rows] = known + LEARNING_WEIGHT * (ratio - known)
+        lane.ratio += LEARNING_WEIGHT * (ratio - lane.ratio)
 
     def broke(self, machine: Machine, model: str, now_s: float) -> bool:
         """The lane lost or garbled a batch: quarantine it. True when that is news."""
@@ -270,7 +275,7 @@ class MachinePool:
 
     def _laid_out(self) -> None:
         self.layout += 1
-        self._sharing.clear()
+        self._parts.clear()
         self._common.clear()
 
     def _changed(self, machine: Machine) -> None:

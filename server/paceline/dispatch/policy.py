@@ -10,9 +10,16 @@ request's slack has run out (its launch-by time has come).
   nobody waits; at planned load machines stay staggered and the bound holds.
 * **throughput-cost** (Harpagon 1.1; full machines `d + b/w`): allocations ranked by
   throughput-cost ratio; whole batches are cut from the stream, the best rank that is due first.
-  A rank of n machines is due every `d/n`; what no rank is due for goes to the next one.
+  A rank of n machines is due every `d/n`; what no rank is due for goes to the next one, and what
+  is more than was planned for to the best rank that has it in time. A rank's own `d + b/w` takes
+  what better ranks leave as evenly spaced; they collect whole batches, so that it comes in bursts,
+  and ranks below the first have the largest bound of the schedule.
 * **round-robin** (what Nexus does; `2d`): every machine has a queue of its own, requests are dealt
   out in proportion to throughput.
+
+The last two are as published while no more comes than was planned for. Beyond, a row that would be
+late where its turn is goes where it is done first, and what no batch worth its time can save is
+given up: published rules have answers late then, nearly all of them.
 """
 
 from __future__ import annotations

@@ -6,14 +6,18 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from math import inf, nextafter
 
-from paceline.dispatch.collector import TIE_S, Offer
+from paceline.dispatch.collector import (
+    NOTHING_ROWS,
+    TIE_S,
+    Foreseen,
+    Offer,
+    in_time,
+    past_saving,
+)
 from paceline.dispatch.holders import Machine
 from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.queue import Entry, ModuleQueue
 from paceline.dispatch.route import ModuleRoute
-
-WORTHWHILE = 0.75
-"""The share of a full batch below which it is not shrunk to save its most urgent request."""
 
 
 class Pooled:
@@ -40,20 +44,14 @@ class Pooled:
         yield self._queue
 
     def late(self, pool: MachinePool, now_s: float) -> list[Entry]:
-        """What has expired, and what would be late even if launched now, in a batch worth its time.
-
-        Behind a full batch's worth of rows, an entry past its launch-by time could only be saved
-        by a smaller batch, at the cost of those behind it, which then are late in turn.
-        """
+        """What has expired, and what no launch now, in a batch worth its time, would save."""
         gone = self._queue.expired(now_s)
         while (head := self._queue.head()) is not None and now_s > head.launch_by_s + TIE_S:
             machine = self._machine(pool, head, now_s)
             if machine is None:
                 break
             size = self.route.batch_size(machine.hardware)
-            if size == 1 or self._queue.rows_like(head, size) < size:
-                break
-            if _in_time(head, machine, size, now_s) >= WORTHWHILE * size:
+            if not past_saving(self._queue, head, machine, size, now_s):
                 break
             self._queue.discard(head)
             gone.append(head)
@@ -76,7 +74,7 @@ class Pooled:
             size = self.route.batch_size(machine.hardware)
             rows = self._queue.rows_like(head, size)
             if rows >= size or now_s >= head.launch_by_s:
-                fitting = _in_time(head, machine, rows, now_s)
+                fitting = in_time(head, machine, rows, now_s)
                 return Offer(self._queue, head, machine, fitting, True)
             early = early or (head, machine, rows, size)
             look_s = min(look_s, head.launch_by_s)
@@ -88,10 +86,27 @@ class Pooled:
             look_s = min(look_s, nextafter(now_s + unsafe_s, inf))
         return min(look_s, pool.next_probe_s(self.route.model, now_s))
 
-    def launched(self, offer: Offer) -> None:
+    def foreseen(
+        self, rows: float, priority: int, by_s: float, pool: MachinePool, now_s: float
+    ) -> Foreseen | None:
+        """Rows fill whole batches, which start on the slots as these are expected to be free."""
+        route = self.route
+        size = route.full_rows
+        batches, joined = divmod(int(rows + NOTHING_ROWS), size)
+        at_once = size * pool.common_slots(route.model, route.model)
+        if batches == 0 and at_once and pool.free(route.model, now_s):
+            return 0.0, joined + 1, size, route.best, route.rate_rps, at_once
+        free_s = pool.free_at_s(route.model, now_s)
+        if not free_s:
+            return None
+        rounds, position = divmod(batches, len(free_s))
+        start_s = free_s[position] - now_s + rounds * route.row_s * size
+        return start_s, joined + 1, size, route.best, route.rate_rps, at_once
+
+    def launched(self, offer: Offer, batch: int, ends_s: float) -> None:
         """Nothing to keep."""
 
-    def ended(self, lot: int) -> None:
+    def ended(self, lot: int, batch: int) -> None:
         """Nothing to keep."""
 
     def _machine(self, pool: MachinePool, head: Entry, now_s: float) -> Machine | None:
@@ -144,19 +159,3 @@ class Pooled:
             if at_s - own_s > TIE_S:
                 return min(soonest_s, at_s - own_s)
         return soonest_s
-
-
-def _in_time(head: Entry, machine: Machine, rows: int, now_s: float) -> int:
-    """Rows that a batch may hold so that its most urgent one is still answered in time."""
-    route = head.stage.route
-    if now_s <= head.launch_by_s or rows == 1:
-        return rows
-    known = route.durations.get(machine.hardware)
-    if known is None:
-        return rows
-    left_s = head.latest_s + known.at(1) - now_s
-    low, high = 1, rows
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if known.at(middle) <= left_s else (low, middle - 1)
-    return low

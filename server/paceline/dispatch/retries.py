@@ -193,7 +193,7 @@ class Retries:
             return False
         self._running.replace(number, replace(batch, pieces=tuple(pieces), overdue=True))
         self._pool.overdue(batch.machine, model)
-        batch.stage.collector.ended(batch.lot)
+        batch.stage.collector.ended(batch.lot, number)
         for other in again:
             self._again(other, now_s)
         return True

@@ -275,9 +275,12 @@ class Controller:
         async with self._changing:
             return await self._replan(proposal.traffic, worth)
 
-    async def rebalance(self) -> None:
-        """Plan and place anew for the machines that are up now. Raises as `replan` does."""
+    async def rebalance(self, slow: Mapping[str, float]) -> None:
+        """Plan and place anew for the machines that are up now, of which those in `slow` take so
+        many times as long as their kind. Raises as `replan` does.
+        """
         self._check_changeable()
+        self._provisioning.slow = dict(slow)
         async with self._changing:
             traffic = self._provisioning.expected(self.chains(), (), self._traffic)
             await self._replan(traffic, lambda before, after, cost: True)
@@ -303,6 +306,10 @@ class Controller:
     def slowdowns(self) -> dict[tuple[str, str], float]:
         """What batches take over what the profile says, by (model, hardware)."""
         return self._provisioning.slowdowns(self._engine.dispatcher.durations_learned())
+
+    def stragglers(self) -> dict[str, float]:
+        """How many times as long as its kind each machine takes."""
+        return self._provisioning.stragglers(self._engine.dispatcher.durations_learned())
 
     @property
     def traffic(self) -> Traffic:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, median_low
 from time import perf_counter
 
 from paceline.core.bind import BoundChain
@@ -63,6 +64,8 @@ class Provisioning:
         self.profiles = Profiles()
         self.refused: set[str] = set()
         """Models of runs that some Triton did not load: they are planned for no more."""
+        self.slow: Mapping[str, float] = {}
+        """Machines that take so many times as long as their kind: they count as less."""
 
     @property
     def nothing(self) -> Plan:
@@ -137,16 +140,40 @@ class Provisioning:
         )
 
     def slowdowns(self, learned: Iterable[LearnedDuration]) -> dict[tuple[str, str], float]:
-        """p95 learned over p95 profiled by (model, hardware), weighted by batches seen."""
-        ratios: dict[tuple[str, str], list[tuple[float, int]]] = {}
+        """p95 learned over p95 profiled by (model, hardware): of its machines the median, so that
+        one that is slow says nothing about the others; of two the faster.
+        """
+        return {
+            key: median_low(machines.values()) for key, machines in self._ratios(learned).items()
+        }
+
+    def stragglers(self, learned: Iterable[LearnedDuration]) -> dict[str, float]:
+        """How many times as long as the median of its kind each machine takes, over its models."""
+        found: dict[str, list[float]] = {}
+        for machines in self._ratios(learned).values():
+            kind = median_low(machines.values())
+            for machine, ratio in machines.items():
+                found.setdefault(machine, []).append(ratio / kind)
+        return {machine: fmean(ratios) for machine, ratios in sorted(found.items())}
+
+    def _ratios(
+        self, learned: Iterable[LearnedDuration]
+    ) -> dict[tuple[str, str], dict[str, float]]:
+        """p95 learned over p95 profiled by (model, hardware) and machine, weighted by batches."""
+        ratios: dict[tuple[str, str], dict[str, list[tuple[float, int]]]] = {}
         for seen in learned:
             profiled = self.profiles.durations(seen.model, seen.hardware)
             if profiled is not None and seen.count >= LEARNED_BATCHES:
                 ratio = seen.p95_s / profiled.at(seen.batch_size)
-                ratios.setdefault((seen.model, seen.hardware), []).append((ratio, seen.count))
+                machines = ratios.setdefault((seen.model, seen.hardware), {})
+                machines.setdefault(seen.machine, []).append((ratio, seen.count))
         return {
-            key: sum(ratio * count for ratio, count in found) / sum(count for _, count in found)
-            for key, found in ratios.items()
+            key: {
+                machine: sum(ratio * count for ratio, count in found)
+                / sum(count for _, count in found)
+                for machine, found in machines.items()
+            }
+            for key, machines in ratios.items()
         }
 
     def transition_cost(self, placed: Placed) -> float:
@@ -198,7 +225,8 @@ class Provisioning:
         started = perf_counter()
         capacity: dict[str, float] = {}
         for site in self._machines.usable():
-            capacity[site.hardware] = capacity.get(site.hardware, 0.0) + site.slots
+            worth = site.slots / self.slow.get(site.name, 1.0)
+            capacity[site.hardware] = capacity.get(site.hardware, 0.0) + worth
         plans = plan_by_priority(
             [
                 Wanted(needed, self._options_for(chain), chain.priority)

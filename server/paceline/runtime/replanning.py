@@ -35,6 +35,8 @@ _INTERVAL_S = 1.0
 _KEPT_CHANGES = 32
 _SLOWDOWN_WEIGHT = 0.1
 """Of a second's slowdowns: what lasts ten seconds counts, a stall does not."""
+STRAGGLES, RECOVERED = 1.5, 1.25
+"""A machine counts as less of one from so many times its kind's durations on, until it is below."""
 
 
 class Replannable(Protocol):
@@ -45,9 +47,10 @@ class Replannable(Protocol):
     def chains(self) -> tuple[Chain, ...]: ...
     def current_plan(self) -> Plan: ...
     def slowdowns(self) -> Mapping[tuple[str, str], float]: ...
+    def stragglers(self) -> Mapping[str, float]: ...
     def machines_up(self) -> frozenset[str]: ...
     async def replan(self, proposal: Proposal, decide: Decide) -> bool: ...
-    async def rebalance(self) -> None: ...
+    async def rebalance(self, slow: Mapping[str, float]) -> None: ...
 
 
 class Decide(Protocol):
@@ -82,6 +85,10 @@ class Replanner:
         self._rules = rules
         self._counts: dict[str, _Counts] = {}
         self._slowdowns: dict[tuple[str, str], float] = {}
+        self._behind: dict[str, float] = {}
+        """How many times as long as its kind each machine takes, smoothed."""
+        self._slow: dict[str, float] = {}
+        """Of those the stragglers, as they were planned for."""
         self._up: frozenset[str] | None = None
         self._cadence = Cadence(rules)
         self.changes: deque[Change] = deque(maxlen=_KEPT_CHANGES)
@@ -123,6 +130,9 @@ class Replanner:
             if reason and up:
                 await self._follow(reason, now_s, self._rebalanced)
                 return
+        if (reason := self._straggling(up)) and up:
+            await self._follow(reason, now_s, self._rebalanced)
+            return
         proposal = propose(self._controller.traffic, measured, self._rules)
         if proposal is None:
             return
@@ -166,8 +176,30 @@ class Replanner:
             logger.info("replanned: %s; cost %.4g -> %.4g", reason, before, plan.cost_per_hour)
 
     async def _rebalanced(self) -> bool:
-        await self._controller.rebalance()
+        await self._controller.rebalance(self._slow)
         return True
+
+    def _straggling(self, up: frozenset[str]) -> str:
+        """In words which machines are stragglers now or are none any more; empty for no news."""
+        told = []
+        found = self._controller.stragglers()
+        for name in [name for name in self._behind if name not in up or name not in found]:
+            # Gone, or loaded afresh: what comes back may be another machine.
+            del self._behind[name]
+            if self._slow.pop(name, None) is not None and name in up:
+                told.append(f"{name} has begun afresh")
+        for name, ratio in found.items():
+            if name not in up:
+                continue
+            known = self._behind.get(name, 1.0)
+            known = self._behind[name] = known + _SLOWDOWN_WEIGHT * (ratio - known)
+            if name not in self._slow and known > STRAGGLES:
+                self._slow[name] = ratio
+                told.append(f"{name} takes {ratio:.2g} times as long as others")
+            elif name in self._slow and known < RECOVERED:
+                del self._slow[name]
+                told.append(f"{name} is as fast as others again")
+        return ", ".join(told)
 
     def measured(self) -> Traffic:
         """What is measured now of what was planned for."""
