@@ -141,12 +141,15 @@ def test_ctrl_c_while_more_is_told_leaves_the_plan_and_no_traceback(tmp_path: Pa
     """The figure goes into a pipe that nobody reads, so that drawing it does not end by itself."""
     pipe = tmp_path / "cost.svg"
     os.mkfifo(pipe)
+    # What runs in the background of a script ignores interrupts, and so would its children.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         [sys.executable, "-m", "paceline", "plan", *FILES, "--no-verify", "--plot", str(pipe)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as running:
+        signal.signal(signal.SIGINT, ours)
         assert running.stdout is not None and running.stderr is not None
         lines: list[str] = []
         while not lines or not lines[-1].startswith("cost "):
