@@ -26,10 +26,8 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -40,24 +38,18 @@ from typing import Any
 
 import grpc
 import numpy as np
-import onnx
 import psutil
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.timed_model import write_timed
+from scripts.faults_models import ASKED, CHAINS, asked_of, write_models
 
 from paceline.core.errors import PacelineError
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings, shm_owner_prefix
 from paceline.v1 import control_pb2, control_pb2_grpc
 
-ROW = 4
-WIDTH = 2**18
-LAYERS = 6
-BUDGET_MIB = 16
-MOST_ITEMS = 5
 TIMEOUT_S = 4.0
 """A client's deadline."""
 LATE_S = 1.0
@@ -77,105 +69,6 @@ SAID = {
     "unknown": "unknown model|is not available|not found|is not ready",
 }
 """On streams errors come without a status; unknown: while a chain is deleted, a model unloaded."""
-
-_SPLIT = """
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-class TritonPythonModel:
-    def execute(self, requests):
-        responses = []
-        for request in requests:
-            x = pb_utils.get_input_tensor_by_name(request, "x").as_numpy()
-            rows = np.stack([x * (i + 1) for i in range(int(x[0]) % MOST)] or [x])
-            rows = rows[: int(x[0]) % MOST].astype(np.float32)
-            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("rows", rows)]))
-        return responses
-""".replace("MOST", str(MOST_ITEMS))
-
-LINE = f"""
-chain: line
-slo_ms: 2000
-inputs: {{x: {{dtype: FP32, shape: [{ROW}]}}}}
-modules:
-  a: {{model: first, inputs: {{x: inputs.x}}}}
-  b: {{model: second, inputs: {{x: a.y}}}}
-  c: {{model: first, inputs: {{x: b.y}}}}
-outputs: {{y: c.y}}
-"""
-ITEMS = f"""
-chain: items
-slo_ms: 2000
-inputs: {{x: {{dtype: FP32, shape: [{ROW}]}}}}
-modules:
-  split: {{model: split, inputs: {{x: inputs.x}}}}
-  each: {{model: second, for_each: split.rows, fan_out: 2, inputs: {{x: split.rows}}}}
-outputs: {{y: each.y}}
-"""
-CHAINS = {"line": LINE, "items": ITEMS}
-ASKED = ("line", "items", "second")
-
-
-def write_models(repository: Path, *, blocks: bool) -> None:
-    """`first` and `second` answer what they were given; `split` makes 0 to 4 rows of a row."""
-    write_timed(repository, {1: 8, 8: 20}, "first", dims=f"[{ROW}]")
-    if blocks:
-        compile_second(repository)
-    else:
-        write_timed(repository, {1: 5, 8: 15}, "second", dims=f"[{ROW}]")
-    directory = repository / "split"
-    (directory / "1").mkdir(parents=True)
-    (directory / "1" / "model.py").write_text(_SPLIT.lstrip(), encoding="utf-8")
-    (directory / "config.pbtxt").write_text(
-        textwrap.dedent(
-            f"""\
-            name: "split"
-            backend: "python"
-            max_batch_size: 0
-            input [{{name: "x" data_type: TYPE_FP32 dims: [{ROW}]}}]
-            output [{{name: "rows" data_type: TYPE_FP32 dims: [-1, {ROW}]}}]
-            """
-        ),
-        encoding="utf-8",
-    )
-
-
-def compile_second(repository: Path) -> None:
-    """As blocks, 48 MiB of weights within a third of that: y = x A0 B0 A1 B1 ..., where A places x
-    somewhere in a wide row of zeros and B takes it out again.
-    """
-    nodes, weights, value = [], [], "x"
-    for layer in range(LAYERS):
-        wide = np.zeros((ROW, WIDTH), np.float32)
-        wide[np.arange(ROW), np.arange(ROW) + 100 * layer] = 1.0
-        for name, matrix in ((f"a{layer}", wide), (f"b{layer}", wide.T.copy())):
-            weights.append(onnx.numpy_helper.from_array(matrix, name))
-            made = "y" if name == f"b{LAYERS - 1}" else f"after_{name}"
-            nodes.append(onnx.helper.make_node("MatMul", [value, name], [made]))
-            value = made
-    x, y = (
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", ROW])
-        for name in "xy"
-    )
-    graph = onnx.helper.make_graph(nodes, "second", [x], [y], weights)
-    opset = [onnx.helper.make_opsetid("", 17)]
-    path = repository.parent / "second.onnx"
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
-    command = [
-        *(sys.executable, "-m", "paceline", "blocks", "compile", str(path)),
-        *("--out", str(repository), "--budget-mib", str(BUDGET_MIB), "--max-batch", "8"),
-    ]
-    subprocess.run(command, check=True)
-
-
-def asked_of(name: str, number: int) -> tuple[Any, Any]:
-    """Input and right output of a request: no other request's output is the same."""
-    row = np.array([number, number + 0.5, -number, 1.0], np.float32)
-    if name == "second":
-        return row[None], row[None]
-    if name == "line":
-        return row, row
-    return row, np.stack([row * (i + 1) for i in range(MOST_ITEMS)])[: number % MOST_ITEMS]
 
 
 @dataclass
@@ -203,11 +96,7 @@ class Clients:
 
     async def ask(self, name: str, *, give_up_s: float | None = None) -> bool:
         """One request; whether it was answered."""
-        self.seen.asked += 1
-        number = self.seen.asked
-        given, right = asked_of(name, number)
-        x = triton.InferInput("x", given.shape, "FP32")
-        x.set_data_from_numpy(given)
+        number, x, right = self._next(name)
         began_s = time.monotonic()
         call = asyncio.create_task(
             self.client.infer(name, [x], request_id=str(number), client_timeout=TIMEOUT_S)
@@ -239,23 +128,17 @@ class Clients:
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
             for _ in range(count):
-                self.seen.asked += 1
-                number = self.seen.asked
-                given, right = asked_of("items", number)
-                x = triton.InferInput("x", given.shape, "FP32")
-                x.set_data_from_numpy(given)
+                number, x, right = self._next("items")
                 rights[str(number)] = right
                 yield {"model_name": "items", "inputs": [x], "request_id": str(number)}
                 await asyncio.sleep(self.rng.random() * 0.02)
 
-        failed = 0
         try:
             async with asyncio.timeout(TIMEOUT_S + LATE_S + count * 0.02):
                 async for result, error in self.client.stream_infer(
                     requests(), stream_timeout=TIMEOUT_S
                 ):
                     if error is not None:
-                        failed += 1
                         self._failed("items", None, error)
                         continue
                     identity = result.get_response().id
@@ -263,7 +146,6 @@ class Clients:
         except TimeoutError:
             self.seen.complain(f"a stream of {count} did not end")
         except InferenceServerException as error:
-            failed = count
             self._failed("items", None, error)
         for identity, found in parts.items():
             # Parts come in any order; those that did come are rows of the right answer.
@@ -272,6 +154,14 @@ class Clients:
             if not rows.issuperset(got) or len(set(got)) < len(got):
                 self.seen.complain(f"request {identity} on a stream: {got}, not {rows}")
             self.seen.ends["streamed"] += len(got) == len(rows)
+
+    def _next(self, name: str) -> tuple[int, Any, Any]:
+        """A request's number, its input, and the right output."""
+        self.seen.asked += 1
+        given, right = asked_of(name, self.seen.asked)
+        x = triton.InferInput("x", given.shape, "FP32")
+        x.set_data_from_numpy(given)
+        return self.seen.asked, x, right
 
     def _answered(self, name: str, number: int, right: Any, result: Any) -> None:
         got = result.as_numpy("y")
@@ -290,7 +180,7 @@ class Clients:
             self.seen.ends[kind] += 1
         else:
             self.seen.ends["failed"] += 1
-            self.seen.complain(f"request {number} to {name}: {status} {error.message()}")
+            self.seen.complain(f"request {number} to {name}: {status} {said}")
 
     async def run(self, rate_rps: float, until_s: float) -> None:
         """Ask at that rate (Poisson), now and then in bursts and streams, some given up."""
@@ -518,11 +408,10 @@ async def check(work: Path, options: argparse.Namespace) -> Seen:
             before_bytes = front.memory_info().rss
             began_s = time.monotonic()
             until_s = began_s + options.seconds
-            tasks = [
+            waited_for = {
                 asyncio.create_task(clients.run(options.rate, until_s + 2.0)),
                 asyncio.create_task(faults.run(until_s)),
-            ]
-            waited_for: set[asyncio.Task[None]] = set(tasks)
+            }
             while waited_for:
                 done, waited_for = await asyncio.wait(waited_for, timeout=15.0)
                 for task in done:

@@ -139,7 +139,8 @@ class Residence:
         Raises ResidencyError where it cannot be had, also because no Triton is up that could have
         it: who waits here may be what keeps one from being used again.
         """
-        self._check_up(machine)
+        if (error := self._nowhere(machine)) is not None:
+            raise error
         number = next(self._ids)
         granted = asyncio.get_running_loop().create_future()
         self._granted[number] = machine, granted
@@ -177,17 +178,17 @@ class Residence:
         for model in list(self._gone):
             self._changed(model)
         for machine, granted in self._granted.values():
-            try:
-                self._check_up(machine)
-            except ResidencyError as error:
-                if not granted.done():
-                    granted.set_exception(error)
+            error = self._nowhere(machine)
+            if error is not None and not granted.done():
+                granted.set_exception(error)
 
-    def _check_up(self, machine: str) -> None:
+    def _nowhere(self, machine: str) -> ResidencyError | None:
+        """Why no Triton can have a model now, or not the one that is named."""
         if machine and machine not in self.state.machines:
-            raise ResidencyError(f"Triton {machine} is down; try again when it is back")
+            return ResidencyError(f"Triton {machine} is down; try again when it is back")
         if not self.state.machines:
-            raise ResidencyError("no Triton is up; try again when one is back")
+            return ResidencyError("no Triton is up; try again when one is back")
+        return None
 
     def lock(self, machine: str, model: str) -> asyncio.Lock:
         """One operation on a model of a machine at a time."""
