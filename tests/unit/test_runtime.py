@@ -329,7 +329,7 @@ async def test_a_run_is_loaded_after_its_members_also_on_a_triton_that_joins_or_
     found.announce("m")
     await found.grow_to({"m": wanted})
     assert list(repository.loaded) == ["echo", "more", "a-run"]
-    assert found.placed["m"] == wanted and found.holds("m") == "echo"
+    assert found.placed["m"] == wanted and found.missing("m", {"more"}) == ["echo"]
     with pytest.raises(ResidencyError, match="no model of a repository"):
         await found.load("a-run")
     repository.loaded.clear()
@@ -364,11 +364,27 @@ async def test_members_and_runs_are_out_of_use_while_any_of_them_is_repaired(
     assert out_of_use == {*repaired, "a-run"}
     await asyncio.sleep(0)
     assert repository.repairs == repaired
-    (task,) = [t for t in asyncio.all_tasks() if t.get_name() == f"repair {broken}"]
+    (task,) = [t for t in asyncio.all_tasks() if t.get_name() == f"repair {', '.join(repaired)}"]
     repository.may_end.set()
     await task
     assert "a-run" in repository.loaded, "loaded again, after its members"
     assert all(lane.instances for lane in known.lanes.values())
+    await engine.close()
+
+
+async def test_what_a_machine_has_lost_is_loaded_again_and_not_used_before() -> None:
+    engine, repository = serving(Hands()), Repository()
+    found = machines(engine, repository)
+    found.placed["m"] = {"echo": 2, "more": 1}
+    found.announce("m")
+    (known,) = engine.dispatcher.machines()
+    found.lost("m", ["echo"])
+    assert found.missing("m", ()) == ["more"], "the other is being loaded"
+    assert {name for name, lane in known.lanes.items() if not lane.instances} == {"echo"}
+    (task,) = [t for t in asyncio.all_tasks() if t.get_name() == "repair echo"]
+    await task
+    assert repository.loaded == {"echo": 2} and not repository.repairs
+    assert known.lanes["echo"].instances == 2
     await engine.close()
 
 

@@ -73,6 +73,7 @@ class Machines:
         self._runs: dict[str, tuple[Module, ModelSpec]] = {}
         self.placed: dict[str, dict[str, int]] = {}
         """Instances by machine and model."""
+        self._loading: set[tuple[str, str]] = set()
         self._load_s: dict[tuple[str, str], float] = {}
         """What the last load of a model took on a machine."""
         self.residence = Residence(engine, self)
@@ -154,9 +155,15 @@ class Machines:
         """Whether batches are sent to that Triton."""
         return name in self._up
 
-    def holds(self, name: str) -> str | None:
-        """A model that should be loaded on a Triton, to ask it for; None if it holds none."""
-        return min(self.models_on(name), default=None)
+    def missing(self, name: str, ready: Collection[str]) -> list[str]:
+        """Models that a Triton should have, that are not ready and that nobody here is loading."""
+        return [
+            model
+            for model in sorted(self.models_on(name))
+            if model not in ready
+            and (name, model) not in self._loading
+            and not self._is_repaired(name, model)
+        ]
 
     def models_on(self, name: str) -> dict[str, int]:
         """Instances of what a Triton should have, the runs made of it left out."""
@@ -274,12 +281,15 @@ class Machines:
 
     async def _load(self, name: str, model: str, instances: int) -> None:
         started = perf_counter()
+        self._loading.add((name, model))
         try:
             await self._machines[name].repository.load(model, instances=instances)
         except ResidencyError as error:
             if model not in self._runs:
                 raise
             raise RunError(str(error), model=model) from None
+        finally:
+            self._loading.discard((name, model))
         self._load_s[name, model] = perf_counter() - started
         self.placed[name][model] = instances
 
@@ -363,11 +373,18 @@ class Machines:
         logger.warning("model %s on %s is broken (%s); loading it afresh", model, name, reason)
         # A run does not tell which of its members it was: all of them are loaded afresh.
         members = self._runs[model][0].members if model in self._runs else ()
-        afresh = sorted({member.model for member in members} or {model})
-        runs = self._runs_with(name, [model, *afresh])
-        unused = frozenset((name, each) for each in (*afresh, *runs))
+        self._begin_repair(name, sorted({member.model for member in members} or {model}))
+
+    def lost(self, name: str, models: Sequence[str]) -> None:
+        """A Triton that should have these models does not: somebody else unloaded them."""
+        logger.warning("%s has lost %s; loading again", name, ", ".join(models))
+        self._begin_repair(name, models, gone=True)
+
+    def _begin_repair(self, name: str, models: Sequence[str], *, gone: bool = False) -> None:
+        runs = self._runs_with(name, models)
+        unused = frozenset((name, each) for each in (*models, *runs))
         self._repairing[unused] = asyncio.create_task(
-            self._repair(name, afresh, runs, unused), name=f"repair {model}"
+            self._repair(name, models, runs, unused, gone=gone), name=f"repair {', '.join(models)}"
         )
         self.announce(name)
 
@@ -385,6 +402,8 @@ class Machines:
         models: Sequence[str],
         runs: Sequence[str],
         unused: frozenset[tuple[str, str]],
+        *,
+        gone: bool,
     ) -> None:
         """No batch is sent to them while this lasts, so that none is lost to a probe."""
         try:
@@ -392,10 +411,10 @@ class Machines:
                 for model in sorted((*models, *runs)):
                     await held.enter_async_context(self.residence.lock(name, model))
                 repository = self._machines[name].repository
-                repair, load = repository.repair, repository.load
-                await asyncio.gather(*(self._again(name, model, repair) for model in models))
+                afresh = repository.load if gone else repository.repair
+                await asyncio.gather(*(self._again(name, model, afresh) for model in models))
                 for run in runs:
-                    await self._again(name, run, load)
+                    await self._again(name, run, repository.load)
         finally:
             del self._repairing[unused]
             if name in self._up:

@@ -11,7 +11,9 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
+from time import monotonic
 from types import MappingProxyType
 
 from paceline.core.chain import Module
@@ -38,6 +40,7 @@ from paceline.triton.config import (
     versions_of,
     with_instances,
 )
+from paceline.triton.turns import Turn, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +60,12 @@ class TritonRepository:
         load_timeout_s: float = 600.0,
         unload_timeout_s: float = 60.0,
         on_load: Callable[[Path, ModelConfig], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
-        """`on_load` is told the directory and configuration of a model that is about to load."""
+        """`on_load` is told the directory and configuration of a model that is about to load;
+        `turns` are taken where other processes change the same Triton's models.
+        """
+        self._turns = turns
         self._on_load = on_load
         self._client = client
         self._directories = tuple(directories)
@@ -134,11 +141,17 @@ class TritonRepository:
         A model that the server holds already, from the same files and as often, is adopted; so is
         a run's, which has no instances of its own.
         """
-        if (run := self._runs.get(model)) is not None:
-            if not await self._holds(model, run.parameters[CONTENT].string_value, 1):
-                await self._load(model, config_json(run), ensemble.FILES)
-        else:
-            await self._load_files(model, instances, adopt=True)
+        async with self._turn(model):
+            if (run := self._runs.get(model)) is not None:
+                if not await self._holds(model, run.parameters[CONTENT].string_value, 1):
+                    await self._load(model, config_json(run), ensemble.FILES)
+            else:
+                await self._load_files(model, instances, adopt=True)
+
+    def _turn(self, model: str) -> AbstractAsyncContextManager[Turn | None]:
+        if self._turns is None:
+            return nullcontext()
+        return self._turns.at(self._client.url, model, limit_s=self._load_timeout_s)
 
     async def _load_files(self, model: str, instances: int, *, adopt: bool) -> None:
         if instances < 1:
@@ -177,12 +190,18 @@ class TritonRepository:
         A process killed while it executed leaves its instance UNLOADING for ever, so the unload
         is given only `REPAIR_WAIT_S`; the new load does not depend on it. Raises ResidencyError.
         """
-        try:
-            await self._client.unload(model)
-            await self._await_unloaded(model, min(REPAIR_WAIT_S, self._unload_timeout_s))
-        except (BackendError, ResidencyError) as error:
-            logger.warning("repairing model %r without having unloaded it: %s", model, error)
-        await self._load_files(model, instances, adopt=False)
+        asked_s = monotonic()
+        async with self._turn(model) as turn:
+            if turn is not None and turn.repaired_since(asked_s):
+                return
+            try:
+                await self._client.unload(model)
+                await self._await_unloaded(model, min(REPAIR_WAIT_S, self._unload_timeout_s))
+            except (BackendError, ResidencyError) as error:
+                logger.warning("repairing model %r without having unloaded it: %s", model, error)
+            await self._load_files(model, instances, adopt=False)
+            if turn is not None:
+                turn.repaired()
 
     async def _holds(self, model: str, content: str, instances: int) -> bool:
         """Whether the server serves the model from these files with that many instances."""
