@@ -271,6 +271,7 @@ class Faults:
         while time.monotonic() < until_s:
             (name,) = self._rng.choices(names, weights)
             self._seen.faults[name] += 1
+            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 await kinds[name][1]()
             await asyncio.sleep(self._rng.choice((0.1, 0.5, 2.0, 6.0)))
@@ -453,7 +454,7 @@ async def serving(
 async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
     for _ in range(1200):
         text = await asyncio.to_thread(log.read_text, encoding="utf-8")
-        if found := re.search(r"workers serve gRPC on (\S+);|serving gRPC on (\S+);", text):
+        if found := re.search(r"workers serve gRPC on (\S+);|serving gRPC on (\S+),", text):
             return found[1] or found[2]
         if process.returncode is not None:
             break

@@ -85,6 +85,7 @@ class Repository:
     refused: set[str] = field(default_factory=set)
     loaded: dict[str, int] = field(default_factory=dict)
     composed: list[str] = field(default_factory=list)
+    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     async def index(self) -> tuple[ModelState, ...]:
         return (ModelState("echo", "1", "READY"),)
@@ -106,7 +107,10 @@ class Repository:
     async def unload(self, model: str) -> None:
         self.loaded.pop(model, None)
 
-    async def repair(self, model: str, *, instances: int) -> None:
+    def members(self, model: str) -> tuple[str, ...]:
+        return self.made_of.get(model, ())
+
+    async def repair(self, model: str, *, instances: int | None) -> None:
         self.repairs.append(model)
         await self.may_end.wait()
 
@@ -369,6 +373,28 @@ async def test_members_and_runs_are_out_of_use_while_any_of_them_is_repaired(
     await task
     assert "a-run" in repository.loaded, "loaded again, after its members"
     assert all(lane.instances for lane in known.lanes.values())
+    await engine.close()
+
+
+@pytest.mark.parametrize("placed", [{}, {"both": 1}], ids=["came with them", "by itself"])
+async def test_where_a_fused_model_died_it_is_repaired_not_the_names_of_its_members(
+    placed: dict[str, int],
+) -> None:
+    engine, repository = serving(Hands()), Repository()
+    repository.made_of = {"first": ("both",), "second": ("both",)}
+    found = machines(engine, repository)
+    found.placed["m"] = {"first": 1, "second": 1, "more": 1, **placed}
+    found.announce("m")
+    found.broken("m", "first", "in ensemble 'first', Stub process 'both_0_0' is not healthy.")
+    found.broken("m", "second", "in ensemble 'second', Stub process 'both_0_0' is not healthy.")
+    (known,) = engine.dispatcher.machines()
+    in_use = {name for name, lane in known.lanes.items() if lane.instances}
+    assert in_use == {"more"}
+    (task,) = [t for t in asyncio.all_tasks() if t.get_name() == "repair both"]
+    repository.may_end.set()
+    await task
+    assert repository.repairs == ["both"]
+    assert list(repository.loaded) == ["first", "second"], "after it"
     await engine.close()
 
 

@@ -35,6 +35,7 @@ from paceline.triton.config import (
     config_json,
     find_models,
     instances_of,
+    members_of,
     read_config,
     spec_of,
     versions_of,
@@ -72,6 +73,7 @@ class TritonRepository:
         self._load_timeout_s = load_timeout_s
         self._unload_timeout_s = unload_timeout_s
         self._runs: dict[str, ModelConfig] = {}
+        self._members: dict[str, tuple[str, ...]] = {}
 
     @property
     def client(self) -> TritonClient:
@@ -109,7 +111,13 @@ class TritonRepository:
     async def instances(self) -> Mapping[str, int]:
         """See `ModelRepository.instances`."""
         ready = sorted({state.name for state in await self.index() if state.state == "READY"})
-        return {model: max(1, instances_of(await self.config(model))) for model in ready}
+        configs = {model: await self.config(model) for model in ready}
+        self._members |= {model: members_of(config) for model, config in configs.items()}
+        return {model: max(1, instances_of(config)) for model, config in configs.items()}
+
+    def members(self, model: str) -> tuple[str, ...]:
+        """See `ModelRepository.members`."""
+        return self._members.get(model, ())
 
     async def config(self, model: str) -> ModelConfig:
         """`ModelConfig` of a loaded model. Raises ResidencyError when it is not loaded."""
@@ -153,8 +161,8 @@ class TritonRepository:
             return nullcontext()
         return self._turns.at(self._client.url, model, limit_s=self._load_timeout_s)
 
-    async def _load_files(self, model: str, instances: int, *, adopt: bool) -> None:
-        if instances < 1:
+    async def _load_files(self, model: str, instances: int | None, *, adopt: bool) -> None:
+        if instances is not None and instances < 1:
             raise ResidencyError(f"model {model!r} needs at least one instance, not {instances}")
         try:
             directory = self.directory(model)
@@ -163,10 +171,14 @@ class TritonRepository:
             raise ResidencyError(f"model {model!r} cannot be loaded: {error}") from None
         if config is None or directory is None:
             config = await self._server_config(model)
-            if instances_of(config) == instances:
+            self._members[model] = members_of(config)
+            if instances is None or instances_of(config) == instances:
                 return
         else:
+            self._members[model] = members_of(config)
             config.parameters[CONTENT].string_value = content = content_mark(directory)
+            if instances is None:
+                instances = max(1, instances_of(config))
             if adopt and await self._holds(model, content, instances):
                 return
             if self._on_load is not None:
@@ -184,7 +196,7 @@ class TritonRepository:
             ) from None
         await self._await_unloaded(model, self._unload_timeout_s)
 
-    async def repair(self, model: str, *, instances: int) -> None:
+    async def repair(self, model: str, *, instances: int | None) -> None:
         """Load afresh a model whose process died, which Triton still calls READY.
 
         A process killed while it executed leaves its instance UNLOADING for ever, so the unload
