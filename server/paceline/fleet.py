@@ -30,6 +30,7 @@ from paceline.triton.launcher import LocalTriton
 from paceline.triton.memory import GuessedMemory, ProcessMemory
 from paceline.triton.profiler import TritonProfiler
 from paceline.triton.repository import TritonRepository
+from paceline.triton.stuck_loads import StuckLoads
 from paceline.triton.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -239,7 +240,13 @@ async def connected_machine(
     ourselves.
     """
     on_load = fetches.begin if fetches is not None else None
-    repository = TritonRepository(client, model_repositories, on_load=on_load, turns=turns)
+    repository = TritonRepository(
+        client,
+        model_repositories,
+        on_load=on_load,
+        turns=turns,
+        stuck=StuckLoads(lambda: process.pid, process.restart) if process is not None else None,
+    )
     profiler = TritonProfiler(repository, cache_directory=state_directory, local=local)
     took_s = await _probe(client)
     machine = Machine(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from time import monotonic
 from types import MappingProxyType
+from typing import Any
 
 from paceline.core.chain import Module
 from paceline.core.errors import (
@@ -41,6 +42,7 @@ from paceline.triton.config import (
     versions_of,
     with_instances,
 )
+from paceline.triton.stuck_loads import StuckLoads
 from paceline.triton.turns import Turn, Turns
 
 logger = logging.getLogger(__name__)
@@ -62,10 +64,13 @@ class TritonRepository:
         unload_timeout_s: float = 60.0,
         on_load: Callable[[Path, ModelConfig], None] | None = None,
         turns: Turns | None = None,
+        stuck: StuckLoads | None = None,
     ) -> None:
         """`on_load` is told the directory and configuration of a model that is about to load;
-        `turns` are taken where other processes change the same Triton's models.
+        `turns` are taken where other processes change the same Triton's models; `stuck` sees loads
+        that will not end, where that can be seen.
         """
+        self._stuck = stuck
         self._turns = turns
         self._on_load = on_load
         self._client = client
@@ -183,7 +188,9 @@ class TritonRepository:
                 return
             if self._on_load is not None:
                 self._on_load(directory, config)
-        await self._load(model, config_json(with_instances(config, instances)))
+        members = self._members[model]
+        expected = dict.fromkeys(members, 1) if members else {model: instances}
+        await self._load(model, config_json(with_instances(config, instances)), instances=expected)
 
     async def unload(self, model: str) -> None:
         """See `ModelRepository.unload`. A model that is not loaded is fine; a run is forgotten."""
@@ -253,11 +260,19 @@ class TritonRepository:
         return await self.config(model)
 
     async def _load(
-        self, model: str, config: str, files: Mapping[str, bytes] = MappingProxyType({})
+        self,
+        model: str,
+        config: str,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        instances: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         try:
-            await self._client.load(
-                model, config=config, files=files, timeout_s=self._load_timeout_s
+            await self._ended(
+                model,
+                self._client.load(
+                    model, config=config, files=files, timeout_s=self._load_timeout_s
+                ),
+                instances,
             )
         except BackendError as error:
             if error.kind is ErrorKind.DEADLINE:
@@ -272,6 +287,29 @@ class TritonRepository:
             raise ResidencyError(
                 f"model {model!r} did not load on {self._client.name}: {reason}"
             ) from None
+
+    async def _ended(
+        self, model: str, load: Coroutine[Any, Any, None], instances: Mapping[str, int]
+    ) -> None:
+        """Wait for a load, or until it is stuck."""
+        if self._stuck is None or not instances:
+            return await load
+        loading = asyncio.create_task(load, name=f"load {model}")
+        stuck = asyncio.create_task(self._stuck.found(instances), name=f"watch load {model}")
+        try:
+            await asyncio.wait((loading, stuck), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                return loading.result()
+        finally:
+            stuck.cancel()
+            loading.cancel()
+            await asyncio.gather(loading, stuck, return_exceptions=True)
+        logger.error("a process of model %r died as it started; restarting Triton", model)
+        self._stuck.restart()
+        raise ResidencyError(
+            f"model {model!r} did not load on {self._client.name}: its process died before Triton "
+            "had heard of it, which it waits for without end"
+        )
 
     def _nowhere(self, model: str) -> str:
         where = ", ".join(map(str, self._directories)) or "the server's model repository"
