@@ -30,6 +30,7 @@ from paceline.residency.residency import Residency
 from paceline.residency.state import Limits
 from paceline.runtime.bandwidth import Bandwidth
 from paceline.runtime.engine import Engine
+from paceline.runtime.ensembles import LeasedEnsembles
 from paceline.runtime.interference import Interference, Slack
 from paceline.runtime.needs import needs
 from paceline.runtime.sizes import Sizes, footprint_of
@@ -73,12 +74,7 @@ class Residence:
         self._wishes: dict[int, str] = {}
         self._gone: dict[str, list[asyncio.Future[None]]] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
-        self._processes: dict[str, tuple[str, ...]] = {}
-        """What answers a model's requests: ensembles are leased as what they are made of, loaded
-        after that and unloaded before it.
-        """
-        self._ensembles: dict[str, dict[str, int]] = {}
-        """Those that can be demanded, with the batches at a time that the plan wants by machine."""
+        self._ensembles = LeasedEnsembles(engine, machines, self.state, self.lock)
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake: asyncio.TimerHandle | None = None
         self._paced: dict[str, tuple[tuple[float, ...], float]] = {}
@@ -97,7 +93,7 @@ class Residence:
         self.want(placed)
         for name, held in placed.items():
             if self._machines.is_up(name) or not held:
-                self._up(name, self._own(held))
+                self._up(name, self._ensembles.none_of(held))
         self._engine.lease(self)
         self._spawn(self._sizes.watch(), "measure models")
 
@@ -116,24 +112,21 @@ class Residence:
 
         Raises ResidencyError, and forgets a model that did not load.
         """
-        self._processes.pop(model, None)
-        processes = self.processes(model)
+        processes = self._ensembles.look_up(model)
         if processes == (model,):
             return await self._introduce(model)
         for each in processes:
             if not self._is_known(each):
                 await self._introduce(each)
-        before = model in self._ensembles
-        self._ensembles.setdefault(model, {})
+        before = self._ensembles.demand(model)
         try:
             async with self.using(model):
-                for name in self._holders(model):
-                    await self._load_ensemble(name, model)
-                    self._machines.placed[name][model] = self._batches(name, model)
-                return await self._spec(model, self._holders(model))
+                for name in self._ensembles.holders(model):
+                    self._machines.placed[name] |= await self._ensembles.load(name, model)
+                return await self._spec(model, self._ensembles.holders(model))
         except ResidencyError:
             if not before:
-                del self._ensembles[model]
+                self._ensembles.forget(model)
             raise
 
     async def _introduce(self, model: str) -> ModelSpec:
@@ -164,11 +157,11 @@ class Residence:
 
     async def forget(self, model: str) -> None:
         """Unload a model everywhere, after the requests that use it. Raises ResidencyError."""
-        if self._ensembles.pop(model, None) is not None:
+        if self._ensembles.forget(model):
             for machine, placed in list(self._machines.placed.items()):
                 if model in placed:
                     self._unplace(machine, (model,))
-                    await self._unload_ensemble(machine, model)
+                    await self._ensembles.unload(machine, model)
         if model not in self.state.models:
             return
         self._tell(ev.Forget(model))
@@ -188,8 +181,8 @@ class Residence:
         """
         if (error := self._nowhere(machine)) is not None:
             raise error
-        number, processes = next(self._ids), self.processes(model)
-        machine = machine or self._together(processes)
+        number, processes = next(self._ids), self._ensembles.processes(model)
+        machine = machine or self._ensembles.together(processes)
         lease = _Lease(machine, set(processes), asyncio.get_running_loop().create_future())
         self._granted[number] = lease
         self._tell(ev.Enter(number, tuple(ev.Need(each, machine=machine) for each in processes)))
@@ -208,15 +201,14 @@ class Residence:
         models = sorted({model for held in placed.values() for model in held})
         for model in models:
             instances = {name: held[model] for name, held in placed.items() if model in held}
-            if model in self._ensembles:
-                self._ensembles[model] = instances
-            elif model in self.state.models:
+            self._ensembles.want(model, instances)
+            if model in self.state.models:
                 footprint = self.state.models[model].footprint
                 self._tell(ev.Declare(model, footprint, instances))
 
     def machine_up(self, name: str, resident: Mapping[str, int]) -> None:
         """A Triton is there, and holds `resident`: maybe another Paceline was here before."""
-        own = self._own(resident)
+        own = self._ensembles.none_of(resident)
         for model in sorted(own):
             self._declare(model)
         self._machines.placed[name].clear()
@@ -249,7 +241,7 @@ class Residence:
         return self._locks.setdefault((machine, model), asyncio.Lock())
 
     def load_s(self, model: str) -> float:
-        known = (self.state.models.get(each) for each in self.processes(model))
+        known = (self.state.models.get(each) for each in self._ensembles.processes(model))
         return max((each.load_s for each in known if each is not None), default=0.0)
 
     # -- what the engine tells (`engine.Leasing`) -------------------------------------------
@@ -259,7 +251,7 @@ class Residence:
         return max(
             (
                 self.state.ready_in_s(each, now_s)
-                for each in self.processes(model)
+                for each in self._ensembles.processes(model)
                 if each in self.state.models
             ),
             default=0.0,
@@ -272,10 +264,10 @@ class Residence:
                 wanted = self._needs_of(action)
                 self._tell(ev.Enter(action.request, wanted, action.deadline_s, action.priority))
             case Reached():
-                for each in self.processes(action.model):
+                for each in self._ensembles.processes(action.model):
                     self._tell(ev.Reach(action.request, each))
             case Passed():
-                for each in self.processes(action.model):
+                for each in self._ensembles.processes(action.model):
                     self._tell(ev.Passed(action.request, each, action.used))
             case TooCold():
                 self._wish(action)
@@ -298,7 +290,7 @@ class Residence:
         self._needs = {key: value for key, value in self._needs.items() if key[0] != chain.name}
         rates: dict[str, float] = {}
         for module in route.modules:
-            for each in self.processes(module.model):
+            for each in self._ensembles.processes(module.model):
                 rates[each] = rates.get(each, 0.0) + module.rate_rps
                 if each not in self.state.models:
                     self._declare(each)
@@ -318,35 +310,17 @@ class Residence:
         key = (first.chain, tuple([id(module) for module in action.modules]))
         found = self._needs.get(key)
         if found is None:
-            found = self._needs[key] = needs(action.modules, self.processes, self._together)
+            found = self._needs[key] = needs(
+                action.modules, self._ensembles.processes, self._ensembles.together
+            )
         return found
-
-    def processes(self, model: str) -> tuple[str, ...]:
-        """The models that are leased for a model: it, or what an ensemble is made of."""
-        found = self._processes.get(model)
-        if found is None:
-            names = self._machines.named()
-            several = (self._machines.processes(name, model) for name in names)
-            found = next((each for each in several if each != (model,)), (model,))
-            if names:
-                self._processes[model] = found
-        return found
-
-    def _own(self, held: Mapping[str, int]) -> dict[str, int]:
-        """Those that have processes of their own."""
-        return {model: n for model, n in held.items() if self.processes(model) == (model,)}
-
-    def _together(self, processes: Sequence[str]) -> str:
-        """Where models shall be that are needed on one machine; "": on any."""
-        if len(processes) < 2 or len(self.state.machines) < 2:
-            return ""
-        held = [name for model in processes for name in self.state.holders(model)]
-        return min(self.state.machines, key=lambda name: (-held.count(name), name))
 
     def _wish(self, action: TooCold) -> None:
         """A request was refused because its models are not there: have them for the next one."""
         waited_for = set(self._wishes.values())
-        for model in dict.fromkeys(p for each in action.models for p in self.processes(each)):
+        for model in dict.fromkeys(
+            p for each in action.models for p in self._ensembles.processes(each)
+        ):
             if model not in waited_for and not self.state.leases.any(model):
                 number = next(self._ids)
                 self._wishes[number] = model
@@ -478,7 +452,7 @@ class Residence:
             async with self.lock(name, model):
                 await machine.repository.load(model, instances=action.instances)
                 found = await footprint_of(machine, model, action.instances)
-            ensembles = await self._load_ensembles(name, model)
+            ensembles = await self._ensembles.load_with(name, model)
         except LoadTimeoutError as error:
             logger.error("%s", error)
             self._tell(ev.LoadHung(action.operation, name, model, str(error)))
@@ -505,37 +479,6 @@ class Residence:
             if instances is not None:
                 await self._machines.named()[name].repository.load(model, instances=instances)
 
-    async def _load_ensembles(self, name: str, model: str) -> dict[str, int]:
-        """Those that can be used on a machine now that it has `model`, with their batches at a
-        time. Raises ResidencyError.
-        """
-        placed = self._machines.placed[name]
-        has = {*placed, model}
-        found = {}
-        for each in sorted(self._ensembles):
-            processes = self.processes(each)
-            if model in processes and each not in placed and has.issuperset(processes):
-                await self._load_ensemble(name, each)
-                found[each] = self._batches(name, each)
-        return found
-
-    async def _load_ensemble(self, name: str, model: str) -> None:
-        async with self.lock(name, model):
-            await self._machines.named()[name].repository.load(model, instances=1)
-
-    async def _unload_ensemble(self, name: str, model: str) -> None:
-        await self._engine.lane_idle(name, model)
-        async with self.lock(name, model):
-            await self._machines.named()[name].repository.unload(model)
-
-    def _batches(self, name: str, model: str) -> int:
-        return self._ensembles[model].get(name, 1)
-
-    def _holders(self, model: str) -> list[str]:
-        """Machines that hold all that a model needs, by name."""
-        holders = [set(self.state.holders(each)) for each in self.processes(model)]
-        return sorted(set.intersection(*holders))
-
     def _unplace(self, name: str, models: Sequence[str]) -> None:
         """No batch is sent to them from now on."""
         placed = self._machines.placed[name]
@@ -550,7 +493,7 @@ class Residence:
         logger.info("unloading %s from %s: %s", model, name, action.why)
         try:
             for each in ensembles:
-                await self._unload_ensemble(name, each)
+                await self._ensembles.unload(name, each)
             await self._engine.lane_idle(name, model)
             async with self.lock(name, model):
                 await machine.repository.unload(model)
