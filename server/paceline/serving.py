@@ -43,6 +43,7 @@ from paceline.triton.client import TritonClient, TritonFleet
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 from paceline.triton.profiler import TritonProfiler
 from paceline.triton.repository import TritonRepository
+from paceline.triton.turns import Turns
 from paceline.web.app import start_web
 
 logger = logging.getLogger(__name__)
@@ -204,6 +205,11 @@ def check_directories(settings: ServeSettings) -> None:
         raise ConfigError(f"{where}: {error.strerror}", key="--state-dir") from None
 
 
+def turns_directory(settings: ServeSettings) -> Path:
+    """Where several workers take turns at changing a Triton's models; made by their supervisor."""
+    return settings.state_directory / "turns"
+
+
 def stop_on_signals(events: Events) -> asyncio.Event:
     """Set by the first SIGTERM or SIGINT; a further SIGINT ends the process at once.
 
@@ -290,6 +296,7 @@ async def _start(
             slots=settings.slots or 1,
             budget_bytes=partial(_budget_bytes, settings),
             on_note=events.on_note,
+            turns=Turns(turns_directory(settings)) if settings.share.count > 1 else None,
         )
         tritons.push_async_callback(remote.close)
         await remote.start()

@@ -108,7 +108,10 @@ class Repository:
         self.held.discard(model)
         self.changed.set()
 
-    async def repair(self, model: str, *, instances: int) -> None:
+    def members(self, model: str) -> tuple[str, ...]:
+        return ()
+
+    async def repair(self, model: str, *, instances: int | None) -> None:
         raise AssertionError("nothing breaks here")
 
     async def measure(

@@ -14,7 +14,6 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
-from typing import Protocol
 
 from paceline.core.chain import Chain, Module
 from paceline.core.errors import ResidencyError, RunError
@@ -31,12 +30,6 @@ Placed = Mapping[str, Mapping[str, int]]
 
 _REPAIRABLE = ("is not healthy", "deadline exceeded")
 """What a batch's failure says when the model's own process is dead or hangs."""
-
-
-class _Load(Protocol):
-    """`ModelRepository.load` or `.repair`."""
-
-    async def __call__(self, model: str, *, instances: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +66,7 @@ class Machines:
         self._runs: dict[str, tuple[Module, ModelSpec]] = {}
         self.placed: dict[str, dict[str, int]] = {}
         """Instances by machine and model."""
+        self._loading: set[tuple[str, str]] = set()
         self._load_s: dict[tuple[str, str], float] = {}
         """What the last load of a model took on a machine."""
         self.residence = Residence(engine, self)
@@ -154,9 +148,15 @@ class Machines:
         """Whether batches are sent to that Triton."""
         return name in self._up
 
-    def holds(self, name: str) -> str | None:
-        """A model that should be loaded on a Triton, to ask it for; None if it holds none."""
-        return min(self.models_on(name), default=None)
+    def missing(self, name: str, ready: Collection[str]) -> list[str]:
+        """Models that a Triton should have, that are not ready and that nobody here is loading."""
+        return [
+            model
+            for model in sorted(self.models_on(name))
+            if model not in ready
+            and (name, model) not in self._loading
+            and not self._is_repaired(name, model)
+        ]
 
     def models_on(self, name: str) -> dict[str, int]:
         """Instances of what a Triton should have, the runs made of it left out."""
@@ -274,12 +274,15 @@ class Machines:
 
     async def _load(self, name: str, model: str, instances: int) -> None:
         started = perf_counter()
+        self._loading.add((name, model))
         try:
             await self._machines[name].repository.load(model, instances=instances)
         except ResidencyError as error:
             if model not in self._runs:
                 raise
             raise RunError(str(error), model=model) from None
+        finally:
+            self._loading.discard((name, model))
         self._load_s[name, model] = perf_counter() - started
         self.placed[name][model] = instances
 
@@ -309,14 +312,31 @@ class Machines:
         """Runs after what they are made of."""
         return sorted(models, key=lambda model: (model in self._runs, model))
 
-    def _runs_with(self, name: str, models: Collection[str]) -> list[str]:
-        """Runs on a Triton that are one of `models` or made of any of them."""
-        return [
+    def _members(self, name: str, model: str) -> set[str]:
+        """What a run, or an ensemble of a repository, hands its requests to."""
+        if model in self._runs:
+            return {member.model for member in self._runs[model][0].members}
+        return set(self._machines[name].repository.members(model))
+
+    def _processes(self, name: str, model: str) -> set[str]:
+        """The model itself, or what an ensemble is made of in the end."""
+        found: set[str] = set()
+        seen: set[str] = set()
+        waiting = {model}
+        while waiting:
+            seen.add(each := waiting.pop())
+            members = self._members(name, each)
+            found |= set() if members else {each}
+            waiting |= members - seen
+        return found
+
+    def _ensembles_of(self, name: str, models: Collection[str]) -> list[str]:
+        """Ensembles on a Triton that any of these models is a part of, runs last."""
+        return self._in_order(
             model
-            for model, (run, _) in sorted(self._runs.items())
-            if model in self.placed[name]
-            and any(made in models for made in (model, *(m.model for m in run.members)))
-        ]
+            for model in self.placed[name]
+            if model not in models and not self._processes(name, model).isdisjoint(models)
+        )
 
     # -- what goes wrong --------------------------------------------------------------------
 
@@ -361,13 +381,20 @@ class Machines:
         if not dead or name not in self._up or self._is_repaired(name, model):
             return
         logger.warning("model %s on %s is broken (%s); loading it afresh", model, name, reason)
-        # A run does not tell which of its members it was: all of them are loaded afresh.
-        members = self._runs[model][0].members if model in self._runs else ()
-        afresh = sorted({member.model for member in members} or {model})
-        runs = self._runs_with(name, [model, *afresh])
-        unused = frozenset((name, each) for each in (*afresh, *runs))
+        # An ensemble does not tell which of its members it was: all of them are loaded afresh.
+        self._begin_repair(name, sorted(self._processes(name, model)))
+
+    def lost(self, name: str, models: Sequence[str]) -> None:
+        """A Triton that should have these models does not: somebody else unloaded them."""
+        logger.warning("%s has lost %s; loading again", name, ", ".join(models))
+        self._begin_repair(name, models, gone=True)
+
+    def _begin_repair(self, name: str, models: Sequence[str], *, gone: bool = False) -> None:
+        ensembles = self._ensembles_of(name, models)
+        unused = frozenset((name, each) for each in (*models, *ensembles))
         self._repairing[unused] = asyncio.create_task(
-            self._repair(name, afresh, runs, unused), name=f"repair {model}"
+            self._repair(name, models, ensembles, unused, gone=gone),
+            name=f"repair {', '.join(models)}",
         )
         self.announce(name)
 
@@ -383,30 +410,39 @@ class Machines:
         self,
         name: str,
         models: Sequence[str],
-        runs: Sequence[str],
+        ensembles: Sequence[str],
         unused: frozenset[tuple[str, str]],
+        *,
+        gone: bool,
     ) -> None:
         """No batch is sent to them while this lasts, so that none is lost to a probe."""
         try:
             async with AsyncExitStack() as held:
-                for model in sorted((*models, *runs)):
+                for model in sorted((*models, *ensembles)):
                     await held.enter_async_context(self.residence.lock(name, model))
                 repository = self._machines[name].repository
-                repair, load = repository.repair, repository.load
-                await asyncio.gather(*(self._again(name, model, repair) for model in models))
-                for run in runs:
-                    await self._again(name, run, load)
+                await asyncio.gather(
+                    *(self._again(repository, name, model, afresh=not gone) for model in models)
+                )
+                for model in ensembles:
+                    await self._again(repository, name, model, afresh=False)
         finally:
             del self._repairing[unused]
             if name in self._up:
                 self.announce(name)
 
-    async def _again(self, name: str, model: str, load: _Load) -> None:
-        """Load a model that a Triton should have."""
-        if (instances := self.placed[name].get(model)) is None:
+    async def _again(
+        self, repository: ModelRepository, name: str, model: str, *, afresh: bool
+    ) -> None:
+        """Load a model that a Triton should have, or that one which it should have is made of."""
+        instances = self.placed[name].get(model)
+        if instances is None and not self._ensembles_of(name, [model]):
             return
         try:
-            await load(model, instances=instances)
+            if afresh:
+                await repository.repair(model, instances=instances)
+            else:
+                await repository.load(model, instances=instances or 1)
         except ResidencyError as error:
             logger.error("model %s on %s could not be repaired: %s", model, name, error)
 
