@@ -386,6 +386,32 @@ def test_no_policy_runs_a_model_where_it_does_not_fit_however_cheap_that_is(
             assert used == {"gpu"}, (policy, how)
 
 
+@pytest.mark.parametrize("billing", ["fractional", "machine"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_objective_too_short_tells_of_faster_hardware_that_the_model_does_not_fit_into(
+    policy: str, billing: Billing, tmp_path: Path
+) -> None:
+    (tmp_path / "one.yaml").write_text(ONE, encoding="utf-8")
+    model = "resnet50-v1-5-tensorflow-mixed-fp16"
+    rows = [f"{model},slow,1,500,100.5", f"{model},fast,1,10,100.5", f"{model},old,1,900,100.5"]
+    columns = "model,hardware,batch_size,duration_ms,memory_mib\n"
+    (tmp_path / "p.csv").write_text(columns + "\n".join(rows), encoding="utf-8")
+    prices = "hardware,price_per_hour,memory_mib\nslow,1,200\nold,1,{0}\nfast,1,{0}\n"
+    files = (tmp_path / "p.csv", tmp_path / "h.csv")
+    options = Options(policy=policy, billing=billing)
+    (tmp_path / "h.csv").write_text(prices.format(100), encoding="utf-8")
+    with pytest.raises(PlanError, match="^one.yaml:2: chain 'one'.* 100 ms more ") as raised:
+        plan_offline(read_demand([tmp_path / "one.yaml"], *files, options))
+    assert str(raised.value).endswith(
+        "; left out for their memory_mib: fast (a would take 10 ms, but needs 101 MiB of 100 MiB)"
+    )
+    (tmp_path / "h.csv").write_text(prices.format(101), encoding="utf-8")
+    assert plan_offline(read_demand([tmp_path / "one.yaml"], *files, options)).plan.chains
+    with pytest.raises(PlanError, match=r"1 ms") as raised:
+        plan_offline(read_demand([tmp_path / "one.yaml"], *files, options, slo_ms=9))
+    assert "memory_mib" not in str(raised.value), "nothing was left out"
+
+
 def test_profiles_on_hardware_without_any_price_are_one_error_and_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
