@@ -278,6 +278,15 @@ def simulate(
         )
     if plan_file is not None and replan:
         raise ConfigError("replanning starts from a plan that it made; leave one out", key="--plan")
+    if plan_file is not None:
+        asked = {
+            "--policy": policy != "optimal",
+            "--billing": billing != "fractional",
+            "--limit": bool(limit),
+        }
+        for flag, given in asked.items():
+            if given:
+                raise ConfigError("is about a new plan; leave it or --plan out", key=flag)
     if plot is not None:
         check_plot(plot)
     traffic = Traffic(trace, window, scale_to_rps, arrivals, seconds)

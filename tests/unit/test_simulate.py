@@ -200,6 +200,11 @@ def test_the_run_is_drawn_into_the_same_bytes_each_time(tmp_path: Path, suffix: 
         (("--plot", "no/such/run.png"), "--plot: there is no folder 'no/such'; make it first"),
         (("--plan", "plan.json", "--replan"), "--plan: replanning starts from a plan that it made"),
         (("--plan", "none.json"), "none.json: cannot be read"),
+        (
+            ("--plan", "plan.json", "--policy", "nexus"),
+            "--policy: is about a new plan; leave it or --plan out",
+        ),
+        (("--plan", "plan.json", "--billing", "machine"), "--billing: is about a new plan"),
         (("--plan", "plan.json"), "plan.json: chains: field required; write it with `paceline pl"),
         (
             ("--seconds", "10000000"),
