@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from paceline.planning import Offline
     from paceline.sim.headroom import Verification
 
+MOST_MS, MOST_S, MOST_RPS = 86_400_000, 31_536_000, 10_000_000
+"""More overhead than a day, more seconds than a year, a higher rate: a mistake in the unit."""
+
 ChainsArgument = Annotated[list[Path], typer.Argument(metavar="CHAIN.yaml...", show_default=False)]
 ProfilesOption = Annotated[Path, typer.Option(help="Durations: CSV from `paceline profile`.")]
 HardwareOption = Annotated[Path, typer.Option(help="Prices: hardware,price_per_hour,memory_mib.")]
@@ -37,7 +40,8 @@ LimitOption = Annotated[
     typer.Option(metavar="HARDWARE=N", help="Most machines of a kind (--billing machine)."),
 ]
 OverheadOption = Annotated[
-    float, typer.Option(min=0, help="Reserved per module for front server and network.")
+    float,
+    typer.Option(min=0, max=MOST_MS, help="Reserved per module for front server and network."),
 ]
 FormatOption = Annotated[str, typer.Option("--format", help="text or json.")]
 ArrivalsOption = Annotated[
@@ -115,8 +119,24 @@ def plan(
     one_of("--dispatch", dispatch, DISPATCHES)
     if plot is not None:
         check_plot(plot)
+    chosen = _options(policy, billing, limit)
+    changed = {
+        "--dispatch": dispatch != "throughput-cost",
+        "--max-tuples": max_tuples is not None,
+        "--no-dummy": not dummy,
+        "--no-reassign": not reassign,
+        "--no-efficiency": not efficiency,
+        "--no-node-merger": not node_merger,
+        "--no-cost-direct": not cost_direct,
+        "--strict": strict,
+    }
+    if policy != "harpagon" and any(changed.values()):
+        raise ConfigError(
+            f"is about --policy harpagon; it changes nothing in {policy}",
+            key=next(flag for flag, given in changed.items() if given),
+        )
     options = replace(
-        _options(policy, billing, limit),
+        chosen,
         dispatch=dispatch,  # type: ignore[arg-type]
         max_tuples=max_tuples,
         dummy=dummy,
@@ -179,6 +199,7 @@ def simulate(
         float | None,
         typer.Option(
             min=0,
+            max=MOST_RPS,
             help="Scale the trace to this mean rate (default: the rate planned for; 0: as it was "
             "recorded).",
         ),
@@ -187,7 +208,8 @@ def simulate(
         str, typer.Option(help="Without a trace: poisson or uniform, at the rate planned for.")
     ] = "poisson",
     seconds: Annotated[
-        float, typer.Option(min=0.001, help="Without a trace: how long requests come.")
+        float,
+        typer.Option(min=0.001, max=MOST_S, help="Without a trace: how long requests come."),
     ] = 60.0,
     plan_file: Annotated[
         Path | None,
@@ -197,7 +219,8 @@ def simulate(
         bool, typer.Option(help="Follow the traffic with new plans, as `paceline serve` does.")
     ] = False,
     load_s: Annotated[
-        float, typer.Option(min=0, help="--replan: how long a new machine loads its models.")
+        float,
+        typer.Option(min=0, max=MOST_S, help="--replan: how long a new machine loads its models."),
     ] = 10.0,
     rate_rps: RateOption = None,
     slo_ms: SloOption = None,
@@ -236,6 +259,7 @@ def simulate(
     from paceline.sim.headroom import Verification
     from paceline.simulating import (
         Traffic,
+        arrivals_of,
         planned_before,
         rates_of_plan,
         rates_of_trace,
@@ -254,6 +278,15 @@ def simulate(
         )
     if plan_file is not None and replan:
         raise ConfigError("replanning starts from a plan that it made; leave one out", key="--plan")
+    if plan_file is not None:
+        asked = {
+            "--policy": policy != "optimal",
+            "--billing": billing != "fractional",
+            "--limit": bool(limit),
+        }
+        for flag, given in asked.items():
+            if given:
+                raise ConfigError("is about a new plan; leave it or --plan out", key=flag)
     if plot is not None:
         check_plot(plot)
     traffic = Traffic(trace, window, scale_to_rps, arrivals, seconds)
@@ -270,6 +303,7 @@ def simulate(
         dispatch=dispatch,  # type: ignore[arg-type]
         with_runs=runs_of_plan(plan_file) if plan_file is not None else lambda chain: None,
     )
+    instants = arrivals_of(wanted, traffic, seed)
     with Working() as working:
         if plan_file is not None:
             made = planned_before(wanted, plan_file)
@@ -277,7 +311,7 @@ def simulate(
             how = Verification(seed=seed)
             made = plan_offline(wanted, verification=how if verify else None, progress=working)
         working(f"replaying {traffic.name}", "")
-        done = run_offline(wanted, made, traffic, seed=seed, replan=replan, load_s=load_s)
+        done = run_offline(wanted, made, traffic, instants, seed=seed, replan=replan, load_s=load_s)
     if output == "json":
         print(json.dumps(done.as_json(), indent=2), flush=True)
     else:

@@ -127,6 +127,10 @@ class Machines:
         """That model is loaded on that Triton while the block runs. Raises ResidencyError."""
         return self.residence.using(model, name) if self.residence.engaged else nullcontext()
 
+    def needed_bytes(self, model: str) -> int:
+        """See `Residence.needed_bytes`."""
+        return self.residence.needed_bytes(model)
+
     def all(self) -> tuple[Machine, ...]:
         return tuple(self._machines.values())
 

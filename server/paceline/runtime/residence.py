@@ -240,6 +240,13 @@ class Residence:
         """One operation on a model of a machine at a time."""
         return self._locks.setdefault((machine, model), asyncio.Lock())
 
+    def needed_bytes(self, model: str) -> int:
+        """What one instance takes on a machine that holds nothing else, as it is believed now; 0
+        where nothing is known, as while models do not come and go.
+        """
+        known = self.state.models.get(model)
+        return known.footprint.alone_bytes() if known is not None else 0
+
     def load_s(self, model: str) -> float:
         known = (self.state.models.get(each) for each in self._ensembles.processes(model))
         return max((each.load_s for each in known if each is not None), default=0.0)
