@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -271,6 +272,18 @@ def test_a_turn_says_whether_others_load_through_the_same_channel(directory: Pat
     assert alone(), "it has what it needs"
     for ledger in (mine, other, elsewhere):
         ledger.close()
+
+
+def test_to_read_the_table_takes_no_more_memory_than_it_is_long(directory: Path) -> None:
+    """It is read at every turn; within a budget nobody counts what that takes."""
+    ledger = Ledger("disk", directory=directory)
+    tracemalloc.start()
+    rows = ledger.rows()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == 1
+    assert peak_bytes < MIB / 8
+    ledger.close()
 
 
 def test_another_version_of_the_table_is_neither_read_nor_removed(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from paceline.blocks.backend.loader import Loader
+from paceline.blocks.backend.malloc import keep_little
 from paceline.blocks.backend.manifest import Block, Manifest, Member, PoolError, Tensor, parse
 from paceline.blocks.backend.mapping import MappedObject
 from paceline.blocks.backend.reader import Reader
@@ -363,6 +364,7 @@ def _anonymous_bytes() -> int:
 
 
 def _main() -> None:
+    keep_little()  # as the backend does within a budget
     asked = json.load(sys.stdin)
     path = Path(asked["manifest"])
     manifest = parse(path.read_bytes(), str(path))

@@ -21,6 +21,7 @@ from .chunks import chunks_of
 from .device import DevicePool, DeviceRuns, DeviceSession, Driver, open_cuda
 from .ledger import Ledger
 from .loader import Loader
+from .malloc import keep_little
 from .manifest import (
     Block,
     Chunks,
@@ -70,6 +71,7 @@ class BlockModel:
         held = {name: pages(one.size_bytes) for name, one in stated.items()}
         self.budget: Budget | None = None
         if settings.has_budget:
+            keep_little()
             cores = len(os.sched_getaffinity(0))
             self.budget = Budget(
                 self.manifest.model,

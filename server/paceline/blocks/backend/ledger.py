@@ -363,7 +363,9 @@ def _locked(directory: Path) -> int:
 def _read(path: Path) -> dict[str, Row]:
     try:
         with path.open("rb") as file:
-            document: dict[str, Any] = json.loads(file.read(_MAX_BYTES))
+            # As long as it is: a buffer for the longest there may be is a thread's for good.
+            size_bytes = min(os.fstat(file.fileno()).st_size, _MAX_BYTES)
+            document: dict[str, Any] = json.loads(file.read(size_bytes))
         return {name: _row(entry) for name, entry in document.items()}
     except FileNotFoundError:
         return {}
