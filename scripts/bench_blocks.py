@@ -86,6 +86,8 @@ def main() -> None:
             # A link is not for the others, and --ratios are.
             first = places[:1] if name == "cgroup" else places[-2:]
             command.add_argument("--at", nargs="+", choices=places, default=first)
+        if name in ("cgroup", "fuse"):
+            command.add_argument("--runs", type=int, default=1, help="of each row in a cgroup")
         if name in ("cgroup", "served"):
             command.add_argument("--batch", type=int, default=1)
         if name == "served":

@@ -169,7 +169,8 @@ class BlockModel:
             return self._infer(member, feed, outputs, rows)
         network, first = self._members[member]
         kind = (member, *(feed[tensor.name].shape for tensor in network.inputs))
-        need = self.budget.need(kind, range(first, first + len(network.blocks)), rows)
+        beside_bytes = self.manifest.member_activation_bytes(network, rows)
+        need = self.budget.need(kind, range(first, first + len(network.blocks)), rows, beside_bytes)
         with self.budget.running(need):
             results = self._infer(member, feed, outputs, rows)
             self._trim_tables(self.budget.table_bytes)
