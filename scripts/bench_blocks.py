@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.blocks_cgroup import idle, limited, print_cgroup
-from scripts.blocks_cold import cold, print_cold
+from scripts.blocks_cold import bound, cold, print_cold
 from scripts.blocks_group import fused, print_fuse
 from scripts.blocks_measure import CUTS, LATENCY, RATIOS, Bench
 from scripts.blocks_served import print_served
@@ -50,6 +50,7 @@ PARTS: Mapping[str, Callable[[Bench, argparse.Namespace], None]] = {
 CHILDREN: Mapping[str, Callable[..., dict[str, Any]]] = {
     "swap": swap,
     "cold": cold,
+    "bound": bound,
     "share": share,
     "limited": limited,
     "idle": idle,
