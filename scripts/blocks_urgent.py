@@ -34,8 +34,9 @@ from scripts.blocks_measure import (
 
 LATER_S = 0.2
 """How much later the first model comes."""
-READY_S = 4.0
-"""Until everything is imported in all processes."""
+START_S = 0.2
+"""From the word that all are ready to the start."""
+READY = "ready\n"
 LOWER = "4"
 WAYS: Mapping[str, str] = {
     "alone": "the others do not load",
@@ -70,9 +71,7 @@ def print_urgent(bench: Bench, arguments: argparse.Namespace) -> None:
 def loaded(bench: Bench, way: str, first: str, others: Sequence[str], url: str) -> list[float]:
     """Seconds to the first output of each model, all cold; to load it, if it is not asked."""
     names = [first, *(others if way != "alone" else ())]
-    if not url:
-        drop_page_cache(bench.work)
-    at_s = time.time() + READY_S
+    directories = [str(bench.compiled(name)) for name in names]
     with tempfile.TemporaryDirectory(dir=bench.work) as fresh:
         running = []
         for number, name in enumerate(names):
@@ -83,9 +82,8 @@ def loaded(bench: Bench, way: str, first: str, others: Sequence[str], url: str) 
                 parameters["priority"] = LOWER
             job: dict[str, Any] = {
                 "do": "urgent",
-                "directory": str(bench.compiled(name)),
+                "directory": directories[number],
                 "parameters": parameters,
-                "at_s": at_s + (0.0 if number else LATER_S),
                 "ask": number == 0 or way != "others not waited for",
             }
             apart = number if way == "no turns" else 0
@@ -94,22 +92,33 @@ def loaded(bench: Bench, way: str, first: str, others: Sequence[str], url: str) 
             running.append(
                 subprocess.Popen(
                     [*command, "child", json.dumps(job)],
+                    stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
                     env=environment,
                 )
             )
+        for one in running:
+            assert one.stdout is not None and one.stdout.readline() == READY
+        if not url:
+            drop_page_cache(bench.work)
+        start_s = time.time() + START_S
+        for number, one in enumerate(running):
+            assert one.stdin is not None
+            one.stdin.write(f"{start_s + (0.0 if number else LATER_S)}\n")
+            one.stdin.flush()
         told = [one.communicate()[0] for one in running]
     assert not any(one.returncode for one in running), way
     return [float(json.loads(text)["took_s"]) for text in told]
 
 
-def urgent(directory: str, parameters: dict[str, str], at_s: float, ask: bool) -> dict[str, float]:
-    """Seconds from then to the first output; not asked, to all of its weights."""
+def urgent(directory: str, parameters: dict[str, str], ask: bool) -> dict[str, float]:
+    """Seconds to the first output from the instant that it is told; not asked, to all weights."""
     warm_up()
     gc.freeze()
-    assert time.time() < at_s, "not all was imported in time"
-    time.sleep(at_s - time.time())
+    print(READY, end="", flush=True)
+    at_s = float(sys.stdin.readline())
+    time.sleep(max(0.0, at_s - time.time()))
     began_s = time.perf_counter()
     model = open_model(Path(directory), **parameters)
     if ask:
