@@ -256,6 +256,7 @@ async def connected_machine(
         overhead_s=percentile(took_s, 0.95),
         round_trip_s=min(took_s),
         budget_bytes=budget_bytes,
+        address=client.url,
     )
     sizes = Measurements(state_directory)
     if process is None:

@@ -38,6 +38,7 @@ from paceline.runtime.engine import Engine, EngineLimits
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.provisioning import Step
 from paceline.runtime.statistics import Statistics
+from paceline.runtime.suspicions import Suspicions
 from paceline.state import State
 from paceline.triton.client import TritonClient, TritonFleet
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
@@ -110,7 +111,12 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         fleet = TritonFleet()
         metrics = Metrics()
         statistics = Statistics()
-        engine = Engine(fleet, limits=EngineLimits(hang=settings.hang))
+        several = settings.share.count > 1
+        engine = Engine(
+            fleet,
+            limits=EngineLimits(hang=settings.hang),
+            suspicions=Suspicions(suspicions_file(settings)) if several else None,
+        )
         controller = Controller(
             engine,
             statistics,
@@ -208,6 +214,11 @@ def check_directories(settings: ServeSettings) -> None:
 def turns_directory(settings: ServeSettings) -> Path:
     """Where several workers take turns at changing a Triton's models; made by their supervisor."""
     return settings.state_directory / "turns"
+
+
+def suspicions_file(settings: ServeSettings) -> Path:
+    """What several workers know of processes that were found dead; made by their supervisor."""
+    return settings.state_directory / "suspicions"
 
 
 def stop_on_signals(events: Events) -> asyncio.Event:

@@ -19,6 +19,7 @@ from contextlib import AsyncExitStack
 from itertools import count
 
 from paceline.core.errors import ConfigError, ResidencyError
+from paceline.runtime.suspicions import Suspicions
 from paceline.serving import (
     LOCAL_HARDWARE,
     Events,
@@ -26,6 +27,7 @@ from paceline.serving import (
     check_directories,
     local_triton,
     stop_on_signals,
+    suspicions_file,
     turns_directory,
 )
 from paceline.triton.launcher import ending_with_parent
@@ -51,6 +53,7 @@ async def serve_workers(
     turns = turns_directory(settings)
     shutil.rmtree(turns, ignore_errors=True)
     turns.mkdir(exist_ok=True)
+    Suspicions.create(suspicions_file(settings))
     stop = stop_on_signals(events)
     async with AsyncExitStack() as stack:
         targets = [str(target) for target in settings.tritons]

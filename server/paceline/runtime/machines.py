@@ -40,7 +40,7 @@ class Machine:
     `overhead_s` is what the front and the network add to every execution there, measured (p95), and
     `round_trip_s` the least that a call takes; `budget_bytes` bounds what its models may take,
     which `memory` tells; `restart` ends a Triton of ours, which is then started again; `links` are
-    what it loads through, where that is divided.
+    what it loads through, where that is divided; `address` is what others know it by.
     """
 
     site: Site
@@ -51,6 +51,7 @@ class Machine:
     budget_bytes: float = inf
     memory: ModelMemory | None = None
     restart: Callable[[], None] | None = None
+    address: str = ""
     links: LoadLinks | None = None
 
 
@@ -75,6 +76,7 @@ class Machines:
     def add(self, machine: Machine) -> None:
         """One more Triton; nothing is sent to it before `announce`."""
         self._machines[machine.site.name] = machine
+        self._engine.suspicions.know(machine.site.name, machine.address)
         self.placed[machine.site.name] = {}
         for run, spec in self.ensembles.runs.values():
             machine.repository.compose(run, spec)
@@ -380,7 +382,12 @@ class Machines:
             return
         logger.warning("model %s on %s is broken (%s); loading it afresh", model, name, reason)
         # An ensemble does not tell which of its members it was: all of them are loaded afresh.
-        self._begin_repair(name, self.processes(name, model))
+        processes = self.processes(name, model)
+        ensembles = self.made_of(name, processes)
+        if ensembles or self._share.count > 1:
+            # Others wait in Triton for the process that died, and get its answers if it did not.
+            self._engine.suspicions.tell(name, (*processes, *ensembles))
+        self._begin_repair(name, processes)
 
     def lost(self, name: str, models: Sequence[str]) -> None:
         """A Triton that should have these models does not: somebody else unloaded them."""

@@ -79,6 +79,8 @@ class TritonRepository:
         self._unload_timeout_s = unload_timeout_s
         self._runs: dict[str, ModelConfig] = {}
         self._members: dict[str, tuple[str, ...]] = {}
+        self._loaded: dict[str, int] = {}
+        """Instances of what was loaded from files, as asked for last."""
 
     @property
     def client(self) -> TritonClient:
@@ -166,8 +168,18 @@ class TritonRepository:
             if (run := self._runs.get(model)) is not None:
                 if not await self._holds(model, run.parameters[CONTENT].string_value, 1):
                     await self._load(model, config_json(run), ensemble.FILES)
+                    await self._restore(members_of(run))
             else:
                 await self._load_files(model, instances, adopt=True)
+
+    async def _restore(self, members: Sequence[str]) -> None:
+        """Loading an ensemble for the first time, Triton loads what it is made of once more, as its
+        files say: with their number of instances, and without our mark.
+        """
+        for member in members:
+            if (instances := self._loaded.get(member)) is not None:
+                async with self._turn(member):
+                    await self._load_files(member, instances, adopt=True)
 
     def _turn(self, model: str) -> AbstractAsyncContextManager[Turn | None]:
         if self._turns is None:
@@ -193,16 +205,23 @@ class TritonRepository:
             if instances is None:
                 instances = max(1, instances_of(config))
             if adopt and await self._holds(model, content, instances):
+                if not self._members[model]:
+                    self._loaded[model] = instances
                 return
             if self._on_load is not None:
                 self._on_load(directory, config)
         members = self._members[model]
         expected = dict.fromkeys(members, 1) if members else {model: instances}
         await self._load(model, config_json(with_instances(config, instances)), instances=expected)
+        if members:
+            await self._restore(members)
+        else:
+            self._loaded[model] = instances
 
     async def unload(self, model: str) -> None:
         """See `ModelRepository.unload`. A model that is not loaded is fine; a run is forgotten."""
         self._runs.pop(model, None)
+        self._loaded.pop(model, None)
         try:
             await self._client.unload(model)
         except BackendError as error:
