@@ -33,8 +33,8 @@ from paceline.core.profile import Configuration
 from paceline.planner.assemble import chain_plan, graph_of
 from paceline.planner.compose import compose
 from paceline.planner.harpagon import harpagon
+from paceline.planner.hull import Offers
 from paceline.planner.problem import PlannedChain, PlannedModule
-from paceline.planner.relaxed import Offers
 from paceline.planner.schedule import TOLERANCE, ranked
 from paceline.planner.worst_case import residual_s, throughput_cost_s
 
