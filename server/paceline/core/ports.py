@@ -93,7 +93,7 @@ class ModelRepository(Protocol):
         ...
 
     def members(self, model: str) -> tuple[str, ...]:
-        """What an ensemble that is loaded hands its requests to; none for other models."""
+        """What an ensemble hands its requests to; none for other models."""
         ...
 
     async def repair(self, model: str, *, instances: int | None) -> None:

@@ -22,11 +22,12 @@ admitted requests have not yet had launched there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf
 
 from paceline.core.errors import ErrorKind, Rejected
+from paceline.dispatch.arrivals import Arrivals
 from paceline.dispatch.collector import NOTHING_ROWS
 from paceline.dispatch.foresight import FIRST, Foresight, Shares, Urgent, level
 from paceline.dispatch.machines import MachinePool
@@ -35,6 +36,12 @@ from paceline.dispatch.stage import Served, Stage
 
 ReadyIn = Callable[[str, float], float]
 """How long from an instant on until a model can be used; 0 when it can."""
+
+Visit = tuple[float, float, float, float, int]
+"""Of a module: how long until a request's batch there ends, how many other requests have their rows
+before it in that batch, how long until it comes there, how many other rows come with it, and on how
+many slots they could run.
+"""
 
 MISS_STEP = 0.05
 """By what share of a chain's slack (its objective less planned batches along its slowest path) a
@@ -98,8 +105,10 @@ class Admission:
         """
         cold = self.cold(served, now_s)
         given = priority
-        if served.route.modules[0].rate_rps > 0 or cold:
-            predicted_s = self.predicted_s(served, priority, pool, now_s, budget_s)
+        planned = served.route.modules[0].rate_rps > 0
+        visits: Sequence[Visit] = ()
+        if planned or cold:
+            predicted_s, visits = self._predict(served, priority, pool, now_s, budget_s)
             margin_s = self._margin_s(served, priority, predicted_s, now_s)
             excess_s = predicted_s + margin_s - budget_s
             if excess_s > 0:
@@ -112,6 +121,10 @@ class Admission:
         self._foresight.admitted(served, given, now_s)
         for stage, rows in zip(served.stages, served.fan_outs, strict=True):
             self._count(stage, given, rows)
+        if planned and not cold and given == priority:
+            for stage, rows, visit in zip(served.stages, served.fan_outs, visits, strict=True):
+                if visit[-1]:
+                    _arrives(stage, rows, level(priority), visit, now_s)
         return Ticket(given, priority, served.stages, list(served.fan_outs))
 
     def cold(self, served: Served, now_s: float) -> dict[str, float]:
@@ -130,18 +143,42 @@ class Admission:
         budget_s: float = inf,
     ) -> float:
         """Time from now to the answer of a request that would enter now with `budget_s` left."""
-        ends: list[tuple[float, int]] = []
-        """When each module's batch ends, and its rows."""
+        return self._predict(served, priority, pool, now_s, budget_s)[0]
+
+    def _predict(
+        self, served: Served, priority: int, pool: MachinePool, now_s: float, budget_s: float
+    ) -> tuple[float, list[Visit]]:
+        """The same, and each module's part in it."""
+        visits: list[Visit] = []
+        answer_s = 0.0
         # Where machines are too few for the planned rate, no more than they can take gets in.
         share = min(1.0, pool.slots / served.load) if served.load > 0 else 1.0
         urgent = self._foresight.urgent(priority, now_s)
-        for stage, parents in zip(served.stages, served.parents, strict=True):
-            there = (0.0, 1)
-            for parent in parents:
-                if ends[parent] > there:
-                    there = ends[parent]
-            ends.append(self._end(stage, priority, budget_s, there, share, urgent, pool, now_s))
-        return max(ends)[0]
+        at_level = level(priority)
+        for place, stage in enumerate(served.stages):
+            route, own = stage.route, served.fan_outs[place]
+            there_s = company = wait_s = 0.0
+            for parent in served.parents[place]:
+                if visits[parent][0] > there_s:
+                    there_s = visits[parent][0]
+                    company = visits[parent][1] * own
+            slots = 0
+            if there_s > 0.0 and route.best is not None:
+                slots = pool.common_slots(route.model, route.model)
+                if (arrivals := stage.arrivals.get(at_level)) is not None:
+                    size, at_s = route.full_rows, now_s + there_s
+                    wait_s = arrivals.wait_s(company, size, slots, route.best, at_s)
+            comes = (there_s, wait_s, company, own)
+            end_s, before = self._end(stage, comes, priority, budget_s, share, urgent, pool, now_s)
+            for other in served.beside[place]:
+                # Its own rows there go first where they share machines.
+                first = served.stages[other].route
+                part = pool.part_of(route.model, first.model)
+                end_s += served.fan_outs[other] * first.row_s * part
+            visits.append((end_s, before, there_s, company, slots))
+            if end_s > answer_s:
+                answer_s = end_s
+        return answer_s, visits
 
     def missed(self, served: Served, now_s: float, priority: int = 0) -> None:
         """A request that was admitted did not end in time."""
@@ -206,29 +243,33 @@ class Admission:
     def _end(
         self,
         stage: Stage,
+        comes: tuple[float, float, float, float],
         priority: int,
         budget_s: float,
-        there: tuple[float, int],
         share: float,
         urgent: Urgent,
         pool: MachinePool,
         now_s: float,
-    ) -> tuple[float, int]:
-        """When a batch with one more row would end, from now, and its rows. The row is `there`
-        after so long, with so many others. `share` of the planned rate is admitted.
+    ) -> tuple[float, float]:
+        """When a request's batch at a module would end, from now, and how many requests have their
+        rows before its own in it.
 
-        Where nobody can tell, the batch starts at once.
+        `comes`: after how long it is there, how long it waits then at the least for those who come
+        before it (`arrivals`), how many rows come with its own, and how many are its own. `share`
+        of the planned rate is admitted. Where nobody can tell, the batch starts at once.
         """
+        there_s, wait_s, company, own = comes
         route = stage.route
-        there_s, company = there
         start_s, joined, size, known, rate_rps = 0.0, 1, route.full_rows, route.best, route.rate_rps
-        at_once = float(company)
-        if self.ready_in_s is not None and (wait_s := self.ready_in_s(route.model, now_s)) > 0:
-            start_s = wait_s
+        # Its last row counts.
+        more = own - 1.0 if own > 1.0 else 0.0
+        at_once = company + more + 1.0
+        if self.ready_in_s is not None and (cold_s := self.ready_in_s(route.model, now_s)) > 0:
+            start_s = cold_s
         elif route.row_s > 0:
             rows = stage.waiting_before(priority) if urgent else stage.ahead_of(priority)
             foreseen = stage.collector.foreseen(
-                rows, priority, budget_s - route.tail_s, pool, now_s
+                rows + more, priority, budget_s - route.tail_s, pool, now_s
             )
             if foreseen is not None:
                 start_s, joined, size, known, rate_rps, at_once = foreseen
@@ -238,15 +279,22 @@ class Admission:
                     start_s += same_s
                 if urgent:
                     start_s = self._foresight.start_s(urgent, start_s, urgent_s, route.model, pool)
-        if company > at_once and known is not None:
-            # Those of one batch come together, and do not fit into the batches that can start then.
-            there_s += int((company - 1) / at_once) * known.at(size)
+        if there_s > 0.0:
+            if known is not None and company + more >= at_once:
+                # Rows of one batch come together, and do not fit into those that can start then.
+                late_s = int((company + more) / at_once) * known.at(size)
+                if late_s > wait_s:
+                    wait_s = late_s
+            there_s += wait_s
         if there_s > start_s:
             start_s = there_s
-        if start_s > 0:
-            joined += int(rate_rps * start_s)
-        rows = joined if joined < size else size
-        return (start_s + known.at(rows) if known is not None else start_s), rows
+        rows = joined + int(rate_rps * start_s) if start_s > 0 else joined
+        if rows > size:
+            rows = size
+        end_s = start_s + known.at(rows) if known is not None else start_s
+        return end_s, (joined - 1 - more) / (
+            own if own > 1.0 else 1.0
+        ) if joined > 1 + more else 0.0
 
     def _others_s(
         self,
@@ -291,6 +339,17 @@ class Admission:
         if not ahead:
             self._busy[stage] = None
         ahead[priority] = ahead.get(priority, 0.0) + rows
+
+
+def _arrives(stage: Stage, rows: float, at_level: int, visit: Visit, now_s: float) -> None:
+    """A request was admitted whose rows come to the module as foreseen."""
+    _, _, there_s, company, slots = visit
+    arrivals = stage.arrivals.get(at_level)
+    if arrivals is None:
+        arrivals = stage.arrivals[at_level] = Arrivals()
+    route = stage.route
+    if route.best is not None:
+        arrivals.add(rows, company, route.full_rows, slots, route.best, now_s + there_s)
 
 
 def _overloaded(served: Served, excess_s: float) -> Rejected:

@@ -20,6 +20,7 @@ from paceline.core.errors import ResidencyError, RunError
 from paceline.core.model import ModelSpec
 from paceline.core.ports import LoadLinks, ModelMemory, ModelRepository, Profiler
 from paceline.runtime.engine import Engine
+from paceline.runtime.ensembles import Ensembles
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.residence import Residence
 
@@ -63,7 +64,7 @@ class Machines:
         self._up: set[str] = set()
         self._repairing: dict[frozenset[tuple[str, str]], asyncio.Task[None]] = {}
         """Repairs by the models on machines that are not used while they last."""
-        self._runs: dict[str, tuple[Module, ModelSpec]] = {}
+        self.ensembles = Ensembles()
         self.placed: dict[str, dict[str, int]] = {}
         """Instances by machine and model."""
         self._loading: set[tuple[str, str]] = set()
@@ -75,7 +76,7 @@ class Machines:
         """One more Triton; nothing is sent to it before `announce`."""
         self._machines[machine.site.name] = machine
         self.placed[machine.site.name] = {}
-        for run, spec in self._runs.values():
+        for run, spec in self.ensembles.runs.values():
             machine.repository.compose(run, spec)
         if self.residence.engaged:
             self.residence.machine_up(machine.site.name, {})
@@ -104,6 +105,8 @@ class Machines:
         except TimeoutError:
             return False
         finally:
+            if self.residence.engaged:
+                self.residence.machine_down(name)
             self._engine.machine_down(name)
             del self._machines[name], self.placed[name]
         return True
@@ -164,7 +167,7 @@ class Machines:
 
     def models_on(self, name: str) -> dict[str, int]:
         """Instances of what a Triton should have, the runs made of it left out."""
-        return {m: count for m, count in self.placed[name].items() if m not in self._runs}
+        return {m: count for m, count in self.placed[name].items() if m not in self.ensembles.runs}
 
     def has(self, name: str, model: str) -> bool:
         """Whether a Triton should have that model."""
@@ -205,7 +208,7 @@ class Machines:
 
         Raises ResidencyError, ConfigError.
         """
-        if model in self._runs:
+        if model in self.ensembles.runs:
             raise ResidencyError(f"{model!r} is part of a chain, no model of a repository")
         if self.residence.engaged:
             return await self.residence.introduce(model)
@@ -241,7 +244,7 @@ class Machines:
         for name in self._machines:
             if not first and name not in self._up:
                 continue
-            for model in self._in_order(placed.get(name, ())):
+            for model in self._in_order(name, placed.get(name, ())):
                 if self.placed[name].get(model, 0) < placed[name][model]:
                     await self._load(name, model, placed[name][model])
 
@@ -282,7 +285,7 @@ class Machines:
         try:
             await self._machines[name].repository.load(model, instances=instances)
         except ResidencyError as error:
-            if model not in self._runs:
+            if model not in self.ensembles.runs:
                 raise
             raise RunError(str(error), model=model) from None
         finally:
@@ -294,7 +297,7 @@ class Machines:
 
     def compose(self, run: Module, spec: ModelSpec) -> None:
         """From now on `run`'s model, declared as `spec`, can be loaded wherever its members are."""
-        self._runs[run.model] = run, spec
+        self.ensembles.runs[run.model] = run, spec
         for machine in self._machines.values():
             machine.repository.compose(run, spec)
 
@@ -310,37 +313,28 @@ class Machines:
                 await machine.repository.unload(model)
             except ResidencyError as error:
                 logger.warning("%s keeps %s: %s", name, model, error)
-        del self._runs[model]
+        del self.ensembles.runs[model]
 
-    def _in_order(self, models: Iterable[str]) -> list[str]:
-        """Runs after what they are made of."""
-        return sorted(models, key=lambda model: (model in self._runs, model))
+    def processes(self, name: str, model: str) -> tuple[str, ...]:
+        """The models whose processes answer its requests: it alone, or what an ensemble is of."""
+        return self.ensembles.processes(self._machines[name].repository, model)
 
-    def _members(self, name: str, model: str) -> set[str]:
-        """What a run, or an ensemble of a repository, hands its requests to."""
-        if model in self._runs:
-            return {member.model for member in self._runs[model][0].members}
-        return set(self._machines[name].repository.members(model))
+    def by_level(self, models: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Models that are no ensembles anywhere, and those that are."""
+        own: list[str] = []
+        ensembles: list[str] = []
+        for model in models:
+            alone = all(self.processes(name, model) == (model,) for name in self._machines)
+            (own if alone else ensembles).append(model)
+        return own, ensembles
 
-    def _processes(self, name: str, model: str) -> set[str]:
-        """The model itself, or what an ensemble is made of in the end."""
-        found: set[str] = set()
-        seen: set[str] = set()
-        waiting = {model}
-        while waiting:
-            seen.add(each := waiting.pop())
-            members = self._members(name, each)
-            found |= set() if members else {each}
-            waiting |= members - seen
-        return found
+    def made_of(self, name: str, models: Collection[str]) -> list[str]:
+        """Ensembles on a Triton that any of these models is a part of."""
+        repository = self._machines[name].repository
+        return self.ensembles.made_of(repository, models, self.placed[name])
 
-    def _ensembles_of(self, name: str, models: Collection[str]) -> list[str]:
-        """Ensembles on a Triton that any of these models is a part of, runs last."""
-        return self._in_order(
-            model
-            for model in self.placed[name]
-            if model not in models and not self._processes(name, model).isdisjoint(models)
-        )
+    def _in_order(self, name: str, models: Iterable[str]) -> list[str]:
+        return self.ensembles.in_order(self._machines[name].repository, models)
 
     # -- what goes wrong --------------------------------------------------------------------
 
@@ -364,7 +358,7 @@ class Machines:
         placed = self.placed[name]
         repository = self._machines[name].repository
         failures: dict[str, ResidencyError] = {}
-        for model in self._in_order(placed):
+        for model in self._in_order(name, placed):
             try:
                 await repository.load(model, instances=placed[model])
             except ResidencyError as error:
@@ -386,7 +380,7 @@ class Machines:
             return
         logger.warning("model %s on %s is broken (%s); loading it afresh", model, name, reason)
         # An ensemble does not tell which of its members it was: all of them are loaded afresh.
-        self._begin_repair(name, sorted(self._processes(name, model)))
+        self._begin_repair(name, self.processes(name, model))
 
     def lost(self, name: str, models: Sequence[str]) -> None:
         """A Triton that should have these models does not: somebody else unloaded them."""
@@ -394,7 +388,7 @@ class Machines:
         self._begin_repair(name, models, gone=True)
 
     def _begin_repair(self, name: str, models: Sequence[str], *, gone: bool = False) -> None:
-        ensembles = self._ensembles_of(name, models)
+        ensembles = self.made_of(name, models)
         unused = frozenset((name, each) for each in (*models, *ensembles))
         self._repairing[unused] = asyncio.create_task(
             self._repair(name, models, ensembles, unused, gone=gone),
@@ -440,7 +434,7 @@ class Machines:
     ) -> None:
         """Load a model that a Triton should have, or that one which it should have is made of."""
         instances = self.placed[name].get(model)
-        if instances is None and not self._ensembles_of(name, [model]):
+        if instances is None and not self.made_of(name, [model]):
             return
         try:
             if afresh:

@@ -121,8 +121,16 @@ class TritonRepository:
         return {model: max(1, instances_of(config)) for model, config in configs.items()}
 
     def members(self, model: str) -> tuple[str, ...]:
-        """See `ModelRepository.members`."""
-        return self._members.get(model, ())
+        """See `ModelRepository.members`: as it was loaded last, or as its files say."""
+        known = self._members.get(model)
+        if known is None:
+            try:
+                directory = self.directory(model)
+                known = members_of(read_config(directory)) if directory is not None else ()
+            except ConfigError:
+                known = ()  # it will be said when it is loaded
+            self._members[model] = known
+        return known
 
     async def config(self, model: str) -> ModelConfig:
         """`ModelConfig` of a loaded model. Raises ResidencyError when it is not loaded."""
