@@ -5,7 +5,7 @@
     .venv/bin/python scripts/bench_planner.py --json out.json
     .venv/bin/python scripts/bench_planner.py --together    # only 100 chains at once
     .venv/bin/python scripts/bench_planner.py --apart       # only whole machines for one chain
-    .venv/bin/python scripts/bench_planner.py --ablations   # only Harpagon's parts switched off
+    .venv/bin/python scripts/bench_planner.py --fractions   # only fractions of machines
     .venv/bin/python scripts/bench_planner.py --brute       # only Harpagon against brute force
     .venv/bin/python scripts/bench_planner.py --timings     # only how long `optimal` plans
     .venv/bin/python scripts/bench_planner.py --verify 24   # so many of them under Poisson arrivals
@@ -96,6 +96,12 @@ def heuristic_cost(chain: PlannedChain, options: Options) -> float | None:
 
 def measure(at: int) -> dict[str, Any]:
     """Everything about one workload."""
+    chain = source().chain(f"workload {at}", hardware=HARDWARE[at % 3])
+    return fractions(at) | measure_whole(chain)
+
+
+def fractions(at: int) -> dict[str, Any]:
+    """One workload in fractions of machines, by every policy and without parts of Harpagon."""
     hardware = HARDWARE[at % 3]
     chain = source().chain(f"workload {at}", hardware=hardware)
     result: dict[str, Any] = {"at": at, "hardware": hardware, "modules": len(chain.modules)}
@@ -110,14 +116,7 @@ def measure(at: int) -> dict[str, Any]:
         result[f"{policy}_s"] = process_time() - started
     for name, options in ABLATIONS.items():
         result[name] = heuristic_cost(chain, options)
-    return result | measure_whole(chain)
-
-
-def ablated(at: int) -> dict[str, Any]:
-    """One workload by Harpagon, in full and with each part switched off."""
-    chain = source().chain(f"workload {at}", hardware=HARDWARE[at % 3])
-    found = {name: heuristic_cost(chain, options) for name, options in ABLATIONS.items()}
-    return {"harpagon": heuristic_cost(chain, PLAIN)} | found
+    return result
 
 
 def measure_whole(chain: PlannedChain) -> dict[str, Any]:
@@ -141,8 +140,8 @@ def apart(at: int) -> dict[str, Any]:
     return {"optimal": solve([chain], OPTIMAL).cost_per_hour} | measure_whole(chain)
 
 
-def report(results: Sequence[Mapping[str, Any]]) -> None:
-    """The tables of docs/benchmarks/planner.md."""
+def report_fractions(results: Sequence[Mapping[str, Any]]) -> None:
+    """The tables of docs/benchmarks/planner.md on fractions of machines."""
     count = len(results)
     print(f"{count} workloads\n")
     print("| policy | feasible | cost / optimal, mean | max | plans in ms of CPU, median | p99 |")
@@ -172,7 +171,6 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
             for p in POLICIES[1:]
         ]
         print(f"| {hardware} | {' | '.join(cells)} |")
-    report_whole(results)
 
 
 def report_ablations(results: Sequence[Mapping[str, Any]]) -> None:
@@ -278,7 +276,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every result here")
     parser.add_argument("--together", action="store_true", help="only the 100 chains")
     parser.add_argument("--apart", action="store_true", help="only whole machines for one chain")
-    parser.add_argument("--ablations", action="store_true", help="only Harpagon's parts")
+    parser.add_argument("--fractions", action="store_true", help="only fractions of machines")
     parser.add_argument("--brute", action="store_true", help="only Harpagon's own brute force")
     parser.add_argument("--timings", action="store_true", help="only how long `optimal` plans")
     parser.add_argument(
@@ -294,10 +292,10 @@ def main() -> None:
     if arguments.timings:
         timings(source(), 50)
         return
-    if arguments.ablations:
+    if arguments.fractions:
         count = 90 if arguments.quick else WORKLOADS
         with ProcessPoolExecutor(arguments.jobs) as pool:
-            report_ablations(list(pool.map(ablated, range(count), chunksize=5)))
+            report_fractions(list(pool.map(fractions, range(count), chunksize=5)))
         return
     if arguments.brute:
         count = 90 if arguments.quick else WORKLOADS
@@ -325,7 +323,8 @@ def main() -> None:
     count = 90 if arguments.quick else WORKLOADS
     with ProcessPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(measure, range(count), chunksize=5))
-    report(results)
+    report_fractions(results)
+    report_whole(results)
     timings(source(), 10 if arguments.quick else 50)
     together(source(), 1 if arguments.quick else 5)
     if arguments.json:

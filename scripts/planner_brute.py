@@ -33,8 +33,8 @@ from paceline.core.profile import Configuration
 from paceline.planner.assemble import chain_plan, graph_of
 from paceline.planner.compose import compose
 from paceline.planner.harpagon import harpagon
+from paceline.planner.hull import Offers
 from paceline.planner.problem import PlannedChain, PlannedModule
-from paceline.planner.relaxed import Offers
 from paceline.planner.schedule import TOLERANCE, ranked
 from paceline.planner.worst_case import residual_s, throughput_cost_s
 
@@ -155,14 +155,17 @@ class _Search:
         none_rps = TOLERANCE * self.rate_rps
         if left_rps <= none_rps:
             return
+        if self.dummies == "none" and left_rps < self.residual_needs_rps:
+            return
         for at in range(rank, len(self.ranks)):
             c, need_rps = self.ranks[at]
-            if not cost + self._least(c, left_rps) < self._cost * (1 - TOLERANCE):
-                return
-            # Dummy requests raise what is left to what the configuration needs.
+            # Dummy requests raise what is left to what the configuration needs. Without them, what
+            # is left grows no more: what cannot be taken now never can.
             filled_rps = left_rps if self.dummies == "none" else max(left_rps, need_rps)
             if need_rps > filled_rps:
                 continue
+            if not cost + self._least(c, left_rps) < self._cost * (1 - TOLERANCE):
+                return
             machines = filled_rps / c.throughput_rps
             most = floor(machines + TOLERANCE)
             if self.dummies != "none":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 MOST_MS, MOST_S, MOST_RPS = 86_400_000, 31_536_000, 10_000_000
 """More overhead than a day, more seconds than a year, a higher rate: a mistake in the unit."""
+
+SECONDS, LOAD_S = 60.0, 10.0
+"""How long requests come without a trace, how long a new machine loads its models."""
 
 ChainsArgument = Annotated[list[Path], typer.Argument(metavar="CHAIN.yaml...", show_default=False)]
 ProfilesOption = Annotated[Path, typer.Option(help="Durations: CSV from `paceline profile`.")]
@@ -120,20 +124,19 @@ def plan(
     if plot is not None:
         check_plot(plot)
     chosen = _options(policy, billing, limit)
-    changed = {
-        "--dispatch": dispatch != "throughput-cost",
-        "--max-tuples": max_tuples is not None,
-        "--no-dummy": not dummy,
-        "--no-reassign": not reassign,
-        "--no-efficiency": not efficiency,
-        "--no-node-merger": not node_merger,
-        "--no-cost-direct": not cost_direct,
-        "--strict": strict,
-    }
-    if policy != "harpagon" and any(changed.values()):
-        raise ConfigError(
+    if policy != "harpagon":
+        _of_no_use(
             f"is about --policy harpagon; it changes nothing in {policy}",
-            key=next(flag for flag, given in changed.items() if given),
+            {
+                "--dispatch": dispatch != "throughput-cost",
+                "--max-tuples": max_tuples is not None,
+                "--no-dummy": not dummy,
+                "--no-reassign": not reassign,
+                "--no-efficiency": not efficiency,
+                "--no-node-merger": not node_merger,
+                "--no-cost-direct": not cost_direct,
+                "--strict": strict,
+            },
         )
     options = replace(
         chosen,
@@ -210,7 +213,7 @@ def simulate(
     seconds: Annotated[
         float,
         typer.Option(min=0.001, max=MOST_S, help="Without a trace: how long requests come."),
-    ] = 60.0,
+    ] = SECONDS,
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", help="A plan from `paceline plan --format json`, not a new one."),
@@ -221,7 +224,7 @@ def simulate(
     load_s: Annotated[
         float,
         typer.Option(min=0, max=MOST_S, help="--replan: how long a new machine loads its models."),
-    ] = 10.0,
+    ] = LOAD_S,
     rate_rps: RateOption = None,
     slo_ms: SloOption = None,
     policy: PolicyOption = "optimal",
@@ -272,21 +275,29 @@ def simulate(
     one_of("--arrivals", arrivals, ARRIVALS)
     if dispatch is not None:
         one_of("--dispatch", dispatch, DISPATCHES)
-    if trace is None and (window or scale_to_rps is not None):
-        raise ConfigError(
-            "is about a trace; give one", key="--window" if window else "--scale-to-rps"
+    if trace is None:
+        _of_no_use(
+            "is about a trace; give one",
+            {"--window": bool(window), "--scale-to-rps": scale_to_rps is not None},
         )
+    else:
+        _of_no_use(
+            "is about traffic without a trace; leave it or --trace out",
+            {"--arrivals": arrivals != "poisson", "--seconds": seconds != SECONDS},
+        )
+    if not replan:
+        _of_no_use("is about --replan; add it", {"--load-s": load_s != LOAD_S})
     if plan_file is not None and replan:
         raise ConfigError("replanning starts from a plan that it made; leave one out", key="--plan")
     if plan_file is not None:
-        asked = {
-            "--policy": policy != "optimal",
-            "--billing": billing != "fractional",
-            "--limit": bool(limit),
-        }
-        for flag, given in asked.items():
-            if given:
-                raise ConfigError("is about a new plan; leave it or --plan out", key=flag)
+        _of_no_use(
+            "is about a new plan; leave it or --plan out",
+            {
+                "--policy": policy != "optimal",
+                "--billing": billing != "fractional",
+                "--limit": bool(limit),
+            },
+        )
     if plot is not None:
         check_plot(plot)
     traffic = Traffic(trace, window, scale_to_rps, arrivals, seconds)
@@ -332,6 +343,13 @@ def _options(policy: str, billing: str, limit: list[str] | None) -> Options:
         billing=billing,  # type: ignore[arg-type]
         machine_limits=limits(limit or ()),
     )
+
+
+def _of_no_use(why: str, given: Mapping[str, bool]) -> None:
+    """ConfigError for the first option that was given although it changes nothing."""
+    for option, was_given in given.items():
+        if was_given:
+            raise ConfigError(why, key=option)
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

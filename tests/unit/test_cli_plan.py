@@ -470,27 +470,3 @@ def test_the_curves_go_through_the_plan() -> None:
 
 def test_limits_are_read_as_hardware_and_number() -> None:
     assert limits(["t4=10", "v100=0"]) == {"t4": 10, "v100": 0}
-
-
-def test_nothing_but_the_plan_is_printed_where_a_solver_in_c_plans(tmp_path: Path) -> None:
-    """Not series-parallel (the letter N) and packed machines: HiGHS solves both, and could talk."""
-    model = "{model: resnet50-v1-5-tensorflow-mixed-fp16, inputs: "
-    chain = tmp_path / "n.yaml"
-    chain.write_text(
-        "chain: n\nslo_ms: 300\nrate_rps: 50\ninputs: {x: {dtype: UINT8, shape: [-1]}}\nmodules:\n"
-        f"  a: {model}{{x: inputs.x}}}}\n  b: {model}{{x: inputs.x}}}}\n"
-        f"  c: {model}{{x: a.y}}}}\n  d: {model}{{x: a.y, z: b.y}}}}\n"
-        "outputs: {y: c.y, z: d.y}\n"
-    )
-    files = [str(chain), "--profiles", str(PROFILES), "--hardware", str(HARDWARE)]
-    json_only = ("--no-verify", "--format", "json")
-    for billing in ("fractional", "machine"):
-        ended = subprocess.run(
-            [sys.executable, "-m", "paceline", "plan", *files, *json_only, "--billing", billing],
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=True,
-        )
-        assert json.loads(ended.stdout)["billing"] == billing
-        assert ended.stderr == ""

@@ -192,6 +192,12 @@ def test_the_run_is_drawn_into_the_same_bytes_each_time(tmp_path: Path, suffix: 
     [
         (("--window", "ipa_bursty"), "--window: is about a trace; give one"),
         (("--scale-to-rps", "5"), "--scale-to-rps: is about a trace; give one"),
+        (("--trace", "good.csv", "--seconds", "5"), "--seconds: is about traffic without a trace"),
+        (
+            ("--trace", "good.csv", "--arrivals", "uniform"),
+            "--arrivals: is about traffic without a",
+        ),
+        (("--load-s", "3"), "--load-s: is about --replan; add it"),
         (("--trace", "none.csv"), "none.csv: cannot be read: No such file"),
         (("--trace", "bad.csv"), "bad.csv:3: requests must be a number of at least 0, got 'many'"),
         (("--arrivals", "weekly"), "--arrivals: must be one of poisson, uniform, got 'weekly'"),
