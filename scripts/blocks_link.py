@@ -99,6 +99,10 @@ class LinkServer(ThreadingHTTPServer):
 
         super().__init__(("127.0.0.1", 0), Handler)
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Whoever stops loading drops its connections."""
         if not isinstance(sys.exception(), ConnectionError):

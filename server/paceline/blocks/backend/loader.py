@@ -196,7 +196,7 @@ class Loader:
             self._changed.notify_all()
 
     def waited_for(self) -> bool:
-        """Whether a run waits for weights."""
+        """See `Window.waited_for`."""
         with self._changed:
             return self._window.waited_for
 
