@@ -37,16 +37,14 @@ from paceline.dispatch.stage import Served, Stage
 ReadyIn = Callable[[str, float], float]
 """How long from an instant on until a model can be used; 0 when it can."""
 
-Visit = tuple[float, float, float, float, int]
+Visit = tuple[float, float, float, float]
 """Of a module: how long until a request's batch there ends, how many other requests have their rows
-before it in that batch, how long until it comes there, how many other rows come with it, and on how
-many slots they could run.
+before it in that batch, how long until it comes there, and how many other rows come with it.
 """
 
 MISS_STEP = 0.05
 """By what share of a chain's slack (its objective less planned batches along its slowest path) a
-miss widens its margin; at most to `MOST_MARGIN` of it."""
-MOST_MARGIN = 0.3
+miss widens its margin; at most to all of it."""
 MARGIN_FADES_S = 3.0
 """In which time a margin fades to 1/e."""
 MISSES_APART_S = 0.1
@@ -109,7 +107,7 @@ class Admission:
         visits: Sequence[Visit] = ()
         if planned or cold:
             predicted_s, visits = self._predict(served, priority, pool, now_s, budget_s)
-            margin_s = self._margin_s(served, priority, predicted_s, now_s)
+            margin_s = self._margin_s(served, priority, predicted_s, pool, now_s)
             excess_s = predicted_s + margin_s - budget_s
             if excess_s > 0:
                 if cold:
@@ -123,7 +121,7 @@ class Admission:
             self._count(stage, given, rows)
         if planned and not cold and given == priority:
             for stage, rows, visit in zip(served.stages, served.fan_outs, visits, strict=True):
-                if visit[-1]:
+                if visit[2] > 0.0:
                     _arrives(stage, rows, level(priority), visit, now_s)
         return Ticket(given, priority, served.stages, list(served.fan_outs))
 
@@ -162,12 +160,10 @@ class Admission:
                 if visits[parent][0] > there_s:
                     there_s = visits[parent][0]
                     company = visits[parent][1] * own
-            slots = 0
-            if there_s > 0.0 and route.best is not None:
-                slots = pool.common_slots(route.model, route.model)
-                if (arrivals := stage.arrivals.get(at_level)) is not None:
-                    size, at_s = route.full_rows, now_s + there_s
-                    wait_s = arrivals.wait_s(company, size, slots, route.best, at_s)
+            if there_s > 0.0 and (arrivals := stage.arrivals.get(at_level)) is not None:
+                if arrivals.layout != pool.layout:
+                    _place(arrivals, served, place, pool)
+                wait_s = arrivals.wait_s(company, now_s + there_s)
             comes = (there_s, wait_s, company, own)
             end_s, before = self._end(stage, comes, priority, budget_s, share, urgent, pool, now_s)
             for other in served.beside[place]:
@@ -175,7 +171,7 @@ class Admission:
                 first = served.stages[other].route
                 part = pool.part_of(route.model, first.model)
                 end_s += served.fan_outs[other] * first.row_s * part
-            visits.append((end_s, before, there_s, company, slots))
+            visits.append((end_s, before, there_s, company))
             if end_s > answer_s:
                 answer_s = end_s
         return answer_s, visits
@@ -190,7 +186,7 @@ class Admission:
             return
         slack_s = max(0.0, chain.slo_s - max(stage.route.tail_s for stage in served.stages))
         wider_s = margin.left_s(now_s) + MISS_STEP * slack_s
-        margin.wide_s, margin.at_s = min(MOST_MARGIN * slack_s, wider_s), now_s
+        margin.wide_s, margin.at_s = min(slack_s, wider_s), now_s
 
     def counted(self, ticket: Ticket, place: int, rows: int) -> None:
         """A module's real number of rows is known (0: it does not run)."""
@@ -232,13 +228,24 @@ class Admission:
             return False
         return self.predicted_s(served, FIRST, pool, now_s, budget_s) <= budget_s
 
-    def _margin_s(self, served: Served, priority: int, predicted_s: float, now_s: float) -> float:
+    def _margin_s(
+        self, served: Served, priority: int, predicted_s: float, pool: MachinePool, now_s: float
+    ) -> float:
         """No more than what the request is expected to wait: where nothing waits, none is refused
         for it."""
         margin = self._margins.get((served.route.bound.name, level(priority)))
         if margin is None:
             return 0.0
-        return min(margin.left_s(now_s), max(0.0, predicted_s - served.route.longest.floor_s))
+        least_s = served.route.longest.floor_s
+        for stage, rows in zip(served.stages, served.fan_outs, strict=True):
+            # Nor for rows of its own that do not fit into what can start at once.
+            route = stage.route
+            slots = pool.common_slots(route.model, route.model)
+            if rows > 1.0 and slots:
+                least_s += int((rows - 1.0) / route.full_rows / slots) * route.best_s(
+                    route.full_rows
+                )
+        return min(margin.left_s(now_s), max(0.0, predicted_s - least_s))
 
     def _end(
         self,
@@ -343,13 +350,33 @@ class Admission:
 
 def _arrives(stage: Stage, rows: float, at_level: int, visit: Visit, now_s: float) -> None:
     """A request was admitted whose rows come to the module as foreseen."""
-    _, _, there_s, company, slots = visit
+    _, _, there_s, company = visit
     arrivals = stage.arrivals.get(at_level)
     if arrivals is None:
-        arrivals = stage.arrivals[at_level] = Arrivals()
-    route = stage.route
-    if route.best is not None:
-        arrivals.add(rows, company, route.full_rows, slots, route.best, now_s + there_s)
+        route = stage.route
+        if route.best is None:
+            return
+        arrivals = stage.arrivals[at_level] = Arrivals(route.full_rows, route.best)
+    arrivals.add(rows, company, now_s + there_s)
+
+
+def _place(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) -> None:
+    """Tell it of the machines: its slots, and what a request takes of them at modules that do not
+    come before this one. (What comes before it waits for those who entered earlier.)
+    """
+    model = served.stages[place].route.model
+    slots = pool.common_slots(model, model)
+    work_s = sum(
+        served.fan_outs[other] * stage.route.row_s * pool.part_of(model, stage.route.model)
+        for other, stage in enumerate(served.stages)
+        if other != place and other not in served.above[place]
+    )
+    own = served.fan_outs[place]
+    more_s = work_s * slots / own if own > 0 else 0.0
+    # How long a batch takes there is foreseen by its rows up to then.
+    parents = [served.stages[parent].route for parent in served.parents[place]]
+    apart_s = max((route.best_s(route.full_rows) for route in parents), default=0.0)
+    arrivals.placed(pool.layout, slots, more_s, apart_s)
 
 
 def _overloaded(served: Served, excess_s: float) -> Rejected:
