@@ -4,10 +4,12 @@ spend machines on late answers.
 A request's end is predicted by walking its chain: a module starts when its parents have ended, and
 not before a batch for one more row could start there. Which batch that is the module's policy knows
 (`Collector.foreseen`), behind the rows ahead (admitted, not yet launched, as urgent or more); it
-grows at the planned rate until it starts. Rows that one batch brings come together. Of the
-chain's other modules that share machines with it, what the queues' order (launch-by times) puts
-before the request counts: further down, not the rows of requests that entered just before it;
-further up, those of requests that enter just after it as well.
+grows at the planned rate until it starts. Nor does it start before those have been served that come
+there before the request, but have not come yet (`arrivals`). Rows that one batch brings come
+together; where a request has several of its own, the last one counts. Of the chain's other modules
+that share machines with it, what the queues' order (launch-by times) puts before the request
+counts: further down, not the rows of requests that entered just before it; further up, those of
+requests that enter just after it as well.
 
 Behind more urgent priorities it also counts what will come at them meanwhile; and a chain to which
 they leave next to nothing is owed a little all the same (`foresight`).
@@ -120,9 +122,9 @@ class Admission:
         for stage, rows in zip(served.stages, served.fan_outs, strict=True):
             self._count(stage, given, rows)
         if planned and not cold and given == priority:
-            for stage, rows, visit in zip(served.stages, served.fan_outs, visits, strict=True):
+            for place, visit in enumerate(visits):
                 if visit[2] > 0.0:
-                    _arrives(stage, rows, level(priority), visit, now_s)
+                    _arrives(served, place, level(priority), visit, pool, now_s)
         return Ticket(given, priority, served.stages, list(served.fan_outs))
 
     def cold(self, served: Served, now_s: float) -> dict[str, float]:
@@ -348,16 +350,20 @@ class Admission:
         ahead[priority] = ahead.get(priority, 0.0) + rows
 
 
-def _arrives(stage: Stage, rows: float, at_level: int, visit: Visit, now_s: float) -> None:
+def _arrives(
+    served: Served, place: int, at_level: int, visit: Visit, pool: MachinePool, now_s: float
+) -> None:
     """A request was admitted whose rows come to the module as foreseen."""
     _, _, there_s, company = visit
+    stage = served.stages[place]
     arrivals = stage.arrivals.get(at_level)
     if arrivals is None:
         route = stage.route
         if route.best is None:
             return
         arrivals = stage.arrivals[at_level] = Arrivals(route.full_rows, route.best)
-    arrivals.add(rows, company, now_s + there_s)
+        _place(arrivals, served, place, pool)
+    arrivals.add(served.fan_outs[place], company, now_s + there_s)
 
 
 def _place(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) -> None:

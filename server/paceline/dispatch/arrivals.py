@@ -1,12 +1,12 @@
 """When rows that are on their way to a module could start there: not before they have come.
 
-`Arrivals` is the queue that the admitted requests would form at a module if each came there the
-moment it is admitted, on as many slots, in batches that start as soon as a slot is free. They come
-later, but one after the other as they were admitted: whoever would wait there waits as long when it
-has come. What is ahead of a request says less: work that has not come yet cannot be done, though
-machines be free for it.
+`Arrivals` is the queue that admitted requests are foreseen to form at a module: each comes when its
+parents' batches are expected to end, and joins a batch, on the slot that is free first. What is
+ahead of a request says less: work that has not come yet cannot be done, though machines be free for
+it now.
 
-Rows that one batch brings come together, and share a batch here.
+It is a forecast of a forecast and never corrected: what waits here is the least that a request has
+to wait for others, were everything in time. Rows that one batch brings come together, in one batch.
 """
 
 from __future__ import annotations
