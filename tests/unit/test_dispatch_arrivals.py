@@ -77,13 +77,21 @@ def test_those_that_were_expected_long_after_who_comes_now_are_gone() -> None:
     assert arrivals.wait_s(0.0, 2.0) == pytest.approx(0.02)
 
 
-def chain(modules: dict[str, tuple[tuple[str, ...], Durations]], slo_s: float) -> Served:
-    """Modules by name with their parents, planned for one machine of a kind of its own each."""
+def chain(
+    modules: dict[str, tuple[tuple[str, ...], Durations]], slo_s: float, items: float = 1.0
+) -> Served:
+    """Modules by name with their parents, planned for one machine of a kind of its own each; the
+    last for so many items a request."""
+    *_, last = modules
     made = tuple(
-        Module(name, name, {f"x{p}": Source(p, "y") for p in parents} or {"x": Source(None, "x")})
+        Module(
+            name,
+            name,
+            {f"x{p}": Source(p, "y") for p in parents} or {"x": Source(None, "x")},
+            fan_out=items if name == last else 1.0,
+        )
         for name, (parents, _) in modules.items()
     )
-    *_, last = modules
     specs = {
         m.name: ModelSpec(
             m.name,
@@ -129,6 +137,19 @@ def test_modules_side_by_side_on_one_machine_follow_each_other() -> None:
     pool.up("2", "gpu", 1, {"b": 1})
     pool.up("3", "gpu", 1, {"c": 1})
     assert admission.predicted_s(fork, 0, pool, 0.0) == pytest.approx(0.06)
+
+
+def test_a_request_ends_with_the_last_of_its_items_unless_so_many_never_could() -> None:
+    each = chain({"a": ((), ONE), "b": (("a",), ONE)}, 1.0, 3.0)
+    admission, pool = Admission(), MachinePool()
+    pool.up("1", "gpu", 1, {"a": 1})
+    pool.up("2", "gpu", 1, {"b": 1})
+    assert admission.predicted_s(each, 0, pool, 0.0, 0.09) == pytest.approx(0.08)
+    assert admission.predicted_s(each, 0, pool, 0.0, 0.07) == pytest.approx(0.04), "with one item"
+    for miss in range(40):
+        admission.missed(each, miss / 5)
+    # It is not refused for what others missed where it waits for nobody.
+    admission.admit(each, 0, 0.081, pool, 8.0)
 
 
 KINDS = {"big": Durations(((1, 0.08), (25, 0.64))), "small": Durations(((1, 0.2), (11, 0.925)))}

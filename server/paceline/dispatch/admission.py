@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, inf
+from math import ceil, exp, inf
 
 from paceline.core.errors import ErrorKind, Rejected
 from paceline.dispatch.arrivals import Arrivals
@@ -89,6 +89,8 @@ class Admission:
     def __init__(self) -> None:
         self._margins: dict[tuple[str, int], _Margin] = {}
         """By chain and level."""
+        self._least: dict[str, tuple[Served, int, float]] = {}
+        """What `_least_s` found, by chain, for these machines (`MachinePool.layout`)."""
         self._foresight = Foresight()
         self._shares = Shares()
         self._busy: dict[Stage, None] = {}
@@ -155,8 +157,12 @@ class Admission:
         share = min(1.0, pool.slots / served.load) if served.load > 0 else 1.0
         urgent = self._foresight.urgent(priority, now_s)
         at_level = level(priority)
+        # Where as many rows as expected take too long by themselves, only those get through that
+        # have fewer.
+        all_count = not served.many or self._least_s(served, pool) <= budget_s
         for place, stage in enumerate(served.stages):
-            route, own = stage.route, served.fan_outs[place]
+            route = stage.route
+            own = served.fan_outs[place] if all_count else min(1.0, served.fan_outs[place])
             there_s = company = wait_s = 0.0
             for parent in served.parents[place]:
                 if visits[parent][0] > there_s:
@@ -238,16 +244,17 @@ class Admission:
         margin = self._margins.get((served.route.bound.name, level(priority)))
         if margin is None:
             return 0.0
-        least_s = served.route.longest.floor_s
-        for stage, rows in zip(served.stages, served.fan_outs, strict=True):
-            # Nor for rows of its own that do not fit into what can start at once.
-            route = stage.route
-            slots = pool.common_slots(route.model, route.model)
-            if rows > 1.0 and slots:
-                least_s += int((rows - 1.0) / route.full_rows / slots) * route.best_s(
-                    route.full_rows
-                )
-        return min(margin.left_s(now_s), max(0.0, predicted_s - least_s))
+        return min(margin.left_s(now_s), max(0.0, predicted_s - self._least_s(served, pool)))
+
+    def _least_s(self, served: Served, pool: MachinePool) -> float:
+        """How long a request takes that waits for no other, with as many rows as expected."""
+        if not served.many:
+            return served.route.longest.floor_s
+        known = self._least.get(served.route.bound.name)
+        if known is None or known[0] is not served or known[1] != pool.layout:
+            known = served, pool.layout, _longest_s(served, pool)
+            self._least[served.route.bound.name] = known
+        return known[2]
 
     def _end(
         self,
@@ -383,6 +390,20 @@ def _place(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) ->
     parents = [served.stages[parent].route for parent in served.parents[place]]
     apart_s = max((route.best_s(route.full_rows) for route in parents), default=0.0)
     arrivals.placed(pool.layout, slots, more_s, apart_s)
+
+
+def _longest_s(served: Served, pool: MachinePool) -> float:
+    """The slowest path, in batches of the request's own rows."""
+    ends_s: list[float] = []
+    for stage, parents, rows in zip(served.stages, served.parents, served.fan_outs, strict=True):
+        route = stage.route
+        size = route.full_rows
+        slots = max(1, pool.common_slots(route.model, route.model))
+        batches = ceil(max(1.0, rows) / size)
+        took_s = route.best_s(min(size, ceil(max(1.0, rows))))
+        took_s += (ceil(batches / slots) - 1) * route.best_s(size)
+        ends_s.append(max((ends_s[parent] for parent in parents), default=0.0) + took_s)
+    return max(ends_s)
 
 
 def _overloaded(served: Served, excess_s: float) -> Rejected:

@@ -51,7 +51,8 @@ class Served:
 
     `parents` are indices of modules; `above` of all that have to end before; `beside` of those that
     wait for neither this one nor it for them, and are launched first where they wait together;
-    `fan_outs` the rows a request is expected to have at each;
+    `fan_outs` the rows a request is expected to have at each, `many` whether they are more than one
+    anywhere;
     `load` is how many machines the planned rate keeps busy with full batches; `alone_s` the machine
     time of a request that shares no batch.
     """
@@ -62,6 +63,7 @@ class Served:
     above: tuple[frozenset[int], ...]
     beside: tuple[tuple[int, ...], ...]
     fan_outs: tuple[float, ...]
+    many: bool
     load: float
     alone_s: float
 
@@ -86,6 +88,7 @@ def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
         tuple(above),
         _beside(route, above),
         tuple(module.fan_out for module in route.modules),
+        any(module.fan_out > 1.0 for module in route.modules),
         sum(module.rate_rps * module.row_s for module in route.modules),
         sum(_alone_s(module) for module in route.modules),
     )
