@@ -30,8 +30,7 @@ DRAWN = (0, 12, 27)
 
 
 def cases(dispatch: Dispatch) -> list[Case]:
-    found = [case for case in known_plans(dispatch) if case.name in KNOWN]
-    return found + [drawn_plan(seed, dispatch) for seed in DRAWN]
+    return [*known_plans(dispatch, KNOWN), *(drawn_plan(seed, dispatch) for seed in DRAWN)]
 
 
 @pytest.mark.parametrize("dispatch", POLICIES)
