@@ -48,8 +48,11 @@ at."""
 FILLING = 4.0
 REQUESTS = 400.0
 """How many come at the least in what is looked at, at the planned rate."""
-DRAWN: Mapping[str, range] = {"development": range(40), "held-out": range(1000, 1060)}
-"""Seeds of drawn plans: those that may be looked at while rules are changed, and others."""
+DRAWN: Mapping[str, Sequence[int]] = {
+    "development": (*range(40), *range(1000, 1060)),
+    "held-out": range(2000, 2060),
+}
+"""Seeds of drawn plans: those that were looked at while rules were changed, and others."""
 
 
 @dataclass(slots=True)
@@ -139,9 +142,8 @@ def plans(kind: str, dispatch: Dispatch) -> Iterator[Case]:
     if kind == "known":
         yield from known_plans(dispatch)
         return
-    if kind in DRAWN:
-        seeds = DRAWN[kind]
-    else:
+    seeds = DRAWN.get(kind)
+    if seeds is None:
         first, _, last = kind.partition("-")
         seeds = range(int(first), int(last or first) + 1)
     for seed in seeds:
@@ -172,10 +174,14 @@ def print_plans(kind: str, dispatch: Dispatch, only: str, arrivals: Sequence[boo
             )
         if kept:
             rows.append(_row(kind, dispatch, told, kept))
-    print("\n".join(rows), flush=True)
+    print("| plans | policy | arrivals | number | kept at 2x | at 5x | median | worst | which |")
+    print("\n".join(["|---" * 9 + "|", *rows]), flush=True)
 
 
 def _row(kind: str, dispatch: str, told: str, kept: Mapping[str, tuple[float, float]]) -> str:
+    """How many plans keep `KEPT` of their peak at two and at five times the planned rate; of the
+    lesser of both the median and the worst.
+    """
     at_2 = [two for two, _ in kept.values()]
     at_5 = [five for _, five in kept.values()]
     least = {name: min(both) for name, both in kept.items()}

@@ -5,7 +5,7 @@ Every plan is made as the server makes it for that dispatch policy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from random import Random
@@ -180,9 +180,9 @@ def bound_of(schedule: Sequence[tuple[int, float]], dispatch: Dispatch) -> float
     return found_s
 
 
-def known_plans(dispatch: Dispatch) -> Iterator[Case]:
+def known_plans(dispatch: Dispatch, names: Collection[str] = ()) -> Iterator[Case]:
     """Those that the rules were chosen on: of one kind of machines and of two, with residuals, 1 to
-    9 machines, objectives tight and loose."""
+    9 machines, objectives tight and loose. Only those of these names, where any are given."""
     schedules: Mapping[str, Sequence[Sequence[tuple[int, float]]]] = {
         "pooled": [[(32, 4.95)], [(8, 6.2)], [(32, 1.0)], [(8, 2.0)]],
         "throughput-cost": [
@@ -198,7 +198,9 @@ def known_plans(dispatch: Dispatch) -> Iterator[Case]:
         told = "+".join(f"{machines:g}x{size}" for size, machines in schedule)
         bound_s = bound_of(schedule, dispatch)
         for loose in (1.0, 2.5):
-            yield scheduled(f"m3 {told} slo={loose:g}", schedule, loose * bound_s, dispatch)
+            name = f"m3 {told} slo={loose:g}"
+            if not names or name in names:
+                yield scheduled(name, schedule, loose * bound_s, dispatch)
     chains = (("m3",), ("hear", "read", "speak"))
     for models in chains:
         least_s = sum(MODELS[model]["big"][0][1] for model in models)
@@ -211,6 +213,8 @@ def known_plans(dispatch: Dispatch) -> Iterator[Case]:
                             f"{'-'.join(models)} {'+'.join(kinds)} {rate_rps:g}/s "
                             f"slo={loose:g} {billing}"
                         )
+                        if names and told not in names:
+                            continue
                         slo_s = loose * least_s
                         try:
                             case = planned(

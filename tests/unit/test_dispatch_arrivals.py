@@ -28,57 +28,70 @@ FOUR = Durations(((1, 0.02), (4, 0.05)))
 
 
 def test_who_comes_soon_after_another_waits_until_that_one_is_done() -> None:
-    arrivals = Arrivals()
-    assert arrivals.wait_s(0.0, 1, 1, ONE, 1.0) == 0.0
-    arrivals.add(1.0, 0.0, 1, 1, ONE, 1.0)
-    assert arrivals.wait_s(0.0, 1, 1, ONE, 1.012) == pytest.approx(0.008)
-    assert arrivals.wait_s(0.0, 1, 2, ONE, 1.012) == 0.0, "there is another slot"
-    arrivals.add(1.0, 0.0, 1, 1, ONE, 1.012)
-    assert arrivals.wait_s(0.0, 1, 1, ONE, 1.015) == pytest.approx(0.025)
-    assert arrivals.wait_s(0.0, 1, 1, ONE, 1.5) == 0.0
+    arrivals = Arrivals(1, ONE)
+    assert arrivals.wait_s(0.0, 1.0) == 0.0
+    arrivals.add(1.0, 0.0, 1.0)
+    assert arrivals.wait_s(0.0, 1.012) == pytest.approx(0.008)
+    arrivals.placed(1, 2, 0.0, 0.02)
+    assert arrivals.wait_s(0.0, 1.012) == 0.0, "there is another slot"
+    arrivals.placed(2, 1, 0.004, 0.02)
+    assert arrivals.wait_s(0.0, 1.012) == pytest.approx(0.012), "others take their part of it"
+    arrivals.placed(3, 1, 0.0, 0.02)
+    arrivals.add(1.0, 0.0, 1.012)
+    assert arrivals.wait_s(0.0, 1.015) == pytest.approx(0.025)
+    assert arrivals.wait_s(0.0, 1.5) == 0.0
 
 
 def test_rows_that_wait_share_batches_and_so_do_those_that_come_together() -> None:
-    arrivals = Arrivals()
-    arrivals.add(1.0, 0.0, 4, 1, FOUR, 1.0)
+    arrivals = Arrivals(4, FOUR)
+    arrivals.add(1.0, 0.0, 1.0)
     for _ in range(4):
-        assert arrivals.wait_s(0.0, 4, 1, FOUR, 1.01) == pytest.approx(0.01), "the second batch"
-        arrivals.add(1.0, 0.0, 4, 1, FOUR, 1.01)
-    assert arrivals.wait_s(0.0, 4, 1, FOUR, 1.01) == pytest.approx(0.06), "the third"
-    together = Arrivals()
+        assert arrivals.wait_s(0.0, 1.01) == pytest.approx(0.01), "the second batch"
+        arrivals.add(1.0, 0.0, 1.01)
+    assert arrivals.wait_s(0.0, 1.01) == pytest.approx(0.06), "the third"
+    together = Arrivals(4, FOUR)
     for company in range(4):
         at_s = 1.0 + company / 100
-        assert together.wait_s(company, 4, 1, FOUR, at_s) == 0.0, "as they are in one batch"
-        together.add(1.0, company, 4, 1, FOUR, at_s)
-    assert together.wait_s(4, 4, 1, FOUR, 1.03) == pytest.approx(0.05)
+        assert together.wait_s(company, at_s) == 0.0, "as they are in one batch"
+        together.add(1.0, company, at_s)
+    assert together.wait_s(4, 1.03) == pytest.approx(0.05)
 
 
 def test_an_expected_part_of_a_row_takes_that_part_of_its_time() -> None:
-    arrivals = Arrivals()
+    arrivals = Arrivals(1, ONE)
     for request in range(100):
         # Half of what the slot could do.
-        assert arrivals.wait_s(0.0, 1, 1, ONE, request / 40) < 0.02
-        arrivals.add(0.4, 0.0, 1, 1, ONE, request / 40)
-    assert arrivals.wait_s(0.0, 1, 1, ONE, 99 / 40 + 0.003) == pytest.approx(0.005)
+        assert arrivals.wait_s(0.0, request / 40) < 0.02
+        arrivals.add(0.4, 0.0, request / 40)
+    assert arrivals.wait_s(0.0, 99 / 40 + 0.003) == pytest.approx(0.005)
 
 
 def test_those_that_were_expected_long_after_who_comes_now_are_gone() -> None:
-    arrivals = Arrivals()
+    arrivals = Arrivals(1, ONE)
+    arrivals.placed(1, 1, 0.0, 0.02)
     for _ in range(50):
-        arrivals.add(1.0, 0.0, 1, 1, ONE, 9.0)
-    assert arrivals.wait_s(0.0, 1, 1, ONE, 8.99) == pytest.approx(1.0), "a little before: behind"
-    assert arrivals.wait_s(0.0, 1, 1, ONE, 2.0) == 0.0
-    arrivals.add(1.0, 0.0, 1, 1, ONE, 2.0)
-    assert arrivals.wait_s(0.0, 1, 1, ONE, 2.0) == pytest.approx(0.02)
+        arrivals.add(1.0, 0.0, 9.0)
+    assert arrivals.wait_s(0.0, 8.99) == pytest.approx(1.0), "a little before: behind"
+    assert arrivals.wait_s(0.0, 2.0) == 0.0
+    arrivals.add(1.0, 0.0, 2.0)
+    assert arrivals.wait_s(0.0, 2.0) == pytest.approx(0.02)
 
 
-def chain(modules: dict[str, tuple[tuple[str, ...], Durations]], slo_s: float) -> Served:
-    """Modules by name with their parents, planned for one machine of a kind of its own each."""
+def chain(
+    modules: dict[str, tuple[tuple[str, ...], Durations]], slo_s: float, items: float = 1.0
+) -> Served:
+    """Modules by name with their parents, planned for one machine of a kind of its own each; the
+    last for so many items a request."""
+    *_, last = modules
     made = tuple(
-        Module(name, name, {f"x{p}": Source(p, "y") for p in parents} or {"x": Source(None, "x")})
+        Module(
+            name,
+            name,
+            {f"x{p}": Source(p, "y") for p in parents} or {"x": Source(None, "x")},
+            fan_out=items if name == last else 1.0,
+        )
         for name, (parents, _) in modules.items()
     )
-    *_, last = modules
     specs = {
         m.name: ModelSpec(
             m.name,
@@ -124,6 +137,19 @@ def test_modules_side_by_side_on_one_machine_follow_each_other() -> None:
     pool.up("2", "gpu", 1, {"b": 1})
     pool.up("3", "gpu", 1, {"c": 1})
     assert admission.predicted_s(fork, 0, pool, 0.0) == pytest.approx(0.06)
+
+
+def test_a_request_ends_with_the_last_of_its_items_unless_so_many_never_could() -> None:
+    each = chain({"a": ((), ONE), "b": (("a",), ONE)}, 1.0, 3.0)
+    admission, pool = Admission(), MachinePool()
+    pool.up("1", "gpu", 1, {"a": 1})
+    pool.up("2", "gpu", 1, {"b": 1})
+    assert admission.predicted_s(each, 0, pool, 0.0, 0.09) == pytest.approx(0.08)
+    assert admission.predicted_s(each, 0, pool, 0.0, 0.07) == pytest.approx(0.04), "with one item"
+    for miss in range(40):
+        admission.missed(each, miss / 5)
+    # It is not refused for what others missed where it waits for nobody.
+    admission.admit(each, 0, 0.081, pool, 8.0)
 
 
 KINDS = {"big": Durations(((1, 0.08), (25, 0.64))), "small": Durations(((1, 0.2), (11, 0.925)))}

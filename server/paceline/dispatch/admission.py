@@ -4,10 +4,12 @@ spend machines on late answers.
 A request's end is predicted by walking its chain: a module starts when its parents have ended, and
 not before a batch for one more row could start there. Which batch that is the module's policy knows
 (`Collector.foreseen`), behind the rows ahead (admitted, not yet launched, as urgent or more); it
-grows at the planned rate until it starts. Rows that one batch brings come together. Of the
-chain's other modules that share machines with it, what the queues' order (launch-by times) puts
-before the request counts: further down, not the rows of requests that entered just before it;
-further up, those of requests that enter just after it as well.
+grows at the planned rate until it starts. Nor does it start before those have been served that come
+there before the request, but have not come yet (`arrivals`). Rows that one batch brings come
+together; where a request has several of its own, the last one counts. Of the chain's other modules
+that share machines with it, what the queues' order (launch-by times) puts before the request
+counts: further down, not the rows of requests that entered just before it; further up, those of
+requests that enter just after it as well.
 
 Behind more urgent priorities it also counts what will come at them meanwhile; and a chain to which
 they leave next to nothing is owed a little all the same (`foresight`).
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, inf
+from math import ceil, exp, inf
 
 from paceline.core.errors import ErrorKind, Rejected
 from paceline.dispatch.arrivals import Arrivals
@@ -37,16 +39,14 @@ from paceline.dispatch.stage import Served, Stage
 ReadyIn = Callable[[str, float], float]
 """How long from an instant on until a model can be used; 0 when it can."""
 
-Visit = tuple[float, float, float, float, int]
+Visit = tuple[float, float, float, float]
 """Of a module: how long until a request's batch there ends, how many other requests have their rows
-before it in that batch, how long until it comes there, how many other rows come with it, and on how
-many slots they could run.
+before it in that batch, how long until it comes there, and how many other rows come with it.
 """
 
 MISS_STEP = 0.05
 """By what share of a chain's slack (its objective less planned batches along its slowest path) a
-miss widens its margin; at most to `MOST_MARGIN` of it."""
-MOST_MARGIN = 0.3
+miss widens its margin; at most to all of it."""
 MARGIN_FADES_S = 3.0
 """In which time a margin fades to 1/e."""
 MISSES_APART_S = 0.1
@@ -89,6 +89,8 @@ class Admission:
     def __init__(self) -> None:
         self._margins: dict[tuple[str, int], _Margin] = {}
         """By chain and level."""
+        self._least: dict[str, tuple[Served, int, float]] = {}
+        """What `_least_s` found, by chain, for these machines (`MachinePool.layout`)."""
         self._foresight = Foresight()
         self._shares = Shares()
         self._busy: dict[Stage, None] = {}
@@ -109,7 +111,7 @@ class Admission:
         visits: Sequence[Visit] = ()
         if planned or cold:
             predicted_s, visits = self._predict(served, priority, pool, now_s, budget_s)
-            margin_s = self._margin_s(served, priority, predicted_s, now_s)
+            margin_s = self._margin_s(served, priority, predicted_s, pool, now_s)
             excess_s = predicted_s + margin_s - budget_s
             if excess_s > 0:
                 if cold:
@@ -122,9 +124,9 @@ class Admission:
         for stage, rows in zip(served.stages, served.fan_outs, strict=True):
             self._count(stage, given, rows)
         if planned and not cold and given == priority:
-            for stage, rows, visit in zip(served.stages, served.fan_outs, visits, strict=True):
-                if visit[-1]:
-                    _arrives(stage, rows, level(priority), visit, now_s)
+            for place, visit in enumerate(visits):
+                if visit[2] > 0.0:
+                    _arrives(served, place, level(priority), visit, pool, now_s)
         return Ticket(given, priority, served.stages, list(served.fan_outs))
 
     def cold(self, served: Served, now_s: float) -> dict[str, float]:
@@ -155,19 +157,21 @@ class Admission:
         share = min(1.0, pool.slots / served.load) if served.load > 0 else 1.0
         urgent = self._foresight.urgent(priority, now_s)
         at_level = level(priority)
+        # Where as many rows as expected take too long by themselves, only those get through that
+        # have fewer.
+        all_count = not served.many or self._least_s(served, pool) <= budget_s
         for place, stage in enumerate(served.stages):
-            route, own = stage.route, served.fan_outs[place]
+            route = stage.route
+            own = served.fan_outs[place] if all_count else min(1.0, served.fan_outs[place])
             there_s = company = wait_s = 0.0
             for parent in served.parents[place]:
                 if visits[parent][0] > there_s:
                     there_s = visits[parent][0]
                     company = visits[parent][1] * own
-            slots = 0
-            if there_s > 0.0 and route.best is not None:
-                slots = pool.common_slots(route.model, route.model)
-                if (arrivals := stage.arrivals.get(at_level)) is not None:
-                    size, at_s = route.full_rows, now_s + there_s
-                    wait_s = arrivals.wait_s(company, size, slots, route.best, at_s)
+            if there_s > 0.0 and (arrivals := stage.arrivals.get(at_level)) is not None:
+                if arrivals.layout != pool.layout:
+                    _place(arrivals, served, place, pool)
+                wait_s = arrivals.wait_s(company, now_s + there_s)
             comes = (there_s, wait_s, company, own)
             end_s, before = self._end(stage, comes, priority, budget_s, share, urgent, pool, now_s)
             for other in served.beside[place]:
@@ -175,7 +179,7 @@ class Admission:
                 first = served.stages[other].route
                 part = pool.part_of(route.model, first.model)
                 end_s += served.fan_outs[other] * first.row_s * part
-            visits.append((end_s, before, there_s, company, slots))
+            visits.append((end_s, before, there_s, company))
             if end_s > answer_s:
                 answer_s = end_s
         return answer_s, visits
@@ -190,7 +194,7 @@ class Admission:
             return
         slack_s = max(0.0, chain.slo_s - max(stage.route.tail_s for stage in served.stages))
         wider_s = margin.left_s(now_s) + MISS_STEP * slack_s
-        margin.wide_s, margin.at_s = min(MOST_MARGIN * slack_s, wider_s), now_s
+        margin.wide_s, margin.at_s = min(slack_s, wider_s), now_s
 
     def counted(self, ticket: Ticket, place: int, rows: int) -> None:
         """A module's real number of rows is known (0: it does not run)."""
@@ -232,13 +236,25 @@ class Admission:
             return False
         return self.predicted_s(served, FIRST, pool, now_s, budget_s) <= budget_s
 
-    def _margin_s(self, served: Served, priority: int, predicted_s: float, now_s: float) -> float:
+    def _margin_s(
+        self, served: Served, priority: int, predicted_s: float, pool: MachinePool, now_s: float
+    ) -> float:
         """No more than what the request is expected to wait: where nothing waits, none is refused
         for it."""
         margin = self._margins.get((served.route.bound.name, level(priority)))
         if margin is None:
             return 0.0
-        return min(margin.left_s(now_s), max(0.0, predicted_s - served.route.longest.floor_s))
+        return min(margin.left_s(now_s), max(0.0, predicted_s - self._least_s(served, pool)))
+
+    def _least_s(self, served: Served, pool: MachinePool) -> float:
+        """How long a request takes that waits for no other, with as many rows as expected."""
+        if not served.many:
+            return served.route.longest.floor_s
+        known = self._least.get(served.route.bound.name)
+        if known is None or known[0] is not served or known[1] != pool.layout:
+            known = served, pool.layout, _longest_s(served, pool)
+            self._least[served.route.bound.name] = known
+        return known[2]
 
     def _end(
         self,
@@ -341,15 +357,53 @@ class Admission:
         ahead[priority] = ahead.get(priority, 0.0) + rows
 
 
-def _arrives(stage: Stage, rows: float, at_level: int, visit: Visit, now_s: float) -> None:
+def _arrives(
+    served: Served, place: int, at_level: int, visit: Visit, pool: MachinePool, now_s: float
+) -> None:
     """A request was admitted whose rows come to the module as foreseen."""
-    _, _, there_s, company, slots = visit
+    _, _, there_s, company = visit
+    stage = served.stages[place]
     arrivals = stage.arrivals.get(at_level)
     if arrivals is None:
-        arrivals = stage.arrivals[at_level] = Arrivals()
-    route = stage.route
-    if route.best is not None:
-        arrivals.add(rows, company, route.full_rows, slots, route.best, now_s + there_s)
+        route = stage.route
+        if route.best is None:
+            return
+        arrivals = stage.arrivals[at_level] = Arrivals(route.full_rows, route.best)
+        _place(arrivals, served, place, pool)
+    arrivals.add(served.fan_outs[place], company, now_s + there_s)
+
+
+def _place(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) -> None:
+    """Tell it of the machines: its slots, and what a request takes of them at modules that do not
+    come before this one. (What comes before it waits for those who entered earlier.)
+    """
+    model = served.stages[place].route.model
+    slots = pool.common_slots(model, model)
+    work_s = sum(
+        served.fan_outs[other] * stage.route.row_s * pool.part_of(model, stage.route.model)
+        for other, stage in enumerate(served.stages)
+        if other != place and other not in served.above[place]
+    )
+    own = served.fan_outs[place]
+    more_s = work_s * slots / own if own > 0 else 0.0
+    # How long a batch takes there is foreseen by its rows up to then.
+    parents = [served.stages[parent].route for parent in served.parents[place]]
+    apart_s = max((route.best_s(route.full_rows) for route in parents), default=0.0)
+    arrivals.placed(pool.layout, slots, more_s, apart_s)
+
+
+def _longest_s(served: Served, pool: MachinePool) -> float:
+    """The slowest path, in batches of the request's own rows."""
+    ends_s: list[float] = []
+    for stage, parents, rows in zip(served.stages, served.parents, served.fan_outs, strict=True):
+        route = stage.route
+        size = route.full_rows
+        slots = max(1, pool.common_slots(route.model, route.model))
+        batches = ceil(max(1.0, rows) / size)
+        took_s = route.best_s(min(size, ceil(max(1.0, rows))))
+        took_s += (ceil(batches / slots) - 1) * route.best_s(size)
+        ends_s.append(max((ends_s[parent] for parent in parents), default=0.0) + took_s)
+    return max(ends_s)
 
 
 def _overloaded(served: Served, excess_s: float) -> Rejected:

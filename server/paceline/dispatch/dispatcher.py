@@ -12,7 +12,6 @@ executed more than once, and where, is the subject of `retries`.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from itertools import count
 from math import inf
 
@@ -50,6 +49,7 @@ from paceline.dispatch.events import (
 from paceline.dispatch.foresight import FIRST
 from paceline.dispatch.holders import Machine
 from paceline.dispatch.learned import LearnedDuration
+from paceline.dispatch.loads import ModuleLoad, loads
 from paceline.dispatch.machines import HangLimits, MachinePool
 from paceline.dispatch.queue import Entry, batch_inputs
 from paceline.dispatch.refusals import never_entered, queue_full, timed_out, too_late
@@ -58,15 +58,6 @@ from paceline.dispatch.route import ChainRoute
 from paceline.dispatch.running import Running
 from paceline.dispatch.stage import Served, Stage, served
 from paceline.dispatch.waiting import Waiting
-
-
-@dataclass(slots=True)
-class ModuleLoad:
-    """Rows of a module that wait and that run; `oldest_s` is when the first of them was queued."""
-
-    queued: int = 0
-    oldest_s: float = inf
-    executing: int = 0
 
 
 class Dispatcher:
@@ -160,18 +151,7 @@ class Dispatcher:
 
     def loads(self) -> dict[tuple[str, str], ModuleLoad]:
         """What waits and what runs now, by (chain, module), modules with nothing left out."""
-        found: dict[tuple[str, str], ModuleLoad] = {}
-        for stage in self._waiting.stages():
-            load = found.setdefault((stage.route.chain, stage.route.name), ModuleLoad())
-            for queue in stage.collector.queues():
-                load.queued += queue.rows
-                if (oldest := queue.oldest()) is not None:
-                    load.oldest_s = min(load.oldest_s, oldest.queued_s)
-        for batch in self._running.all():
-            route = batch.stage.route
-            load = found.setdefault((route.chain, route.name), ModuleLoad())
-            load.executing += batch.rows
-        return found
+        return loads(self._waiting, self._running)
 
     def machines(self) -> tuple[Machine, ...]:
         """Machines that are up, by name."""
