@@ -261,17 +261,20 @@ def timings(workloads: Workloads, repeats: int) -> None:
         print(f"| {name} | {median(times):.1f} | {percentile(times, 0.99):.1f} | {max(gaps):.3%} |")
 
 
-def together(workloads: Workloads, repeats: int) -> None:
-    """100 chains of four modules, in whole machines; the same by some other policies."""
+def hundred(draw: int) -> list[PlannedChain]:
+    """100 chains of four modules."""
     shapes = [shape for shape in SHAPES.values() if len(shape) == 4]
+    return [source().chain(f"together {draw} {i}", shapes[i % len(shapes)]) for i in range(100)]
+
+
+def together(repeats: int) -> None:
+    """100 chains of four modules, in whole machines; the same by some other policies."""
     head = " | ".join(("cost/h", "idle", "lower bound", "gap", "s", *TOGETHER))
     print(f"\n| 100 chains of 4 modules, whole machines | {head} |")
     print("|---|---|---|---|---|---|" + "---|" * len(TOGETHER))
     gaps, beaten = [], 0
     for repeat in range(repeats):
-        chains = [
-            workloads.chain(f"together {repeat} {i}", shapes[i % len(shapes)]) for i in range(100)
-        ]
+        chains = hundred(repeat)
         started = process_time()
         plan = solve(chains, replace(OPTIMAL, billing="machine"))
         took_s = process_time() - started
@@ -311,7 +314,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="then nothing new is begun")
     arguments = parser.parse_args()
     if arguments.together:
-        together(source(), 5)
+        together(5)
         return
     if arguments.timings:
         timings(source(), 50)
@@ -341,7 +344,7 @@ def main() -> None:
         results = list(pool.map(measure, range(count), chunksize=5))
     report(results)
     timings(source(), 10 if arguments.quick else 50)
-    together(source(), 1 if arguments.quick else 5)
+    together(1 if arguments.quick else 5)
     if arguments.json:
         arguments.json.write_text(json.dumps(results), encoding="utf-8")
 
