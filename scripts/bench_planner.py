@@ -267,13 +267,13 @@ def hundred(draw: int) -> list[PlannedChain]:
     return [source().chain(f"together {draw} {i}", shapes[i % len(shapes)]) for i in range(100)]
 
 
-def together(repeats: int) -> None:
+def together(draws: Sequence[int]) -> None:
     """100 chains of four modules, in whole machines; the same by some other policies."""
     head = " | ".join(("cost/h", "idle", "lower bound", "gap", "s", *TOGETHER))
     print(f"\n| 100 chains of 4 modules, whole machines | {head} |")
     print("|---|---|---|---|---|---|" + "---|" * len(TOGETHER))
     gaps, beaten = [], 0
-    for repeat in range(repeats):
+    for repeat in draws:
         chains = hundred(repeat)
         started = process_time()
         plan = solve(chains, replace(OPTIMAL, billing="machine"))
@@ -303,6 +303,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--json", type=Path, help="also write every result here")
     parser.add_argument("--together", action="store_true", help="only the 100 chains")
+    parser.add_argument(
+        "--draws", type=int, nargs="+", default=list(range(5)), help="of 100 chains"
+    )
     parser.add_argument("--apart", action="store_true", help="only whole machines for one chain")
     parser.add_argument("--ablations", action="store_true", help="only Harpagon's parts")
     parser.add_argument("--timings", action="store_true", help="only how long `optimal` plans")
@@ -314,7 +317,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="then nothing new is begun")
     arguments = parser.parse_args()
     if arguments.together:
-        together(5)
+        together(arguments.draws)
         return
     if arguments.timings:
         timings(source(), 50)
@@ -344,7 +347,7 @@ def main() -> None:
         results = list(pool.map(measure, range(count), chunksize=5))
     report(results)
     timings(source(), 10 if arguments.quick else 50)
-    together(1 if arguments.quick else 5)
+    together(arguments.draws[: 1 if arguments.quick else None])
     if arguments.json:
         arguments.json.write_text(json.dumps(results), encoding="utf-8")
 

@@ -40,8 +40,8 @@ EAGER = (1.0, 0.7, 0.9, 0.5)
 NEAR = 0.1
 """Columns that are dearer than their loads by more than this share of a machine are not chosen."""
 
-MANY = 40
-"""Fewer loads are packed well without: then patterns are not looked for."""
+MANY = 80
+"""For fewer loads patterns are not looked for: that takes a second, and they are packed well."""
 
 WHOLE = 0.9
 """Of a machine that the linear program has so much of, all is taken."""
@@ -166,6 +166,8 @@ class _Columns:
             useful = matrix.T @ unserved > SLACK
             useful[whole] = False
             near, matrix, limited = near[useful], matrix[:, useful], limited[:, useful]
+        if not unserved.any():
+            return [self.columns[at] for at in taken]
         answer = milp(
             self.prices()[near],
             integrality=np.ones(len(near)),
@@ -213,6 +215,8 @@ def repacked(packing: Packing, loads: Sequence[Load], below: float = inf) -> Pac
         return packing
     shared = list(_without_surplus(columns.chosen(priced), loads))
     if not shared or not cheaper(_cost(shared), packing.cost_per_hour):
+        return packing
+    if not all(each.cycle or each.due is None or each.due.in_time for each in shared):
         return packing
     used = dict(packing.used)
     for each in packing.shared:

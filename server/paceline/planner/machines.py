@@ -61,8 +61,10 @@ GUESSES = (
     _Guess(3.0, 0.3),
     _Guess(inf, 0.0),
 )
-"""The best plan is kept. With many loads shared machines fill up well; a single chain's may stay
-half empty."""
+"""The best plan is kept. A single chain's shared machines may stay half empty."""
+
+MANY_GUESS = _Guess(1.1, inf)
+"""With many loads shared machines fill up well."""
 
 ROUNDS = 12
 """How often machines over their limit are made dearer for planning, before giving up."""
@@ -78,7 +80,7 @@ def whole_machines(chains: Sequence[PlannedChain], options: Options) -> Plan:
         best: tuple[list[Served], Packing, float] | None = None
         scarce: set[str] = set()
         known: _Known = {}
-        for guess in GUESSES[: 1 if len(chains) >= MANY_CHAINS else None]:
+        for guess in (MANY_GUESS,) if len(chains) >= MANY_CHAINS else GUESSES:
             served = _serve(chains, kinds, factors, guess, hints, known)
             used = full_machines(served)
             over = {name for name, count in used.items() if count > kinds[name].limit}

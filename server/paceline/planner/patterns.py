@@ -29,6 +29,9 @@ Truths = npt.NDArray[np.bool_]
 MOST_LOADS = 9
 """So many loads at most are put on a machine by urgency."""
 
+ROUNDING = 1e-4
+"""Parts leave so much of their room: added up they may have to be a little more."""
+
 AT_ONCE = 64
 """So many machines are filled at the same time: the arrays stay in the processor's caches."""
 
@@ -274,7 +277,7 @@ class Filling:
 def _shares(rooms: Floats, part_rooms: Floats, busy: Floats) -> tuple[Floats, Truths]:
     """How much of each load there is room for; whether all of it as one."""
     whole = rooms >= busy - SLACK
-    part = np.minimum(1.0, part_rooms * (1 - 2e-6) / busy)
+    part = np.minimum(1.0, part_rooms * (1 - ROUNDING) / busy)
     return np.where(whole, 1.0, np.where(part * busy > LEAST_PART, part, 0.0)), whole
 
 
