@@ -43,10 +43,10 @@ NEAR = 0.1
 MANY = 80
 """For fewer loads patterns are not looked for: that takes a second, and they are packed well."""
 
-WHOLE = 0.9
+WHOLE = 0.99
 """Of a machine that the linear program has so much of, all is taken."""
 
-FEW = 100
+FEW = 250
 """So many loads are left to an integer program."""
 
 GAP, NODES = 0.004, 20
