@@ -4,6 +4,7 @@
     .venv/bin/python scripts/bench_blocks.py --work DIR swap vit_b16 bert_base
     .venv/bin/python scripts/bench_blocks.py --work DIR cold resnet50 --link-mbps 0 1000 200
     .venv/bin/python scripts/bench_blocks.py --work DIR share vit_b16
+    .venv/bin/python scripts/bench_blocks.py --work DIR urgent resnet50 bert_base gpt2 vgg19
     .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --link-mbps 1000
     .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 --at paceline
     .venv/bin/python scripts/bench_blocks.py --work DIR cgroup vit_b16 bert_base --together
@@ -29,12 +30,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.blocks_cgroup import idle, limited, print_cgroup
-from scripts.blocks_cold import cold, print_cold
+from scripts.blocks_cold import bound, cold, print_cold
 from scripts.blocks_group import fused, print_fuse
-from scripts.blocks_measure import RATIOS, Bench
+from scripts.blocks_measure import CUTS, LATENCY, RATIOS, Bench
 from scripts.blocks_served import print_served
 from scripts.blocks_share import print_share, share
 from scripts.blocks_swap import print_swap, swap
+from scripts.blocks_urgent import print_urgent, urgent
 
 PARTS: Mapping[str, Callable[[Bench, argparse.Namespace], None]] = {
     "swap": print_swap,
@@ -43,14 +45,17 @@ PARTS: Mapping[str, Callable[[Bench, argparse.Namespace], None]] = {
     "fuse": print_fuse,
     "served": print_served,
     "cgroup": print_cgroup,
+    "urgent": print_urgent,
 }
 CHILDREN: Mapping[str, Callable[..., dict[str, Any]]] = {
     "swap": swap,
     "cold": cold,
+    "bound": bound,
     "share": share,
     "limited": limited,
     "idle": idle,
     "fused": fused,
+    "urgent": urgent,
 }
 
 
@@ -64,6 +69,7 @@ def main() -> None:
         ("share", "ten models with one backbone"),
         ("fuse", "a group of models as one, on a real Triton and through Paceline"),
         ("served", "cold starts and swapping through Paceline"),
+        ("urgent", "the first model loaded urgently beside the others"),
         ("cgroup", "the budget under a memory cgroup, which counts the page cache (version 1)"),
     ):
         command = commands.add_parser(name, help=what)
@@ -71,11 +77,12 @@ def main() -> None:
         command.add_argument("--repeats", type=int, default=5)
         if name == "swap":
             command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+            command.add_argument("--cuts", nargs="+", choices=CUTS, default=[LATENCY])
         if name in ("swap", "cgroup", "served", "fuse"):
             some = "*" if name in ("served", "fuse") else "+"
             ratios = () if name == "fuse" else RATIOS
             command.add_argument("--ratios", type=float, nargs=some, default=ratios)
-        if name in ("cold", "served"):
+        if name in ("cold", "served", "urgent"):
             command.add_argument(
                 "--link-mbps", type=float, nargs="+", default=[0, 1000, 200], help="0: local disk"
             )
@@ -86,6 +93,8 @@ def main() -> None:
             # A link is not for the others, and --ratios are.
             first = places[:1] if name == "cgroup" else places[-2:]
             command.add_argument("--at", nargs="+", choices=places, default=first)
+        if name in ("swap", "cgroup", "fuse"):
+            command.add_argument("--runs", type=int, default=1, help="processes for each row")
         if name in ("cgroup", "served"):
             command.add_argument("--batch", type=int, default=1)
         if name == "served":

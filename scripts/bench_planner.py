@@ -5,7 +5,8 @@
     .venv/bin/python scripts/bench_planner.py --json out.json
     .venv/bin/python scripts/bench_planner.py --together    # only 100 chains at once
     .venv/bin/python scripts/bench_planner.py --apart       # only whole machines for one chain
-    .venv/bin/python scripts/bench_planner.py --ablations   # only Harpagon's parts switched off
+    .venv/bin/python scripts/bench_planner.py --fractions   # only fractions of machines
+    .venv/bin/python scripts/bench_planner.py --brute       # only Harpagon against brute force
     .venv/bin/python scripts/bench_planner.py --timings     # only how long `optimal` plans
     .venv/bin/python scripts/bench_planner.py --verify 24   # so many of them under Poisson arrivals
     .venv/bin/python scripts/bench_planner.py --verify 1131 --results FILE   # resumable
@@ -30,10 +31,9 @@ from statistics import mean, median
 from time import process_time
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.planner_brute import compared, report_brute
 from scripts.planner_poisson import KINDS, attain, report_attained
 from scripts.planner_workloads import (
     HARDWARE,
@@ -48,12 +48,8 @@ from scripts.planner_workloads import (
 
 from paceline.core.errors import PlanError
 from paceline.core.profile import Configuration
-from paceline.planner.assemble import graph_of
-from paceline.planner.compose import compose
 from paceline.planner.problem import Options, PlannedChain
-from paceline.planner.residual import ModuleScheduler
 from paceline.planner.solve import HEURISTICS, POLICIES, solve
-from paceline.planner.split import choices
 
 ABLATIONS: Mapping[str, Options] = {
     "round-robin dispatch": replace(PLAIN, dispatch="round-robin"),
@@ -98,20 +94,14 @@ def heuristic_cost(chain: PlannedChain, options: Options) -> float | None:
         return None
 
 
-def exact_split_cost(chain: PlannedChain) -> float | None:
-    """Harpagon's schedules for every budget that changes one, in the cheapest of all splits."""
-    offers = []
-    for module in chain.modules:
-        front = choices(ModuleScheduler(module, PLAIN), chain.slo_s)
-        offers.append(
-            (np.array([c.latency_s for c in front]), np.array([c.cost_per_hour for c in front]))
-        )
-    found = compose(graph_of(chain), offers, chain.slo_s)
-    return None if found is None else found.bound
-
-
 def measure(at: int) -> dict[str, Any]:
     """Everything about one workload."""
+    chain = source().chain(f"workload {at}", hardware=HARDWARE[at % 3])
+    return fractions(at) | measure_whole(chain)
+
+
+def fractions(at: int) -> dict[str, Any]:
+    """One workload in fractions of machines, by every policy and without parts of Harpagon."""
     hardware = HARDWARE[at % 3]
     chain = source().chain(f"workload {at}", hardware=hardware)
     result: dict[str, Any] = {"at": at, "hardware": hardware, "modules": len(chain.modules)}
@@ -126,15 +116,7 @@ def measure(at: int) -> dict[str, Any]:
         result[f"{policy}_s"] = process_time() - started
     for name, options in ABLATIONS.items():
         result[name] = heuristic_cost(chain, options)
-    result["exact split"] = exact_split_cost(chain)
-    return result | measure_whole(chain)
-
-
-def ablated(at: int) -> dict[str, Any]:
-    """One workload by Harpagon, in full and with each part switched off."""
-    chain = source().chain(f"workload {at}", hardware=HARDWARE[at % 3])
-    found = {name: heuristic_cost(chain, options) for name, options in ABLATIONS.items()}
-    return {"harpagon": heuristic_cost(chain, PLAIN)} | found
+    return result
 
 
 def measure_whole(chain: PlannedChain) -> dict[str, Any]:
@@ -158,8 +140,8 @@ def apart(at: int) -> dict[str, Any]:
     return {"optimal": solve([chain], OPTIMAL).cost_per_hour} | measure_whole(chain)
 
 
-def report(results: Sequence[Mapping[str, Any]]) -> None:
-    """The tables of docs/benchmarks/planner.md."""
+def report_fractions(results: Sequence[Mapping[str, Any]]) -> None:
+    """The tables of docs/benchmarks/planner.md on fractions of machines."""
     count = len(results)
     print(f"{count} workloads\n")
     print("| policy | feasible | cost / optimal, mean | max | plans in ms of CPU, median | p99 |")
@@ -179,12 +161,6 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
         f"`optimal` above its own lower bound: median {median(gaps):.4%}, "
         f"p99 {percentile(gaps, 0.99):.4%}, max {max(gaps):.4%}"
     )
-    both = [r for r in results if r["harpagon"] is not None and r["exact split"] is not None]
-    equal = sum(r["harpagon"] <= r["exact split"] * (1 + 1e-6) for r in both)
-    print(
-        f"harpagon costs no more than the cheapest split over its own module schedules: "
-        f"{equal / len(both):.1%}"
-    )
     report_ablations(results)
     print("\n| hardware | harpagon / optimal | nexus | scrooge | inferline | clipper |")
     print("|---|---|---|---|---|---|")
@@ -195,7 +171,6 @@ def report(results: Sequence[Mapping[str, Any]]) -> None:
             for p in POLICIES[1:]
         ]
         print(f"| {hardware} | {' | '.join(cells)} |")
-    report_whole(results)
 
 
 def report_ablations(results: Sequence[Mapping[str, Any]]) -> None:
@@ -307,7 +282,8 @@ def main() -> None:
         "--draws", type=int, nargs="+", default=list(range(5)), help="of 100 chains"
     )
     parser.add_argument("--apart", action="store_true", help="only whole machines for one chain")
-    parser.add_argument("--ablations", action="store_true", help="only Harpagon's parts")
+    parser.add_argument("--fractions", action="store_true", help="only fractions of machines")
+    parser.add_argument("--brute", action="store_true", help="only Harpagon's own brute force")
     parser.add_argument("--timings", action="store_true", help="only how long `optimal` plans")
     parser.add_argument(
         "--verify", type=int, metavar="N", help="only N workloads, Poisson arrivals"
@@ -322,10 +298,18 @@ def main() -> None:
     if arguments.timings:
         timings(source(), 50)
         return
-    if arguments.ablations:
+    if arguments.fractions:
         count = 90 if arguments.quick else WORKLOADS
         with ProcessPoolExecutor(arguments.jobs) as pool:
-            report_ablations(list(pool.map(ablated, range(count), chunksize=5)))
+            report_fractions(list(pool.map(fractions, range(count), chunksize=5)))
+        return
+    if arguments.brute:
+        count = 90 if arguments.quick else WORKLOADS
+        with ProcessPoolExecutor(arguments.jobs) as pool:
+            brute = list(pool.map(compared, range(count), chunksize=5))
+        report_brute(brute)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(brute), encoding="utf-8")
         return
     if arguments.apart:
         with ProcessPoolExecutor(arguments.jobs) as pool:
@@ -345,7 +329,8 @@ def main() -> None:
     count = 90 if arguments.quick else WORKLOADS
     with ProcessPoolExecutor(arguments.jobs) as pool:
         results = list(pool.map(measure, range(count), chunksize=5))
-    report(results)
+    report_fractions(results)
+    report_whole(results)
     timings(source(), 10 if arguments.quick else 50)
     together(arguments.draws[: 1 if arguments.quick else None])
     if arguments.json:

@@ -105,18 +105,28 @@ def print_limited(
     ]
     if not url:
         ways.insert(0, ("plain", str(bench.onnx(model)), {}))
-    for how, onnx, limits in ways:
-        with cold_pool(bench, url) as pool, cgroup(limit_mib) as group:
-            parameters = {**limits, **pool}
-            result = in_child(bench, group, do="limited", **job, onnx=onnx, parameters=parameters)
-            peak_mib = most_mib(group)
-            hits = limit_hits(group)
-        took = f"{1e3 * result['median_s']:.0f}" if "median_s" in result else "killed"
+    found: dict[str, list[Seen]] = {how: [] for how, _, _ in ways}
+    for _ in range(arguments.runs):
+        for how, onnx, limits in ways:
+            with cold_pool(bench, url) as pool, cgroup(limit_mib) as group:
+                given = {**limits, **pool}
+                result = in_child(bench, group, do="limited", **job, onnx=onnx, parameters=given)
+                median_s = result.get("median_s", math.nan)
+                found[how].append(Seen(median_s, most_mib(group), limit_hits(group)))
+    for how, seen in found.items():
         print(
             f"| {model} | {ratio:g} ({budget.weights_mib:.0f} MiB) | {arguments.batch} "
-            f"| {limit_mib} | {how} | {took} | {peak_mib:.0f} | {hits} |",
+            f"| {limit_mib} | {how} | {cells(seen)} |",
             flush=True,
         )
+
+
+def cells(seen: Sequence[Seen]) -> str:
+    """Of all runs the median of milliseconds, the most that was in use, and each one's hits."""
+    median_s = statistics.median(one.median_s for one in seen)
+    took = "killed" if math.isnan(median_s) else f"{1e3 * median_s:.0f}"
+    hits = ", ".join(f"{one.limit_hits}" for one in seen)
+    return f"{took} | {max(one.most_mib for one in seen):.0f} | {hits}"
 
 
 def print_together(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -205,27 +215,30 @@ def print_through(
             beside_mib = through(within, None, None).most_mib - held["held_mib"]
             beside_mib += through(within, None, arguments.repeats).carried_mib
             limit_mib = math.ceil(budget_mib + beside_mib + SLACK_MIB)
-        for how, repository in (("budget", within), ("paged by the kernel", paged)):
-            seen = through(repository, limit_mib, arguments.repeats)
+        ways = {"budget": within, "paged by the kernel": paged}
+        found: dict[str, list[Seen]] = {how: [] for how in ways}
+        for _ in range(arguments.runs):
+            for how, repository in ways.items():
+                found[how].append(through(repository, limit_mib, arguments.repeats))
+        for how, seen in found.items():
             print(
                 f"| {model} | {ratio:g} ({weights_mib:.0f} MiB) | {rows} "
-                f"| {limit_mib} | through Paceline, {how} | {1e3 * seen.median_s:.0f} "
-                f"| {seen.most_mib:.0f} | {seen.limit_hits} |",
+                f"| {limit_mib} | through Paceline, {how} | {cells(seen)} |",
                 flush=True,
             )
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Of a server in a cgroup: a request's median (none asked: NaN), the most that was in use, how
-    often the limit was hit, and what the requests on their way took: memory shared among the
-    processes, and all but the model's own.
+    """Of a cgroup: a request's median (none asked, or killed: NaN), the most that was in use, how
+    often the limit was hit, and, with a server in it, what the requests on their way took: memory
+    shared among the processes, and all but the model's own.
     """
 
     median_s: float
     most_mib: float
     limit_hits: int
-    carried_mib: float
+    carried_mib: float = 0.0
 
 
 def _through(

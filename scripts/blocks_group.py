@@ -47,7 +47,7 @@ def print_fuse(bench: Bench, arguments: argparse.Namespace) -> None:
         print_ocr(bench.work, arguments.repeats, arguments.at)
         return
     if "process" in arguments.at:
-        print_in_process(bench, models, arguments.repeats, arguments.ratios)
+        print_in_process(bench, models, arguments)
     if "triton" in arguments.at:
         print_on_triton(bench, models, arguments.repeats, arguments.ratios)
     if "paceline" in arguments.at:
@@ -67,16 +67,14 @@ def within(bench: Bench, models: Sequence[str], ratio: float) -> tuple[Path, int
     return made, budget_mib
 
 
-def print_in_process(
-    bench: Bench, models: Sequence[str], repeats: int, ratios: Sequence[float]
-) -> None:
+def print_in_process(bench: Bench, models: Sequence[str], arguments: argparse.Namespace) -> None:
     """A row a budget: in a cgroup of the budget, what a process takes beside it and no more."""
     print(
         "| weights / budget | limit MiB | most MiB | limit hits "
         "| members one after the other ms | at the same time ms |"
     )
     print("|---|---|---|---|---|---|")
-    for ratio in ratios:
+    for ratio in arguments.ratios:
         directory, budget_mib = within(bench, models, ratio)
         parameters = {"memory_budget_mib": str(budget_mib)}
         drop_page_cache(bench.work)
@@ -86,22 +84,24 @@ def print_in_process(
             )
             beside_mib = most_mib(group) - idle["held_mib"]
         limit_mib = ceil(budget_mib + beside_mib + SLACK_MIB)
-        drop_page_cache(bench.work)
-        with cgroup(limit_mib) as group:
-            took = in_child(
-                bench,
-                group,
-                do="fused",
-                directory=str(directory),
-                parameters=parameters,
-                repeats=repeats,
-            )
-            print(
-                f"| {ratio:g} ({budget_mib} MiB) | {limit_mib} | {most_mib(group):.0f} "
-                f"| {limit_hits(group)} | {1e3 * took['in_turn_s']:.0f} "
-                f"| {1e3 * took['at_once_s']:.0f} |",
-                flush=True,
-            )
+        took: list[dict[str, float]] = []
+        most: list[float] = []
+        hits: list[int] = []
+        for _ in range(arguments.runs):
+            drop_page_cache(bench.work)
+            with cgroup(limit_mib) as group:
+                job = {"directory": str(directory), "parameters": parameters}
+                took.append(in_child(bench, group, do="fused", **job, repeats=arguments.repeats))
+                most.append(most_mib(group))
+                hits.append(limit_hits(group))
+        in_turn_ms, at_once_ms = (
+            1e3 * statistics.median(one[key] for one in took) for key in ("in_turn_s", "at_once_s")
+        )
+        print(
+            f"| {ratio:g} ({budget_mib} MiB) | {limit_mib} | {max(most):.0f} "
+            f"| {', '.join(map(str, hits))} | {in_turn_ms:.0f} | {at_once_ms:.0f} |",
+            flush=True,
+        )
 
 
 def fused(directory: str, parameters: dict[str, str], repeats: int) -> dict[str, float]:

@@ -9,20 +9,25 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnxruntime as ort
 from scripts.make_models import make
 from scripts.prepare_models import NETWORKS
 
+from paceline.blocks import compile as compiler
 from paceline.blocks.backend.blockmodel import BlockModel
-from paceline.blocks.backend.manifest import Manifest, Tensor
+from paceline.blocks.backend.manifest import Manifest, Member, Tensor
 from paceline.blocks.backend.settings import MIB, read_settings
 from paceline.blocks.compile import compile_model
+from paceline.blocks.cut import Piece
+from paceline.blocks.dividing import Try
 from paceline.blocks.member import Options
 from paceline.blocks.repository import compiled_model
 
@@ -35,6 +40,8 @@ ITEMS = {
 """A page, a line: what axes of unknown length are."""
 RATIOS = (2.32, 3.5, 5.81)
 """Weights to budget."""
+LATENCY, SIZE = CUTS = ("latency", "size")
+"""What decides where a model is cut for a budget; by size it was before decision 0040."""
 WARM_UP_RUNS = 4
 """Until the plan rests on what was measured."""
 
@@ -71,18 +78,19 @@ class Bench:
             return path
         return make(model, path.parent)
 
-    def compiled(self, model: str, budget_bytes: float | None = None) -> Path:
-        """Its directory; compiled for a small budget, the blocks are smaller."""
+    def compiled(self, model: str, budget_bytes: float | None = None, cuts: str = LATENCY) -> Path:
+        """Its directory; compiled for a small budget, the blocks are smaller. `cuts`: of `CUTS`."""
         name, budget_mib = model.replace("@", "_"), None
         if budget_bytes is not None:
             # Of a budget the activations of batch 1 are not for blocks.
             beside_bytes = self.manifest(model).activation_bytes(1)
             budget_mib = ceil((budget_bytes + beside_bytes) / MIB)
-            name = f"{name}_{budget_mib}"
+            name = f"{name}_{budget_mib}" if cuts == LATENCY else f"{name}_{budget_mib}_{cuts}"
         directory = self.work / "models" / name
         shapes = {"x": ITEMS[model]} if model in ITEMS else {}
         options = Options(budget_mib=budget_mib, shapes=shapes)
-        compile_model({"": self.onnx(model)}, directory, self.work / "blocks", options)
+        with nullcontext() if cuts == LATENCY else _cut_by_size():
+            compile_model({"": self.onnx(model)}, directory, self.work / "blocks", options)
         return directory
 
     def uncompiled(self, model: str) -> Path:
@@ -97,19 +105,32 @@ class Bench:
             level.ORT_ENABLE_ALL = best
         return directory
 
-    def budget(self, model: str, ratio: float, batch: int) -> Budget:
+    def budget(self, model: str, ratio: float, batch: int, cuts: str = LATENCY) -> Budget:
         """The weights' bytes by `ratio`, and what a batch's activations take beside them."""
         weights_bytes = self.manifest(model).weights_bytes / ratio
         return Budget(
-            self.compiled(model, weights_bytes),
+            self.compiled(model, weights_bytes, cuts),
             weights_bytes / MIB,
-            self.manifest(model, weights_bytes).activation_bytes(batch) / MIB,
+            self.manifest(model, weights_bytes, cuts).activation_bytes(batch) / MIB,
         )
 
-    def manifest(self, model: str, budget_bytes: float | None = None) -> Manifest:
-        found = compiled_model(self.compiled(model, budget_bytes))
+    def manifest(
+        self, model: str, budget_bytes: float | None = None, cuts: str = LATENCY
+    ) -> Manifest:
+        found = compiled_model(self.compiled(model, budget_bytes, cuts))
         assert found is not None
         return found.manifest
+
+
+@contextmanager
+def _cut_by_size() -> Iterator[None]:
+    def by_size(
+        finest: object, blocks: Sequence[Piece], attempt: Try, **_: object
+    ) -> tuple[Member, dict[str, Any]]:
+        return attempt(blocks)[0], {}
+
+    with mock.patch.object(compiler, "best_division", by_size):
+        yield
 
 
 def in_child(bench: Bench, group: Path | None = None, **job: Any) -> dict[str, Any]:

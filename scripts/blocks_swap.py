@@ -25,30 +25,44 @@ from scripts.blocks_measure import (
 
 def print_swap(bench: Bench, arguments: argparse.Namespace) -> None:
     print(
-        "| model | weights / budget | batch | activations MiB "
-        "| resident ms | warm | cold | pinned |"
+        "| model | weights / budget | batch | activations MiB | cut by "
+        "| resident ms | warm | cold | pinned of |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for model in arguments.models:
         for ratio in arguments.ratios:
             for batch in arguments.batches:
-                budget = bench.budget(model, ratio, batch)
-                result = in_child(
-                    bench,
-                    do="swap",
-                    onnx=str(bench.onnx(model)),
-                    directory=str(budget.directory),
-                    budget_mib=budget.mib,
-                    batch=batch,
-                    repeats=arguments.repeats,
-                )
-                print(
-                    f"| {model} | {ratio:g} ({budget.weights_mib:.0f} MiB) | {batch} "
-                    f"| {budget.activations_mib:.0f} "
-                    f"| {1e3 * result['plain']:.0f} | {result['keep'] / result['plain']:.2f} "
-                    f"| {result['drop'] / result['plain']:.2f} | {result['pinned']} |",
-                    flush=True,
-                )
+                print_row(bench, arguments, model, ratio, batch)
+
+
+def print_row(
+    bench: Bench, arguments: argparse.Namespace, model: str, ratio: float, batch: int
+) -> None:
+    """A row for each way to cut, their runs in turn."""
+    budgets = {cuts: bench.budget(model, ratio, batch, cuts) for cuts in arguments.cuts}
+    found: dict[str, list[dict[str, Any]]] = {cuts: [] for cuts in budgets}
+    for _ in range(arguments.runs):
+        for cuts, budget in budgets.items():
+            job: dict[str, Any] = {
+                "onnx": str(bench.onnx(model)),
+                "directory": str(budget.directory),
+                "budget_mib": budget.mib,
+                "batch": batch,
+                "repeats": arguments.repeats,
+            }
+            found[cuts].append(in_child(bench, do="swap", **job))
+    for cuts, results in found.items():
+        plain_ms = 1e3 * statistics.median(result["plain"] for result in results)
+        warm, cold = (
+            ", ".join(f"{result[key] / result['plain']:.2f}" for result in results)
+            for key in ("keep", "drop")
+        )
+        print(
+            f"| {model} | {ratio:g} ({budgets[cuts].weights_mib:.0f} MiB) | {batch} "
+            f"| {budgets[cuts].activations_mib:.0f} | {cuts} | {plain_ms:.0f} | {warm} | {cold} "
+            f"| {results[-1]['pinned']} of {results[-1]['blocks']} |",
+            flush=True,
+        )
 
 
 def swap(onnx: str, directory: str, budget_mib: float, batch: int, repeats: int) -> dict[str, Any]:
@@ -58,7 +72,7 @@ def swap(onnx: str, directory: str, budget_mib: float, batch: int, repeats: int)
     """
     plain = plain_session(Path(onnx))
     times: dict[str, list[float]] = {"plain": [], "keep": [], "drop": []}
-    pinned = 0
+    pinned = blocks = 0
     # One budgeted model at a time: they map the same pages, and neither may drop for the other.
     for cache in ("keep", "drop"):
         model = open_model(Path(directory), memory_budget_mib=f"{budget_mib}", page_cache=cache)
@@ -79,7 +93,7 @@ def swap(onnx: str, directory: str, budget_mib: float, batch: int, repeats: int)
             model.infer("", feed, names, batch)
             times[cache].append(time.perf_counter() - began_s)
         assert model.budget is not None and model.budget.plan is not None
-        pinned = len(model.budget.plan.pinned)
+        pinned, blocks = len(model.budget.plan.pinned), len(model.members[0].blocks)
         model.close()
     middle = {name: statistics.median(values) for name, values in times.items()}
-    return {**middle, "pinned": pinned}
+    return {**middle, "pinned": pinned, "blocks": blocks}

@@ -4,12 +4,16 @@
     .venv/bin/python scripts/check_faults.py                  # Paceline's own Triton, two minutes
     .venv/bin/python scripts/check_faults.py --tritons 2      # two Tritons it only knows by address
     .venv/bin/python scripts/check_faults.py --seed 7 --seconds 600 -- --memory-mib 150
+    .venv/bin/python scripts/check_faults.py --tritons 3 --follow    # which come and go
+    .venv/bin/python scripts/check_faults.py --workers 2      # which are killed as well
     .venv/bin/python scripts/check_faults.py --blocks         # one of the models swaps its weights
+    .venv/bin/python scripts/check_faults.py --fused          # two of them are members of one
     .venv/bin/python scripts/check_faults.py --say "runs: auto" --say "keep_alive_s: 3"
 
 Clients ask a chain of three, a chain with a fan-out and a model by its own name, alone, in streams,
 cancelled and in bursts. Meanwhile, drawn from the seed: a model's process or a whole Triton is
-killed or stopped for a while, chains are deleted and applied anew, models unloaded and loaded.
+killed or stopped for a while, chains are deleted and applied anew, models unloaded and loaded;
+with --follow a Triton leaves the list and comes back, with --workers a front process is killed.
 What is after `--` is handed to `paceline serve`.
 
 Exits 1 where a request ended twice, never, or too late, with a wrong answer or an error that faults
@@ -45,6 +49,7 @@ from tritonclient.utils import InferenceServerException
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.faults_models import ASKED, CHAINS, asked_of, write_models
+from tests.integration.paceline_process import free_ports
 
 from paceline.core.errors import PacelineError
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings, shm_owner_prefix
@@ -54,6 +59,8 @@ TIMEOUT_S = 4.0
 """A client's deadline."""
 LATE_S = 1.0
 """How long after it an answer may come: two busy cores."""
+MOST_ENDS = 3
+"""So often a front process is killed: one that ends again and again ends them all."""
 HEALED_S = 60.0
 """How long after the last fault everything must be served again."""
 EXPLAINED = {
@@ -88,18 +95,23 @@ class Seen:
 class Clients:
     """Requests without end, each held against what is right."""
 
-    def __init__(self, address: str, seen: Seen, rng: random.Random) -> None:
+    def __init__(self, address: str, seen: Seen, rng: random.Random, connections: int = 1) -> None:
         self.address = address
         self.seen = seen
         self.rng = rng
         self.client = triton.InferenceServerClient(address)
+        self._connections = [self.client]
+        for index in range(1, connections):
+            # What differs in their options keeps gRPC from giving them one connection.
+            options = [("grpc.use_local_subchannel_pool", 1), ("paceline.connection", index)]
+            self._connections.append(triton.InferenceServerClient(address, channel_args=options))
 
     async def ask(self, name: str, *, give_up_s: float | None = None) -> bool:
         """One request; whether it was answered."""
         number, x, right = self._next(name)
         began_s = time.monotonic()
         call = asyncio.create_task(
-            self.client.infer(name, [x], request_id=str(number), client_timeout=TIMEOUT_S)
+            self._any().infer(name, [x], request_id=str(number), client_timeout=TIMEOUT_S)
         )
         if give_up_s is not None:
             await asyncio.wait((call,), timeout=give_up_s)
@@ -135,7 +147,7 @@ class Clients:
 
         try:
             async with asyncio.timeout(TIMEOUT_S + LATE_S + count * 0.02):
-                async for result, error in self.client.stream_infer(
+                async for result, error in self._any().stream_infer(
                     requests(), stream_timeout=TIMEOUT_S
                 ):
                     if error is not None:
@@ -154,6 +166,13 @@ class Clients:
             if not rows.issuperset(got) or len(set(got)) < len(got):
                 self.seen.complain(f"request {identity} on a stream: {got}, not {rows}")
             self.seen.ends["streamed"] += len(got) == len(rows)
+
+    def _any(self) -> Any:
+        return self.rng.choice(self._connections)
+
+    async def close(self) -> None:
+        for each in self._connections:
+            await each.close()
 
     def _next(self, name: str) -> tuple[int, Any, Any]:
         """A request's number, its input, and the right output."""
@@ -213,13 +232,21 @@ class Faults:
     """What breaks."""
 
     def __init__(
-        self, seen: Seen, rng: random.Random, clients: Clients, state: Path, control: Any
+        self,
+        seen: Seen,
+        rng: random.Random,
+        clients: Clients,
+        control: Any,
+        work: Path,
+        options: argparse.Namespace,
     ) -> None:
         self._seen = seen
         self._rng = rng
         self._clients = clients
-        self._state = state
         self._control = control
+        self._state = work / "state"
+        self._list = work / "machines"
+        self._options = options
 
     async def run(self, until_s: float) -> None:
         """One after the other, with pauses in which some of them heal."""
@@ -228,15 +255,23 @@ class Faults:
             "model stopped": (4, self._stop_model),
             "Triton killed": (1, self._kill_triton),
             "Triton stopped": (2, self._stop_triton),
-            "chain applied anew": (2, self._apply),
-            "chain deleted": (1, self._delete),
-            "model unloaded": (1, self._unload),
         }
+        if self._options.workers > 1:
+            kinds["worker killed"] = (2, self._kill_worker)
+        else:
+            kinds |= {
+                "chain applied anew": (2, self._apply),
+                "chain deleted": (1, self._delete),
+                "model unloaded": (1, self._unload),
+            }
+        if self._options.follow:
+            kinds["Triton taken off the list"] = (3, self._leave)
         names = list(kinds)
         weights = [kinds[name][0] for name in names]
         while time.monotonic() < until_s:
             (name,) = self._rng.choices(names, weights)
             self._seen.faults[name] += 1
+            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 await kinds[name][1]()
             await asyncio.sleep(self._rng.choice((0.1, 0.5, 2.0, 6.0)))
@@ -260,6 +295,33 @@ class Faults:
     async def _kill_triton(self) -> None:
         if found := self._processes("tritonserver"):
             os.kill(self._rng.choice(found).pid, signal.SIGKILL)
+
+    async def _kill_worker(self) -> None:
+        found = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if "--worker" in (command := process.info["cmdline"] or ())
+            and str(self._state) in command
+        ]
+        # Not so often that the supervisor gives up.
+        if found and self._seen.faults["worker killed"] < MOST_ENDS:
+            os.kill(self._rng.choice(found).pid, signal.SIGKILL)
+
+    async def _leave(self) -> None:
+        """Off the list for a while, which is read every two seconds."""
+        lines = self._list.read_text(encoding="utf-8").splitlines()
+        gone = self._rng.choice(lines)
+        self._write_list([line for line in lines if line != gone])
+        try:
+            await asyncio.sleep(self._rng.choice((0.5, 3.0, 8.0)))
+        finally:
+            self._write_list(lines)
+
+    def _write_list(self, lines: Sequence[str]) -> None:
+        """Whole or not at all."""
+        new = self._list.with_suffix(".new")
+        new.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        new.replace(self._list)
 
     async def _stop_triton(self) -> None:
         if found := self._processes("tritonserver"):
@@ -348,28 +410,34 @@ async def healed(clients: Clients, seen: Seen) -> None:
 
 @asynccontextmanager
 async def serving(
-    work: Path, tritons: int, arguments: Sequence[str], *, blocks: bool
+    work: Path, options: argparse.Namespace
 ) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
     """`paceline serve` over what it is to serve; its address."""
     models, chains, state = work / "models", work / "chains", work / "state"
     chains.mkdir()
-    await asyncio.to_thread(write_models, models, blocks=blocks)
+    await asyncio.to_thread(write_models, models, blocks=options.blocks, fused=options.fused)
     for name, text in CHAINS.items():
         (chains / f"{name}.yaml").write_text(text, encoding="utf-8")
     async with AsyncExitStack() as stack:
         remote: list[str] = []
-        for index in range(tritons):
+        for index in range(options.tritons):
             settings = LocalTritonSettings(
                 state_directory=state / f"triton{index}", model_repositories=(models,)
             )
             started = await stack.enter_async_context(LocalTriton(settings))
-            remote += ["--triton", f"cpu@{started.url}"]
+            remote.append(f"cpu@{started.url}")
+        if options.follow:
+            (work / "machines").write_text("".join(f"{each}\n" for each in remote), "utf-8")
+            remote = [f"file:{work / 'machines'}"]
+        ports = free_ports(options.workers) if options.workers > 1 else (0, 0)
         command = [
             *(sys.executable, "-m", "paceline", "serve", "--state-dir", str(state)),
             *("--chains", str(chains), "--model-repository", str(models)),
-            *("--grpc-port", "0", "--http-port", "0", "--replan-window-s", "5"),
-            *(remote or ["--slots", "3"]),
-            *arguments,
+            *("--grpc-port", str(ports[0]), "--http-port", str(ports[1])),
+            *("--replan-window-s", "5", "--workers", str(options.workers)),
+            *(part for each in remote for part in ("--triton", each)),
+            *(() if remote else ("--slots", "3")),
+            *options.serve,
         ]
         log = stack.enter_context((work / "paceline.log").open("w+"))
         process = await asyncio.create_subprocess_exec(
@@ -386,8 +454,8 @@ async def serving(
 async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
     for _ in range(1200):
         text = await asyncio.to_thread(log.read_text, encoding="utf-8")
-        if found := re.search(r"serving gRPC on (127\.0\.0\.1:\d+)", text):
-            return found[1]
+        if found := re.search(r"workers serve gRPC on (\S+);|serving gRPC on (\S+),", text):
+            return found[1] or found[2]
         if process.returncode is not None:
             break
         await asyncio.sleep(0.1)
@@ -397,12 +465,12 @@ async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
 async def check(work: Path, options: argparse.Namespace) -> Seen:
     """The whole run."""
     seen, rng = Seen(), random.Random(options.seed)
-    async with serving(work, options.tritons, options.serve, blocks=options.blocks) as served:
-        address, process = served
-        clients = Clients(address, seen, random.Random(rng.random()))
+    async with serving(work, options) as (address, process):
+        connections = 4 * options.workers if options.workers > 1 else 1
+        clients = Clients(address, seen, random.Random(rng.random()), connections)
         async with grpc.aio.insecure_channel(address) as channel:
             control = control_pb2_grpc.ControlStub(channel)
-            faults = Faults(seen, rng, clients, work / "state", control)
+            faults = Faults(seen, rng, clients, control, work, options)
             await healed(clients, seen)
             front = psutil.Process(process.pid)
             before_bytes = front.memory_info().rss
@@ -421,9 +489,10 @@ async def check(work: Path, options: argparse.Namespace) -> Seen:
                     f"{seen.asked} requests: {dict(seen.ends)}",
                     flush=True,
                 )
-            for name in CHAINS:
-                await faults.put_back(name)
-            await faults.have("second")
+            if options.workers == 1:
+                for name in CHAINS:
+                    await faults.put_back(name)
+                await faults.have("second")
             await healed(clients, seen)
             for _ in range(20):
                 status = json.loads((await control.Status(control_pb2.StatusRequest())).json)
@@ -436,7 +505,7 @@ async def check(work: Path, options: argparse.Namespace) -> Seen:
                 f"paceline serve takes {front.memory_info().rss / 2**20:.0f} MiB, "
                 f"{before_bytes / 2**20:.0f} before"
             )
-        await clients.client.close()
+        await clients.close()
         process.terminate()
         async with asyncio.timeout(60.0):
             code = await process.wait()
@@ -469,12 +538,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="what breaks, and when")
     parser.add_argument("--tritons", type=int, default=0, help="remote Tritons (0: its own)")
     parser.add_argument("--keep", type=Path, help="a new directory, to work in and keep with logs")
+    parser.add_argument("--follow", action="store_true", help="a list of them, which changes")
+    parser.add_argument("--workers", type=int, default=1, help="front processes")
     parser.add_argument("--blocks", action="store_true", help="one of the models within a budget")
+    parser.add_argument("--fused", action="store_true", help="two of them as one within a budget")
     parser.add_argument(
         "--say", action="append", default=[], help="one more line of every chain file; repeatable"
     )
     parser.add_argument("serve", nargs="*", help="further options of paceline serve, after --")
     options = parser.parse_args()
+    if options.follow and not options.tritons:
+        parser.error("--follow needs --tritons N: who can leave is known by address")
     for name in CHAINS:
         CHAINS[name] += "".join(f"{line}\n" for line in options.say)
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,14 @@ CHAINS = {"line": LINE, "items": ITEMS}
 ASKED = ("line", "items", "second")
 
 
-def write_models(repository: Path, *, blocks: bool) -> None:
+def write_models(repository: Path, *, blocks: bool, fused: bool) -> None:
     """`first` and `second` answer what they were given; `split` makes 0 to 4 rows of a row."""
-    write_timed(repository, {1: 8, 8: 20}, "first", dims=f"[{ROW}]")
-    if blocks:
-        compile_second(repository)
+    if not fused:
+        write_timed(repository, {1: 8, 8: 20}, "first", dims=f"[{ROW}]")
+    if fused:
+        compile_blocks(repository, {"first": 2, "second": LAYERS - 2}, ("--fuse", "both"))
+    elif blocks:
+        compile_blocks(repository, {"second": LAYERS})
     else:
         write_timed(repository, {1: 5, 8: 15}, "second", dims=f"[{ROW}]")
     directory = repository / "split"
@@ -80,32 +84,38 @@ def write_models(repository: Path, *, blocks: bool) -> None:
     )
 
 
-def compile_second(repository: Path) -> None:
-    """As blocks, 48 MiB of weights within a third of that: y = x A0 B0 A1 B1 ..., where A places x
-    somewhere in a wide row of zeros and B takes it out again.
+def compile_blocks(repository: Path, layers: Mapping[str, int], fuse: Sequence[str] = ()) -> None:
+    """As blocks, 48 MiB of weights within a third of that."""
+    paths = [write_onnx(repository.parent, name, count) for name, count in layers.items()]
+    command = [
+        *(sys.executable, "-m", "paceline", "blocks", "compile", *map(str, paths), *fuse),
+        *("--out", str(repository), "--budget-mib", str(BUDGET_MIB), "--max-batch", "8"),
+    ]
+    subprocess.run(command, check=True)
+
+
+def write_onnx(directory: Path, model: str, layers: int) -> Path:
+    """y = x A0 B0 A1 B1 ..., where A places x somewhere in a wide row of zeros and B takes it out
+    again: 8 MiB a layer.
     """
     nodes, weights, value = [], [], "x"
-    for layer in range(LAYERS):
+    for layer in range(layers):
         wide = np.zeros((ROW, WIDTH), np.float32)
-        wide[np.arange(ROW), np.arange(ROW) + 100 * layer] = 1.0
+        wide[np.arange(ROW), np.arange(ROW) + 100 * layer + layers] = 1.0
         for name, matrix in ((f"a{layer}", wide), (f"b{layer}", wide.T.copy())):
             weights.append(onnx.numpy_helper.from_array(matrix, name))
-            made = "y" if name == f"b{LAYERS - 1}" else f"after_{name}"
+            made = "y" if name == f"b{layers - 1}" else f"after_{name}"
             nodes.append(onnx.helper.make_node("MatMul", [value, name], [made]))
             value = made
     x, y = (
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", ROW])
         for name in "xy"
     )
-    graph = onnx.helper.make_graph(nodes, "second", [x], [y], weights)
+    graph = onnx.helper.make_graph(nodes, model, [x], [y], weights)
     opset = [onnx.helper.make_opsetid("", 17)]
-    path = repository.parent / "second.onnx"
+    path = directory / f"{model}.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
-    command = [
-        *(sys.executable, "-m", "paceline", "blocks", "compile", str(path)),
-        *("--out", str(repository), "--budget-mib", str(BUDGET_MIB), "--max-batch", "8"),
-    ]
-    subprocess.run(command, check=True)
+    return path
 
 
 def asked_of(name: str, number: int) -> tuple[Any, Any]:

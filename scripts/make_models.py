@@ -346,6 +346,8 @@ ZOO: dict[str, Callable[..., Network]] = {
     "bert_base": bert,
     "gpt2": gpt2,
     "vit_b16": vit,
+    # What it takes to serve a model that is nothing.
+    "tiny": partial(wide_mlp, width=64, layers=1),
     # 2.3 GiB: more than one protobuf file can hold.
     "mlp_2gb": partial(wide_mlp, width=8192, layers=9),
 }

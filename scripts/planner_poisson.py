@@ -13,7 +13,14 @@ from statistics import mean, median
 from time import process_time, time
 from typing import Any
 
-from scripts.planner_workloads import HARDWARE, OPTIMAL, WORKLOADS, percentile, source
+from scripts.planner_workloads import (
+    HARDWARE,
+    OPTIMAL,
+    RATE_BANDS,
+    WORKLOADS,
+    percentile,
+    source,
+)
 
 from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import PlanError
@@ -35,7 +42,6 @@ FRESH_EVERY = 4
 LONGER = 8
 """Those below the target then are served so many times as long: a plan at its target is below it
 in half of all short runs."""
-RATE_BANDS = ((3.0, 30.0), (30.0, 200.0), (200.0, 1600.0))
 KINDS: Mapping[str, Options] = {
     **{policy: Options(policy=policy) for policy in POLICIES},
     "optimal, whole machines": replace(OPTIMAL, billing="machine"),

@@ -37,6 +37,7 @@ from paceline.planner.columns import EAGER
 from paceline.planner.compose import compose
 from paceline.planner.cycle import Load
 from paceline.planner.frontier import Floats, Frontier
+from paceline.planner.hull import Index, pareto
 from paceline.planner.machines import served_at
 from paceline.planner.pack import Machine, Packing
 from paceline.planner.patterns import (
@@ -49,7 +50,7 @@ from paceline.planner.patterns import (
     part_jitter_s,
 )
 from paceline.planner.problem import PlannedChain
-from paceline.planner.relaxed import Index, latency_prices, pareto
+from paceline.planner.relaxed import latency_prices
 from paceline.planner.solve import solve
 from paceline.planner.whole_plan import kinds_of
 

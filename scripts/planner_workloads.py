@@ -25,6 +25,8 @@ SHAPES: Mapping[str, Sequence[Sequence[int]]] = {
 }
 FAN_OUTS = (0.25, 0.5, 1.0, 2.0, 3.0)
 HARDWARE = ("v100", "t4", "mixed")
+RATE_BANDS = ((3.0, 30.0), (30.0, 200.0), (200.0, 1600.0))
+"""Chain requests/s by which results are told apart."""
 
 OPTIMAL = Options(policy="optimal")
 PLAIN = Options(policy="harpagon")

@@ -25,9 +25,6 @@ WORTH_TELLING = 0.1
 WORTH_NOTHING = 0.01
 """Less is no saving."""
 
-SAME = 1e-6
-"""Shares of the cost that differ by less are the same."""
-
 LONGER = tuple(1 + step / 20 for step in range(1, 41))
 """The factors of the objective that are considered, up to three times."""
 
@@ -42,7 +39,9 @@ FEWEST_POINTS = 5
 
 @dataclass(frozen=True, slots=True)
 class Cheaper:
-    """All objectives made `factor` times as long lower the cost by `saving` (a share)."""
+    """All objectives made `factor` times as long lower the cost by `saving`: a share in whole
+    percents, as it is told.
+    """
 
     factor: float
     saving: float
@@ -76,8 +75,8 @@ def cheaper_slo(made: Offline, progress: Progress = lambda subject, detail: None
         parts = replace(made, options=replace(made.options, billing="fractional"))
         factor = _search(parts, _cost(parts), progress).factor
         progress("looking for a cheaper objective", f"{factor:.3g}x as long, in whole machines")
-        saving = 1 - _cost(made, slo_factor=factor) / made.plan.cost_per_hour
-        return Cheaper(factor, saving, guessed=True)
+        cost = _cost(made, slo_factor=factor)
+        return Cheaper(factor, _saving(cost, made.plan.cost_per_hour), guessed=True)
     return _search(made, made.plan.cost_per_hour, progress)
 
 
@@ -90,7 +89,7 @@ def _search(made: Offline, now: float, progress: Progress) -> Cheaper:
     def saving(at: int) -> float:
         if at not in known:
             progress("looking for a cheaper objective", f"{LONGER[at]:.3g}x as long")
-            known[at] = 1 - _cost(made, slo_factor=LONGER[at]) / now
+            known[at] = _saving(_cost(made, slo_factor=LONGER[at]), now)
         return known[at]
 
     last = len(LONGER) - 1
@@ -98,9 +97,13 @@ def _search(made: Offline, now: float, progress: Progress) -> Cheaper:
     if saving(last) < WORTH_TELLING:
         if saving(last) < WORTH_NOTHING or made.options.billing == "machine":
             return Cheaper(LONGER[last], saving(last))
-        wanted = saving(last) - SAME
+        wanted = saving(last)
     at = bisect_left(range(last), wanted, key=saving)
     return Cheaper(LONGER[at], saving(at))
+
+
+def _saving(cost: float, now: float) -> float:
+    return round(1 - cost / now, 2)
 
 
 def _slow(made: Offline) -> bool:

@@ -21,20 +21,31 @@ logger = logging.getLogger(__name__)
 
 WEIGHT = 0.3
 """Of the newest rate."""
+LEAST_BYTES = 1 << 20
+"""That are moved before they say something about a link: a turn's bytes are told at its end, and
+the few of a model's beginning took mostly time of the processes.
+"""
 
 
 class BlockLinks:
     """Implements `core.ports.LoadLinks`; `pid` is the Triton's process while it runs."""
 
-    def __init__(self, pid: Callable[[], int | None], directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        pid: Callable[[], int | None],
+        directory: Path | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
         self._pid = pid
         self._directory = directory
+        self._clock = clock
         self._seen: dict[str, tuple[float, int]] = {}
+        """When a link's rate was learned last, or it began to be used, and what had been moved."""
         self._rates: dict[str, float] = {}
 
     def moving(self) -> Mapping[str, tuple[float | None, Mapping[str, int]]]:
         """See `LoadLinks.moving`. A table that cannot be read is as good as none."""
-        now_s = monotonic()
+        now_s = self._clock()
         found: dict[str, dict[str, int]] = {}
         moved: dict[str, int] = {}
         for row in self._rows().values():
@@ -46,7 +57,7 @@ class BlockLinks:
         for link, size_bytes in moved.items():
             self._learn(link, size_bytes, now_s)
         # A link that is idle now says nothing about its rate the next time.
-        self._seen = {link: (now_s, moved[link]) for link in found}
+        self._seen = {link: self._seen.get(link, (now_s, moved[link])) for link in found}
         return {link: (self._rates.get(link), left) for link, left in found.items()}
 
     def split(self, shares: Mapping[str, float]) -> None:
@@ -83,12 +94,15 @@ class BlockLinks:
         return {name: row for name, row in rows.items() if pid is not None and _of(row, pid)}
 
     def _learn(self, link: str, moved_bytes: int, now_s: float) -> None:
-        before = self._seen.get(link)
-        if before is None or moved_bytes <= before[1] or now_s <= before[0]:
+        before_s, before_bytes = self._seen.get(link, (now_s, moved_bytes))
+        if moved_bytes < before_bytes:  # a process has left, and took what it had moved with it
+            self._seen[link] = now_s, moved_bytes
+        if moved_bytes - before_bytes < LEAST_BYTES or now_s <= before_s:
             return
-        rate = (moved_bytes - before[1]) / (now_s - before[0])
+        rate = (moved_bytes - before_bytes) / (now_s - before_s)
         known = self._rates.get(link)
         self._rates[link] = rate if known is None else known + WEIGHT * (rate - known)
+        self._seen[link] = now_s, moved_bytes
 
 
 def _of(row: Row, triton_pid: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from paceline.planner.problem import Options
     from paceline.planning import Offline
     from paceline.sim.headroom import Verification
+
+MOST_MS, MOST_S, MOST_RPS = 86_400_000, 31_536_000, 10_000_000
+"""More overhead than a day, more seconds than a year, a higher rate: a mistake in the unit."""
+
+SECONDS, LOAD_S = 60.0, 10.0
+"""How long requests come without a trace, how long a new machine loads its models."""
 
 ChainsArgument = Annotated[list[Path], typer.Argument(metavar="CHAIN.yaml...", show_default=False)]
 ProfilesOption = Annotated[Path, typer.Option(help="Durations: CSV from `paceline profile`.")]
@@ -37,7 +44,8 @@ LimitOption = Annotated[
     typer.Option(metavar="HARDWARE=N", help="Most machines of a kind (--billing machine)."),
 ]
 OverheadOption = Annotated[
-    float, typer.Option(min=0, help="Reserved per module for front server and network.")
+    float,
+    typer.Option(min=0, max=MOST_MS, help="Reserved per module for front server and network."),
 ]
 FormatOption = Annotated[str, typer.Option("--format", help="text or json.")]
 ArrivalsOption = Annotated[
@@ -115,8 +123,23 @@ def plan(
     one_of("--dispatch", dispatch, DISPATCHES)
     if plot is not None:
         check_plot(plot)
+    chosen = _options(policy, billing, limit)
+    if policy != "harpagon":
+        _of_no_use(
+            f"is about --policy harpagon; it changes nothing in {policy}",
+            {
+                "--dispatch": dispatch != "throughput-cost",
+                "--max-tuples": max_tuples is not None,
+                "--no-dummy": not dummy,
+                "--no-reassign": not reassign,
+                "--no-efficiency": not efficiency,
+                "--no-node-merger": not node_merger,
+                "--no-cost-direct": not cost_direct,
+                "--strict": strict,
+            },
+        )
     options = replace(
-        _options(policy, billing, limit),
+        chosen,
         dispatch=dispatch,  # type: ignore[arg-type]
         max_tuples=max_tuples,
         dummy=dummy,
@@ -179,6 +202,7 @@ def simulate(
         float | None,
         typer.Option(
             min=0,
+            max=MOST_RPS,
             help="Scale the trace to this mean rate (default: the rate planned for; 0: as it was "
             "recorded).",
         ),
@@ -187,8 +211,9 @@ def simulate(
         str, typer.Option(help="Without a trace: poisson or uniform, at the rate planned for.")
     ] = "poisson",
     seconds: Annotated[
-        float, typer.Option(min=0.001, help="Without a trace: how long requests come.")
-    ] = 60.0,
+        float,
+        typer.Option(min=0.001, max=MOST_S, help="Without a trace: how long requests come."),
+    ] = SECONDS,
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", help="A plan from `paceline plan --format json`, not a new one."),
@@ -197,8 +222,9 @@ def simulate(
         bool, typer.Option(help="Follow the traffic with new plans, as `paceline serve` does.")
     ] = False,
     load_s: Annotated[
-        float, typer.Option(min=0, help="--replan: how long a new machine loads its models.")
-    ] = 10.0,
+        float,
+        typer.Option(min=0, max=MOST_S, help="--replan: how long a new machine loads its models."),
+    ] = LOAD_S,
     rate_rps: RateOption = None,
     slo_ms: SloOption = None,
     policy: PolicyOption = "optimal",
@@ -236,6 +262,7 @@ def simulate(
     from paceline.sim.headroom import Verification
     from paceline.simulating import (
         Traffic,
+        arrivals_of,
         planned_before,
         rates_of_plan,
         rates_of_trace,
@@ -248,12 +275,29 @@ def simulate(
     one_of("--arrivals", arrivals, ARRIVALS)
     if dispatch is not None:
         one_of("--dispatch", dispatch, DISPATCHES)
-    if trace is None and (window or scale_to_rps is not None):
-        raise ConfigError(
-            "is about a trace; give one", key="--window" if window else "--scale-to-rps"
+    if trace is None:
+        _of_no_use(
+            "is about a trace; give one",
+            {"--window": bool(window), "--scale-to-rps": scale_to_rps is not None},
         )
+    else:
+        _of_no_use(
+            "is about traffic without a trace; leave it or --trace out",
+            {"--arrivals": arrivals != "poisson", "--seconds": seconds != SECONDS},
+        )
+    if not replan:
+        _of_no_use("is about --replan; add it", {"--load-s": load_s != LOAD_S})
     if plan_file is not None and replan:
         raise ConfigError("replanning starts from a plan that it made; leave one out", key="--plan")
+    if plan_file is not None:
+        _of_no_use(
+            "is about a new plan; leave it or --plan out",
+            {
+                "--policy": policy != "optimal",
+                "--billing": billing != "fractional",
+                "--limit": bool(limit),
+            },
+        )
     if plot is not None:
         check_plot(plot)
     traffic = Traffic(trace, window, scale_to_rps, arrivals, seconds)
@@ -270,6 +314,7 @@ def simulate(
         dispatch=dispatch,  # type: ignore[arg-type]
         with_runs=runs_of_plan(plan_file) if plan_file is not None else lambda chain: None,
     )
+    instants = arrivals_of(wanted, traffic, seed)
     with Working() as working:
         if plan_file is not None:
             made = planned_before(wanted, plan_file)
@@ -277,7 +322,7 @@ def simulate(
             how = Verification(seed=seed)
             made = plan_offline(wanted, verification=how if verify else None, progress=working)
         working(f"replaying {traffic.name}", "")
-        done = run_offline(wanted, made, traffic, seed=seed, replan=replan, load_s=load_s)
+        done = run_offline(wanted, made, traffic, instants, seed=seed, replan=replan, load_s=load_s)
     if output == "json":
         print(json.dumps(done.as_json(), indent=2), flush=True)
     else:
@@ -298,6 +343,13 @@ def _options(policy: str, billing: str, limit: list[str] | None) -> Options:
         billing=billing,  # type: ignore[arg-type]
         machine_limits=limits(limit or ()),
     )
+
+
+def _of_no_use(why: str, given: Mapping[str, bool]) -> None:
+    """ConfigError for the first option that was given although it changes nothing."""
+    for option, was_given in given.items():
+        if was_given:
+            raise ConfigError(why, key=option)
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -267,11 +267,17 @@ def write_profiles(path: Path, rows: Sequence[ProfileRow]) -> None:
 def read_hardware(path: Path) -> dict[str, Hardware]:
     """Read `hardware,price_per_hour,memory_mib`."""
     found: dict[str, Hardware] = {}
+    lines: dict[str, int] = {}
     for line, row in _read_csv(path, ("hardware", "price_per_hour", "memory_mib")):
         where = f"{path.name}:{line}"
         name = row["hardware"]
         if name in found:
-            raise ConfigError(f"{name!r} is declared twice", where=where, key="hardware")
+            raise ConfigError(
+                f"{name!r} is already on line {lines[name]}; remove one of the two",
+                where=where,
+                key="hardware",
+            )
+        lines[name] = line
         price = _number(row, "price_per_hour", where)
         memory_mib = _number(row, "memory_mib", where, empty=0.0, minimum=0)
         found[name] = Hardware(name, price, int(memory_mib * MIB))
@@ -348,7 +354,10 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
     header = [cell.strip() for cell in next(reader, [])]
     for name in columns:
         if name not in header:
-            raise ConfigError(f"column {name!r} is missing", where=f"{path.name}:1")
+            raise ConfigError(
+                f"column {name!r} is missing; the first line has to name {','.join(columns)}",
+                where=f"{path.name}:1",
+            )
     for row in reader:
         if not row or (len(row) == 1 and not row[0].strip()):
             continue

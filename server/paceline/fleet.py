@@ -30,6 +30,8 @@ from paceline.triton.launcher import LocalTriton
 from paceline.triton.memory import GuessedMemory, ProcessMemory
 from paceline.triton.profiler import TritonProfiler
 from paceline.triton.repository import TritonRepository
+from paceline.triton.stuck_loads import StuckLoads
+from paceline.triton.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +56,12 @@ class RemoteTritons:
         slots: int,
         budget_bytes: Callable[[str], float],
         on_note: Callable[[str], None],
+        turns: Turns | None = None,
     ) -> None:
-        """`budget_bytes`: what models may take on a machine of that hardware."""
+        """`budget_bytes`: what models may take on a machine of that hardware; `turns`: where other
+        workers change the same Tritons' models.
+        """
+        self._turns = turns
         self._discovery = Discovery(targets)
         self._controller = controller
         self._clients = clients
@@ -68,6 +74,8 @@ class RemoteTritons:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._lost: set[str] = set()
         """Those that went away and were not taken back yet."""
+        self._missing: dict[str, set[str]] = {}
+        """Models that were not there at the last look at a machine."""
         self._looking: asyncio.Task[None] | None = None
         self._refused: set[TritonTarget] = set()
         self._count = 0
@@ -106,6 +114,7 @@ class RemoteTritons:
             self._state_directory,
             local=local,
             budget_bytes=self._budget_bytes(target.hardware),
+            turns=self._turns,
         )
         self._known[name] = target
         self._watches[name] = asyncio.create_task(self._watch(client), name=f"watch {name}")
@@ -158,6 +167,7 @@ class RemoteTritons:
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
         self._lost.discard(name)
+        self._missing.pop(name, None)
         await self._clients.remove(name)
 
     async def _watch(self, client: TritonClient) -> None:
@@ -173,13 +183,10 @@ class RemoteTritons:
     async def look_after(self, client: TritonClient) -> None:
         """One look at a machine."""
         name, machines = client.name, self._controller.machines
-        held = machines.holds(name)  # nothing where models come and go, or it went away
         alive = await client.live(timeout_s=_WATCH_TIMEOUT_S)
         if machines.is_up(name):
             try:
-                if alive and (
-                    held is None or await client.model_ready(held) or not machines.has(name, held)
-                ):
+                if alive and not await self._is_empty(client):
                     return
             except BackendError:
                 # It went between the two questions.
@@ -199,6 +206,23 @@ class RemoteTritons:
                 self._lost.discard(name)
                 logger.warning("Triton %s is back, models loaded", client.url)
 
+    async def _is_empty(self, client: TritonClient) -> bool:
+        """Whether a Triton has none of its models: it restarted. Of others that it lost it is told
+        at the second look: by then nobody is about to load them. Raises BackendError.
+        """
+        name, machines = client.name, self._controller.machines
+        if not (held := machines.models_on(name)):
+            return False  # where models come and go, what is there is looked after elsewhere
+        ready = {state.name for state in await client.index(ready=True)}
+        missing = set(machines.missing(name, ready))
+        if missing == held.keys():
+            return True
+        if again := sorted(missing & self._missing.pop(name, set())):
+            machines.lost(name, again)
+        else:
+            self._missing[name] = missing
+        return False
+
 
 async def connected_machine(
     client: TritonClient,
@@ -210,12 +234,19 @@ async def connected_machine(
     budget_bytes: float = inf,
     process: LocalTriton | None = None,
     fetches: BlockFetches | None = None,
+    turns: Turns | None = None,
 ) -> Machine:
     """A Triton that answers, as the controller uses it; `process` and `fetches` where we run it
     ourselves.
     """
     on_load = fetches.begin if fetches is not None else None
-    repository = TritonRepository(client, model_repositories, on_load=on_load)
+    repository = TritonRepository(
+        client,
+        model_repositories,
+        on_load=on_load,
+        turns=turns,
+        stuck=StuckLoads(lambda: process.pid, process.restart) if process is not None else None,
+    )
     profiler = TritonProfiler(repository, cache_directory=state_directory, local=local)
     took_s = await _probe(client)
     machine = Machine(
@@ -225,6 +256,7 @@ async def connected_machine(
         overhead_s=percentile(took_s, 0.95),
         round_trip_s=min(took_s),
         budget_bytes=budget_bytes,
+        address=client.url,
     )
     sizes = Measurements(state_directory)
     if process is None:

@@ -38,11 +38,13 @@ from paceline.runtime.engine import Engine, EngineLimits
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.provisioning import Step
 from paceline.runtime.statistics import Statistics
+from paceline.runtime.suspicions import Suspicions
 from paceline.state import State
 from paceline.triton.client import TritonClient, TritonFleet
 from paceline.triton.launcher import LocalTriton, LocalTritonSettings
 from paceline.triton.profiler import TritonProfiler
 from paceline.triton.repository import TritonRepository
+from paceline.triton.turns import Turns
 from paceline.web.app import start_web
 
 logger = logging.getLogger(__name__)
@@ -109,7 +111,12 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         fleet = TritonFleet()
         metrics = Metrics()
         statistics = Statistics()
-        engine = Engine(fleet, limits=EngineLimits(hang=settings.hang))
+        several = settings.share.count > 1
+        engine = Engine(
+            fleet,
+            limits=EngineLimits(hang=settings.hang),
+            suspicions=Suspicions(suspicions_file(settings)) if several else None,
+        )
         controller = Controller(
             engine,
             statistics,
@@ -204,6 +211,16 @@ def check_directories(settings: ServeSettings) -> None:
         raise ConfigError(f"{where}: {error.strerror}", key="--state-dir") from None
 
 
+def turns_directory(settings: ServeSettings) -> Path:
+    """Where several workers take turns at changing a Triton's models; made by their supervisor."""
+    return settings.state_directory / "turns"
+
+
+def suspicions_file(settings: ServeSettings) -> Path:
+    """What several workers know of processes that were found dead; made by their supervisor."""
+    return settings.state_directory / "suspicions"
+
+
 def stop_on_signals(events: Events) -> asyncio.Event:
     """Set by the first SIGTERM or SIGINT; a further SIGINT ends the process at once.
 
@@ -290,6 +307,7 @@ async def _start(
             slots=settings.slots or 1,
             budget_bytes=partial(_budget_bytes, settings),
             on_note=events.on_note,
+            turns=Turns(turns_directory(settings)) if settings.share.count > 1 else None,
         )
         tritons.push_async_callback(remote.close)
         await remote.start()

@@ -5,7 +5,7 @@ Invariant: what is printed and drawn follows from the files, the options and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -146,20 +146,27 @@ class Simulation:
         }
 
 
+def arrivals_of(wanted: Demand, traffic: Traffic, seed: int) -> dict[str, list[float]]:
+    """Arrivals by chain. Raises ConfigError with the trace's file and line."""
+    rates = {demand.name: demand.rate_rps for demand in wanted.chains}
+    return {
+        chain.name: traffic.instants(chain, rates[chain.name], seed) for chain in wanted.declared
+    }
+
+
 def run_offline(
     wanted: Demand,
     made: Offline,
     traffic: Traffic,
+    instants: Mapping[str, Sequence[float]],
     *,
     seed: int,
     replan: bool = False,
     load_s: float = 0.0,
 ) -> Simulation:
-    """Replay `traffic` against the plan; with `replan`, as the server would change it."""
-    rates = {demand.name: demand.rate_rps for demand in wanted.chains}
-    instants = {
-        chain.name: traffic.instants(chain, rates[chain.name], seed) for chain in wanted.declared
-    }
+    """Replay `instants` of `traffic` against the plan; with `replan`, as the server would change
+    it.
+    """
     replanner = None
     if replan:
         replanner = LivePlanner(wanted.chains, wanted.options, made.headroom, Replanning())

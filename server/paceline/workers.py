@@ -1,20 +1,25 @@
 """`paceline serve --workers N`: N front processes on one gRPC port.
 
 The kernel deals connections out to them (SO_REUSEPORT). This process only supervises: it starts
-the local Triton, then the workers - the first alone, so that models are profiled once - and ends
-them together. Every worker makes the same plan and is given its share of every machine's slots
-and instances (`runtime.placement.Share`), so that together they never exceed what one would use.
+the local Triton, then the workers - the first alone, so that models are profiled once - starts
+those anew that end by themselves, and ends them together. Every worker makes the same plan and is
+given its share of every machine's slots and instances (`runtime.placement.Share`), so that together
+they never exceed what one would use; they take turns at loading models (`triton.turns`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from itertools import count
 
 from paceline.core.errors import ConfigError, ResidencyError
+from paceline.runtime.suspicions import Suspicions
 from paceline.serving import (
     LOCAL_HARDWARE,
     Events,
@@ -22,22 +27,33 @@ from paceline.serving import (
     check_directories,
     local_triton,
     stop_on_signals,
+    suspicions_file,
+    turns_directory,
 )
 from paceline.triton.launcher import ending_with_parent
 
 STOP_MARGIN_S = 15.0
+RESTART_WAIT_S = 0.5
+"""Before a worker that ended is started anew."""
+MOST_ENDS = 4
+"""So many ends of one worker within `ENDS_WITHIN_S`, and no more is tried."""
+ENDS_WITHIN_S = 300.0
 
 
 async def serve_workers(
-    settings: ServeSettings, count: int, events: Events, log_level: str
+    settings: ServeSettings, number: int, events: Events, log_level: str
 ) -> None:
-    """Serve with `count` workers until SIGTERM or SIGINT.
+    """Serve with `number` workers until SIGTERM or SIGINT.
 
-    Raises PacelineError when it cannot start, or when a worker ends by itself.
+    Raises PacelineError when one cannot start, or ends by itself too often.
     """
     if settings.grpc_port == 0:
         raise ConfigError("must be a fixed port with --workers", key="--grpc-port")
     check_directories(settings)
+    turns = turns_directory(settings)
+    shutil.rmtree(turns, ignore_errors=True)
+    turns.mkdir(exist_ok=True)
+    Suspicions.create(suspicions_file(settings))
     stop = stop_on_signals(events)
     async with AsyncExitStack() as stack:
         targets = [str(target) for target in settings.tritons]
@@ -50,17 +66,21 @@ async def serve_workers(
         shared = _options(settings, log_level)
         shared += [part for target in targets for part in ("--triton", target)]
         shared += ["--slots", str(slots)] if slots else []
-        workers: list[asyncio.subprocess.Process] = []
+        workers: dict[int, asyncio.subprocess.Process] = {}
         stack.push_async_callback(_end, workers, settings.drain_s + STOP_MARGIN_S)
-        for index in range(count):
+
+        async def start(index: int) -> bool:
             port = settings.http_port and settings.http_port + index
-            own = ["--worker", f"{index}/{count}", "--http-port", str(port)]
-            if not await _start(workers, [*shared, *own], stop):
+            own = ["--worker", f"{index}/{number}", "--http-port", str(port)]
+            return await _start(workers, index, [*shared, *own], stop)
+
+        for index in range(number):
+            if not await start(index):
                 return
         events.on_note(
-            f"{count} workers serve gRPC on {settings.host}:{settings.grpc_port}; Ctrl-C stops"
+            f"{number} workers serve gRPC on {settings.host}:{settings.grpc_port}; Ctrl-C stops"
         )
-        await _until_stopped(workers, stop)
+        await _until_stopped(workers, start, stop, events)
 
 
 def _options(settings: ServeSettings, log_level: str) -> list[str]:
@@ -86,7 +106,10 @@ def _options(settings: ServeSettings, log_level: str) -> list[str]:
 
 
 async def _start(
-    workers: list[asyncio.subprocess.Process], options: Sequence[str], stop: asyncio.Event
+    workers: dict[int, asyncio.subprocess.Process],
+    index: int,
+    options: Sequence[str],
+    stop: asyncio.Event,
 ) -> bool:
     """Start a worker and wait until it serves; False when told to stop meanwhile."""
     read_end, write_end = os.pipe()
@@ -100,7 +123,7 @@ async def _start(
         )
     finally:
         os.close(write_end)
-    workers.append(worker)
+    workers[index] = worker
     ready = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_reader(read_end, ready.set)
@@ -112,29 +135,66 @@ async def _start(
         if stop.is_set():
             return False
         if not os.read(read_end, 1):
-            raise _ended(await worker.wait(), len(workers) - 1)
+            raise _ended(await worker.wait(), index)
         return True
     finally:
         loop.remove_reader(read_end)
         os.close(read_end)
 
 
-async def _until_stopped(workers: list[asyncio.subprocess.Process], stop: asyncio.Event) -> None:
+async def _until_stopped(
+    workers: dict[int, asyncio.subprocess.Process],
+    start: Callable[[int], Coroutine[None, None, bool]],
+    stop: asyncio.Event,
+    events: Events,
+) -> None:
+    """Keep every worker running; the first failure ends them all."""
     stopped = asyncio.create_task(stop.wait(), name="stop")
-    ends = {asyncio.create_task(worker.wait()): index for index, worker in enumerate(workers)}
+    kept = [
+        asyncio.create_task(_keep(workers, index, start, stop, events), name=f"worker-{index}")
+        for index in workers
+    ]
     try:
-        await asyncio.wait((stopped, *ends), return_when=asyncio.FIRST_COMPLETED)
-        for task, index in ends.items():
-            if task.done() and not stop.is_set():
-                raise _ended(task.result(), index)
+        await asyncio.wait((stopped, *kept), return_when=asyncio.FIRST_COMPLETED)
+        for task in kept:
+            if task.done():
+                task.result()
     finally:
-        for task in (stopped, *ends):
+        stopped.cancel()
+        for task in kept:
             task.cancel()
+        await asyncio.gather(*kept, return_exceptions=True)
 
 
-async def _end(workers: list[asyncio.subprocess.Process], limit_s: float) -> None:
+async def _keep(
+    workers: dict[int, asyncio.subprocess.Process],
+    index: int,
+    start: Callable[[int], Coroutine[None, None, bool]],
+    stop: asyncio.Event,
+    events: Events,
+) -> None:
+    """Start worker `index` anew whenever it ends. The others serve on meanwhile, and who was
+    connected to it connects to them.
+    """
+    loop = asyncio.get_running_loop()
+    ends_s: deque[float] = deque(maxlen=MOST_ENDS)
+    for starts in count(1):
+        code = await workers[index].wait()
+        if stop.is_set():
+            return
+        ends_s.append(loop.time())
+        if len(ends_s) == MOST_ENDS and ends_s[-1] - ends_s[0] < ENDS_WITHIN_S:
+            raise _ended(code, index, f", {MOST_ENDS} times within {ENDS_WITHIN_S:g} s")
+        events.on_note(f"worker {index} ended with exit code {code}; started anew")
+        await asyncio.sleep(RESTART_WAIT_S)
+        if not await start(index):
+            return
+        events.on_note(f"worker {index} serves again (start {starts + 1})")
+
+
+async def _end(workers: dict[int, asyncio.subprocess.Process], limit_s: float) -> None:
     """SIGTERM to all, a bounded wait while they drain, SIGKILL."""
-    running = [worker for worker in workers if worker.returncode is None]
+    running = [worker for worker in workers.values() if worker.returncode is None]
     for worker in running:
         worker.terminate()
     waits = [asyncio.create_task(worker.wait()) for worker in running]
@@ -146,7 +206,7 @@ async def _end(workers: list[asyncio.subprocess.Process], limit_s: float) -> Non
             await worker.wait()
 
 
-def _ended(code: int, index: int) -> ResidencyError | ConfigError:
+def _ended(code: int, index: int, often: str = "") -> ResidencyError | ConfigError:
     """A worker says itself, on stderr, what was wrong."""
-    message = f"worker {index} ended with exit code {code}"
+    message = f"worker {index} ended with exit code {code}{often}"
     return ConfigError(message) if code in (2, 3) else ResidencyError(message)

@@ -7,10 +7,12 @@ process ends on the processes themselves.
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,24 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 GONE_TIMEOUT_S = 15.0
 READY = re.compile(r"serving gRPC on 127\.0\.0\.1:(\d+), HTTP on 127\.0\.0\.1:(\d+)")
+
+
+def free_ports(workers: int) -> tuple[int, int]:
+    """A gRPC port, and an HTTP port with as many free ones behind it as further workers need."""
+    with socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        while True:
+            with ExitStack() as stack:
+                # New ones for each try: a socket that is bound cannot be bound again.
+                sockets = [stack.enter_context(socket.socket()) for _ in range(workers)]
+                sockets[0].bind(("127.0.0.1", 0))
+                port: int = sockets[0].getsockname()[1]
+                try:
+                    for further, each in enumerate(sockets[1:], 1):
+                        each.bind(("127.0.0.1", port + further))
+                except (OSError, OverflowError):  # taken, or no port
+                    continue
+                return first.getsockname()[1], port
 
 
 class Paceline:

@@ -9,9 +9,10 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as triton
+from scripts.blocks_link import LinkServer
 from tests.integration.blocks_models import WIDTH, compiled, write_mlp
 from tests.integration.conftest import Start
-from tests.integration.test_load_bandwidth import store
+from tests.integration.test_load_bandwidth import FAST_BYTES_S, store
 from tests.integration.test_serve_inference import TIMEOUT_S
 
 pytestmark = pytest.mark.integration
@@ -26,12 +27,13 @@ def fetchers(server_pid: int) -> list[psutil.Process]:
 
 
 def test_models_load_with_the_fetching_process_and_without_it(
-    start_paceline: Start, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_paceline: Start, store: LinkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models, served, cache = tmp_path / "models", tmp_path / "served", tmp_path / "cache"
     served.mkdir()
     monkeypatch.setenv("PACELINE_BLOCKS_LEDGER", str(tmp_path / "table"))
-    parameters = {"pool": store, "cache": str(cache)}
+    store.link.set_rate(FAST_BYTES_S)
+    parameters = {"pool": store.url, "cache": str(cache)}
     for seed, name in enumerate(("first", "second")):
         network = write_mlp(tmp_path / f"{name}.onnx", seed=seed)
         compiled(models, name, {"": network}, parameters=parameters, budget_mib=None)

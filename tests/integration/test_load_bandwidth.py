@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from onnx import TensorProto, helper, numpy_helper
+from scripts.blocks_link import LinkServer
 from tests.integration.blocks_models import WIDTH, compiled, save
 from tests.integration.conftest import Start
 from tests.integration.test_serve_inference import TIMEOUT_S
@@ -21,23 +21,22 @@ from paceline.blocks.backend.ledger import Row, read_rows
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
-MIDDLE = 4352
-"""Of the layers' widths: 80 MiB of weights a model, in ten chunks: one does not decide."""
-LINK_MB_S = 16
+MIDDLE = 3072
+"""Of the layers' widths: 42 MiB of weights a model."""
+SLOW_BYTES_S, FAST_BYTES_S = 4e6, 1e9
+"""Of the link: a turn of 8 MiB takes two seconds, both models 20, until it becomes fast."""
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[str]:
-    """The URL of a store of blocks behind a slow link."""
+def store(tmp_path: Path) -> Iterator[LinkServer]:
+    """A store of blocks behind a slow link."""
     (tmp_path / "blocks").mkdir()
-    command = [sys.executable, str(ROOT / "scripts" / "blocks_link.py"), str(tmp_path / "blocks")]
-    with subprocess.Popen([*command, str(LINK_MB_S)], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        finally:
-            process.terminate()
+    with LinkServer(tmp_path / "blocks", SLOW_BYTES_S) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 def write_wide(path: Path, seed: int) -> Path:
@@ -54,57 +53,69 @@ def write_wide(path: Path, seed: int) -> Path:
 
 
 def row_of(table: Path, model: str) -> Row | None:
-    """What the process of a model has in the machine's table."""
-    rows = [row for row in read_rows(table).values() if row.model == model]
-    return rows[0] if rows else None
+    """What the process of a model has in the machine's table; others only fetch ahead for it."""
+    rows = (row for row in read_rows(table).values() if row.model == model and row.loading_bytes)
+    return next(rows, None)
 
 
-def moved_together(table: Path, waited: Future[None], names: tuple[str, str]) -> list[int]:
-    """Bytes of each that came while both were loading."""
-    first: list[int] | None = None
-    moved = [0, 0]
-    while not waited.done():
-        rows = [row_of(table, name) for name in names]
-        if all(row is not None and row.loading_bytes for row in rows):
-            loading = [row for row in rows if row is not None]
-            first = first or [row.moved_bytes for row in loading]
-            moved = [row.moved_bytes - begun for row, begun in zip(loading, first, strict=True)]
-            if any(row.left_bytes == 0 for row in loading):
-                break
+def shares_of(table: Path, names: tuple[str, ...]) -> list[float] | None:
+    """What each gets of the link; None unless that is decided for all, while they load."""
+    rows = [row_of(table, name) for name in names]
+    if not all(row is not None and row.left_bytes and row.load.share for row in rows):
+        return None
+    return [row.load.share for row in rows if row is not None]
+
+
+def divided_for(
+    table: Path, names: tuple[str, str], loads: tuple[Future[None], ...]
+) -> list[float]:
+    """Their shares once the first one has more than twice the other's, which it has not before
+    somebody waits for both: they are loaded first, and asked then.
+    """
+    seen = None
+    while not any(load.done() for load in loads):
+        shares = shares_of(table, names)
+        seen = shares or seen
+        if shares is not None and shares[0] > 2 * shares[1]:
+            return shares
         time.sleep(0.005)
-    return moved
+    raise AssertionError(f"a load was over, and the shares were {seen}")
 
 
 def test_who_is_due_first_gets_its_weights_first_while_the_other_goes_on(
-    start_paceline: Start, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_paceline: Start, store: LinkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Both need as many bytes, one of them much sooner; both can be in time. Turns follow shares:
+    tests/unit/test_blocks_ledger.py.
+    """
     models, served = tmp_path / "models", tmp_path / "served"
     cache, table = tmp_path / "cache", tmp_path / "table"
     served.mkdir()
     monkeypatch.setenv("PACELINE_BLOCKS_LEDGER", str(table))
     for seed, name in enumerate(("later", "soon")):
         network = write_wide(tmp_path / f"{name}.onnx", seed)
-        parameters = {"pool": store, "cache": str(cache)}
+        parameters = {"pool": store.url, "cache": str(cache)}
         compiled(models, name, {"": network}, parameters=parameters, budget_mib=None)
     server = start_paceline("--model-repository", str(served), "--memory-mib", "1000").wait_ready()
     for name in ("later", "soon"):  # what is there at the start would be loaded then
         (models / name).rename(served / name)
     with server.client() as client:
 
-        def ask(name: str, slo_ms: int) -> None:
+        def ask(name: str, slo_s: int) -> None:
             """Loaded, and asked."""
             client.load_model(name, client_timeout=TIMEOUT_S)
             sent = triton.InferInput("x", [1, WIDTH], "FP32")
             sent.set_data_from_numpy(np.ones((1, WIDTH), np.float32))
-            client.infer(name, [sent], parameters={"slo_ms": slo_ms}, client_timeout=TIMEOUT_S)
+            parameters = {"slo_ms": 1000 * slo_s}
+            client.infer(name, [sent], parameters=parameters, client_timeout=slo_s)
 
         with ThreadPoolExecutor(2) as pool:
-            later = pool.submit(ask, "later", 100_000)
-            soon = pool.submit(ask, "soon", 8_000)
-            its, others = moved_together(table, soon, ("soon", "later"))
-            assert others < 0.7 * its, "equal shares would have moved as much"
+            try:
+                later, soon = pool.submit(ask, "later", 600), pool.submit(ask, "soon", 60)
+                its, others = divided_for(table, ("soon", "later"), (soon, later))
+            finally:
+                store.link.set_rate(FAST_BYTES_S)
             soon.result()
             later.result()
-            row = row_of(table, "later")
-            assert row is not None and row.left_bytes == 0, "it went on all the same"
+        assert its + others == pytest.approx(1.0) and others > 0, "it goes on all the same"
     assert server.stop() == 0

@@ -24,6 +24,8 @@ from tests.integration.paceline_process import Paceline
 from tests.integration.test_serve_inference import TIMEOUT_S, pair
 from tests.integration.test_serve_lifecycle import wait_status
 
+from paceline.v1 import control_pb2
+
 pytestmark = pytest.mark.integration
 
 CHAIN = """\
@@ -191,4 +193,36 @@ def test_when_what_is_left_does_not_suffice_the_lowest_priority_is_shed(
             for name in ("high", "low"):
                 answer = client.infer(name, [sent], client_timeout=TIMEOUT_S)
                 assert (answer.as_numpy("y") == given).all(), "there is room for both now"
+        assert server.stop() == 0
+
+
+def test_a_model_is_planned_for_machines_that_it_fits_into(
+    start_paceline: Start, tmp_path: Path
+) -> None:
+    models, chain, prices = tmp_path / "models", tmp_path / "sums.yaml", tmp_path / "hardware.csv"
+    models.mkdir()
+    write_add(models)
+    # What a Triton elsewhere needs for a model is guessed by its files: 48 MiB and these.
+    (models / "add" / "weights").write_bytes(bytes(60 << 20))
+    chain.write_text(CHAIN, encoding="utf-8")
+    prices.write_text(
+        "hardware,price_per_hour,memory_mib\nsmall,1,100\nlarge,50,400\n", encoding="utf-8"
+    )
+    with (
+        somebody_elses_triton(tmp_path / "a", models) as (_, small),
+        somebody_elses_triton(tmp_path / "b", models) as (_, large),
+    ):
+        server = start_paceline(
+            *("--triton", f"small@{small}", "--triton", f"large@{large}"),
+            *("--chains", str(chain), "--hardware", str(prices)),
+            *("--model-repository", str(models)),
+        ).wait_ready()
+        with server.client() as client:
+            answer = client.infer("sums", pair(40), client_timeout=TIMEOUT_S)
+            assert int(answer.as_numpy("out")[0]) == 41
+        with server.channel() as channel:
+            request = control_pb2.CurrentPlanRequest()
+            plan = server.control(channel).CurrentPlan(request, timeout=TIMEOUT_S).plan
+        planned = {a.hardware for m in plan.chains[0].modules for a in m.allocations}
+        assert planned == {"large"}, "the cheaper one has no room for it"
         assert server.stop() == 0

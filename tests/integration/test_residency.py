@@ -20,7 +20,7 @@ from scripts.residency_models import chain_file, write_ballast
 from tests.integration.paceline_process import Paceline
 from tests.integration.test_serve_inference import TIMEOUT_S, failure
 
-from paceline.triton.memory import model_processes
+from paceline.triton.processes import model_processes
 from paceline.v1 import control_pb2
 
 pytestmark = pytest.mark.integration

@@ -34,7 +34,7 @@ from paceline.runtime.placement import Share, Site
 from paceline.triton.client import TritonClient, TritonFleet
 from paceline.triton.config import ModelConfig
 from paceline.triton.launcher import LocalTriton
-from paceline.triton.memory import model_processes
+from paceline.triton.processes import model_processes
 from paceline.triton.repository import TritonRepository
 
 pytestmark = pytest.mark.integration

@@ -27,7 +27,7 @@ CHAIN = Chain(
     {f"y_{model}": Source(model, "x") for model in MODELS},
 )
 DURATIONS = {
-    model: {"gpu": Durations(((1, 0.1 * place), (8, 0.3 * place)))}
+    model: {kind: Durations(((1, 0.1 * place), (8, 0.3 * place))) for kind in ("gpu", "cpu")}
     for place, model in enumerate(MODELS, start=1)
 }
 BOUND = bind(CHAIN, {model: ModelSpec(model, 8, (X,), (X,)) for model in MODELS})
@@ -51,7 +51,7 @@ class Pools(RuleBasedStateMachine):
         instances=st.dictionaries(st.sampled_from(MODELS), st.integers(0, 2)),
     )
     def up(self, name: str, slots: int, instances: dict[str, int]) -> None:
-        self.pool.up(name, "gpu", slots, instances)
+        self.pool.up(name, "cpu" if name == NAMES[0] else "gpu", slots, instances)
 
     @precondition(lambda self: not self.running)
     @rule(name=st.sampled_from(NAMES))
@@ -95,7 +95,8 @@ class Pools(RuleBasedStateMachine):
     def answers_are_those_of_looking_at_every_machine(self) -> None:
         for model in MODELS:
             holding = [(m, m.lanes[model]) for m in self.pool.all() if model in m.lanes]
-            free, free_at_s, probes_s = [], [], [inf]
+            free, probes_s = [], [inf]
+            free_at_s: dict[str, list[float]] = {}
             for machine, lane in holding:
                 idle = machine.slots - machine.busy
                 if lane.quarantined:
@@ -107,12 +108,16 @@ class Pools(RuleBasedStateMachine):
                     ends_s = sorted(max(self.now_s, end_s) for end_s in machine.ends_s.values())
                     now = min(most, max(0, idle))
                     rest = ends_s[max(0, -idle) : most - idle] if idle < most else []
-                    free_at_s += [self.now_s] * now + rest
+                    if found := [self.now_s] * now + rest:
+                        free_at_s.setdefault(machine.hardware, []).extend(found)
                 if can and idle > 0:
                     free.append((machine.busy, machine.name))
             got = self.pool.free(model, self.now_s)
             assert [rank[:2] for rank in got] == sorted(free)
-            assert list(self.pool.free_at_s(model, self.now_s)) == sorted(free_at_s)
+            by_kind = dict(self.pool.free_by_kind(model, self.now_s))
+            assert by_kind == {kind: sorted(found) for kind, found in free_at_s.items()}
+            whole = sorted(at_s for found in free_at_s.values() for at_s in found)
+            assert list(self.pool.free_at_s(model, self.now_s)) == whole
             assert self.pool.next_probe_s(model, self.now_s) == min(probes_s)
             for other in MODELS:
                 # A second of work of it is spread over the slots that can run it.

@@ -6,12 +6,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import islice, pairwise, product
 from math import ceil, inf
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripts.planner_brute import CLOSE, DUMMIES, Dummies, cheapest, least_cost
 
 from paceline.core.errors import PlanError
 from paceline.core.plan import ModulePlan, Plan
@@ -217,20 +218,26 @@ def needed_rps(c: Configuration, budget_s: float) -> float:
     return 0.0 if c.batch_size == 1 else c.batch_size / max(budget_s - c.duration_s, 1e-12)
 
 
+MORE = 2
+
+
 def enumerated_cost(
-    rate_rps: float, choices: Sequence[Configuration], budget_s: float, *, dummies: bool
+    rate_rps: float, choices: Sequence[Configuration], budget_s: float, *, dummies: Dummies
 ) -> float:
     """Least cost over every number of full machines of every configuration, and one residual.
 
-    With `dummies` more than the rate may be served, by full machines and by the residual.
+    With `dummies` "any" more than the rate may be served, by full machines and by the residual;
+    with "whole" only by full machines without a residual. At most `MORE` machines of each
+    are then tried beyond what serves the rate.
     """
     ranks = ranked(choices)
     best = inf
-    for counts in product(*(range(ceil(rate_rps / c.throughput_rps) + 1) for c in ranks)):
+    more = 1 if dummies == "none" else 1 + MORE
+    for counts in product(*(range(ceil(rate_rps / c.throughput_rps) + more) for c in ranks)):
         cost = sum(n * c.price_per_hour for n, c in zip(counts, ranks, strict=True))
         served_rps = sum(n * c.throughput_rps for n, c in zip(counts, ranks, strict=True))
         rest_rps = rate_rps - served_rps
-        if cost >= best or (rest_rps < -ROUNDING and not dummies):
+        if cost >= best or (rest_rps < -ROUNDING and dummies == "none"):
             continue
         # What the residual must at least serve for the full machines above it to fill in time.
         least_rps = max(rest_rps, 0.0)
@@ -245,7 +252,7 @@ def enumerated_cost(
         for c in ranks:
             residual_rps = max(least_rps, needed_rps(c, budget_s))
             if residual_rps > c.throughput_rps or (
-                residual_rps > rest_rps + ROUNDING and not dummies
+                residual_rps > rest_rps + ROUNDING and dummies != "any"
             ):
                 continue
             best = min(best, cost + residual_rps / c.throughput_rps * c.price_per_hour)
@@ -269,9 +276,10 @@ def small_modules() -> Iterator[tuple[float, tuple[Configuration, ...], float]]:
     [
         # Measured: 98.9 % equal, mean gap 0.11 %. The 2 missed have no batch size 1.
         (False, 0.98, 0.005, 2),
-        # Measured: 75.1 % equal, mean gap 6.4 %. The published dummy requests fill whole machines;
-        # brute force also tops a residual up by just what it needs to collect in time.
-        (True, 0.75, 0.065, 0),
+        # Measured: 74.1 % equal, mean gap 7.2 %. The published dummy requests fill whole machines;
+        # brute force also tops a residual up by just what it needs to collect in time, and the rate
+        # to more machines than it needs to be served. The 3 missed are only in time with those.
+        (True, 0.74, 0.072, 3),
     ],
 )
 def test_one_module_is_never_below_brute_force_and_above_it_by_no_more_than_stated(
@@ -281,7 +289,7 @@ def test_one_module_is_never_below_brute_force_and_above_it_by_no_more_than_stat
     missed = 0
     solver = with_dummies if dummies else schedule
     for rate_rps, choices, budget_s in small_modules():
-        least = enumerated_cost(rate_rps, choices, budget_s, dummies=dummies)
+        least = enumerated_cost(rate_rps, choices, budget_s, dummies="any" if dummies else "none")
         found = solver(rate_rps, choices, budget_s)
         if found is None:
             missed += least < inf
@@ -294,3 +302,56 @@ def test_one_module_is_never_below_brute_force_and_above_it_by_no_more_than_stat
     assert equal >= equal_at_least, summary
     assert mean_gap <= mean_gap_at_most, summary
     assert missed <= missed_at_most, summary
+
+
+@pytest.mark.parametrize("dummies", DUMMIES)
+def test_branch_and_bound_over_a_modules_machines_finds_what_enumeration_finds(
+    dummies: Dummies,
+) -> None:
+    for rate_rps, choices, budget_s in small_modules():
+        least = enumerated_cost(rate_rps, choices, budget_s, dummies=dummies)
+        found = cheapest(rate_rps, choices, budget_s, dummies)
+        assert (inf if found is None else found.cost_per_hour) == pytest.approx(least, rel=ROUNDING)
+        if found is None:
+            continue
+        assert found.worst_s <= budget_s + ROUNDING
+        again = cheapest(rate_rps, choices, found.worst_s, dummies)
+        assert again is not None, "what is in time is so from its own worst case on"
+        assert again.cost_per_hour == pytest.approx(found.cost_per_hour, rel=ROUNDING)
+
+
+SPLITS = 60
+
+
+@pytest.mark.parametrize("dummies", DUMMIES)
+def test_the_least_cost_of_a_chain_is_that_of_its_cheapest_split(dummies: Dummies) -> None:
+    modules = list(islice(small_modules(), 0, 60, 5))
+    for (rate_rps, first, first_s), (_, second, second_s) in pairwise(modules):
+        slo_s = first_s + second_s
+        chain = PlannedChain(
+            "chain",
+            slo_s,
+            rate_rps,
+            (
+                PlannedModule("first", "first", rate_rps, (), first),
+                PlannedModule("second", "second", rate_rps, ("first",), second),
+            ),
+        )
+        costs = [
+            [
+                enumerated_cost(rate_rps, choices, slo_s * i / SPLITS, dummies=dummies)
+                for i in range(SPLITS + 1)
+            ]
+            for choices in (first, second)
+        ]
+        # Both rounded down can be had; of every split one of them is rounded up by less than one.
+        high = min(costs[0][i] + costs[1][SPLITS - i] for i in range(SPLITS + 1))
+        low = min(costs[0][i] + costs[1][SPLITS + 1 - i] for i in range(1, SPLITS + 1))
+        found = least_cost(chain, dummies)
+        if found is None:
+            assert high == inf
+            continue
+        assert low * (1 - ROUNDING) <= found.high <= found.low * (1 + CLOSE)
+        assert found.low <= high * (1 + ROUNDING)
+        if dummies != "any":
+            assert found.low == pytest.approx(found.high, rel=ROUNDING), "there are only steps"

@@ -1,25 +1,31 @@
 """Goodput in overload, by dispatch policy: `python -m tests.simulation.overload` (`--help`).
 
-The real dispatcher serves real plans in virtual time at one to five times the planned rate. Of
-every plan's goodput (answers in time per second, once the queues have filled) is told what share of
-its peak is left at each rate.
+The real dispatcher serves real plans in virtual time at one to five times the planned rate. Of a
+plan's *goodput* (answers in time per second, once the queues have filled) is told what is *left* at
+a rate: its share of the peak, the most goodput that it has at any rate up to that one.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from statistics import median
 
-from paceline.core.chain import Chain, Dispatch, Module, Source
-from paceline.core.errors import PlanError
-from paceline.core.plan import Allocation, ChainPlan, ModulePlan, Plan
-from paceline.core.profile import Configuration, Durations, ProfileRow, Profiles
-from paceline.core.tensor import TensorSpec
-from paceline.dispatch import Action, Answer, Event, route_chain
-from paceline.planner.problem import Billing, Options, PlannedChain, PlannedModule
-from paceline.planner.solve import solve
+from tests.simulation.overload_plans import (
+    MODELS,
+    POLICIES,
+    Case,
+    drawn_plan,
+    known_plans,
+    line,
+    on,
+    planned,
+)
+
+from paceline.core.chain import Dispatch
+from paceline.dispatch import Action, Answer, Event, Submit, route_chain
 from paceline.sim import workload
 from paceline.sim.fleet import (
     BlankModels,
@@ -32,259 +38,159 @@ from paceline.sim.stimuli import Install
 from paceline.sim.verify import requests_of
 from paceline.sim.world import World
 
-POLICIES: Mapping[Dispatch, str] = {
-    "pooled": "optimal",
-    "throughput-cost": "harpagon",
-    "round-robin": "nexus",
-}
-"""Dispatch, and the planner that plans for it."""
-BOTH: tuple[Billing, ...] = ("fractional", "machine")
-FACTORS = (1.0, 1.5, 2.0, 3.0, 5.0)
+FACTORS = (1.0, 1.5, 2.0, 5.0)
 """Multiples of the planned rate."""
+KEPT = 0.95
+"""What should be left of the peak."""
 OBJECTIVES = 20.0
-"""How long a run takes, in objectives, of which the first `FILLING` are not looked at."""
+"""How long a run takes at the least, in objectives, of which the first `FILLING` are not looked
+at."""
 FILLING = 4.0
-
-Points = tuple[tuple[int, float], ...]
-"""Durations by batch size."""
-Profile = Mapping[str, Points]
-"""By hardware."""
-X, Y = TensorSpec("x", "UINT8", (1,)), TensorSpec("y", "UINT8", (1,))
-PRICES = {"big": 1.0, "small": 0.4}
-
-M3: Points = ((1, 0.08), (2, 0.1), (8, 0.25), (32, 0.8))
-MODELS: Mapping[str, Profile] = {
-    "m3": {"big": M3, "small": ((1, 0.2), (2, 0.26), (8, 0.7), (16, 1.3))},
-    "hear": {
-        "big": ((1, 0.05), (2, 0.08), (4, 0.115), (8, 0.2)),
-        "small": ((1, 0.09), (2, 0.15), (4, 0.26), (8, 0.49)),
-    },
-    "read": {
-        "big": ((1, 0.03), (2, 0.04), (4, 0.055), (8, 0.085)),
-        "small": ((1, 0.07), (2, 0.10), (4, 0.15), (8, 0.26)),
-    },
-    "speak": {
-        "big": ((1, 0.02), (2, 0.025), (4, 0.04), (8, 0.07)),
-        "small": ((1, 0.03), (2, 0.045), (4, 0.08), (8, 0.15)),
-    },
+REQUESTS = 400.0
+"""How many come at the least in what is looked at, at the planned rate."""
+DRAWN: Mapping[str, Sequence[int]] = {
+    "development": (*range(40), *range(1000, 1060)),
+    "held-out": range(2000, 2060),
 }
+"""Seeds of drawn plans: those that were looked at while rules were changed, and others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A plan to be overloaded: its chains, which of them is, and with what."""
+@dataclass(slots=True)
+class Counts:
+    """Requests of a chain, and those of them that were answered in time."""
 
-    name: str
-    dispatch: Dispatch
-    chains: tuple[Chain, ...]
-    plan: Plan
-    profiles: Profiles
-
-
-def chain_of(
-    name: str, models: Sequence[str], slo_s: float, dispatch: Dispatch, priority: int = 0
-) -> Chain:
-    """These models one after the other."""
-    modules = tuple(
-        Module(model, model, {"x": Source(models[at - 1], "y") if at else Source(None, "x")})
-        for at, model in enumerate(models)
-    )
-    outputs = {"y": Source(models[-1], "y")}
-    return Chain(name, slo_s, (X,), modules, outputs, priority=priority, dispatch=dispatch)
-
-
-def profiles_of(models: Iterable[str], hardware: Iterable[str]) -> Profiles:
-    kinds = tuple(hardware)
-    return Profiles(
-        tuple(
-            ProfileRow(model, kind, size, took_s)
-            for model in models
-            for kind in kinds
-            for size, took_s in MODELS[model][kind]
-        )
-    )
-
-
-def planned(
-    name: str,
-    models: Sequence[str],
-    hardware: Sequence[str],
-    slo_s: float,
-    rate_rps: float,
-    dispatch: Dispatch,
-    billing: Billing,
-    chains: Sequence[str] = ("c",),
-) -> Case:
-    """`chains` alike, the first the most urgent, planned as the server plans for this policy.
-
-    Raises PlanError.
-    """
-    made = tuple(chain_of(c, models, slo_s, dispatch, at) for at, c in enumerate(chains))
-    configurations = {
-        model: tuple(
-            Configuration(kind, size, took_s, PRICES[kind])
-            for kind in hardware
-            for size, took_s in MODELS[model][kind]
-        )
-        for model in models
-    }
-    wanted = [
-        PlannedChain(
-            chain.name,
-            slo_s,
-            rate_rps,
-            tuple(
-                PlannedModule(m.name, m.model, rate_rps, tuple(m.parents), configurations[m.model])
-                for m in chain.modules
-            ),
-        )
-        for chain in made
-    ]
-    options = Options(policy=POLICIES[dispatch], dispatch=dispatch, billing=billing, bound=False)
-    plan = solve(wanted, options)
-    return Case(name, dispatch, made, plan, profiles_of(models, hardware))
-
-
-def scheduled(
-    name: str, schedule: Sequence[tuple[int, float]], slo_s: float, dispatch: Dispatch
-) -> Case:
-    """M3 of algorithms.md 1.2 under a schedule of (batch size, machines), at its full rate."""
-    known = Durations(M3)
-    made = tuple(
-        Allocation("big", size, known.at(size), machines, 1.0) for size, machines in schedule
-    )
-    rate_rps = min(198.0, sum(a.rate_rps for a in made))
-    module = ModulePlan("m3", "m3", rate_rps, 0.0, slo_s, slo_s, made)
-    plan = Plan(dispatch, "fractional", (ChainPlan("c", slo_s, rate_rps, slo_s, (module,)),))
-    chain = chain_of("c", ["m3"], slo_s, dispatch)
-    return Case(name, dispatch, (chain,), plan, profiles_of(["m3"], ["big"]))
-
-
-def bound_of(schedule: Sequence[tuple[int, float]], dispatch: Dispatch) -> float:
-    """The policy's worst case (algorithms.md 1.1, 1.4.1)."""
-    known = Durations(M3)
-    ranks = [
-        (known.at(size), size, machines * size / known.at(size)) for size, machines in schedule
-    ]
-    left_rps = total_rps = sum(rate_rps for _, _, rate_rps in ranks)
-    found_s = 0.0
-    for took_s, size, rate_rps in ranks:
-        if dispatch == "pooled":
-            found_s = max(found_s, took_s + size / total_rps)
-        elif dispatch == "throughput-cost":
-            found_s = max(found_s, took_s + size / left_rps)
-        else:
-            found_s = max(found_s, took_s + size / min(rate_rps, size / took_s))
-        left_rps -= rate_rps
-    return found_s
+    offered: int = 0
+    met: int = 0
 
 
 class Goodput:
-    """An observer that counts answers in time, by chain, between two instants."""
+    """An observer that counts, by chain, requests that come and answers in time between two
+    instants."""
 
     def __init__(self, since_s: float, until_s: float) -> None:
         self.since_s, self.until_s = since_s, until_s
-        self.met: dict[str, int] = {}
-        self.missed = 0
+        self.counts: dict[str, Counts] = {}
 
     def __call__(self, due_s: float, now_s: float, event: Event, actions: Sequence[Action]) -> None:
         if not self.since_s <= now_s < self.until_s:
             return
+        if isinstance(event, Submit):
+            self.counts.setdefault(event.chain, Counts()).offered += 1
         for action in actions:
             if isinstance(action, Answer):
-                chain = action.timeline.chain
-                self.met[chain] = self.met.get(chain, 0) + action.timeline.met
+                chain = self.counts.setdefault(action.timeline.chain, Counts())
+                chain.met += action.timeline.met
 
 
-def goodput_rps(
-    case: Case, factors: Mapping[str, float], *, steady: bool, seed: int = 1, whole: bool = True
-) -> dict[str, float]:
-    """Answers in time per second, by chain, at these multiples of the planned rates."""
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Requests per second: that came, and that were answered in time."""
+
+    offered_rps: float
+    met_rps: float
+
+
+def serve(
+    case: Case, factors: Mapping[str, float], *, steady: bool, seed: int = 1
+) -> dict[str, Rates]:
+    """By chain, at these multiples of the planned rates."""
     rng = Random(seed)
     slo_s = max(chain.slo_s for chain in case.chains)
-    end_s = OBJECTIVES * slo_s
+    rates_rps = {chain.chain: chain.rate_rps for chain in case.plan.chains}
+    filled_s = FILLING * slo_s
+    end_s = max(OBJECTIVES * slo_s, filled_s + REQUESTS / min(rates_rps.values()))
     arrivals: dict[str, Sequence[float]] = {}
-    for chain in case.chains:
-        plan = case.plan.chain(chain.name)
-        assert plan is not None
-        rate_rps = plan.rate_rps * factors[chain.name]
+    for chain, planned_rps in rates_rps.items():
+        rate_rps = planned_rps * factors[chain]
         count = round(rate_rps * end_s)
+        if not count:
+            continue
         draw = (
             workload.uniform(rate_rps, count) if steady else workload.poisson(rate_rps, count, rng)
         )
-        arrivals[chain.name] = draw
+        arrivals[chain] = draw
     durations = planned_durations(case.plan, case.profiles)
     limits = batch_limits(case.plan, case.chains)
     bounds = {c.name: blank_chain(c, limits[c.name]) for c in case.chains}
     specs = {m.spec.name: m.spec for bound in bounds.values() for m in bound.modules}
-    machines = planned_machines(case.plan, whole=whole)
-    seen = Goodput(FILLING * slo_s, end_s)
+    machines = planned_machines(case.plan, whole=True)
+    seen = Goodput(filled_s, end_s)
     world = World(machines, durations, BlankModels(specs), seed=seed, observers=(seen,))
     world.run(
         Install(0.0, route_chain(bound, case.plan.chain(name), durations))
         for name, bound in bounds.items()
     )
     world.run_stream(requests_of(case.chains, arrivals, rng))
-    return {c.name: seen.met.get(c.name, 0) / (seen.until_s - seen.since_s) for c in case.chains}
+    took_s = end_s - filled_s
+    counts = {chain: seen.counts.get(chain, Counts()) for chain in rates_rps}
+    return {name: Rates(c.offered / took_s, c.met / took_s) for name, c in counts.items()}
 
 
-def cases(dispatch: Dispatch) -> Iterator[Case]:
-    """Plans of one policy: of one kind of machines and of two, with residuals, 1 to 8 machines,
-    objectives tight and loose."""
-    schedules: Mapping[str, Sequence[Sequence[tuple[int, float]]]] = {
-        "pooled": [[(32, 4.95)], [(8, 6.2)], [(32, 1.0)], [(8, 2.0)]],
-        "throughput-cost": [
-            [(32, 4.0), (2, 1.9)],
-            [(32, 4.0), (8, 1.0), (2, 0.3)],
-            [(32, 5.0)],
-            [(32, 1.0), (8, 0.5)],
-            [(8, 1.0)],
-        ],
-        "round-robin": [[(8, 6.0), (2, 0.3)], [(8, 1.0)], [(8, 2.0), (2, 0.5)], [(32, 4.0)]],
-    }
-    for schedule in schedules[dispatch]:
-        told = "+".join(f"{machines:g}x{size}" for size, machines in schedule)
-        bound_s = bound_of(schedule, dispatch)
-        for loose in (1.0, 2.5):
-            yield scheduled(f"m3 {told} slo={loose:g}", schedule, loose * bound_s, dispatch)
-    chains = (("m3",), ("hear", "read", "speak"))
-    for models in chains:
-        least_s = sum(MODELS[model]["big"][0][1] for model in models)
-        for kinds in (("big",), ("big", "small")):
-            for rate_rps in (12.0, 45.0, 150.0):
-                for loose in (3.0, 6.0, 15.0):
-                    for billing in BOTH:
-                        told = (
-                            f"{'-'.join(models)} {'+'.join(kinds)} {rate_rps:g}/s "
-                            f"slo={loose:g} {billing}"
-                        )
-                        try:
-                            case = planned(
-                                told, models, kinds, loose * least_s, rate_rps, dispatch, billing
-                            )
-                        except PlanError:
-                            continue
-                        if len(planned_machines(case.plan, whole=True)) <= 9:
-                            yield case
+def served(case: Case, *, steady: bool, seed: int = 1) -> dict[float, Rates]:
+    """A plan of one chain, by multiple of its rate."""
+    return {factor: serve(case, {"c": factor}, steady=steady, seed=seed)["c"] for factor in FACTORS}
 
 
-def shares(case: Case, *, steady: bool, seed: int = 1) -> dict[float, float]:
-    """Goodput by factor, in shares of the planned rate."""
-    plan = case.plan.chain("c")
-    assert plan is not None
-    return {
-        factor: goodput_rps(case, {"c": factor}, steady=steady, seed=seed)["c"] / plan.rate_rps
-        for factor in FACTORS
-    }
+def left(found: Mapping[float, Rates], factor: float) -> float:
+    """What is left at a multiple of the planned rate of the peak up to there."""
+    peak_rps = max(rates.met_rps for other, rates in found.items() if other <= factor)
+    return found[factor].met_rps / peak_rps if peak_rps else 0.0
 
 
-def kept(found: Mapping[float, float]) -> float:
-    """The least share of the peak below a rate that is left at that rate."""
-    peak, least = 0.0, 1.0
-    for _, goodput in sorted(found.items()):
-        peak = max(peak, goodput)
-        least = min(least, goodput / peak if peak else 0.0)
-    return least
+def plans(kind: str, dispatch: Dispatch) -> Iterator[Case]:
+    """Those of `known`, of a set of `DRAWN`, or of seeds FIRST-LAST."""
+    if kind == "known":
+        yield from known_plans(dispatch)
+        return
+    seeds = DRAWN.get(kind)
+    if seeds is None:
+        first, _, last = kind.partition("-")
+        seeds = range(int(first), int(last or first) + 1)
+    for seed in seeds:
+        yield drawn_plan(seed, dispatch)
+
+
+def print_plans(kind: str, dispatch: Dispatch, only: str, arrivals: Sequence[bool]) -> None:
+    """What is left of every plan's peak, and a row of a table for all."""
+    rows = []
+    for steady in arrivals:
+        told = "steady" if steady else "poisson"
+        kept: dict[str, tuple[float, float]] = {}
+        for case in plans(kind, dispatch):
+            if only not in case.name:
+                continue
+            found = served(case, steady=steady)
+            kept[case.name] = (left(found, 2.0), left(found, 5.0))
+            rate_rps = case.plan.chains[0].rate_rps
+            shares = " ".join(
+                f"{rates.met_rps / rate_rps:4.2f}/{rates.offered_rps / rate_rps:4.2f}"
+                for rates in found.values()
+            )
+            mark = "*" if min(kept[case.name]) < KEPT else " "
+            print(
+                f"{mark}{kept[case.name][0]:5.2f} {kept[case.name][1]:5.2f}  {shares}  "
+                f"{dispatch} {told:7} {case.name}",
+                flush=True,
+            )
+        if kept:
+            rows.append(_row(kind, dispatch, told, kept))
+    print("| plans | policy | arrivals | number | kept at 2x | at 5x | median | worst | which |")
+    print("\n".join(["|---" * 9 + "|", *rows]), flush=True)
+
+
+def _row(kind: str, dispatch: str, told: str, kept: Mapping[str, tuple[float, float]]) -> str:
+    """How many plans keep `KEPT` of their peak at two and at five times the planned rate; of the
+    lesser of both the median and the worst.
+    """
+    at_2 = [two for two, _ in kept.values()]
+    at_5 = [five for _, five in kept.values()]
+    least = {name: min(both) for name, both in kept.items()}
+    worst = min(least, key=lambda name: least[name])
+    good_2, good_5 = (sum(share >= KEPT for share in at) for at in (at_2, at_5))
+    return (
+        f"| {kind} | {dispatch} | {told} | {len(kept)} | {good_2 / len(kept):.1%} | "
+        f"{good_5 / len(kept):.1%} | {median(least.values()):.3f} | {least[worst]:.3f} | {worst} |"
+    )
 
 
 def print_priorities(dispatch: Dispatch) -> None:
@@ -297,11 +203,12 @@ def print_priorities(dispatch: Dispatch) -> None:
         slo_s = loose * sum(MODELS[model]["big"][0][1] for model in models)
         told = f"{'-'.join(models)} {'+'.join(kinds)} {rate_rps:g}/s slo={loose:g}"
         names = ("urgent", "other")
-        case = planned(told, models, kinds, slo_s, rate_rps, dispatch, "machine", names)
+        known = on({model: MODELS[model] for model in models}, kinds)
+        case = planned(told, line(models), known, slo_s, rate_rps, dispatch, "machine", names)
         found = []
         for loads in ((1.0, 0.0), (1.0, 1.0), (1.0, 2.0), (1.0, 5.0), (2.0, 2.0), (5.0, 5.0)):
-            by_chain = goodput_rps(case, dict(zip(names, loads, strict=True)), steady=False)
-            shares = "+".join(f"{by_chain[name] / rate_rps:.2f}" for name in names)
+            by_chain = serve(case, dict(zip(names, loads, strict=True)), steady=False)
+            shares = "+".join(f"{by_chain[name].met_rps / rate_rps:.2f}" for name in names)
             found.append(f"{loads[0]:g}+{loads[1]:g}: {shares}")
         print(f"{dispatch} {case.name}   {', '.join(found)}", flush=True)
 
@@ -309,33 +216,23 @@ def print_priorities(dispatch: Dispatch) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", choices=list(POLICIES), action="append")
-    parser.add_argument("--steady", action="store_true", help="evenly spaced arrivals alone")
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument(
+        "--plans",
+        nargs="*",
+        default=["known", *DRAWN],
+        help=f"known, {', '.join(DRAWN)}, or seeds FIRST-LAST; default: all that have a name",
+    )
+    parser.add_argument("--arrivals", choices=("steady", "poisson"), help="default: both")
+    parser.add_argument("--only", default="", help="plans whose name has this in it")
     parser.add_argument("--priorities", action="store_true", help="two chains instead of one")
     given = parser.parse_args()
+    arrivals = [given.arrivals == "steady"] if given.arrivals else [True, False]
     for dispatch in given.policy or POLICIES:
         if given.priorities:
             print_priorities(dispatch)
-        else:
-            print_cases(dispatch, given.only, (True,) if given.steady else (True, False))
-
-
-def print_cases(dispatch: Dispatch, only: str, arrivals: Sequence[bool]) -> None:
-    """Goodput of every case over its planned rate, and what is left of its peak."""
-    print("goodput over the planned rate at " + ", ".join(f"{f:g}x" for f in FACTORS))
-    worst, count, bad = 1.0, 0, 0
-    for case in cases(dispatch):
-        if only not in case.name:
             continue
-        for steady in arrivals:
-            found = shares(case, steady=steady)
-            least = kept(found)
-            worst, count, bad = min(worst, least), count + 1, bad + (least < 0.95)
-            told = " ".join(f"{share:5.2f}" for share in found.values())
-            mark = "*" if least < 0.95 else " "
-            kind = "steady" if steady else "poisson"
-            print(f"{mark}{least:5.2f} {told}  {dispatch} {kind:7} {case.name}", flush=True)
-    print(f"{dispatch}: {bad} of {count} below 0.95, the worst {worst:.3f}")
+        for kind in given.plans:
+            print_plans(kind, dispatch, given.only, arrivals)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -219,12 +220,14 @@ import json, sys
 from pathlib import Path
 from tests.unit.test_blocks_activations import anonymous_bytes, run, settings
 from paceline.blocks.backend.blockmodel import BlockModel
+from paceline.blocks.backend.skeleton import empty_arena
 from paceline.blocks.repository import compiled_model
 
 bert = compiled_model(Path(sys.argv[1]))
 model = BlockModel.open(settings(bert, memory_budget_mib=sys.argv[2])).start()
 for _ in range(8):
     run(model, 1)  # what threads allocate when they plan for the first time is no batch's
+empty_arena()
 before = anonymous_bytes()
 grown = []
 for rows in json.loads(sys.argv[3]):
@@ -244,6 +247,18 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+def told(command: list[str], work: Path) -> str:
+    """What a process of its own writes."""
+    environment = {
+        "PACELINE_BLOCKS_LEDGER": str(work / "ledger"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment, timeout=60
+    )
+    return done.stdout
+
+
 @pytest.mark.parametrize("order", [(8, 3, 5, 1, 7, 8), (1, 2, 3, 4, 5, 6, 7, 8)])
 def test_what_was_measured_is_enough_in_any_order(
     bert: CompiledModel, tmp_path: Path, order: tuple[int, ...]
@@ -252,10 +267,52 @@ def test_what_was_measured_is_enough_in_any_order(
     manifest = bert.manifest
     budget_mib = str(floor_of(manifest, 8) / MIB + 1)
     command = [sys.executable, "-c", MEASURE, str(bert.directory), budget_mib, json.dumps(order)]
-    environment = {"PACELINE_BLOCKS_LEDGER": str(tmp_path / "ledger"), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=environment, timeout=60
-    )
-    for rows, grown in zip(order, json.loads(done.stdout), strict=True):
-        reserved = manifest.activation_bytes(rows) - manifest.activation_bytes(1)
+    for rows, grown in zip(order, json.loads(told(command, tmp_path)), strict=True):
+        reserved = manifest.activation_bytes(rows)
         assert grown <= reserved + NOISE_BYTES, (rows, grown, reserved)
+
+
+FREE = """
+import ctypes, sys, threading
+from pathlib import Path
+from tests.unit.test_blocks_activations import MIB, anonymous_bytes, settings
+from paceline.blocks.backend.blockmodel import BlockModel
+from paceline.blocks.repository import compiled_model
+
+parameters = {"memory_budget_mib": sys.argv[2]} if len(sys.argv) > 2 else {}
+model = BlockModel.open(settings(compiled_model(Path(sys.argv[1])), **parameters))
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+used, over = threading.Barrier(9), threading.Barrier(9)
+
+def use():
+    for _ in range(2):  # of the first one malloc learns that there are some as large
+        held = libc.malloc(MIB)
+        libc.memset(held, 1, MIB)
+        libc.free(held)
+    used.wait()
+    over.wait()
+
+before = anonymous_bytes()
+for _ in range(8):
+    threading.Thread(target=use).start()
+used.wait()
+print(anonymous_bytes() - before)
+over.wait()
+model.close()
+"""
+
+
+def test_within_a_budget_what_threads_have_freed_is_given_back(
+    bert: CompiledModel, tmp_path: Path
+) -> None:
+    """No thread's heap keeps what it used once; nobody would have counted it."""
+
+    def kept(*budget_mib: str) -> int:
+        command = [sys.executable, "-c", FREE, str(bert.directory), *budget_mib]
+        return int(told(command, tmp_path))
+
+    assert kept("64") < 2 * MIB
+    assert kept() > 4 * MIB, "else there is nothing to give back"

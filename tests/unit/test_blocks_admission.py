@@ -93,12 +93,13 @@ class Case:
     def _empty(self) -> None:
         self.emptied += 1
 
-    def begin(self, kind: str, rows: int = 1) -> threading.Event:
+    def begin(self, kind: str, rows: int = 1, beside_mib: int = 4) -> threading.Event:
         """A run that ends when the event is set; returns when it has begun or waits."""
         over = threading.Event()
+        need = self.budget.need(kind, range(len(BLOCKS)), rows, beside_mib * MIB * rows)
 
         def run() -> None:
-            with self.budget.running(self.budget.need(kind, range(len(BLOCKS)), rows)):
+            with self.budget.running(need):
                 self.began.append(kind)
                 over.wait(20)
 
@@ -144,6 +145,15 @@ def test_runs_that_find_room_together_begin_together(tmp_path: Path) -> None:
         assert case.emptied == 1
 
 
+def test_a_run_that_takes_less_than_the_largest_finds_room_sooner(tmp_path: Path) -> None:
+    """41 MiB left beside one run: a block of 20, and not 4 beside it but 1."""
+    with opened(tmp_path / "ledger", memory_budget_mib="45") as case:
+        case.begin("a")
+        case.begin("small", beside_mib=1)
+        case.settled(lambda: case.began == ["a", "small"])
+        assert case.loader.limit_bytes == 40 * MIB
+
+
 def test_runs_that_do_not_find_room_together_begin_in_turn(tmp_path: Path) -> None:
     with opened(tmp_path / "ledger", memory_budget_mib="47") as case:
         first = case.begin("a")
@@ -161,7 +171,7 @@ def test_a_larger_batch_waits_for_the_others_and_is_not_overtaken(tmp_path: Path
     """More room than before is made for it alone, and refused before it has begun."""
     with opened(tmp_path / "ledger", memory_budget_mib="100") as case:
         with pytest.raises(PoolError, match="activations of a batch of 99 need"):
-            case.budget._enter(case.budget.need("a", [0], 99))
+            case.budget._enter(case.budget.need("a", [0], 99, 99 * 4 * MIB))
         first = case.begin("a")
         case.begin("larger", rows=5)
         case.begin("b")

@@ -68,6 +68,7 @@ def test_compile_then_show_from_the_shell(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["compile", "none.onnx"], "none.onnx: no such file"),
+        (["compile", "x=."], "a directory; name the ONNX file in it"),
         (["compile", "x.onnx", "x=x.onnx"], "two models are called 'x'"),
         (["compile", "x.onnx", "--shape", "ids"], "--shape: must be INPUT=D,D,..."),
         (["compile", "a/b=x.onnx"], "'a/b' is no name of a model"),

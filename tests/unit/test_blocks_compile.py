@@ -155,6 +155,18 @@ def test_fused_members_share_and_keep_their_own_tensors(tmp_path: Path) -> None:
     assert manifest.weights_bytes < 1.2 * (sources["one"].with_suffix(".bin").stat().st_size)
 
 
+def test_what_each_member_takes_beside_weights_is_measured_apart(tmp_path: Path) -> None:
+    """What the whole needs is that of whichever takes most."""
+    sources = {"one": conv("one").write(tmp_path), "two": written(tmp_path, "bert")}
+    directory = tmp_path / "repo" / "both"
+    manifest = compile_model(sources, directory, tmp_path / "pool", Options(64)).model.manifest
+    for rows, most in manifest.activations.items():
+        each = [manifest.member_activation_bytes(member, rows) for member in manifest.members]
+        assert 0 < min(each) < max(each) == most
+    alone = replace(manifest.members[0], activations={})
+    assert manifest.member_activation_bytes(alone, 8) == manifest.activation_bytes(8)
+
+
 def test_the_configuration_says_what_triton_needs(tmp_path: Path) -> None:
     """Backend, types, shapes without the batch axis, where manifest and pool are."""
     outcome = _compile(tmp_path, written(tmp_path, "bert"), Options(budget_mib=16, max_batch=16))

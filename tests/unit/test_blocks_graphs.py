@@ -79,6 +79,10 @@ class Graphs:
         self.turns.append(urgent())
         return True
 
+    def renew(self, amount: float, urgent: Callable[[], bool]) -> bool:
+        self.end(amount)
+        return self.begin(urgent)
+
     def end(self, amount: float) -> None:
         assert self.under_way
         self.under_way = False

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,15 @@ from paceline.blocks.backend.held_turn import TURN_S
 from paceline.blocks.backend.ledger import FORMAT, Ledger, Row
 from paceline.blocks.backend.manifest import PoolError
 from paceline.blocks.backend.shares import Claim, divide
-from paceline.blocks.backend.turns import Load, asked, began, ended, next_loads, weight
+from paceline.blocks.backend.turns import (
+    URGENT_WEIGHT,
+    Load,
+    asked,
+    began,
+    ended,
+    next_loads,
+    weight,
+)
 from paceline.blocks.backend.window import CHUNK_BYTES
 
 MIB = 2**20
@@ -216,6 +225,33 @@ def test_turns_pass_from_one_to_the_next(directory: Path) -> None:
     assert sorted(moved) == ["a"] * 20 + ["b"] * 20
 
 
+def test_an_urgent_load_that_goes_on_has_most_turns(directory: Path) -> None:
+    """Not every second one: for a moment it would not wait, and the other one would."""
+    urgent, other = (Ledger("disk", directory=directory) for _ in range(2))
+    took: list[str] = []
+
+    def work() -> None:
+        for _ in range(2):
+            other.begin(lambda: False)
+            took.append("other")
+            other.end(CHUNK_BYTES)
+
+    urgent.begin(lambda: True)
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not other.rows()[other._name].load.waiting:
+        pass
+    while took.count("other") < 2:
+        urgent.renew(CHUNK_BYTES, lambda: True)
+        took.append("urgent")
+    urgent.end(CHUNK_BYTES)
+    thread.join()
+    first, second = (number for number, name in enumerate(took) if name == "other")
+    assert second - first > URGENT_WEIGHT / 2
+    for ledger in (urgent, other):
+        ledger.close()
+
+
 def test_sessions_are_built_by_as_many_loads_at_a_time_as_there_are_cores(directory: Path) -> None:
     """The next one may when a turn ends, an urgent one first; I/O is another matter."""
     cores = len(os.sched_getaffinity(0))
@@ -271,6 +307,18 @@ def test_a_turn_says_whether_others_load_through_the_same_channel(directory: Pat
     assert alone(), "it has what it needs"
     for ledger in (mine, other, elsewhere):
         ledger.close()
+
+
+def test_to_read_the_table_takes_no_more_memory_than_it_is_long(directory: Path) -> None:
+    """It is read at every turn; within a budget nobody counts what that takes."""
+    ledger = Ledger("disk", directory=directory)
+    tracemalloc.start()
+    rows = ledger.rows()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) == 1
+    assert peak_bytes < MIB / 8
+    ledger.close()
 
 
 def test_another_version_of_the_table_is_neither_read_nor_removed(tmp_path: Path) -> None:

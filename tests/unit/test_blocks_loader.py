@@ -97,6 +97,9 @@ class Turns:
     def begin(self, urgent: Callable[[], bool]) -> bool:
         return self._alone
 
+    def renew(self, amount: float, urgent: Callable[[], bool]) -> bool:
+        return self._alone
+
     def end(self, amount: float) -> None: ...
 
     def moved(self, size_bytes: int) -> None: ...

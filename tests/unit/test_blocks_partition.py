@@ -141,7 +141,8 @@ def divided(swap_in_s: float, activations: dict[int, int]) -> list[int]:
         blocks = tuple(replace(BLOCK, weights_bytes=p.bytes, live=(f"{p.stop}",)) for p in pieces)
         took = [Took({1: 1.0 * p.bytes / (4 * MIB)}, swap_in_s, 0) for p in pieces]
         member = Member("", (), (), True, (), BLOCK, blocks)
-        return member, Trial({1: activations.get(len(pieces), 0)}, took, 0.1, 0.0)
+        beside = {1: activations.get(len(pieces), 0)}
+        return member, Trial(beside, [beside], took, 0.1, 0.0)
 
     member, told = best_division(
         PIECES, BY_SIZE, attempt, budget_bytes=20 * MIB, most_bytes=8 * MIB, tables=False

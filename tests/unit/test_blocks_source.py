@@ -179,6 +179,10 @@ class Turns:
         self.told.append("begin")
         return False
 
+    def renew(self, amount: float, urgent: Callable[[], bool]) -> bool:
+        self.told.append("renew")
+        return False
+
     def end(self, amount: float) -> None:
         self.told.append("end")
         self.given_back.set()

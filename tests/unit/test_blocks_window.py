@@ -227,3 +227,27 @@ def test_the_chosen_plan_is_near_the_best_of_all_subsets(
     # The search is not exhaustive, and weighs what is read beside the computation.
     reading_s = sum(sizes) / rate
     assert chosen.latency_s <= 1.25 * best + 0.1 * reading_s
+
+
+def test_a_run_that_will_need_more_waits_for_weights_while_it_computes() -> None:
+    """Its load is urgent from its beginning until all is there; what is fetched ahead is not."""
+    window = Window([["a"], ["b"]], {"a": 1, "b": 1}, chunk_bytes=1)
+
+    def fetch() -> None:
+        step = window.next_step()
+        assert step is not None
+        for span in step.fetch:
+            window.fetched(span)
+
+    assert not window.waited_for
+    run = window.begin([0, 1])
+    fetch()
+    window.start(run, 0)
+    assert window.waited_for, "its next block is not there"
+    fetch()
+    assert not window.waited_for
+    window.finish(run, 0)
+    window.lost("b")
+    assert window.waited_for
+    window.end(run)
+    assert not window.waited_for

@@ -238,3 +238,6 @@ def test_hardware_needs_a_price_above_zero(tmp_path: Path) -> None:
     path.write_text("hardware,price_per_hour,memory_mib\nt4,-1,16384\n")
     with pytest.raises(ConfigError, match="h.csv:2: price_per_hour: must be above 0, got -1"):
         read_hardware(path)
+    path.write_text("hardware,price_per_hour,memory_mib\nt4,1,\nv100,2,\nt4,3,\n")
+    with pytest.raises(ConfigError, match=r":4: hardware: 't4' is already on line 2; remove one"):
+        read_hardware(path)

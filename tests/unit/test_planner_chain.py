@@ -134,6 +134,18 @@ def test_parallel_branches_may_both_use_the_time_of_the_slower_one() -> None:
     assert plan.latency_worst_s == pytest.approx(0.1 + 0.7 + 0.1)
 
 
+def test_whole_machines_that_dummy_requests_fill_leave_other_modules_time() -> None:
+    # Of 1376 requests/s a batch of 16 fills in 11.6 ms; of the 2105 that fill two machines in 7.6.
+    sixteen = ((1, 0.0118), (16, 0.0152))
+    four = ((1, 0.0053), (4, 0.0055))
+    modules = (
+        module("first", 1376.0, "", *sixteen),
+        module("second", 700.0, "first", *four),
+    )
+    plan = solve([chain(0.034, *modules)], Options(policy="harpagon", strict=True))
+    assert [shown(m) for m in plan.chains[0].modules] == ["2 x b16", "1 x b4"]
+
+
 def test_budgets_use_up_the_objective_and_no_path_exceeds_it() -> None:
     fork = chain(
         1.0,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import cast
 
 import pytest
 
 from paceline.core.bind import bind
 from paceline.core.chain import Chain, Dispatch, Module, Source
+from paceline.core.errors import PlanError, ResidencyError
 from paceline.core.model import ModelSpec
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.core.runs import runs_of
@@ -22,6 +25,7 @@ from paceline.runtime.placement import Site
 from paceline.runtime.provisioning import Provisioning
 
 X = TensorSpec("x", "UINT8", (1,))
+MIB = 1 << 20
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Rented:
     overhead_s: float = 0.003
     round_trip_s: float = 0.001
     site: Site = field(default_factory=lambda: Site("t4.0", "t4", 4))
+    budget_bytes: float = inf
 
     def all(self) -> list[Machine]:
         return [cast(Machine, self)]
@@ -231,3 +236,106 @@ async def test_a_run_is_executed_as_often_as_its_modules_are() -> None:
     (served,) = provisioning.served([chain], SPECS, half)
     plan = provisioning.solve([served], SPECS, half)
     assert plan.chains[0].modules[0].rate_rps == pytest.approx(50.0)
+
+
+@dataclass
+class Kind:
+    """A machine of a kind, and what measuring on it finds: `asr` takes so long."""
+
+    site: Site
+    took_s: float
+    budget_bytes: float
+    overhead_s: float = 0.003
+    round_trip_s: float = 0.001
+    measured: list[str] = field(default_factory=list)
+
+    @property
+    def profiler(self) -> Kind:
+        return self
+
+    async def measure(
+        self, model: ModelSpec, hardware: str, *, on_progress: object
+    ) -> tuple[ProfileRow, ...]:
+        self.measured.append(model.name)
+        return tuple(ProfileRow(model.name, hardware, size, self.took_s) for size in (1, 8))
+
+
+@dataclass
+class Fleet:
+    """Machines of several kinds; every model needs as much."""
+
+    kinds: list[Kind]
+    needed: int
+
+    def all(self) -> list[Kind]:
+        return self.kinds
+
+    def usable(self) -> list[Site]:
+        return [kind.site for kind in self.kinds]
+
+    def needed_bytes(self, model: str) -> int:
+        return self.needed
+
+    def using(self, model: str, name: str) -> AbstractAsyncContextManager[None]:
+        (kind,) = (kind for kind in self.kinds if kind.site.name == name)
+        if self.needed > kind.budget_bytes:
+            raise ResidencyError(f"model {model!r} needs more than {name} has")
+        return nullcontext()
+
+
+def two_kinds(needed_mib: int, small_mib: float = 100) -> tuple[Fleet, Provisioning]:
+    """A cheap kind with little memory, and one three times as dear with more."""
+    small = Kind(Site("t4.0", "t4", 4), 0.01, small_mib * MIB)
+    large = Kind(Site("a100.0", "a100", 4), 0.01, 400 * MIB)
+    fleet = Fleet([small, large], needed_mib * MIB)
+    prices = {"t4": Hardware("t4", 1.0), "a100": Hardware("a100", 3.0)}
+    return fleet, Provisioning(cast(Machines, fleet), prices, Options(), lambda step: None)
+
+
+ASR = Chain(
+    "c",
+    0.5,
+    (X,),
+    (Module("asr", "asr", {"x": Source(None, "x")}),),
+    {"y": Source("asr", "y")},
+    rate_rps=10.0,
+)
+
+
+def planned_on(provisioning: Provisioning) -> set[str]:
+    plan = provisioning.solve([ASR], SPECS, provisioning.assumed([ASR]))
+    return {a.hardware for m in plan.chains[0].modules for a in m.allocations}
+
+
+async def test_a_model_is_measured_and_planned_only_where_it_fits_into_memory() -> None:
+    fleet, provisioning = two_kinds(needed_mib=100)
+    await provisioning.profile([bind(ASR, SPECS)])
+    assert planned_on(provisioning) == {"t4"}
+    fleet, provisioning = two_kinds(needed_mib=101)
+    await provisioning.profile([bind(ASR, SPECS)])
+    assert [kind.measured for kind in fleet.kinds] == [[], ["asr"]]
+    assert planned_on(provisioning) == {"a100"}
+
+
+async def test_a_model_that_has_grown_out_of_a_kind_is_planned_there_no_more() -> None:
+    fleet, provisioning = two_kinds(needed_mib=60)
+    await provisioning.profile([bind(ASR, SPECS)])
+    fleet.needed = 150 * MIB
+    assert planned_on(provisioning) == {"a100"}
+    fleet.needed = 500 * MIB
+    with pytest.raises(PlanError, match=r"needs 500 MiB on a100, which has 400 MiB and 500 MiB on"):
+        planned_on(provisioning)
+    fleet.needed = 60 * MIB
+    assert planned_on(provisioning) == {"t4"}, "what is believed of it has been put right"
+
+
+async def test_where_memory_has_no_bound_any_model_fits() -> None:
+    _, provisioning = two_kinds(needed_mib=101, small_mib=inf)
+    await provisioning.profile([bind(ASR, SPECS)])
+    assert planned_on(provisioning) == {"t4"}
+
+
+async def test_a_model_that_fits_nowhere_is_said() -> None:
+    _, provisioning = two_kinds(needed_mib=500)
+    with pytest.raises(ResidencyError, match="'asr' needs more than"):
+        await provisioning.profile([bind(ASR, SPECS)])

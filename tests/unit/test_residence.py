@@ -27,6 +27,7 @@ SPECS = {
     name: ModelSpec(name, 4, (TensorSpec("x", "INT8", (1,)),), (TensorSpec("x", "INT8", (1,)),))
     for name in ("a", "b", "c")
 }
+ENSEMBLE = ModelSpec("e", 4, SPECS["a"].inputs, SPECS["a"].outputs)
 CHAIN = Chain(
     "chain",
     slo_s=60.0,
@@ -71,6 +72,7 @@ class Repository:
     refused: set[str] = field(default_factory=set)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
     shared: dict[str, dict[str, int]] = field(default_factory=dict)
     """Blocks of each model, as far as they were found."""
     found: asyncio.Event = field(default_factory=asyncio.Event)
@@ -86,7 +88,7 @@ class Repository:
         return dict.fromkeys(sorted(self.held), 1)
 
     async def spec(self, model: str) -> ModelSpec:
-        return SPECS[model]
+        return {**SPECS, "e": ENSEMBLE}[model]
 
     def compose(self, run: Module, spec: ModelSpec) -> None:
         raise AssertionError("there are no runs here")
@@ -108,7 +110,10 @@ class Repository:
         self.held.discard(model)
         self.changed.set()
 
-    async def repair(self, model: str, *, instances: int) -> None:
+    def members(self, model: str) -> tuple[str, ...]:
+        return self.made_of.get(model, ())
+
+    async def repair(self, model: str, *, instances: int | None) -> None:
         raise AssertionError("nothing breaks here")
 
     async def measure(
@@ -165,22 +170,60 @@ def bound() -> list[BoundChain]:
     return [*(single_model_chain(spec) for spec in SPECS.values()), bind(CHAIN, SPECS)]
 
 
-@pytest.fixture
-async def one_fits() -> AsyncIterator[Served]:
-    """A machine with room for one of three models."""
+async def serving(budget_bytes: float) -> Served:
+    """A machine, and what is made of its models' requests."""
     echo, repository = Echo(), Repository()
     engine = Engine(echo)
     machines = Machines(engine, Share())
     site = Site("m", "cpu", 2)
-    machines.add(Machine(site, repository, repository, budget_bytes=15.0, memory=repository))
+    machines.add(
+        Machine(site, repository, repository, budget_bytes=budget_bytes, memory=repository)
+    )
     for model in sorted(SPECS):
         assert await machines.load(model) == SPECS[model]
     for chain in bound():
         engine.install(route_chain(chain))
     machines.announce("m")
-    yield Served(engine, machines, repository, echo)
-    await machines.close()
-    await engine.close()
+    return Served(engine, machines, repository, echo)
+
+
+@pytest.fixture
+async def one_fits() -> AsyncIterator[Served]:
+    """A machine with room for one of three models."""
+    served = await serving(15.0)
+    yield served
+    await served.machines.close()
+    await served.engine.close()
+
+
+@pytest.mark.parametrize("members", [("a",), ("a", "b")])
+async def test_an_ensemble_comes_after_what_it_is_made_of_and_goes_before_it(
+    members: tuple[str, ...],
+) -> None:
+    """As a fused model's members do, called by their own names; room for two of three models."""
+    served = await serving(25.0)
+    repository = served.repository
+    repository.made_of["e"] = members
+    assert await served.machines.load("e") == ENSEMBLE
+    served.engine.install(route_chain(single_model_chain(ENSEMBLE)))
+    for others in (("c", "b"), ("c", "a")):
+        for name in (*others, "e"):
+            await served.ask(name)
+        assert {"e", *members} <= repository.held and len(repository.held - {"e"}) <= 2
+    held: set[str] = set()
+    for told in repository.told:
+        match told.split():
+            case ["load", model]:
+                assert model != "e" or held.issuperset(members), repository.told
+                held.add(model)
+            case ["unload", model]:
+                assert model not in members or "e" not in held, repository.told
+                held.discard(model)
+    assert repository.told.count("load e") >= 2, "it went, and came back"
+    await served.machines.unload("e")
+    assert "e" not in repository.held and held.issuperset(members)
+    await served.machines.close()
+    await served.engine.close()
 
 
 async def test_more_models_than_fit_are_served_and_never_more_are_held_than_fit(

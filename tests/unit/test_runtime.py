@@ -85,6 +85,7 @@ class Repository:
     refused: set[str] = field(default_factory=set)
     loaded: dict[str, int] = field(default_factory=dict)
     composed: list[str] = field(default_factory=list)
+    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     async def index(self) -> tuple[ModelState, ...]:
         return (ModelState("echo", "1", "READY"),)
@@ -106,7 +107,10 @@ class Repository:
     async def unload(self, model: str) -> None:
         self.loaded.pop(model, None)
 
-    async def repair(self, model: str, *, instances: int) -> None:
+    def members(self, model: str) -> tuple[str, ...]:
+        return self.made_of.get(model, ())
+
+    async def repair(self, model: str, *, instances: int | None) -> None:
         self.repairs.append(model)
         await self.may_end.wait()
 
@@ -329,7 +333,7 @@ async def test_a_run_is_loaded_after_its_members_also_on_a_triton_that_joins_or_
     found.announce("m")
     await found.grow_to({"m": wanted})
     assert list(repository.loaded) == ["echo", "more", "a-run"]
-    assert found.placed["m"] == wanted and found.holds("m") == "echo"
+    assert found.placed["m"] == wanted and found.missing("m", {"more"}) == ["echo"]
     with pytest.raises(ResidencyError, match="no model of a repository"):
         await found.load("a-run")
     repository.loaded.clear()
@@ -364,11 +368,49 @@ async def test_members_and_runs_are_out_of_use_while_any_of_them_is_repaired(
     assert out_of_use == {*repaired, "a-run"}
     await asyncio.sleep(0)
     assert repository.repairs == repaired
-    (task,) = [t for t in asyncio.all_tasks() if t.get_name() == f"repair {broken}"]
+    (task,) = [t for t in asyncio.all_tasks() if t.get_name() == f"repair {', '.join(repaired)}"]
     repository.may_end.set()
     await task
     assert "a-run" in repository.loaded, "loaded again, after its members"
     assert all(lane.instances for lane in known.lanes.values())
+    await engine.close()
+
+
+@pytest.mark.parametrize("placed", [{}, {"both": 1}], ids=["came with them", "by itself"])
+async def test_where_a_fused_model_died_it_is_repaired_not_the_names_of_its_members(
+    placed: dict[str, int],
+) -> None:
+    engine, repository = serving(Hands()), Repository()
+    repository.made_of = {"first": ("both",), "second": ("both",)}
+    found = machines(engine, repository)
+    found.placed["m"] = {"first": 1, "second": 1, "more": 1, **placed}
+    found.announce("m")
+    found.broken("m", "first", "in ensemble 'first', Stub process 'both_0_0' is not healthy.")
+    found.broken("m", "second", "in ensemble 'second', Stub process 'both_0_0' is not healthy.")
+    (known,) = engine.dispatcher.machines()
+    in_use = {name for name, lane in known.lanes.items() if lane.instances}
+    assert in_use == {"more"}
+    (task,) = [t for t in asyncio.all_tasks() if t.get_name() == "repair both"]
+    repository.may_end.set()
+    await task
+    assert repository.repairs == ["both"]
+    assert list(repository.loaded) == ["first", "second"], "after it"
+    await engine.close()
+
+
+async def test_what_a_machine_has_lost_is_loaded_again_and_not_used_before() -> None:
+    engine, repository = serving(Hands()), Repository()
+    found = machines(engine, repository)
+    found.placed["m"] = {"echo": 2, "more": 1}
+    found.announce("m")
+    (known,) = engine.dispatcher.machines()
+    found.lost("m", ["echo"])
+    assert found.missing("m", ()) == ["more"], "the other is being loaded"
+    assert {name for name, lane in known.lanes.items() if not lane.instances} == {"echo"}
+    (task,) = [t for t in asyncio.all_tasks() if t.get_name() == "repair echo"]
+    await task
+    assert repository.loaded == {"echo": 2} and not repository.repairs
+    assert known.lanes["echo"].instances == 2
     await engine.close()
 
 

@@ -74,7 +74,10 @@ class Repository:
         del self.loaded[model]
         self.unloaded.append(model)
 
-    async def repair(self, model: str, *, instances: int) -> None:
+    def members(self, model: str) -> tuple[str, ...]:
+        return ()
+
+    async def repair(self, model: str, *, instances: int | None) -> None:
         raise AssertionError("nothing breaks here")
 
     async def measure(

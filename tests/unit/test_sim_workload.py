@@ -56,6 +56,7 @@ def test_a_trace_of_counts_is_scaled_by_its_counts_and_a_window_is_chosen(tmp_pa
         ("requests\n3\n", "t.csv:1: a trace has a column 'arrival_s'"),
         ("arrival_s\n1.0\nsoon\n", "t.csv:3: arrival_s must be a number of at least 0, got 'soon'"),
         ("second,requests\n0,-3\n", "t.csv:2: requests must be a number"),
+        ("# how it was\n# made\narrival_s\n1.0\nsoon\n", "t.csv:5: arrival_s must be a number"),
         ("second,requests\n0,0\n", "the trace holds no requests"),
     ],
 )
@@ -74,5 +75,16 @@ def test_an_unknown_window_and_a_missing_file_are_errors(tmp_path: Path) -> None
     trace.write_text("window,second,requests\na,0,1\n")
     with pytest.raises(ConfigError, match="no window 'b'; it has a"):
         workload.read_trace(trace, Random(0), window="b")
-    with pytest.raises(ConfigError, match="cannot read the trace"):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
         workload.read_trace(tmp_path / "none.csv", Random(0))
+
+
+def test_more_rows_than_requests_can_be_simulated_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload, "MOST_REQUESTS", 3)
+    trace = tmp_path / "t.csv"
+    trace.write_text("window,arrival_s\n" + "a,1\n" * 3 + "b,1\n")
+    with pytest.raises(ConfigError, match="more than 3 rows; take one of its windows"):
+        workload.read_trace(trace, Random(0))
+    assert workload.read_trace(trace, Random(0), window="a") == [0.0, 0.0, 0.0]

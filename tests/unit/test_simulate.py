@@ -192,7 +192,13 @@ def test_the_run_is_drawn_into_the_same_bytes_each_time(tmp_path: Path, suffix: 
     [
         (("--window", "ipa_bursty"), "--window: is about a trace; give one"),
         (("--scale-to-rps", "5"), "--scale-to-rps: is about a trace; give one"),
-        (("--trace", "none.csv"), "none.csv: cannot read the trace"),
+        (("--trace", "good.csv", "--seconds", "5"), "--seconds: is about traffic without a trace"),
+        (
+            ("--trace", "good.csv", "--arrivals", "uniform"),
+            "--arrivals: is about traffic without a",
+        ),
+        (("--load-s", "3"), "--load-s: is about --replan; add it"),
+        (("--trace", "none.csv"), "none.csv: cannot be read: No such file"),
         (("--trace", "bad.csv"), "bad.csv:3: requests must be a number of at least 0, got 'many'"),
         (("--arrivals", "weekly"), "--arrivals: must be one of poisson, uniform, got 'weekly'"),
         (("--dispatch", "random"), "--dispatch: must be one of pooled"),
@@ -200,10 +206,15 @@ def test_the_run_is_drawn_into_the_same_bytes_each_time(tmp_path: Path, suffix: 
         (("--plot", "no/such/run.png"), "--plot: there is no folder 'no/such'; make it first"),
         (("--plan", "plan.json", "--replan"), "--plan: replanning starts from a plan that it made"),
         (("--plan", "none.json"), "none.json: cannot be read"),
+        (
+            ("--plan", "plan.json", "--policy", "nexus"),
+            "--policy: is about a new plan; leave it or --plan out",
+        ),
+        (("--plan", "plan.json", "--billing", "machine"), "--billing: is about a new plan"),
         (("--plan", "plan.json"), "plan.json: chains: field required; write it with `paceline pl"),
         (
-            ("--seconds", "100000000"),
-            "--seconds: 20000000000 requests for chain 'traffic', more than",
+            ("--seconds", "10000000"),
+            "--seconds: 2000000000 requests for chain 'traffic', more than",
         ),
         (
             ("--trace", "good.csv", "--rate-rps", "9e6"),
@@ -222,6 +233,28 @@ def test_bad_input_is_one_line_that_says_what_to_do(
         run("simulate", *arguments)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--seconds", "inf"),
+        ("--load-s", "inf"),
+        ("--overhead-ms", "inf"),
+        ("--scale-to-rps", "inf"),
+    ],
+)
+def test_what_never_ends_is_refused(given: tuple[str, str]) -> None:
+    answer = CliRunner().invoke(app, ["simulate", *FILES, "--no-verify", *given])
+    assert answer.exit_code == 2
+    assert f"Invalid value for '{given[0]}'" in answer.output
+
+
+def test_a_trace_is_read_before_anything_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text("second,requests\n0,many\n")
+    with pytest.raises(ConfigError, match="bad.csv:2: requests must be a number"):
+        # Nothing keeps that objective, which planning would say.
+        run("simulate", "--slo-ms", "1", "--trace", str(tmp_path / "bad.csv"))
 
 
 def allotted(*allocations: tuple[str, str, float]) -> Plan:

@@ -272,7 +272,8 @@ def _named(models: list[str]) -> dict[str, Path]:
         if name in named:
             raise ConfigError(f"two models are called {name!r}; give NAME=MODEL.onnx", key=text)
         if not path.is_file():
-            raise ConfigError("no such file", where=str(path))
+            wrong = "a directory; name the ONNX file in it" if path.is_dir() else "no such file"
+            raise ConfigError(wrong, where=str(path))
         named[name] = path
     return named
 

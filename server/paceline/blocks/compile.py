@@ -45,7 +45,7 @@ from paceline.blocks.source import Optimised, Source, examine, optimise
 from paceline.blocks.trial import Shapes, Trial, tried
 from paceline.core.errors import ConfigError
 
-COMPILER = 9
+COMPILER = 10
 """Raised whenever the same input would give another result."""
 
 _MEASURED_BATCHES = (1, 8)

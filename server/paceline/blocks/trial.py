@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from paceline.blocks.backend.loader import Loader
+from paceline.blocks.backend.malloc import keep_little
 from paceline.blocks.backend.manifest import Block, Manifest, Member, PoolError, Tensor, parse
 from paceline.blocks.backend.mapping import MappedObject
 from paceline.blocks.backend.reader import Reader
@@ -59,13 +60,15 @@ class Took:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """`activations`: bytes beside weights, by batch size; `blocks` of all members, in turn.
+    """`activations`: bytes beside weights, by batch size; `of_members`: the same of each, {} of one
+    that was not run; `blocks` of all members, in turn.
 
     `block_s`: what any block takes from its run, to be looked for, waited for and called;
     `call_s` of it is in its `execute_s`, too.
     """
 
     activations: Mapping[int, int]
+    of_members: Sequence[Mapping[int, int]]
     blocks: Sequence[Took]
     block_s: float
     call_s: float
@@ -74,8 +77,12 @@ class Trial:
         """The members that were tried, with what was found."""
         took = iter(self.blocks)
         return tuple(
-            replace(member, blocks=tuple(_told(block, next(took)) for block in member.blocks))
-            for member in members
+            replace(
+                member,
+                blocks=tuple(_told(block, next(took)) for block in member.blocks),
+                activations=activations,
+            )
+            for member, activations in zip(members, self.of_members, strict=True)
         )
 
 
@@ -111,6 +118,7 @@ def tried(manifest: Path, pool: Path, stage: Path, shapes: Mapping[int, Shapes])
     found = json.loads(done.stdout)
     return Trial(
         activations=_by_rows(found["activations"]),
+        of_members=[_by_rows(each) for each in found["of_members"]],
         blocks=[
             Took(_by_rows(each["execute_s"]), each["swap_in_s"], each["live_bytes"])
             for each in found["blocks"]
@@ -272,15 +280,16 @@ def _tried(manifest: Manifest, store: StagedStore, shapes: Mapping[str, Shapes])
     weights = _Everything(blocks, objects)
     built = [made[block.key] for block in blocks]
     before = _anonymous_bytes()
-    grown: dict[int, int] = {}
+    grown: list[dict[int, int]] = [{} for _ in manifest.members]
     execute_s: list[dict[int, float]] = [{} for _ in blocks]
     live_bytes = [0 for _ in blocks]
     for rows, of_inputs in shapes.items():
-        most = first = 0
-        for member in manifest.members:
+        first = 0
+        for member, of_member in zip(manifest.members, grown, strict=True):
             if all(tensor.name in of_inputs for tensor in member.inputs):
                 sessions = _Built(blocks, built)
-                most = max(most, _run(member, first, of_inputs, weights, sessions) - before)
+                most = _run(member, first, of_inputs, weights, sessions) - before
+                of_member[int(rows)] = int(most * (1 + _SPARE))
                 for number, took_s in sessions.took_s.items():
                     # The first run apart: it allocates.
                     execute_s[number][int(rows)] = min(took_s[1:])
@@ -288,10 +297,13 @@ def _tried(manifest: Manifest, store: StagedStore, shapes: Mapping[str, Shapes])
                     size = sum(sessions.bytes.get(name, 0) for name in live)
                     live_bytes[number] = live_bytes[number] or size
             first += len(member.blocks)
-        grown[int(rows)] = int(most * (1 + _SPARE))
     swap_in_s = _swapped_in_beside(manifest, shapes, weights, built, execute_s)
     took = [Took(*of_block) for of_block in zip(execute_s, swap_in_s, live_bytes, strict=True)]
-    return Trial(grown, took, *_idle(store, folder))
+    of_any = {
+        int(rows): max((of_member.get(int(rows), 0) for of_member in grown), default=0)
+        for rows in shapes
+    }
+    return Trial(of_any, grown, took, *_idle(store, folder))
 
 
 def _run(
@@ -363,6 +375,7 @@ def _anonymous_bytes() -> int:
 
 
 def _main() -> None:
+    keep_little()  # as the backend does within a budget
     asked = json.load(sys.stdin)
     path = Path(asked["manifest"])
     manifest = parse(path.read_bytes(), str(path))

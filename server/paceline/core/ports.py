@@ -92,8 +92,14 @@ class ModelRepository(Protocol):
         """Unload; returns when its memory is free. Raises ResidencyError."""
         ...
 
-    async def repair(self, model: str, *, instances: int) -> None:
-        """Load afresh a model whose process died or hangs. Raises ResidencyError."""
+    def members(self, model: str) -> tuple[str, ...]:
+        """What an ensemble hands its requests to; none for other models."""
+        ...
+
+    async def repair(self, model: str, *, instances: int | None) -> None:
+        """Load afresh a model whose process died or hangs, with that many instances (None: as its
+        files say). Raises ResidencyError.
+        """
         ...
 
 

@@ -4,10 +4,12 @@ spend machines on late answers.
 A request's end is predicted by walking its chain: a module starts when its parents have ended, and
 not before a batch for one more row could start there. Which batch that is the module's policy knows
 (`Collector.foreseen`), behind the rows ahead (admitted, not yet launched, as urgent or more); it
-grows at the planned rate until it starts. Rows that one batch brings come together. Of the
-chain's other modules that share machines with it, what the queues' order (launch-by times) puts
-before the request counts: further down, not the rows of requests that entered just before it;
-further up, those of requests that enter just after it as well.
+grows at the planned rate until it starts. Nor does it start before those have been served that come
+there before the request, but have not come yet (`arrivals`). Rows that one batch brings come
+together; where a request has several of its own, the last one counts. Of the chain's other modules
+that share machines with it, what the queues' order (launch-by times) puts before the request
+counts: further down, not the rows of requests that entered just before it; further up, those of
+requests that enter just after it as well.
 
 Behind more urgent priorities it also counts what will come at them meanwhile; and a chain to which
 they leave next to nothing is owed a little all the same (`foresight`).
@@ -22,11 +24,12 @@ admitted requests have not yet had launched there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, inf
+from math import ceil, exp, inf
 
 from paceline.core.errors import ErrorKind, Rejected
+from paceline.dispatch.arrivals import Arrivals
 from paceline.dispatch.collector import NOTHING_ROWS
 from paceline.dispatch.foresight import FIRST, Foresight, Shares, Urgent, level
 from paceline.dispatch.machines import MachinePool
@@ -36,10 +39,14 @@ from paceline.dispatch.stage import Served, Stage
 ReadyIn = Callable[[str, float], float]
 """How long from an instant on until a model can be used; 0 when it can."""
 
+Visit = tuple[float, float, float, float]
+"""Of a module: how long until a request's batch there ends, how many other requests have their rows
+before it in that batch, how long until it comes there, and how many other rows come with it.
+"""
+
 MISS_STEP = 0.05
 """By what share of a chain's slack (its objective less planned batches along its slowest path) a
-miss widens its margin; at most to `MOST_MARGIN` of it."""
-MOST_MARGIN = 0.3
+miss widens its margin; at most to all of it."""
 MARGIN_FADES_S = 3.0
 """In which time a margin fades to 1/e."""
 MISSES_APART_S = 0.1
@@ -82,6 +89,8 @@ class Admission:
     def __init__(self) -> None:
         self._margins: dict[tuple[str, int], _Margin] = {}
         """By chain and level."""
+        self._least: dict[str, tuple[Served, int, float]] = {}
+        """What `_least_s` found, by chain, for these machines (`MachinePool.layout`)."""
         self._foresight = Foresight()
         self._shares = Shares()
         self._busy: dict[Stage, None] = {}
@@ -98,9 +107,11 @@ class Admission:
         """
         cold = self.cold(served, now_s)
         given = priority
-        if served.route.modules[0].rate_rps > 0 or cold:
-            predicted_s = self.predicted_s(served, priority, pool, now_s, budget_s)
-            margin_s = self._margin_s(served, priority, predicted_s, now_s)
+        planned = served.route.modules[0].rate_rps > 0
+        visits: Sequence[Visit] = ()
+        if planned or cold:
+            predicted_s, visits = self._predict(served, priority, pool, now_s, budget_s)
+            margin_s = self._margin_s(served, priority, predicted_s, pool, now_s)
             excess_s = predicted_s + margin_s - budget_s
             if excess_s > 0:
                 if cold:
@@ -112,6 +123,10 @@ class Admission:
         self._foresight.admitted(served, given, now_s)
         for stage, rows in zip(served.stages, served.fan_outs, strict=True):
             self._count(stage, given, rows)
+        if planned and not cold and given == priority:
+            for place, visit in enumerate(visits):
+                if visit[2] > 0.0:
+                    _arrives(served, place, level(priority), visit, pool, now_s)
         return Ticket(given, priority, served.stages, list(served.fan_outs))
 
     def cold(self, served: Served, now_s: float) -> dict[str, float]:
@@ -130,18 +145,44 @@ class Admission:
         budget_s: float = inf,
     ) -> float:
         """Time from now to the answer of a request that would enter now with `budget_s` left."""
-        ends: list[tuple[float, int]] = []
-        """When each module's batch ends, and its rows."""
+        return self._predict(served, priority, pool, now_s, budget_s)[0]
+
+    def _predict(
+        self, served: Served, priority: int, pool: MachinePool, now_s: float, budget_s: float
+    ) -> tuple[float, list[Visit]]:
+        """The same, and each module's part in it."""
+        visits: list[Visit] = []
+        answer_s = 0.0
         # Where machines are too few for the planned rate, no more than they can take gets in.
         share = min(1.0, pool.slots / served.load) if served.load > 0 else 1.0
         urgent = self._foresight.urgent(priority, now_s)
-        for stage, parents in zip(served.stages, served.parents, strict=True):
-            there = (0.0, 1)
-            for parent in parents:
-                if ends[parent] > there:
-                    there = ends[parent]
-            ends.append(self._end(stage, priority, budget_s, there, share, urgent, pool, now_s))
-        return max(ends)[0]
+        at_level = level(priority)
+        # Where as many rows as expected take too long by themselves, only those get through that
+        # have fewer.
+        all_count = not served.many or self._least_s(served, pool) <= budget_s
+        for place, stage in enumerate(served.stages):
+            route = stage.route
+            own = served.fan_outs[place] if all_count else min(1.0, served.fan_outs[place])
+            there_s = company = wait_s = 0.0
+            for parent in served.parents[place]:
+                if visits[parent][0] > there_s:
+                    there_s = visits[parent][0]
+                    company = visits[parent][1] * own
+            if there_s > 0.0 and (arrivals := stage.arrivals.get(at_level)) is not None:
+                if arrivals.layout != pool.layout:
+                    _place(arrivals, served, place, pool)
+                wait_s = arrivals.wait_s(company, now_s + there_s)
+            comes = (there_s, wait_s, company, own)
+            end_s, before = self._end(stage, comes, priority, budget_s, share, urgent, pool, now_s)
+            for other in served.beside[place]:
+                # Its own rows there go first where they share machines.
+                first = served.stages[other].route
+                part = pool.part_of(route.model, first.model)
+                end_s += served.fan_outs[other] * first.row_s * part
+            visits.append((end_s, before, there_s, company))
+            if end_s > answer_s:
+                answer_s = end_s
+        return answer_s, visits
 
     def missed(self, served: Served, now_s: float, priority: int = 0) -> None:
         """A request that was admitted did not end in time."""
@@ -153,7 +194,7 @@ class Admission:
             return
         slack_s = max(0.0, chain.slo_s - max(stage.route.tail_s for stage in served.stages))
         wider_s = margin.left_s(now_s) + MISS_STEP * slack_s
-        margin.wide_s, margin.at_s = min(MOST_MARGIN * slack_s, wider_s), now_s
+        margin.wide_s, margin.at_s = min(slack_s, wider_s), now_s
 
     def counted(self, ticket: Ticket, place: int, rows: int) -> None:
         """A module's real number of rows is known (0: it does not run)."""
@@ -195,40 +236,56 @@ class Admission:
             return False
         return self.predicted_s(served, FIRST, pool, now_s, budget_s) <= budget_s
 
-    def _margin_s(self, served: Served, priority: int, predicted_s: float, now_s: float) -> float:
+    def _margin_s(
+        self, served: Served, priority: int, predicted_s: float, pool: MachinePool, now_s: float
+    ) -> float:
         """No more than what the request is expected to wait: where nothing waits, none is refused
         for it."""
         margin = self._margins.get((served.route.bound.name, level(priority)))
         if margin is None:
             return 0.0
-        return min(margin.left_s(now_s), max(0.0, predicted_s - served.route.longest.floor_s))
+        return min(margin.left_s(now_s), max(0.0, predicted_s - self._least_s(served, pool)))
+
+    def _least_s(self, served: Served, pool: MachinePool) -> float:
+        """How long a request takes that waits for no other, with as many rows as expected."""
+        if not served.many:
+            return served.route.longest.floor_s
+        known = self._least.get(served.route.bound.name)
+        if known is None or known[0] is not served or known[1] != pool.layout:
+            known = served, pool.layout, _longest_s(served, pool)
+            self._least[served.route.bound.name] = known
+        return known[2]
 
     def _end(
         self,
         stage: Stage,
+        comes: tuple[float, float, float, float],
         priority: int,
         budget_s: float,
-        there: tuple[float, int],
         share: float,
         urgent: Urgent,
         pool: MachinePool,
         now_s: float,
-    ) -> tuple[float, int]:
-        """When a batch with one more row would end, from now, and its rows. The row is `there`
-        after so long, with so many others. `share` of the planned rate is admitted.
+    ) -> tuple[float, float]:
+        """When a request's batch at a module would end, from now, and how many requests have their
+        rows before its own in it.
 
-        Where nobody can tell, the batch starts at once.
+        `comes`: after how long it is there, how long it waits then at the least for those who come
+        before it (`arrivals`), how many rows come with its own, and how many are its own. `share`
+        of the planned rate is admitted. Where nobody can tell, the batch starts at once.
         """
+        there_s, wait_s, company, own = comes
         route = stage.route
-        there_s, company = there
         start_s, joined, size, known, rate_rps = 0.0, 1, route.full_rows, route.best, route.rate_rps
-        at_once = float(company)
-        if self.ready_in_s is not None and (wait_s := self.ready_in_s(route.model, now_s)) > 0:
-            start_s = wait_s
+        # Its last row counts.
+        more = own - 1.0 if own > 1.0 else 0.0
+        at_once = company + more + 1.0
+        if self.ready_in_s is not None and (cold_s := self.ready_in_s(route.model, now_s)) > 0:
+            start_s = cold_s
         elif route.row_s > 0:
             rows = stage.waiting_before(priority) if urgent else stage.ahead_of(priority)
             foreseen = stage.collector.foreseen(
-                rows, priority, budget_s - route.tail_s, pool, now_s
+                rows + more, priority, budget_s - route.tail_s, pool, now_s
             )
             if foreseen is not None:
                 start_s, joined, size, known, rate_rps, at_once = foreseen
@@ -238,15 +295,22 @@ class Admission:
                     start_s += same_s
                 if urgent:
                     start_s = self._foresight.start_s(urgent, start_s, urgent_s, route.model, pool)
-        if company > at_once and known is not None:
-            # Those of one batch come together, and do not fit into the batches that can start then.
-            there_s += int((company - 1) / at_once) * known.at(size)
+        if there_s > 0.0:
+            if known is not None and company + more >= at_once:
+                # Rows of one batch come together, and do not fit into those that can start then.
+                late_s = int((company + more) / at_once) * known.at(size)
+                if late_s > wait_s:
+                    wait_s = late_s
+            there_s += wait_s
         if there_s > start_s:
             start_s = there_s
-        if start_s > 0:
-            joined += int(rate_rps * start_s)
-        rows = joined if joined < size else size
-        return (start_s + known.at(rows) if known is not None else start_s), rows
+        rows = joined + int(rate_rps * start_s) if start_s > 0 else joined
+        if rows > size:
+            rows = size
+        end_s = start_s + known.at(rows) if known is not None else start_s
+        return end_s, (joined - 1 - more) / (
+            own if own > 1.0 else 1.0
+        ) if joined > 1 + more else 0.0
 
     def _others_s(
         self,
@@ -291,6 +355,55 @@ class Admission:
         if not ahead:
             self._busy[stage] = None
         ahead[priority] = ahead.get(priority, 0.0) + rows
+
+
+def _arrives(
+    served: Served, place: int, at_level: int, visit: Visit, pool: MachinePool, now_s: float
+) -> None:
+    """A request was admitted whose rows come to the module as foreseen."""
+    _, _, there_s, company = visit
+    stage = served.stages[place]
+    arrivals = stage.arrivals.get(at_level)
+    if arrivals is None:
+        route = stage.route
+        if route.best is None:
+            return
+        arrivals = stage.arrivals[at_level] = Arrivals(route.full_rows, route.best)
+        _place(arrivals, served, place, pool)
+    arrivals.add(served.fan_outs[place], company, now_s + there_s)
+
+
+def _place(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) -> None:
+    """Tell it of the machines: its slots, and what a request takes of them at modules that do not
+    come before this one. (What comes before it waits for those who entered earlier.)
+    """
+    model = served.stages[place].route.model
+    slots = pool.common_slots(model, model)
+    work_s = sum(
+        served.fan_outs[other] * stage.route.row_s * pool.part_of(model, stage.route.model)
+        for other, stage in enumerate(served.stages)
+        if other != place and other not in served.above[place]
+    )
+    own = served.fan_outs[place]
+    more_s = work_s * slots / own if own > 0 else 0.0
+    # How long a batch takes there is foreseen by its rows up to then.
+    parents = [served.stages[parent].route for parent in served.parents[place]]
+    apart_s = max((route.best_s(route.full_rows) for route in parents), default=0.0)
+    arrivals.placed(pool.layout, slots, more_s, apart_s)
+
+
+def _longest_s(served: Served, pool: MachinePool) -> float:
+    """The slowest path, in batches of the request's own rows."""
+    ends_s: list[float] = []
+    for stage, parents, rows in zip(served.stages, served.parents, served.fan_outs, strict=True):
+        route = stage.route
+        size = route.full_rows
+        slots = max(1, pool.common_slots(route.model, route.model))
+        batches = ceil(max(1.0, rows) / size)
+        took_s = route.best_s(min(size, ceil(max(1.0, rows))))
+        took_s += (ceil(batches / slots) - 1) * route.best_s(size)
+        ends_s.append(max((ends_s[parent] for parent in parents), default=0.0) + took_s)
+    return max(ends_s)
 
 
 def _overloaded(served: Served, excess_s: float) -> Rejected:

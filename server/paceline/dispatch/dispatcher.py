@@ -12,7 +12,6 @@ executed more than once, and where, is the subject of `retries`.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from itertools import count
 from math import inf
 
@@ -50,23 +49,15 @@ from paceline.dispatch.events import (
 from paceline.dispatch.foresight import FIRST
 from paceline.dispatch.holders import Machine
 from paceline.dispatch.learned import LearnedDuration
+from paceline.dispatch.loads import ModuleLoad, loads
 from paceline.dispatch.machines import HangLimits, MachinePool
-from paceline.dispatch.queue import Entry, Piece, batch_inputs
+from paceline.dispatch.queue import Entry, batch_inputs
 from paceline.dispatch.refusals import never_entered, queue_full, timed_out, too_late
 from paceline.dispatch.retries import Retries, for_requests, is_lost, stranded
 from paceline.dispatch.route import ChainRoute
 from paceline.dispatch.running import Running
 from paceline.dispatch.stage import Served, Stage, served
 from paceline.dispatch.waiting import Waiting
-
-
-@dataclass(slots=True)
-class ModuleLoad:
-    """Rows of a module that wait and that run; `oldest_s` is when the first of them was queued."""
-
-    queued: int = 0
-    oldest_s: float = inf
-    executing: int = 0
 
 
 class Dispatcher:
@@ -160,18 +151,7 @@ class Dispatcher:
 
     def loads(self) -> dict[tuple[str, str], ModuleLoad]:
         """What waits and what runs now, by (chain, module), modules with nothing left out."""
-        found: dict[tuple[str, str], ModuleLoad] = {}
-        for stage in self._waiting.stages():
-            load = found.setdefault((stage.route.chain, stage.route.name), ModuleLoad())
-            for queue in stage.collector.queues():
-                load.queued += queue.rows
-                if (oldest := queue.oldest()) is not None:
-                    load.oldest_s = min(load.oldest_s, oldest.queued_s)
-        for batch in self._running.all():
-            route = batch.stage.route
-            load = found.setdefault((route.chain, route.name), ModuleLoad())
-            load.executing += batch.rows
-        return found
+        return loads(self._waiting, self._running)
 
     def machines(self) -> tuple[Machine, ...]:
         """Machines that are up, by name."""
@@ -369,23 +349,13 @@ class Dispatcher:
         took_s = now_s - batch.started_s
         self._pool.succeeded(batch.machine, batch.stage.route, batch.rows, took_s)
         for piece, outputs in zip(batch.pieces, per_piece, strict=True):
-            self._piece_done(batch, piece, outputs, now_s, actions)
-
-    def _piece_done(
-        self,
-        batch: Batch,
-        piece: Piece,
-        outputs: tuple[Tensor, ...] | None,
-        now_s: float,
-        actions: list[Action],
-    ) -> None:
-        entry = piece.entry
-        if not entry.alive:
-            return
-        if entry.race:
-            self._retries.won(entry)
-        entry.run.spans.append(batch.span(piece, now_s))
-        self._rows_done(entry, piece.start, piece.count, outputs, now_s, actions)
+            entry = piece.entry
+            if not entry.alive:
+                continue
+            if entry.race:
+                self._retries.won(entry)
+            entry.run.spans.append(batch.span(piece, now_s))
+            self._rows_done(entry, piece.start, piece.count, outputs, now_s, actions)
 
     def _rows_done(
         self,
@@ -430,10 +400,8 @@ class Dispatcher:
             entry = piece.entry
             if not entry.alive or self._retries.goes_on(batch, piece, now_s, lost=lost):
                 continue
-            if entry.step.bound.module.on_error == "skip":
-                self._piece_done(batch, piece, None, now_s, actions)
-            else:
-                self._fail(entry.run, error, now_s, actions)
+            entry.run.spans.append(batch.span(piece, now_s))
+            self._give_up(entry, piece.start, piece.count, error, now_s, actions)
 
     def _give_up_stranded(self, now_s: float, actions: list[Action]) -> None:
         """What failed, and was to be tried on a machine that has its model no more."""
@@ -445,11 +413,27 @@ class Dispatcher:
             self._waiting.discard(entry)
             if self._retries.gives_way(entry):
                 continue
-            if entry.step.bound.module.on_error == "skip":
-                self._admission.launched(entry.run.ticket, entry.step.place, left)
-                self._rows_done(entry, first, left, None, now_s, actions)
-            else:
-                self._fail(entry.run, stranded(entry), now_s, actions)
+            self._admission.launched(entry.run.ticket, entry.step.place, left)
+            self._give_up(entry, first, left, stranded(entry), now_s, actions)
+
+    def _give_up(
+        self,
+        entry: Entry,
+        first: int,
+        count: int,
+        error: RequestError,
+        now_s: float,
+        actions: list[Action],
+    ) -> None:
+        """Rows that are computed nowhere: nulls where they may be skipped, or else their request
+        fails.
+        """
+        if entry.step.bound.module.on_error != "skip":
+            self._fail(entry.run, error, now_s, actions)
+            return
+        if entry.race:
+            self._retries.won(entry)
+        self._rows_done(entry, first, count, None, now_s, actions)
 
     def _look_at(
         self, number: int, batch: Batch, since_s: float, now_s: float, actions: list[Action]

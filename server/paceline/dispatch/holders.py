@@ -81,10 +81,20 @@ class Machine:
         return (self.name, self.incarnation)
 
 
+class _Slots:
+    """Slots of one kind of hardware: how many are free, and when the others are, in order."""
+
+    __slots__ = ("ends_s", "idle")
+
+    def __init__(self) -> None:
+        self.idle = 0
+        self.ends_s: list[float] = []
+
+
 class Holders:
     """All machines that hold one model; see the module docstring."""
 
-    __slots__ = ("_ends_s", "_free", "_idle", "_quarantined", "lanes", "model", "stale")
+    __slots__ = ("_free", "_quarantined", "_slots", "lanes", "model", "stale")
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -93,8 +103,8 @@ class Holders:
         self.stale: dict[str, None] = {}
         """Machines that changed since the last question (an ordered set)."""
         self._free: list[Rank] = []
-        self._ends_s: list[float] = []
-        self._idle = 0
+        self._slots: dict[str, _Slots] = {}
+        """By hardware; none of which there is no machine that works."""
         self._quarantined: dict[str, None] = {}
 
     def free(self, now_s: float) -> Sequence[Rank]:
@@ -112,10 +122,21 @@ class Holders:
 
     def free_at_s(self, now_s: float) -> list[float]:
         """When each slot that can run the model is expected to be free, earliest first."""
+        kinds = self.free_by_kind(now_s)
+        if len(kinds) == 1:
+            return kinds[0][1]
+        return sorted([at_s for _, free_s in kinds for at_s in free_s])
+
+    def free_by_kind(self, now_s: float) -> list[tuple[str, list[float]]]:
+        """The same by hardware."""
         if self.stale:
             self._renew()
-        over = bisect_right(self._ends_s, now_s)
-        return [now_s] * (self._idle + over) + self._ends_s[over:]
+        found = []
+        for kind, slots in self._slots.items():
+            ends_s = slots.ends_s
+            over = bisect_right(ends_s, now_s)
+            found.append((kind, [now_s] * (slots.idle + over) + ends_s[over:]))
+        return found
 
     def next_probe_s(self, now_s: float) -> float:
         """When a quarantined lane may be probed next; inf without any."""
@@ -134,7 +155,7 @@ class Holders:
         _, lane = self.lanes.pop(machine.name)
         self.stale.pop(machine.name, None)
         self._quarantined.pop(machine.name, None)
-        self._take_away(lane)
+        self._take_away(machine, lane)
 
     def machines(self) -> Iterator[Machine]:
         for machine, _ in self.lanes.values():
@@ -143,7 +164,7 @@ class Holders:
     def _renew(self) -> None:
         for name in self.stale:
             machine, lane = self.lanes[name]
-            self._take_away(lane)
+            self._take_away(machine, lane)
             if lane.quarantined:
                 self._quarantined[name] = None
             else:
@@ -151,29 +172,38 @@ class Holders:
                 self._count_in(machine, lane)
         self.stale.clear()
 
-    def _take_away(self, lane: Lane) -> None:
+    def _take_away(self, machine: Machine, lane: Lane) -> None:
         if lane.rank is not None:
             del self._free[bisect_left(self._free, lane.rank)]
             lane.rank = None
-        self._idle -= lane.idle
+        slots = self._slots.get(machine.hardware)
+        if slots is None:
+            return
+        slots.idle -= lane.idle
         lane.idle = 0
         if lane.ends_s:
             for end_s in lane.ends_s:
-                del self._ends_s[bisect_left(self._ends_s, end_s)]
+                del slots.ends_s[bisect_left(slots.ends_s, end_s)]
             lane.ends_s = ()
+        if not slots.idle and not slots.ends_s:
+            del self._slots[machine.hardware]
 
     def _count_in(self, machine: Machine, lane: Lane) -> None:
         idle = machine.slots - machine.busy
         most = min(machine.slots, lane.instances)
-        if idle >= most:
-            lane.idle = most
-        else:
-            # A machine that lost slots has to end as many batches before one can start.
-            lane.idle = max(0, idle)
-            lane.ends_s = sorted(machine.ends_s.values())[max(0, -idle) : most - idle]
-            for end_s in lane.ends_s:
-                insort(self._ends_s, end_s)
-        self._idle += lane.idle
+        if most > 0:
+            slots = self._slots.get(machine.hardware)
+            if slots is None:
+                slots = self._slots[machine.hardware] = _Slots()
+            if idle >= most:
+                lane.idle = most
+            else:
+                # A machine that lost slots has to end as many batches before one can start.
+                lane.idle = max(0, idle)
+                lane.ends_s = sorted(machine.ends_s.values())[max(0, -idle) : most - idle]
+                for end_s in lane.ends_s:
+                    insort(slots.ends_s, end_s)
+            slots.idle += lane.idle
         if idle > 0 and lane.running < lane.instances:
             lane.rank = (machine.busy, machine.name, machine)
             insort(self._free, lane.rank)

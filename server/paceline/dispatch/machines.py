@@ -180,6 +180,11 @@ class MachinePool:
         holders = self._holders.get(model)
         return holders.free_at_s(now_s) if holders is not None else ()
 
+    def free_by_kind(self, model: str, now_s: float) -> Sequence[tuple[str, Sequence[float]]]:
+        """The same by hardware."""
+        holders = self._holders.get(model)
+        return holders.free_by_kind(now_s) if holders is not None else ()
+
     def next_probe_s(self, model: str, now_s: float) -> float:
         """When a quarantined lane of `model` may be probed next; inf without any."""
         holders = self._holders.get(model)

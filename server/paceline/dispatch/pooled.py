@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf, nextafter
 
+from paceline.core.profile import Durations
 from paceline.dispatch.collector import (
     NOTHING_ROWS,
     TIE_S,
@@ -18,6 +19,29 @@ from paceline.dispatch.holders import Machine
 from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.queue import Entry, ModuleQueue
 from paceline.dispatch.route import ModuleRoute
+
+HALVINGS = 12
+"""How exactly it is told when a batch starts where kinds of hardware are mixed: to 1/2000 of what
+all slots take for a batch each."""
+
+
+class _Kind:
+    """Slots of one kind of hardware: free at an instant each, then for a batch after the other."""
+
+    __slots__ = ("free_s", "full_s", "known", "now_s", "size")
+
+    def __init__(self, free_s: Sequence[float], size: int, known: Durations, now_s: float) -> None:
+        self.free_s = free_s
+        self.size = size
+        self.known = known
+        self.full_s = known.at(size)
+        self.now_s = now_s
+
+    def begun(self, after_s: float) -> int:
+        """Rows of full batches that start within so long."""
+        rounds, rest_s = divmod(after_s, self.full_s)
+        begun = int(rounds) * len(self.free_s) + bisect_right(self.free_s, self.now_s + rest_s)
+        return begun * self.size
 
 
 class Pooled:
@@ -91,17 +115,52 @@ class Pooled:
     ) -> Foreseen | None:
         """Rows fill whole batches, which start on the slots as these are expected to be free."""
         route = self.route
-        size = route.full_rows
-        batches, joined = divmod(int(rows + NOTHING_ROWS), size)
-        at_once = size * pool.common_slots(route.model, route.model)
-        if batches == 0 and at_once and pool.free(route.model, now_s):
-            return 0.0, joined + 1, size, route.best, route.rate_rps, at_once
-        free_s = pool.free_at_s(route.model, now_s)
-        if not free_s:
+        kinds = pool.free_by_kind(route.model, now_s)
+        if len(kinds) > 1:
+            return self._foreseen_on(kinds, rows, now_s)
+        if not kinds:
             return None
-        rounds, position = divmod(batches, len(free_s))
-        start_s = free_s[position] - now_s + rounds * route.row_s * size
-        return start_s, joined + 1, size, route.best, route.rate_rps, at_once
+        hardware, free_s = kinds[0]
+        size, known = route.full_rows, route.best
+        if hardware != route.best_on:
+            size, known = route.batch_size(hardware), route.durations.get(hardware)
+        ahead, slots = int(rows + NOTHING_ROWS), len(free_s)
+        batches = ahead // size
+        start_s = free_s[batches % slots] - now_s
+        if batches >= slots and known is not None:
+            start_s += batches // slots * known.at(size)
+        return start_s, ahead % size + 1, size, known, route.rate_rps, size * slots
+
+    def _foreseen_on(
+        self, kinds: Sequence[tuple[str, Sequence[float]]], rows: float, now_s: float
+    ) -> Foreseen | None:
+        """The same on several kinds of hardware, whose batches differ."""
+        route = self.route
+        found = [
+            _Kind(free_s, route.batch_size(hardware), known, now_s)
+            for hardware, free_s in kinds
+            if (known := route.durations.get(hardware)) is not None
+        ]
+        if not found:
+            return None
+        at_once = sum(kind.size * len(kind.free_s) for kind in found)
+        row_s = 1.0 / sum(kind.size * len(kind.free_s) / kind.full_s for kind in found)
+        begun, start_s = sum(kind.begun(0.0) for kind in found), 0.0
+        before = 0
+        if begun <= rows + NOTHING_ROWS:
+            # Every slot takes a batch within the time of one, and others each as long after that.
+            early_s, start_s = max(0.0, (rows - at_once) * row_s), (rows + at_once + 1) * row_s
+            for _ in range(HALVINGS):
+                middle_s = (early_s + start_s) / 2
+                begun = sum(kind.begun(middle_s) for kind in found)
+                if begun > rows + NOTHING_ROWS:
+                    start_s = middle_s
+                else:
+                    early_s, before = middle_s, begun
+            found = [kind for kind in found if kind.begun(start_s) > kind.begun(early_s)]
+        kind = min(found, key=lambda kind: kind.full_s / kind.size)
+        joined = max(1, min(kind.size, int(rows + NOTHING_ROWS) - before + 1))
+        return start_s, joined, kind.size, kind.known, route.rate_rps, at_once
 
     def launched(self, offer: Offer, batch: int, ends_s: float) -> None:
         """Nothing to keep."""

@@ -45,6 +45,8 @@ class ModuleRoute:
     """Rows of a full batch there."""
     best: Durations | None = field(init=False)
     """Durations there; None when unknown."""
+    best_on: str = field(init=False)
+    """That hardware."""
     beyond_s: float = field(init=False)
     """By how much what is left takes longer than the plan says, which may not exist."""
     model: str = field(init=False)
@@ -65,6 +67,7 @@ class ModuleRoute:
         object.__setattr__(self, "row_s", row_s)
         object.__setattr__(self, "full_rows", self.batch_size(hardware))
         object.__setattr__(self, "best", self.durations.get(hardware))
+        object.__setattr__(self, "best_on", hardware)
         object.__setattr__(self, "beyond_s", max(0.0, self.floor_s - self.tail_s))
         object.__setattr__(self, "model", self.bound.spec.name)
         object.__setattr__(self, "name", self.bound.name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
 
+from paceline.dispatch.arrivals import Arrivals
 from paceline.dispatch.collector import Collector, Offer
 from paceline.dispatch.policy import collector
 from paceline.dispatch.route import ChainRoute, ModuleRoute
@@ -27,6 +29,8 @@ class Stage:
     """When time alone could change that; -inf where other rows wait since."""
     version: int = -1
     """Of the machines that were seen then (`MachinePool.versions`)."""
+    arrivals: dict[int, Arrivals] = field(default_factory=dict)
+    """`admission`'s, by priority: when what is admitted now can start here."""
 
     def ahead_of(self, priority: int) -> float:
         """Rows that go before one of this priority."""
@@ -45,7 +49,10 @@ class Stage:
 class Served:
     """A chain's route with its stages, in the order of its modules.
 
-    `parents` are indices of modules; `fan_outs` the rows a request is expected to have at each;
+    `parents` are indices of modules; `above` of all that have to end before; `beside` of those that
+    wait for neither this one nor it for them, and are launched first where they wait together;
+    `fan_outs` the rows a request is expected to have at each, `many` whether they are more than one
+    anywhere;
     `load` is how many machines the planned rate keeps busy with full batches; `alone_s` the machine
     time of a request that shares no batch.
     """
@@ -53,7 +60,10 @@ class Served:
     route: ChainRoute
     stages: tuple[Stage, ...]
     parents: tuple[tuple[int, ...], ...]
+    above: tuple[frozenset[int], ...]
+    beside: tuple[tuple[int, ...], ...]
     fan_outs: tuple[float, ...]
+    many: bool
     load: float
     alone_s: float
 
@@ -67,13 +77,33 @@ def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
             stage = known[id(module)] = Stage(module, collector(route, module))
         stages.append(stage)
     places = {module.name: place for place, module in enumerate(route.modules)}
+    parents = tuple(tuple(places[p] for p in m.bound.module.parents) for m in route.modules)
+    above: list[frozenset[int]] = []
+    for known_parents in parents:
+        above.append(frozenset(known_parents).union(*(above[parent] for parent in known_parents)))
     return Served(
         route,
         tuple(stages),
-        tuple(tuple(places[p] for p in m.bound.module.parents) for m in route.modules),
+        parents,
+        tuple(above),
+        _beside(route, above),
         tuple(module.fan_out for module in route.modules),
+        any(module.fan_out > 1.0 for module in route.modules),
         sum(module.rate_rps * module.row_s for module in route.modules),
         sum(_alone_s(module) for module in route.modules),
+    )
+
+
+def _beside(route: ChainRoute, above: Sequence[frozenset[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        tuple(
+            other
+            for other, beside in enumerate(route.modules)
+            if other not in above[place]
+            and place not in above[other]
+            and (-beside.tail_s, other) < (-module.tail_s, place)
+        )
+        for place, module in enumerate(route.modules)
     )
 
 

@@ -2,8 +2,8 @@
 
 Invariant: no combination of options that keeps the objective costs less than `Composed.bound`.
 
-A node allows every module a range of latencies. Its linear relaxation blends options (`flow`, from
-that of the node it is a part of); the prices of latency in it bound the node from below, rule
+A node allows every module a range of latencies. Its linear relaxation (`relaxed`) blends options,
+from that of the node it is a part of; the prices of latency in it bound the node from below, rule
 options out, and tell a combination to try: the options just within the blended latencies. The
 module whose blend is the cheapest against what it stands for is then split there, into shorter and
 longer latencies: each half has a tighter relaxation, where fixing one option among hundreds would
@@ -20,10 +20,10 @@ from math import inf
 
 import numpy as np
 
-from paceline.planner.flow import Flow
 from paceline.planner.frontier import SAME_S
+from paceline.planner.hull import Offers, Prices, pareto
 from paceline.planner.paths import Graph
-from paceline.planner.relaxed import Offers, Prices, pareto
+from paceline.planner.relaxed import Flow
 
 MOST_NODES, MOST_NODES_EXACT = 300, 3000
 """After so many the best found so far is given, with its bound: with a tolerance and without."""

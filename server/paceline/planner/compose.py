@@ -8,7 +8,7 @@ DAG a module between the start and one other module, or between one other and th
 with that one (the letter N is then a series of two); what is left and not series-parallel either is
 searched by branching on latencies (`branch`; algorithms 1.4).
 
-`Prices` of latency (`relaxed`) tell what no combination of a part can be of use for.
+`Prices` of latency (`hull`) tell what no combination of a part can be of use for.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 
 from paceline.planner.branch import Composed, by_branching
 from paceline.planner.frontier import SAME_S, Floats
+from paceline.planner.hull import Index, Offers, Prices, pareto
 from paceline.planner.paths import Graph
-from paceline.planner.relaxed import Index, Offers, Prices, pareto
 from paceline.planner.series_parallel import Series, Tree, tree
 
 _MANY, _MOST = 200, 500

@@ -14,6 +14,9 @@ from paceline.planner.problem import Options, PlannedChain, PlannedModule
 
 MIB = 1 << 20
 
+MOST_TOLD = 3
+"""Modules that are told of one by one."""
+
 
 def usable(chains: Sequence[PlannedChain], options: Options) -> list[PlannedChain]:
     """The chains without hardware that there is none of, or that a module does not fit into.
@@ -47,6 +50,43 @@ def too_few(chains: Iterable[PlannedChain], options: Options) -> PlanError:
     return PlanError(
         f"the machines do not suffice ({limits}): allow more of them, a lower rate or a longer "
         "slo_ms"
+    )
+
+
+def with_left_out(error: PlanError, chains: Sequence[PlannedChain], options: Options) -> PlanError:
+    """The same, and on which hardware, where an objective is too short, modules would be faster
+    if they fitted into its memory.
+    """
+    told = [
+        clause
+        for chain in chains
+        if chain.name == error.chain and error.lacking_s > 0
+        for module in chain.modules
+        if (clause := _too_large(module, options))
+    ]
+    if not told:
+        return error
+    more = [f"and {len(told) - MOST_TOLD} more modules"] if len(told) > MOST_TOLD else []
+    return PlanError(
+        f"{error}; left out for their memory_mib: {', '.join(told[:MOST_TOLD] + more)}",
+        chain=error.chain,
+        module=error.module,
+        lacking_s=error.lacking_s,
+        key=error.key,
+    )
+
+
+def _too_large(module: PlannedModule, options: Options) -> str:
+    """The fastest hardware that it does not fit into; empty where what is left is as fast."""
+    there = [c for c in module.configurations if _there(c.hardware, options)]
+    left = [c for c in there if not _lacking(module, c.hardware, options)]
+    fastest = min(there, key=lambda c: (c.duration_s, c.hardware))
+    if fastest.duration_s >= min(c.duration_s for c in left):
+        return ""
+    kind = fastest.hardware
+    return (
+        f"{kind} ({module.name} would take {fastest.duration_s * 1e3:.3g} ms, but needs "
+        f"{-(-module.memory_bytes[kind] // MIB)} MiB of {options.memory_bytes[kind] // MIB} MiB)"
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from paceline.planner.assemble import graph_of, infeasible
 from paceline.planner.problem import Options, PlannedChain
-from paceline.planner.residual import ModuleScheduler, reassign
+from paceline.planner.residual import ModuleScheduler, reassign, unhurried
 from paceline.planner.schedule import Schedule, cheaper
 from paceline.planner.split import choices, in_proportion, split
 
@@ -42,7 +42,8 @@ def harpagon(chain: PlannedChain, options: Options) -> list[Schedule]:
                 found = reassign(graph, chain.slo_s, schedulers, found)
             cost = sum(s.cost_per_hour for s in found)
             if best is None or cheaper(cost, best_cost):
-                best, best_cost = found, cost
+                best = unhurried(graph, chain.slo_s, schedulers, found)
+                best_cost = cost
     if best is None:
         schedulers = [ModuleScheduler(module, options) for module in chain.modules]
         least_s = [choices(scheduler, chain.slo_s)[0].latency_s for scheduler in schedulers]

@@ -22,8 +22,9 @@ import numpy.typing as npt
 
 from paceline.planner.compose import compose
 from paceline.planner.frontier import SAME_S, Choice, Floats
+from paceline.planner.hull import Offers, Prices
 from paceline.planner.paths import Graph
-from paceline.planner.relaxed import Offers, Prices, latency_prices
+from paceline.planner.relaxed import latency_prices
 
 GAP = 1e-4
 """The relative distance from the bound at which a plan is taken for optimal."""

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from paceline.planner.cycle import SLACK, Load, Size
 from paceline.planner.frontier import Floats
+from paceline.planner.hull import Index
 from paceline.planner.pack import LEAST_PART
-from paceline.planner.relaxed import Index
 from paceline.planner.schedule import TOLERANCE
 
 Truths = npt.NDArray[np.bool_]

@@ -1,151 +1,239 @@
-"""The linear relaxation of composing a chain: options blended, and what a second of latency costs.
+"""The linear relaxation as a flow through the DAG, solved anew where little has changed.
 
-Whatever keeps the objective costs at least sum over modules of (cost + price * latency) - total
-price * objective; where a part alone makes that exceed a cost that is known to be possible, it is
-left out without losing the minimum.
+Invariant: once settled, no cycle of arcs gains, whichever way more is sent around it.
+
+What a second of latency costs a module is a flow through it (the dual of the linear program in
+which options are blended): what comes in from those it waits for goes out to those that wait for
+it, and all of it comes back through the objective. A flow f through a module whose blended options
+cost y(x) for latency x is worth the least of y(x) + f * x, the objective takes f * slo. More around
+a cycle gains the latencies of the modules that get more and loses those of the modules that get
+less, each at the options that are then best, until one of them changes its options. Where nothing
+gains, prices and latencies prove each other (Fulkerson 1961, Kelley 1961: how to shorten a project
+for the least).
+
+Where one module's options changed, only cycles through that module can gain, so that a few steps
+lead from one node of a search to the next.
+
+>>> import numpy as np
+>>> graph = Graph.of([(), (0,)])
+>>> options = [([1.0, 3.0], [8.0, 2.0]), ([1.0, 2.0], [6.0, 1.0])]
+>>> flow = Flow.of(graph, [(np.array(s), np.array(costs)) for s, costs in options], 4.5)
+>>> flow is not None and flow.prices()
+Prices(per_s=(3.0, 3.0), total_per_s=3.0, latencies_s=(2.5, 2.0))
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from math import inf
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from scipy.optimize import linprog
-from scipy.sparse import csr_array
-
-from paceline.planner.frontier import Floats
+from paceline.planner.hull import Hull, Offers, Prices, lower_hull, narrowed
 from paceline.planner.paths import Graph
 
-Index = npt.NDArray[np.intp]
-
-Offers = tuple[Floats, Floats]
-"""Latencies and costs of one module's options."""
-
-Hull = tuple[Sequence[float], Sequence[float]]
-"""The same of those that a blend can use; latencies rise, costs fall ever more slowly."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """What a second of latency costs for each module, and the latencies of the relaxed optimum.
-
-    For any latencies that keep the objective, sum(per_s * latency) <= total_per_s * objective.
-    """
-
-    per_s: tuple[float, ...]
-    total_per_s: float
-    latencies_s: tuple[float, ...]
+_SAME = 1e-11
+"""Relative: rounding of flows, and of latencies beside the objective."""
 
 
 def latency_prices(graph: Graph, offers: Sequence[Offers], slo_s: float) -> Prices | None:
-    """Solve the linear relaxation, in which options may be blended; None if infeasible."""
-    hulls = [(np.array(x), np.array(y)) for x, y in (lower_hull(*offer) for offer in offers)]
-    costs, latencies, owner = _columns(hulls)
-    matrix, limits = _path_rows(graph, latencies, owner, slo_s)
-    count = len(graph.parents)
-    one_each = csr_array(
-        (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(count, len(owner) + count)
-    )
-    answer = linprog(
-        np.concatenate((costs, np.zeros(count))),
-        A_ub=matrix,
-        b_ub=limits,
-        A_eq=one_each,
-        b_eq=np.ones(count),
-        method="highs-ds",
-    )
-    if not answer.success:
-        return None
-    duals = np.maximum(0.0, -np.asarray(answer.ineqlin.marginals))
-    per_s = np.zeros(count)
-    total = 0.0
-    for row, (module, child) in enumerate(_rows(graph)):
-        per_s[module] += duals[row]
-        total += duals[row] if child is None else 0.0
-    blended = np.bincount(owner, weights=latencies * answer.x[: len(owner)], minlength=count)
-    return Prices(tuple(per_s.tolist()), float(total), tuple(blended.tolist()))
+    """What a second of latency costs where options may be blended; None if nothing fits."""
+    flow = Flow.of(graph, offers, slo_s)
+    return None if flow is None else flow.prices()
 
 
-def pareto(latencies_s: Floats, costs: Floats) -> tuple[Offers, Index]:
-    """The options that are each cheaper than all faster ones, fastest first, and their indices."""
-    order = np.lexsort((costs, latencies_s))
-    ordered = costs[order]
-    order = order[ordered < np.minimum.accumulate(np.concatenate(([inf], ordered)))[:-1]]
-    return (latencies_s[order], costs[order]), order
-
-
-def _columns(offers: Sequence[Offers]) -> tuple[Floats, Floats, Any]:
-    costs = np.concatenate([costs for _, costs in offers])
-    latencies = np.concatenate([latencies for latencies, _ in offers])
-    owner = np.repeat(np.arange(len(offers)), [len(costs) for _, costs in offers])
-    return costs, latencies, owner
-
-
-def _rows(graph: Graph) -> list[tuple[int, int | None]]:
-    """What must end before what starts; None: before the objective."""
-    return [
-        (module, child)
-        for module, below in enumerate(graph.children)
-        for child in (below or (None,))
-    ]
-
-
-def _path_rows(graph: Graph, latencies: Floats, owner: Any, slo_s: float) -> tuple[Any, Floats]:
-    """start + latency - next start <= 0, and start + latency <= objective at the ends."""
-    rows: list[Any] = []
-    columns: list[Any] = []
-    values: list[Any] = []
-    limits: list[float] = []
-    for row, (module, child) in enumerate(_rows(graph)):
-        own = np.flatnonzero(owner == module)
-        starts = [len(owner) + module] + ([] if child is None else [len(owner) + child])
-        columns += [own, starts]
-        values += [latencies[own], [1.0, -1.0][: len(starts)]]
-        rows += [np.full(len(own), row), [row] * len(starts)]
-        limits.append(slo_s if child is None else 0.0)
-    shape = (len(limits), len(owner) + len(graph.parents))
-    flat = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-    return csr_array(flat, shape=shape), np.array(limits)
-
-
-def lower_hull(latencies_s: Floats, costs: Floats) -> Hull:
-    """The corners of the convex hull from below: all that a blend can use."""
-    order = np.lexsort((costs, latencies_s))
-    hull_s: list[float] = []
-    hull: list[float] = []
-    for x, y in zip(latencies_s[order].tolist(), costs[order].tolist(), strict=True):
-        if hull and y >= hull[-1]:
-            continue
-        # A corner that is not below the line from the one before it to the new one is none.
-        while len(hull) > 1 and (
-            (hull[-1] - hull[-2]) * (x - hull_s[-2]) >= (y - hull[-2]) * (hull_s[-1] - hull_s[-2])
-        ):
-            hull_s.pop()
-            hull.pop()
-        hull_s.append(x)
-        hull.append(y)
-    return hull_s, hull
-
-
-def narrowed(hull: Hull, latencies_s: Floats, costs: Floats) -> Hull:
-    """The hull of some of its options, fastest first and each cheaper than the one before: those
-    within a range of latencies, or not above the hull by more than some amount at a price.
-
-    Corners that are left are next to each other, so nothing between them changes.
+@dataclass(frozen=True, slots=True)
+class _Net:
+    """Arcs by number: through the modules first, then from one to the next, the last back from the
+    end to the start through the objective. `leaving` a point: to which, by which arc, whether that
+    gets more or less.
     """
-    corners_s, corners = hull
-    first = bisect_left(corners_s, float(latencies_s[0]))
-    last = bisect_right(corners_s, float(latencies_s[-1]))
-    if first == last:
-        return lower_hull(latencies_s, costs)
-    before = int(np.searchsorted(latencies_s, corners_s[first]))
-    after = int(np.searchsorted(latencies_s, corners_s[last - 1], side="right"))
-    return lower_hull(
-        np.concatenate((latencies_s[:before], corners_s[first:last], latencies_s[after:])),
-        np.concatenate((costs[:before], corners[first:last], costs[after:])),
-    )
+
+    modules: int
+    leaving: tuple[tuple[tuple[int, int, bool], ...], ...]
+    ends: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, graph: Graph) -> _Net:
+        count = len(graph.parents)
+        start, end = 2 * count, 2 * count + 1
+        ends = [(2 * i, 2 * i + 1) for i in range(count)]
+        ends += [(start, 2 * i) for i, above in enumerate(graph.parents) if not above]
+        for i, below in enumerate(graph.children):
+            ends += [(2 * i + 1, 2 * to) for to in below] or [(2 * i + 1, end)]
+        ends.append((end, start))
+        leaving: list[list[tuple[int, int, bool]]] = [[] for _ in range(2 * count + 2)]
+        for arc, (a, b) in enumerate(ends):
+            leaving[a].append((b, arc, True))
+            leaving[b].append((a, arc, False))
+        return cls(count, tuple(tuple(each) for each in leaving), tuple(ends))
+
+
+@dataclass(frozen=True, slots=True)
+class _Blend:
+    """One module's hull. `latencies_s[j]` is best at prices of latency between `breaks[j - 1]` and
+    `breaks[j]`, which rise.
+    """
+
+    hull: Hull
+    latencies_s: tuple[float, ...]
+    breaks: tuple[float, ...]
+
+    @classmethod
+    def of(cls, hull: Hull) -> _Blend:
+        latencies_s, costs = hull
+        breaks = [
+            (costs[at - 1] - costs[at]) / (latencies_s[at] - latencies_s[at - 1])
+            for at in range(len(costs) - 1, 0, -1)
+        ]
+        return cls(hull, tuple(reversed(latencies_s)), tuple(breaks))
+
+
+@dataclass(slots=True)
+class Flow:
+    """See the module docstring. Of every arc what it carries, the latency that a cycle gains by
+    more of it and loses by less of it, and up to how much more or less; of every point when it is
+    reached.
+
+    `at_s` proves that no cycle gains: it rises along an arc by at least what more of it gains, and
+    by at most what less of it loses.
+    """
+
+    net: _Net
+    slo_s: float
+    blends: list[_Blend]
+    carried: list[float]
+    more_s: list[float]
+    less_s: list[float]
+    more: list[float]
+    less: list[float]
+    at_s: list[float]
+
+    @classmethod
+    def of(cls, graph: Graph, offers: Sequence[Offers], slo_s: float) -> Flow | None:
+        """The best flow for these options; None where even the fastest exceed `slo_s`."""
+        net = _Net.of(graph)
+        zero, most = [0.0] * len(net.ends), [inf] * len(net.ends)
+        blends = [_Blend.of(lower_hull(*offer)) for offer in offers]
+        at_s = [0.0] * len(net.leaving)
+        found = cls(net, slo_s, blends, zero, zero[:], zero[:], most, zero[:], at_s)
+        for module, above in enumerate(graph.parents):
+            found._refresh(module)
+            at_s[2 * module] = max((at_s[2 * before + 1] for before in above), default=0.0)
+            at_s[2 * module + 1] = at_s[2 * module] + found.more_s[module]
+        at_s[-1] = max(at_s)
+        found.more_s[-1] = found.less_s[-1] = -slo_s
+        return found if found._settle(len(net.ends) - 1) else None
+
+    def after(self, offers: Sequence[Offers | None], module: int) -> Flow | None:
+        """The best flow where of `module`'s options a range of latencies is left, of others all
+        that are best at this flow's prices (None: as it was). None where nothing fits any more.
+        """
+        found = replace(
+            self,
+            blends=[
+                blend if offer is None else _Blend.of(narrowed(blend.hull, *offer))
+                for blend, offer in zip(self.blends, offers, strict=True)
+            ],
+            carried=self.carried[:],
+            more_s=self.more_s[:],
+            less_s=self.less_s[:],
+            more=self.more[:],
+            less=self.less[:],
+            at_s=self.at_s[:],
+        )
+        for at, offer in enumerate(offers):
+            if offer is not None:
+                found._refresh(at)
+        return found if found._settle(module) else None
+
+    def prices(self) -> Prices:
+        """The prices that the flow stands for, and latencies that are best at these."""
+        latencies_s = [
+            min(self.at_s[2 * i + 1] - self.at_s[2 * i], self.less_s[i])
+            for i in range(self.net.modules)
+        ]
+        return Prices(tuple(self.carried[: self.net.modules]), self.carried[-1], tuple(latencies_s))
+
+    def _refresh(self, module: int) -> None:
+        blend, carried = self.blends[module], self.carried[module]
+        first = bisect_left(blend.breaks, carried * (1 - _SAME))
+        last = bisect_right(blend.breaks, carried * (1 + _SAME))
+        self.less_s[module] = blend.latencies_s[first]
+        self.more_s[module] = blend.latencies_s[last]
+        self.less[module] = carried - (blend.breaks[first - 1] if first else 0.0)
+        self.more[module] = blend.breaks[last] - carried if last < len(blend.breaks) else inf
+
+    def _settle(self, arc: int) -> bool:
+        """Send what gains through `arc`, one way or the other; False if there is no end of it."""
+        a, b = self.net.ends[arc]
+        rounding_s = _SAME * self.slo_s
+        for forward, start, end in ((True, b, a), (False, a, b)):
+            while forward or self.carried[arc] > _SAME * self.carried[-1]:
+                own_s = self.more_s[arc] if forward else -self.less_s[arc]
+                gain_s = self.at_s[end] + own_s - self.at_s[start]
+                if gain_s <= rounding_s:
+                    break
+                short_s, via = self._short(start, end, arc, gain_s)
+                self.at_s = [
+                    at_s - min(by_s, short_s[end])
+                    for at_s, by_s in zip(self.at_s, short_s, strict=True)
+                ]
+                if gain_s - short_s[end] <= rounding_s:
+                    break
+                cycle = [(arc, forward), *_path(via, start, end)]
+                amount = min(self.more[k] if more else self.less[k] for k, more in cycle)
+                if amount == inf:
+                    return False
+                self._send(cycle, amount)
+        return True
+
+    def _send(self, cycle: Sequence[tuple[int, bool]], amount: float) -> None:
+        for k, forward in cycle:
+            self.carried[k] += amount if forward else -amount
+            if k < self.net.modules:
+                self._refresh(k)
+            else:
+                self.less[k] = self.carried[k]
+
+    def _short(
+        self, start: int, end: int, without: int, most_s: float
+    ) -> tuple[list[float], list[tuple[int, int, bool]]]:
+        """By how much the best path from `start` to every point falls short of what `at_s` allows,
+        `most_s` at most, and the last arc of each; `without` one arc (Dijkstra 1959).
+        """
+        carried, at_s = self.carried, self.at_s
+        none = _SAME * carried[-1]
+        found_s = [most_s] * len(at_s)
+        via = [(-1, -1, True)] * len(at_s)
+        found_s[start] = 0.0
+        waiting = [(0.0, start)]
+        while waiting:
+            here_s, point = heappop(waiting)
+            if point == end:
+                break
+            if here_s > found_s[point]:
+                continue
+            for to, arc, forward in self.net.leaving[point]:
+                if arc == without:
+                    continue
+                if forward:
+                    length_s = self.more_s[arc]
+                elif carried[arc] > none:
+                    length_s = -self.less_s[arc]
+                else:
+                    continue
+                there_s = here_s + max(0.0, at_s[to] - at_s[point] - length_s)
+                if there_s < found_s[to]:
+                    found_s[to] = there_s
+                    via[to] = (point, arc, forward)
+                    heappush(waiting, (there_s, to))
+        return found_s, via
+
+
+def _path(via: Sequence[tuple[int, int, bool]], start: int, end: int) -> Iterator[tuple[int, bool]]:
+    """The arcs by which `end` was reached, the last one first, and whether each gets more."""
+    while end != start:
+        end, arc, forward = via[end]
+        yield arc, forward

@@ -32,7 +32,7 @@ from paceline.planner.schedule import (
 )
 from paceline.planner.worst_case import Dispatch
 
-__all__ = ["ModuleScheduler", "reassign", "show", "top_ups_rps", "with_dummies"]
+__all__ = ["ModuleScheduler", "reassign", "show", "top_ups_rps", "unhurried", "with_dummies"]
 
 
 def top_ups_rps(
@@ -146,3 +146,29 @@ def reassign(
             return now
         _, at, then = max(offers, key=lambda offer: (offer[0], -offer[1]))
         now[at] = then
+
+
+def unhurried(
+    graph: Graph,
+    slo_s: float,
+    schedulers: Sequence[ModuleScheduler],
+    schedules: Sequence[Schedule],
+) -> list[Schedule]:
+    """The same machines where no path needs the time: batches wait for real requests, not dummies.
+
+    A budget that only dummy requests keep was asked for when the objective was split.
+    """
+    now = list(schedules)
+    for i, scheduler in enumerate(schedulers):
+        if not now[i].dummy_rps:
+            continue
+        latencies_s = [s.latency_s(found) for s, found in zip(schedulers, now, strict=True)]
+        slack_s = graph.slacks(latencies_s, slo_s)[i]
+        then = scheduler.within(latencies_s[i] + max(0.0, slack_s))
+        if then is not None and _machines(then) == _machines(now[i]):
+            now[i] = then
+    return now
+
+
+def _machines(found: Schedule) -> list[tuple[Configuration, float]]:
+    return [(p.configuration, p.machines) for p in found.placements]

@@ -33,7 +33,7 @@ from paceline.planner.baselines.clipper import clipper
 from paceline.planner.baselines.inferline import inferline
 from paceline.planner.baselines.nexus import nexus
 from paceline.planner.baselines.scrooge import scrooge
-from paceline.planner.fits import usable
+from paceline.planner.fits import usable, with_left_out
 from paceline.planner.frontier import Choice, Frontier
 from paceline.planner.harpagon import harpagon
 from paceline.planner.machines import whole_machines
@@ -76,7 +76,15 @@ def solve(chains: Sequence[PlannedChain], options: Options = Options()) -> Plan:
             f"unknown policy {options.policy!r}; choose one of {', '.join(sorted(POLICIES))}",
             key="policy",
         )
-    chains = usable(chains, options)
+    left = usable(chains, options)
+    try:
+        return _solve(left, options)
+    except PlanError as error:
+        raise with_left_out(error, chains, options) from None
+
+
+def _solve(chains: Sequence[PlannedChain], options: Options) -> Plan:
+    """On the hardware that chains are left with."""
     if options.billing == "machine":
         bound = _whole_bound(chains, options) if options.bound else 0.0
         return replace(_whole(chains, options), lower_bound_per_hour=bound)

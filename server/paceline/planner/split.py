@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil, floor
+from math import floor
 
 from paceline.core.profile import Configuration
 from paceline.planner.assemble import budgets_s
@@ -79,7 +79,9 @@ def choices(scheduler: ModuleScheduler, slo_s: float) -> tuple[Choice, ...]:
 
 
 def _budgets_s(scheduler: ModuleScheduler) -> Iterator[float]:
-    """Budgets from which on a configuration can serve its full machines, or everything."""
+    """Budgets from which on a configuration can serve its full machines, or everything, also by
+    whole machines that dummy requests fill.
+    """
     module = scheduler.module
     for c in module.configurations:
         for budget_s in _bounds_s(module.rate_rps, c, scheduler):
@@ -95,10 +97,11 @@ def _bounds_s(rate_rps: float, c: Configuration, scheduler: ModuleScheduler) -> 
     if full:
         alone_s = full_machine_s(dispatch, c, left_rps=rate_rps, rate_rps=rate_rps)
         yield alone_s
-    elif scheduler.options.dummy:
-        filled_rps = ceil(machines) * c.throughput_rps
-        yield full_machine_s(dispatch, c, left_rps=filled_rps, rate_rps=filled_rps)
     if remainder_rps > TOLERANCE * rate_rps:
+        if scheduler.options.dummy:
+            # Dummy requests fill one machine more, and every batch sooner.
+            filled_rps = (full + 1) * c.throughput_rps
+            yield full_machine_s(dispatch, c, left_rps=filled_rps, rate_rps=filled_rps)
         residual_s = residual_machine_s(dispatch, c, residual_rps=remainder_rps, rate_rps=rate_rps)
         yield max(alone_s, residual_s)
 

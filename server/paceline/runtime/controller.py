@@ -459,9 +459,11 @@ class Controller:
                 self._on_step(Step("load", name, done, len(names)))
 
         try:
-            async with asyncio.TaskGroup() as group:
-                for name in names:
-                    group.create_task(load(name))
+            # What others are made of first: Triton would load it with them, and then again.
+            for some in self.machines.by_level(names):
+                async with asyncio.TaskGroup() as group:
+                    for name in some:
+                        group.create_task(load(name))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 

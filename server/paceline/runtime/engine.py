@@ -50,6 +50,7 @@ from paceline.dispatch import (
 )
 from paceline.dispatch.refusals import queue_full
 from paceline.dispatch.route import ChainRoute
+from paceline.runtime.suspicions import Suspicions
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,16 @@ class Leasing(Protocol):
 class Engine:
     """Implements `core.ports.Inference` over an Executor."""
 
-    def __init__(self, executor: Executor, *, limits: EngineLimits | None = None) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        limits: EngineLimits | None = None,
+        suspicions: Suspicions | None = None,
+    ) -> None:
         self._executor = executor
+        self.suspicions = suspicions or Suspicions()
+        """Told by who repairs models: answers that are not to be believed."""
         self._limits = limits or EngineLimits()
         self._on_timeline: list[Callable[[Timeline], object]] = []
         self._on_batch: list[Callable[[str, int, float], object]] = []
@@ -399,17 +408,21 @@ class Engine:
     def _executed(
         self, action: Execute, outcome: tuple[Tensor, ...] | BackendError, started_s: float
     ) -> None:
+        machine, model = action.machine, action.call.model
+        if not isinstance(outcome, BackendError) and self.suspicions.any(machine, model, started_s):
+            said = f"the process of model '{model}' on {machine} was found dead meanwhile"
+            outcome = BackendError(said, kind=ErrorKind.UNAVAILABLE)
         if isinstance(outcome, BackendError):
             self._handle(BatchFailed(action.batch, outcome))
         else:
             ended_s = self._now_s()
             took_s = ended_s - started_s
             for tell in self._on_batch:
-                tell(action.call.model, action.rows, took_s)
+                tell(model, action.rows, took_s)
             if self._leasing is not None:
-                self._leasing.executed(action.machine, action.call.model, action.rows, took_s)
+                self._leasing.executed(machine, model, action.rows, took_s)
             self._handle_soon(BatchDone(action.batch, outcome), ended_s)
-        for ended in self._watched_lanes.pop((action.machine, action.call.model), ()):
+        for ended in self._watched_lanes.pop((machine, model), ()):
             if not ended.done():
                 ended.set_result(None)
 

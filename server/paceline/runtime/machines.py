@@ -14,13 +14,13 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
-from typing import Protocol
 
 from paceline.core.chain import Chain, Module
 from paceline.core.errors import ResidencyError, RunError
 from paceline.core.model import ModelSpec
 from paceline.core.ports import LoadLinks, ModelMemory, ModelRepository, Profiler
 from paceline.runtime.engine import Engine
+from paceline.runtime.ensembles import Ensembles
 from paceline.runtime.placement import Share, Site
 from paceline.runtime.residence import Residence
 
@@ -33,12 +33,6 @@ _REPAIRABLE = ("is not healthy", "deadline exceeded")
 """What a batch's failure says when the model's own process is dead or hangs."""
 
 
-class _Load(Protocol):
-    """`ModelRepository.load` or `.repair`."""
-
-    async def __call__(self, model: str, *, instances: int) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Machine:
     """One Triton as the controller uses it.
@@ -46,7 +40,7 @@ class Machine:
     `overhead_s` is what the front and the network add to every execution there, measured (p95), and
     `round_trip_s` the least that a call takes; `budget_bytes` bounds what its models may take,
     which `memory` tells; `restart` ends a Triton of ours, which is then started again; `links` are
-    what it loads through, where that is divided.
+    what it loads through, where that is divided; `address` is what others know it by.
     """
 
     site: Site
@@ -57,6 +51,7 @@ class Machine:
     budget_bytes: float = inf
     memory: ModelMemory | None = None
     restart: Callable[[], None] | None = None
+    address: str = ""
     links: LoadLinks | None = None
 
 
@@ -70,9 +65,10 @@ class Machines:
         self._up: set[str] = set()
         self._repairing: dict[frozenset[tuple[str, str]], asyncio.Task[None]] = {}
         """Repairs by the models on machines that are not used while they last."""
-        self._runs: dict[str, tuple[Module, ModelSpec]] = {}
+        self.ensembles = Ensembles()
         self.placed: dict[str, dict[str, int]] = {}
         """Instances by machine and model."""
+        self._loading: set[tuple[str, str]] = set()
         self._load_s: dict[tuple[str, str], float] = {}
         """What the last load of a model took on a machine."""
         self.residence = Residence(engine, self)
@@ -80,8 +76,9 @@ class Machines:
     def add(self, machine: Machine) -> None:
         """One more Triton; nothing is sent to it before `announce`."""
         self._machines[machine.site.name] = machine
+        self._engine.suspicions.know(machine.site.name, machine.address)
         self.placed[machine.site.name] = {}
-        for run, spec in self._runs.values():
+        for run, spec in self.ensembles.runs.values():
             machine.repository.compose(run, spec)
         if self.residence.engaged:
             self.residence.machine_up(machine.site.name, {})
@@ -110,6 +107,8 @@ class Machines:
         except TimeoutError:
             return False
         finally:
+            if self.residence.engaged:
+                self.residence.machine_down(name)
             self._engine.machine_down(name)
             del self._machines[name], self.placed[name]
         return True
@@ -129,6 +128,10 @@ class Machines:
     def using(self, model: str, name: str) -> AbstractAsyncContextManager[None]:
         """That model is loaded on that Triton while the block runs. Raises ResidencyError."""
         return self.residence.using(model, name) if self.residence.engaged else nullcontext()
+
+    def needed_bytes(self, model: str) -> int:
+        """See `Residence.needed_bytes`."""
+        return self.residence.needed_bytes(model)
 
     def all(self) -> tuple[Machine, ...]:
         return tuple(self._machines.values())
@@ -154,13 +157,19 @@ class Machines:
         """Whether batches are sent to that Triton."""
         return name in self._up
 
-    def holds(self, name: str) -> str | None:
-        """A model that should be loaded on a Triton, to ask it for; None if it holds none."""
-        return min(self.models_on(name), default=None)
+    def missing(self, name: str, ready: Collection[str]) -> list[str]:
+        """Models that a Triton should have, that are not ready and that nobody here is loading."""
+        return [
+            model
+            for model in sorted(self.models_on(name))
+            if model not in ready
+            and (name, model) not in self._loading
+            and not self._is_repaired(name, model)
+        ]
 
     def models_on(self, name: str) -> dict[str, int]:
         """Instances of what a Triton should have, the runs made of it left out."""
-        return {m: count for m, count in self.placed[name].items() if m not in self._runs}
+        return {m: count for m, count in self.placed[name].items() if m not in self.ensembles.runs}
 
     def has(self, name: str, model: str) -> bool:
         """Whether a Triton should have that model."""
@@ -201,7 +210,7 @@ class Machines:
 
         Raises ResidencyError, ConfigError.
         """
-        if model in self._runs:
+        if model in self.ensembles.runs:
             raise ResidencyError(f"{model!r} is part of a chain, no model of a repository")
         if self.residence.engaged:
             return await self.residence.introduce(model)
@@ -237,7 +246,7 @@ class Machines:
         for name in self._machines:
             if not first and name not in self._up:
                 continue
-            for model in self._in_order(placed.get(name, ())):
+            for model in self._in_order(name, placed.get(name, ())):
                 if self.placed[name].get(model, 0) < placed[name][model]:
                     await self._load(name, model, placed[name][model])
 
@@ -274,12 +283,15 @@ class Machines:
 
     async def _load(self, name: str, model: str, instances: int) -> None:
         started = perf_counter()
+        self._loading.add((name, model))
         try:
             await self._machines[name].repository.load(model, instances=instances)
         except ResidencyError as error:
-            if model not in self._runs:
+            if model not in self.ensembles.runs:
                 raise
             raise RunError(str(error), model=model) from None
+        finally:
+            self._loading.discard((name, model))
         self._load_s[name, model] = perf_counter() - started
         self.placed[name][model] = instances
 
@@ -287,7 +299,7 @@ class Machines:
 
     def compose(self, run: Module, spec: ModelSpec) -> None:
         """From now on `run`'s model, declared as `spec`, can be loaded wherever its members are."""
-        self._runs[run.model] = run, spec
+        self.ensembles.runs[run.model] = run, spec
         for machine in self._machines.values():
             machine.repository.compose(run, spec)
 
@@ -303,20 +315,28 @@ class Machines:
                 await machine.repository.unload(model)
             except ResidencyError as error:
                 logger.warning("%s keeps %s: %s", name, model, error)
-        del self._runs[model]
+        del self.ensembles.runs[model]
 
-    def _in_order(self, models: Iterable[str]) -> list[str]:
-        """Runs after what they are made of."""
-        return sorted(models, key=lambda model: (model in self._runs, model))
+    def processes(self, name: str, model: str) -> tuple[str, ...]:
+        """The models whose processes answer its requests: it alone, or what an ensemble is of."""
+        return self.ensembles.processes(self._machines[name].repository, model)
 
-    def _runs_with(self, name: str, models: Collection[str]) -> list[str]:
-        """Runs on a Triton that are one of `models` or made of any of them."""
-        return [
-            model
-            for model, (run, _) in sorted(self._runs.items())
-            if model in self.placed[name]
-            and any(made in models for made in (model, *(m.model for m in run.members)))
-        ]
+    def by_level(self, models: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Models that are no ensembles anywhere, and those that are."""
+        own: list[str] = []
+        ensembles: list[str] = []
+        for model in models:
+            alone = all(self.processes(name, model) == (model,) for name in self._machines)
+            (own if alone else ensembles).append(model)
+        return own, ensembles
+
+    def made_of(self, name: str, models: Collection[str]) -> list[str]:
+        """Ensembles on a Triton that any of these models is a part of."""
+        repository = self._machines[name].repository
+        return self.ensembles.made_of(repository, models, self.placed[name])
+
+    def _in_order(self, name: str, models: Iterable[str]) -> list[str]:
+        return self.ensembles.in_order(self._machines[name].repository, models)
 
     # -- what goes wrong --------------------------------------------------------------------
 
@@ -340,7 +360,7 @@ class Machines:
         placed = self.placed[name]
         repository = self._machines[name].repository
         failures: dict[str, ResidencyError] = {}
-        for model in self._in_order(placed):
+        for model in self._in_order(name, placed):
             try:
                 await repository.load(model, instances=placed[model])
             except ResidencyError as error:
@@ -361,13 +381,25 @@ class Machines:
         if not dead or name not in self._up or self._is_repaired(name, model):
             return
         logger.warning("model %s on %s is broken (%s); loading it afresh", model, name, reason)
-        # A run does not tell which of its members it was: all of them are loaded afresh.
-        members = self._runs[model][0].members if model in self._runs else ()
-        afresh = sorted({member.model for member in members} or {model})
-        runs = self._runs_with(name, [model, *afresh])
-        unused = frozenset((name, each) for each in (*afresh, *runs))
+        # An ensemble does not tell which of its members it was: all of them are loaded afresh.
+        processes = self.processes(name, model)
+        ensembles = self.made_of(name, processes)
+        if ensembles or self._share.count > 1:
+            # Others wait in Triton for the process that died, and get its answers if it did not.
+            self._engine.suspicions.tell(name, (*processes, *ensembles))
+        self._begin_repair(name, processes)
+
+    def lost(self, name: str, models: Sequence[str]) -> None:
+        """A Triton that should have these models does not: somebody else unloaded them."""
+        logger.warning("%s has lost %s; loading again", name, ", ".join(models))
+        self._begin_repair(name, models, gone=True)
+
+    def _begin_repair(self, name: str, models: Sequence[str], *, gone: bool = False) -> None:
+        ensembles = self.made_of(name, models)
+        unused = frozenset((name, each) for each in (*models, *ensembles))
         self._repairing[unused] = asyncio.create_task(
-            self._repair(name, afresh, runs, unused), name=f"repair {model}"
+            self._repair(name, models, ensembles, unused, gone=gone),
+            name=f"repair {', '.join(models)}",
         )
         self.announce(name)
 
@@ -383,30 +415,39 @@ class Machines:
         self,
         name: str,
         models: Sequence[str],
-        runs: Sequence[str],
+        ensembles: Sequence[str],
         unused: frozenset[tuple[str, str]],
+        *,
+        gone: bool,
     ) -> None:
         """No batch is sent to them while this lasts, so that none is lost to a probe."""
         try:
             async with AsyncExitStack() as held:
-                for model in sorted((*models, *runs)):
+                for model in sorted((*models, *ensembles)):
                     await held.enter_async_context(self.residence.lock(name, model))
                 repository = self._machines[name].repository
-                repair, load = repository.repair, repository.load
-                await asyncio.gather(*(self._again(name, model, repair) for model in models))
-                for run in runs:
-                    await self._again(name, run, load)
+                await asyncio.gather(
+                    *(self._again(repository, name, model, afresh=not gone) for model in models)
+                )
+                for model in ensembles:
+                    await self._again(repository, name, model, afresh=False)
         finally:
             del self._repairing[unused]
             if name in self._up:
                 self.announce(name)
 
-    async def _again(self, name: str, model: str, load: _Load) -> None:
-        """Load a model that a Triton should have."""
-        if (instances := self.placed[name].get(model)) is None:
+    async def _again(
+        self, repository: ModelRepository, name: str, model: str, *, afresh: bool
+    ) -> None:
+        """Load a model that a Triton should have, or that one which it should have is made of."""
+        instances = self.placed[name].get(model)
+        if instances is None and not self.made_of(name, [model]):
             return
         try:
-            await load(model, instances=instances)
+            if afresh:
+                await repository.repair(model, instances=instances)
+            else:
+                await repository.load(model, instances=instances or 1)
         except ResidencyError as error:
             logger.error("model %s on %s could not be repaired: %s", model, name, error)
 

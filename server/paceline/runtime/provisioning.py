@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from statistics import fmean, median_low
 from time import perf_counter
 
@@ -87,6 +88,9 @@ class Provisioning:
     async def profile(self, chains: Collection[BoundChain]) -> None:
         """Measure the models that were not measured yet, one after the other, once per hardware;
         what runs take follows from that.
+
+        Where a model does not fit into memory it is not measured, and so not planned for; one that
+        fits nowhere is tried, so that it is said. Raises ResidencyError.
         """
         wanted = {module.spec.name: module.spec for bound in chains for module in bound.modules}
         by_hardware: dict[str, Machine] = {}
@@ -97,6 +101,7 @@ class Provisioning:
             for hardware, machine in sorted(by_hardware.items())
             for _, spec in sorted(wanted.items())
             if self.profiles.durations(spec.name, hardware) is None
+            and (self._fits(spec.name, machine) or not self._fits_any(spec.name))
         ]
         for spec, hardware, machine in todo:
             name = spec.name
@@ -248,7 +253,28 @@ class Provisioning:
         requests make it on the same machines (`docs/benchmarks/slo.md`).
         """
         policy = "optimal" if chain.dispatch == "pooled" else self._options.policy
-        return replace(self._options, dispatch=chain.dispatch, policy=policy)
+        return replace(
+            self._options,
+            dispatch=chain.dispatch,
+            policy=policy,
+            memory_bytes=self._memory_bytes(),
+        )
+
+    def _memory_bytes(self) -> dict[str, int]:
+        """What the models of a machine may take, by hardware, where that is bounded."""
+        found: dict[str, int] = {}
+        for machine in self._machines.all():
+            if machine.budget_bytes != inf:
+                most_bytes = int(machine.budget_bytes)
+                kind = machine.site.hardware
+                found[kind] = min(most_bytes, found.get(kind, most_bytes))
+        return found
+
+    def _fits(self, model: str, machine: Machine) -> bool:
+        return self._machines.needed_bytes(model) <= machine.budget_bytes
+
+    def _fits_any(self, model: str) -> bool:
+        return any(self._fits(model, machine) for machine in self._machines.all())
 
     def durations(self, models: Iterable[str]) -> dict[str, dict[str, Durations]]:
         """What was measured of `models`, by hardware that is there."""
@@ -269,7 +295,7 @@ class Provisioning:
         hardware = {name: h for name, h in self._hardware.items() if name in present}
         limits = {name: spec.row_limit for name, spec in specs.items()}
         overhead_s = max(machine.overhead_s for machine in self._machines.all())
-        profiles = _slowed(self.profiles, traffic.slowdowns)
+        profiles = self._sized(_slowed(self.profiles, traffic.slowdowns))
         for chain in chains:
             modules = tuple(
                 replace(module, fan_out=traffic.fan_outs[chain.name, modules_in(module.name)[0]])
@@ -287,6 +313,17 @@ class Provisioning:
                     overhead_s,
                 ),
             )
+
+    def _sized(self, profiles: Profiles) -> Profiles:
+        """`profiles` with what models need of a machine's memory, where that is bounded."""
+        if not self._memory_bytes():
+            return profiles
+        return Profiles(
+            tuple(
+                replace(row, memory_bytes=self._machines.needed_bytes(row.model))
+                for row in profiles.rows
+            )
+        )
 
 
 def _slowed(profiles: Profiles, slowdowns: Mapping[tuple[str, str], float]) -> Profiles:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from paceline.residency.residency import Residency
 from paceline.residency.state import Limits
 from paceline.runtime.bandwidth import Bandwidth
 from paceline.runtime.engine import Engine
+from paceline.runtime.ensembles import LeasedEnsembles
 from paceline.runtime.interference import Interference, Slack
 from paceline.runtime.needs import needs
 from paceline.runtime.sizes import Sizes, footprint_of
@@ -45,6 +47,15 @@ FIND_WITHIN_S = 2.0
 """How long a model's load waits to be told what blocks the model has."""
 
 
+@dataclass(slots=True)
+class _Lease:
+    """A lease of our own, on that machine where only one will do; it `lacks` these models yet."""
+
+    machine: str
+    lacks: set[str]
+    granted: asyncio.Future[None]
+
+
 class Residence:
     """Implements `engine.Leasing`; see the module docstring. On the event loop's thread."""
 
@@ -58,11 +69,12 @@ class Residence:
         self._needs: dict[tuple[str, tuple[int, ...]], tuple[ev.Need, ...]] = {}
         self._routes: dict[str, ChainRoute] = {}
         self._ids = count(-1, -1)
-        self._granted: dict[int, tuple[str, asyncio.Future[None]]] = {}
-        """Of leases of our own; with the machine, where only that one will do."""
+        self._granted: dict[int, _Lease] = {}
+        """Leases of our own."""
         self._wishes: dict[int, str] = {}
         self._gone: dict[str, list[asyncio.Future[None]]] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._ensembles = LeasedEnsembles(engine, machines, self.state, self.lock)
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake: asyncio.TimerHandle | None = None
         self._paced: dict[str, tuple[tuple[float, ...], float]] = {}
@@ -81,7 +93,7 @@ class Residence:
         self.want(placed)
         for name, held in placed.items():
             if self._machines.is_up(name) or not held:
-                self._up(name, held)
+                self._up(name, self._ensembles.none_of(held))
         self._engine.lease(self)
         self._spawn(self._sizes.watch(), "measure models")
 
@@ -100,28 +112,56 @@ class Residence:
 
         Raises ResidencyError, and forgets a model that did not load.
         """
+        processes = self._ensembles.look_up(model)
+        if processes == (model,):
+            return await self._introduce(model)
+        for each in processes:
+            if not self._is_known(each):
+                await self._introduce(each)
+        before = self._ensembles.demand(model)
+        try:
+            async with self.using(model):
+                for name in self._ensembles.holders(model):
+                    self._machines.placed[name] |= await self._ensembles.load(name, model)
+                return await self._spec(model, self._ensembles.holders(model))
+        except ResidencyError:
+            if not before:
+                self._ensembles.forget(model)
+            raise
+
+    async def _introduce(self, model: str) -> ModelSpec:
         finding = self._spawn(self._find_blocks(model), f"find blocks of {model}")
         with suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(finding), FIND_WITHIN_S)
-        known = model in self.state.models and not self.state.models[model].withdrawn
+        known = self._is_known(model)
         before = self.state.holders(model) if known else []
         self._declare(model)
         try:
             async with self.using(model):
                 for name in before:
                     await self._load_again(name, model)
-                holders = self.state.holders(model)
-                if not holders:
-                    raise ResidencyError(f"{model!r} went while it was loaded; try again")
-                name = holders[0]
-                return await self._machines.named()[name].repository.spec(model)
+                return await self._spec(model, self.state.holders(model))
         except ResidencyError:
             if not known:
                 self._tell(ev.Forget(model))
             raise
 
+    def _is_known(self, model: str) -> bool:
+        return model in self.state.models and not self.state.models[model].withdrawn
+
+    async def _spec(self, model: str, holders: Sequence[str]) -> ModelSpec:
+        for name in holders:
+            if (machine := self._machines.named().get(name)) is not None:
+                return await machine.repository.spec(model)
+        raise ResidencyError(f"{model!r} went while it was loaded; try again")
+
     async def forget(self, model: str) -> None:
         """Unload a model everywhere, after the requests that use it. Raises ResidencyError."""
+        if self._ensembles.forget(model):
+            for machine, placed in list(self._machines.placed.items()):
+                if model in placed:
+                    self._unplace(machine, (model,))
+                    await self._ensembles.unload(machine, model)
         if model not in self.state.models:
             return
         self._tell(ev.Forget(model))
@@ -141,46 +181,52 @@ class Residence:
         """
         if (error := self._nowhere(machine)) is not None:
             raise error
-        number = next(self._ids)
-        granted = asyncio.get_running_loop().create_future()
-        self._granted[number] = machine, granted
-        self._tell(ev.Enter(number, (ev.Need(model, machine=machine),)))
+        number, processes = next(self._ids), self._ensembles.processes(model)
+        machine = machine or self._ensembles.together(processes)
+        lease = _Lease(machine, set(processes), asyncio.get_running_loop().create_future())
+        self._granted[number] = lease
+        self._tell(ev.Enter(number, tuple(ev.Need(each, machine=machine) for each in processes)))
         try:
-            await granted
+            await lease.granted
             yield
         finally:
             del self._granted[number]
             self._tell(ev.Leave(number))
-        for name in self.state.holders(model):
-            await self._sizes.measure(name, model)
+        for each in processes:
+            for name in self.state.holders(each):
+                await self._sizes.measure(name, each)
 
     def want(self, placed: Mapping[str, Mapping[str, int]]) -> None:
         """Instances of each model that the plan would have on each machine."""
         models = sorted({model for held in placed.values() for model in held})
         for model in models:
             instances = {name: held[model] for name, held in placed.items() if model in held}
+            self._ensembles.want(model, instances)
             if model in self.state.models:
                 footprint = self.state.models[model].footprint
                 self._tell(ev.Declare(model, footprint, instances))
 
     def machine_up(self, name: str, resident: Mapping[str, int]) -> None:
         """A Triton is there, and holds `resident`: maybe another Paceline was here before."""
-        for model in sorted(resident):
+        own = self._ensembles.none_of(resident)
+        for model in sorted(own):
             self._declare(model)
         self._machines.placed[name].clear()
         self._machines.placed[name].update(resident)
-        self._up(name, resident)
+        self._needs.clear()
+        self._up(name, own)
 
     def machine_down(self, name: str) -> None:
         """A Triton is gone, and everything it held."""
         self._tell(ev.MachineDown(name))
         self._machines.placed[name].clear()
+        self._needs.clear()
         for model in list(self._gone):
             self._changed(model)
-        for machine, granted in self._granted.values():
-            error = self._nowhere(machine)
-            if error is not None and not granted.done():
-                granted.set_exception(error)
+        for lease in self._granted.values():
+            error = self._nowhere(lease.machine)
+            if error is not None and not lease.granted.done():
+                lease.granted.set_exception(error)
 
     def _nowhere(self, machine: str) -> ResidencyError | None:
         """Why no Triton can have a model now, or not the one that is named."""
@@ -194,17 +240,29 @@ class Residence:
         """One operation on a model of a machine at a time."""
         return self._locks.setdefault((machine, model), asyncio.Lock())
 
-    def load_s(self, model: str) -> float:
+    def needed_bytes(self, model: str) -> int:
+        """What one instance takes on a machine that holds nothing else, as it is believed now; 0
+        where nothing is known, as while models do not come and go.
+        """
         known = self.state.models.get(model)
-        return known.load_s if known is not None else 0.0
+        return known.footprint.alone_bytes() if known is not None else 0
+
+    def load_s(self, model: str) -> float:
+        known = (self.state.models.get(each) for each in self._ensembles.processes(model))
+        return max((each.load_s for each in known if each is not None), default=0.0)
 
     # -- what the engine tells (`engine.Leasing`) -------------------------------------------
 
     def ready_in_s(self, model: str, now_s: float) -> float:
         """See `Leasing.ready_in_s`."""
-        if model not in self.state.models:
-            return 0.0
-        return self.state.ready_in_s(model, now_s)
+        return max(
+            (
+                self.state.ready_in_s(each, now_s)
+                for each in self._ensembles.processes(model)
+                if each in self.state.models
+            ),
+            default=0.0,
+        )
 
     def told(self, action: Entered | Reached | Passed | TooCold) -> None:
         """See `Leasing.told`."""
@@ -213,9 +271,11 @@ class Residence:
                 wanted = self._needs_of(action)
                 self._tell(ev.Enter(action.request, wanted, action.deadline_s, action.priority))
             case Reached():
-                self._tell(ev.Reach(action.request, action.model))
+                for each in self._ensembles.processes(action.model):
+                    self._tell(ev.Reach(action.request, each))
             case Passed():
-                self._tell(ev.Passed(action.request, action.model, action.used))
+                for each in self._ensembles.processes(action.model):
+                    self._tell(ev.Passed(action.request, each, action.used))
             case TooCold():
                 self._wish(action)
 
@@ -235,13 +295,13 @@ class Residence:
         chain = route.bound.chain
         self._routes[chain.name] = route
         self._needs = {key: value for key, value in self._needs.items() if key[0] != chain.name}
+        rates: dict[str, float] = {}
         for module in route.modules:
-            if module.model not in self.state.models:
-                self._declare(module.model)
+            for each in self._ensembles.processes(module.model):
+                rates[each] = rates.get(each, 0.0) + module.rate_rps
+                if each not in self.state.models:
+                    self._declare(each)
         if not route.bound.direct:
-            rates: dict[str, float] = {}
-            for module in route.modules:
-                rates[module.model] = rates.get(module.model, 0.0) + module.rate_rps
             self._tell(ev.ChainUp(chain.name, rates, chain.priority, chain.keep_alive_s))
 
     def removed(self, chain: str) -> None:
@@ -257,13 +317,17 @@ class Residence:
         key = (first.chain, tuple([id(module) for module in action.modules]))
         found = self._needs.get(key)
         if found is None:
-            found = self._needs[key] = needs(action.modules)
+            found = self._needs[key] = needs(
+                action.modules, self._ensembles.processes, self._ensembles.together
+            )
         return found
 
     def _wish(self, action: TooCold) -> None:
         """A request was refused because its models are not there: have them for the next one."""
         waited_for = set(self._wishes.values())
-        for model in action.models:
+        for model in dict.fromkeys(
+            p for each in action.models for p in self._ensembles.processes(each)
+        ):
             if model not in waited_for and not self.state.leases.any(model):
                 number = next(self._ids)
                 self._wishes[number] = model
@@ -344,12 +408,13 @@ class Residence:
                     if (following := self._bandwidth.following(action.machine)) is not None:
                         self._spawn(following, f"follow the loads of {action.machine}")
                 case ev.Unload():
-                    self._unplace(action.machine, action.model)
-                    self._spawn(self._unload(action), f"unload {action.model}")
+                    ensembles = self._machines.made_of(action.machine, (action.model,))
+                    self._unplace(action.machine, (*ensembles, action.model))
+                    self._spawn(self._unload(action, ensembles), f"unload {action.model}")
                 case ev.Recycle():
                     self._spawn(self._recycle(action), f"recycle {action.machine}")
                 case ev.Grant():
-                    self._grant(action.request)
+                    self._grant(action)
                 case ev.Refuse():
                     self._refuse(action)
                 case ev.Split():
@@ -366,18 +431,20 @@ class Residence:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _grant(self, request: int) -> None:
-        _, granted = self._granted.get(request, ("", None))
-        if granted is not None and not granted.done():
-            granted.set_result(None)
-        elif self._wishes.pop(request, None) is not None:
-            asyncio.get_running_loop().call_soon(self._tell, ev.Leave(request))
+    def _grant(self, action: ev.Grant) -> None:
+        lease = self._granted.get(action.request)
+        if lease is not None:
+            lease.lacks.discard(action.model)
+            if not lease.lacks and not lease.granted.done():
+                lease.granted.set_result(None)
+        elif self._wishes.pop(action.request, None) is not None:
+            asyncio.get_running_loop().call_soon(self._tell, ev.Leave(action.request))
 
     def _refuse(self, action: ev.Refuse) -> None:
-        _, granted = self._granted.get(action.request, ("", None))
-        if granted is not None:
-            if not granted.done():
-                granted.set_exception(ResidencyError(action.reason))
+        lease = self._granted.get(action.request)
+        if lease is not None:
+            if not lease.granted.done():
+                lease.granted.set_exception(ResidencyError(action.reason))
         elif self._wishes.pop(action.request, None) is None:
             error = BackendError(action.reason, kind=ErrorKind.UNAVAILABLE)
             asyncio.get_running_loop().call_soon(self._engine.abort, action.request, error)
@@ -392,6 +459,7 @@ class Residence:
             async with self.lock(name, model):
                 await machine.repository.load(model, instances=action.instances)
                 found = await footprint_of(machine, model, action.instances)
+            ensembles = await self._ensembles.load_with(name, model)
         except LoadTimeoutError as error:
             logger.error("%s", error)
             self._tell(ev.LoadHung(action.operation, name, model, str(error)))
@@ -401,7 +469,7 @@ class Residence:
         else:
             logger.info("loaded %s on %s", model, name)
             if self.state.is_under_way(name, model, action.operation):
-                self._machines.placed[name][model] = action.instances
+                self._machines.placed[name] |= {model: action.instances, **ensembles}
                 own_bytes, blocks = None, None
                 if found is not None and machine.memory is not None:
                     own_bytes, blocks = found.own_bytes, found.blocks
@@ -418,16 +486,21 @@ class Residence:
             if instances is not None:
                 await self._machines.named()[name].repository.load(model, instances=instances)
 
-    def _unplace(self, name: str, model: str) -> None:
-        """No batch is sent to it from now on."""
-        if self._machines.placed[name].pop(model, None) is not None and self._machines.is_up(name):
+    def _unplace(self, name: str, models: Sequence[str]) -> None:
+        """No batch is sent to them from now on."""
+        placed = self._machines.placed[name]
+        gone = [model for model in models if placed.pop(model, None) is not None]
+        if gone and self._machines.is_up(name):
             self._machines.announce(name)
 
-    async def _unload(self, action: ev.Unload) -> None:
+    async def _unload(self, action: ev.Unload, ensembles: Sequence[str]) -> None:
+        """A model, before it what is made of it."""
         name, model = action.machine, action.model
         machine = self._machines.named()[name]
         logger.info("unloading %s from %s: %s", model, name, action.why)
         try:
+            for each in ensembles:
+                await self._ensembles.unload(name, each)
             await self._engine.lane_idle(name, model)
             async with self.lock(name, model):
                 await machine.repository.unload(model)
@@ -445,7 +518,7 @@ class Residence:
         logger.warning("restarting Triton %s: %s", action.machine, action.why)
         machine = self._machines.named()[action.machine]
         for model in list(self._machines.placed[action.machine]):
-            self._unplace(action.machine, model)
+            self._unplace(action.machine, (model,))
             await self._engine.lane_idle(action.machine, model)
         assert machine.restart is not None, action
         machine.restart()

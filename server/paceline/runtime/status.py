@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from paceline import __version__
 from paceline.core.bind import BoundChain
 from paceline.core.plan import Plan
-from paceline.dispatch.dispatcher import Dispatcher, ModuleLoad
+from paceline.dispatch.dispatcher import Dispatcher
+from paceline.dispatch.loads import ModuleLoad
 from paceline.runtime.machines import Placed
 from paceline.runtime.placement import Site
 from paceline.runtime.residence import Residence

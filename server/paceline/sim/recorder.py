@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from paceline.core.request import Timeline
 from paceline.dispatch import Action, Answer, BatchDone, BatchFailed, Event, Execute, Fail
-from paceline.dispatch.dispatcher import ModuleLoad
+from paceline.dispatch.loads import ModuleLoad
 from paceline.sim.rental import Fleet, Rented
 from paceline.sim.replan import Seen
 

@@ -8,7 +8,7 @@ and traces are what plans are verified against (algorithms.md 1.4.5).
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -122,23 +122,44 @@ def read_trace(
 
 def _rows(path: Path, window: str) -> list[tuple[int, dict[str, str]]]:
     """Line number and cells of each row, at least one."""
+    known: set[str] = set()
+    rows: list[tuple[int, dict[str, str]]] = []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(line for line in file if not line.startswith("#"))
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"cannot read the trace: {error}", where=str(path)) from None
-    if window:
-        known = sorted({row.get("window") or "" for _, row in rows})
-        rows = [(line, row) for line, row in rows if row.get("window") == window]
-        if not rows:
-            raise ConfigError(
-                f"no window {window!r}; it has {', '.join(filter(None, known)) or 'none'}",
-                where=str(path),
-            )
+            numbers: list[int] = []
+            reader = csv.DictReader(_without_comments(file, numbers))
+            for row in reader:
+                known.add(row.get("window") or "")
+                if window and row.get("window") != window:
+                    continue
+                rows.append((numbers[reader.line_num - 1], row))
+                if len(rows) > MOST_REQUESTS:
+                    raise ConfigError(
+                        f"more than {MOST_REQUESTS} rows; take one of its windows, or a part of it",
+                        where=str(path),
+                    )
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError:
+        raise ConfigError("not UTF-8 text", where=str(path)) from None
+    except csv.Error as error:
+        raise ConfigError(f"not CSV: {error}", where=str(path)) from None
+    if window and not rows:
+        raise ConfigError(
+            f"no window {window!r}; it has {', '.join(filter(None, sorted(known))) or 'none'}",
+            where=str(path),
+        )
     if not rows:
         raise ConfigError("the trace has no rows", where=str(path))
     return rows
+
+
+def _without_comments(lines: Iterable[str], numbers: list[int]) -> Iterator[str]:
+    """Those that are no comments; `numbers` gets which of the file each is."""
+    for number, line in enumerate(lines, start=1):
+        if not line.startswith("#"):
+            numbers.append(number)
+            yield line
 
 
 def _number(path: Path, line: int, row: dict[str, str], column: str) -> float:

@@ -211,9 +211,11 @@ class TritonClient:
         response = await self._call(self._stub.ModelConfig, request, DEFAULT_TIMEOUT_S)
         return response.config
 
-    async def index(self) -> tuple[ModelState, ...]:
-        """Every model version the server knows; a model never loaded has no version or state."""
-        request = service_pb2.RepositoryIndexRequest()
+    async def index(self, *, ready: bool = False) -> tuple[ModelState, ...]:
+        """Every model version the server knows, or only those that are ready; a model never loaded
+        has no version or state.
+        """
+        request = service_pb2.RepositoryIndexRequest(ready=ready)
         response = await self._call(self._stub.RepositoryIndex, request, DEFAULT_TIMEOUT_S)
         return tuple(
             ModelState(line.name, line.version, line.state or "UNAVAILABLE", line.reason)

@@ -58,6 +58,11 @@ def versions_of(directory: Path) -> tuple[str, ...]:
     return tuple(str(number) for number in sorted(numbers))
 
 
+def members_of(config: ModelConfig) -> tuple[str, ...]:
+    """The models that an ensemble's steps are; none for other models."""
+    return tuple(sorted({step.model_name for step in config.ensemble_scheduling.step}))
+
+
 def read_config(directory: Path) -> ModelConfig:
     """The configuration of a model directory, its name filled in.
 

@@ -1,9 +1,8 @@
 """What models take on a Triton: measured on its processes where they are ours, guessed elsewhere.
 
-Every instance of a python-based model is a process of its own, a child of tritonserver, that
-carries `<model>_<group>_<number>` in its command line. Its proportional set size (PSS) counts
-pages that several processes map once in all; half as much of them again is added, because each has
-more of them to itself once others have gone: sums are about what is used, or more. Where a model
+The proportional set size (PSS) of its processes counts pages that several map once in all; half as
+much of them again is added, because each has more of them to itself once others have gone: sums are
+about what is used, or more. Where a model
 has parameter blocks, those are mapped files, each of which the ledger counts once: of its processes
 only what is not a file's is then its own. Where a model's processes hold memory of a GPU,
 that is what they are measured by: there the budget is the GPU's.
@@ -18,10 +17,9 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
-import psutil
-
 from paceline.database import Measurements
 from paceline.triton.gpu_memory import GpuMemory
+from paceline.triton.processes import model_processes
 from paceline.triton.repository import TritonRepository, content_mark
 
 logger = logging.getLogger(__name__)
@@ -37,7 +35,6 @@ _PSS = re.compile(r"^(Pss|Pss_File|Private_Clean|Private_Dirty):\s+(\d+) kB", re
 _FEWER_SHARE = 0.5
 """Of what a process shares now, how much more of it is its own once most of the others are gone."""
 _ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
-_INSTANCE = re.compile(r"(.+)_\d+_\d+")
 
 
 BlocksOf = Callable[[Path], Mapping[str, int]]
@@ -167,24 +164,6 @@ def _mark(directory: Path, blocks: Mapping[str, int]) -> str:
     """Of what a size is remembered: one beside blocks is another than one that has them in it."""
     mark = content_mark(directory)
     return f"{mark} beside blocks" if blocks else mark
-
-
-def model_processes(triton_pid: int, model: str) -> list[psutil.Process]:
-    """The living processes of a model's instances."""
-    found = []
-    try:
-        children = psutil.Process(triton_pid).children()
-    except psutil.Error:
-        return []
-    for process in children:
-        try:
-            named = (_INSTANCE.fullmatch(word) for word in process.cmdline()[-2:])
-            ours = any(match is not None and match[1] == model for match in named)
-            if ours and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def model_bytes(triton_pid: int, model: str, *, files: bool = True) -> int | None:

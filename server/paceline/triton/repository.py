@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
+from time import monotonic
 from types import MappingProxyType
+from typing import Any
 
 from paceline.core.chain import Module
 from paceline.core.errors import (
@@ -33,11 +36,14 @@ from paceline.triton.config import (
     config_json,
     find_models,
     instances_of,
+    members_of,
     read_config,
     spec_of,
     versions_of,
     with_instances,
 )
+from paceline.triton.stuck_loads import StuckLoads
+from paceline.triton.turns import Turn, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +63,24 @@ class TritonRepository:
         load_timeout_s: float = 600.0,
         unload_timeout_s: float = 60.0,
         on_load: Callable[[Path, ModelConfig], None] | None = None,
+        turns: Turns | None = None,
+        stuck: StuckLoads | None = None,
     ) -> None:
-        """`on_load` is told the directory and configuration of a model that is about to load."""
+        """`on_load` is told the directory and configuration of a model that is about to load;
+        `turns` are taken where other processes change the same Triton's models; `stuck` sees loads
+        that will not end, where that can be seen.
+        """
+        self._stuck = stuck
+        self._turns = turns
         self._on_load = on_load
         self._client = client
         self._directories = tuple(directories)
         self._load_timeout_s = load_timeout_s
         self._unload_timeout_s = unload_timeout_s
         self._runs: dict[str, ModelConfig] = {}
+        self._members: dict[str, tuple[str, ...]] = {}
+        self._loaded: dict[str, int] = {}
+        """Instances of what was loaded from files, as asked for last."""
 
     @property
     def client(self) -> TritonClient:
@@ -102,7 +118,21 @@ class TritonRepository:
     async def instances(self) -> Mapping[str, int]:
         """See `ModelRepository.instances`."""
         ready = sorted({state.name for state in await self.index() if state.state == "READY"})
-        return {model: max(1, instances_of(await self.config(model))) for model in ready}
+        configs = {model: await self.config(model) for model in ready}
+        self._members |= {model: members_of(config) for model, config in configs.items()}
+        return {model: max(1, instances_of(config)) for model, config in configs.items()}
+
+    def members(self, model: str) -> tuple[str, ...]:
+        """See `ModelRepository.members`: as it was loaded last, or as its files say."""
+        known = self._members.get(model)
+        if known is None:
+            try:
+                directory = self.directory(model)
+                known = members_of(read_config(directory)) if directory is not None else ()
+            except ConfigError:
+                known = ()  # it will be said when it is loaded
+            self._members[model] = known
+        return known
 
     async def config(self, model: str) -> ModelConfig:
         """`ModelConfig` of a loaded model. Raises ResidencyError when it is not loaded."""
@@ -134,14 +164,30 @@ class TritonRepository:
         A model that the server holds already, from the same files and as often, is adopted; so is
         a run's, which has no instances of its own.
         """
-        if (run := self._runs.get(model)) is not None:
-            if not await self._holds(model, run.parameters[CONTENT].string_value, 1):
-                await self._load(model, config_json(run), ensemble.FILES)
-        else:
-            await self._load_files(model, instances, adopt=True)
+        async with self._turn(model):
+            if (run := self._runs.get(model)) is not None:
+                if not await self._holds(model, run.parameters[CONTENT].string_value, 1):
+                    await self._load(model, config_json(run), ensemble.FILES)
+                    await self._restore(members_of(run))
+            else:
+                await self._load_files(model, instances, adopt=True)
 
-    async def _load_files(self, model: str, instances: int, *, adopt: bool) -> None:
-        if instances < 1:
+    async def _restore(self, members: Sequence[str]) -> None:
+        """Loading an ensemble for the first time, Triton loads what it is made of once more, as its
+        files say: with their number of instances, and without our mark.
+        """
+        for member in members:
+            if (instances := self._loaded.get(member)) is not None:
+                async with self._turn(member):
+                    await self._load_files(member, instances, adopt=True)
+
+    def _turn(self, model: str) -> AbstractAsyncContextManager[Turn | None]:
+        if self._turns is None:
+            return nullcontext()
+        return self._turns.at(self._client.url, model, limit_s=self._load_timeout_s)
+
+    async def _load_files(self, model: str, instances: int | None, *, adopt: bool) -> None:
+        if instances is not None and instances < 1:
             raise ResidencyError(f"model {model!r} needs at least one instance, not {instances}")
         try:
             directory = self.directory(model)
@@ -150,19 +196,32 @@ class TritonRepository:
             raise ResidencyError(f"model {model!r} cannot be loaded: {error}") from None
         if config is None or directory is None:
             config = await self._server_config(model)
-            if instances_of(config) == instances:
+            self._members[model] = members_of(config)
+            if instances is None or instances_of(config) == instances:
                 return
         else:
+            self._members[model] = members_of(config)
             config.parameters[CONTENT].string_value = content = content_mark(directory)
+            if instances is None:
+                instances = max(1, instances_of(config))
             if adopt and await self._holds(model, content, instances):
+                if not self._members[model]:
+                    self._loaded[model] = instances
                 return
             if self._on_load is not None:
                 self._on_load(directory, config)
-        await self._load(model, config_json(with_instances(config, instances)))
+        members = self._members[model]
+        expected = dict.fromkeys(members, 1) if members else {model: instances}
+        await self._load(model, config_json(with_instances(config, instances)), instances=expected)
+        if members:
+            await self._restore(members)
+        else:
+            self._loaded[model] = instances
 
     async def unload(self, model: str) -> None:
         """See `ModelRepository.unload`. A model that is not loaded is fine; a run is forgotten."""
         self._runs.pop(model, None)
+        self._loaded.pop(model, None)
         try:
             await self._client.unload(model)
         except BackendError as error:
@@ -171,18 +230,24 @@ class TritonRepository:
             ) from None
         await self._await_unloaded(model, self._unload_timeout_s)
 
-    async def repair(self, model: str, *, instances: int) -> None:
+    async def repair(self, model: str, *, instances: int | None) -> None:
         """Load afresh a model whose process died, which Triton still calls READY.
 
         A process killed while it executed leaves its instance UNLOADING for ever, so the unload
         is given only `REPAIR_WAIT_S`; the new load does not depend on it. Raises ResidencyError.
         """
-        try:
-            await self._client.unload(model)
-            await self._await_unloaded(model, min(REPAIR_WAIT_S, self._unload_timeout_s))
-        except (BackendError, ResidencyError) as error:
-            logger.warning("repairing model %r without having unloaded it: %s", model, error)
-        await self._load_files(model, instances, adopt=False)
+        asked_s = monotonic()
+        async with self._turn(model) as turn:
+            if turn is not None and turn.repaired_since(asked_s):
+                return
+            try:
+                await self._client.unload(model)
+                await self._await_unloaded(model, min(REPAIR_WAIT_S, self._unload_timeout_s))
+            except (BackendError, ResidencyError) as error:
+                logger.warning("repairing model %r without having unloaded it: %s", model, error)
+            await self._load_files(model, instances, adopt=False)
+            if turn is not None:
+                turn.repaired()
 
     async def _holds(self, model: str, content: str, instances: int) -> bool:
         """Whether the server serves the model from these files with that many instances."""
@@ -222,11 +287,19 @@ class TritonRepository:
         return await self.config(model)
 
     async def _load(
-        self, model: str, config: str, files: Mapping[str, bytes] = MappingProxyType({})
+        self,
+        model: str,
+        config: str,
+        files: Mapping[str, bytes] = MappingProxyType({}),
+        instances: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         try:
-            await self._client.load(
-                model, config=config, files=files, timeout_s=self._load_timeout_s
+            await self._ended(
+                model,
+                self._client.load(
+                    model, config=config, files=files, timeout_s=self._load_timeout_s
+                ),
+                instances,
             )
         except BackendError as error:
             if error.kind is ErrorKind.DEADLINE:
@@ -241,6 +314,29 @@ class TritonRepository:
             raise ResidencyError(
                 f"model {model!r} did not load on {self._client.name}: {reason}"
             ) from None
+
+    async def _ended(
+        self, model: str, load: Coroutine[Any, Any, None], instances: Mapping[str, int]
+    ) -> None:
+        """Wait for a load, or until it is stuck."""
+        if self._stuck is None or not instances:
+            return await load
+        loading = asyncio.create_task(load, name=f"load {model}")
+        stuck = asyncio.create_task(self._stuck.found(instances), name=f"watch load {model}")
+        try:
+            await asyncio.wait((loading, stuck), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                return loading.result()
+        finally:
+            stuck.cancel()
+            loading.cancel()
+            await asyncio.gather(loading, stuck, return_exceptions=True)
+        logger.error("a process of model %r died as it started; restarting Triton", model)
+        self._stuck.restart()
+        raise ResidencyError(
+            f"model {model!r} did not load on {self._client.name}: its process died before Triton "
+            "had heard of it, which it waits for without end"
+        )
 
     def _nowhere(self, model: str) -> str:
         where = ", ".join(map(str, self._directories)) or "the server's model repository"

@@ -44,7 +44,13 @@ class _Yielding:
 
     def begin(self, urgent: Callable[[], bool]) -> bool:
         """Raises PoolError when there are no more."""
-        alone = self._ledger.begin(urgent)
+        return self._unless_it_loads(self._ledger.begin(urgent))
+
+    def renew(self, amount: float, urgent: Callable[[], bool]) -> bool:
+        """Raises PoolError when there are no more."""
+        return self._unless_it_loads(self._ledger.renew(amount, urgent))
+
+    def _unless_it_loads(self, alone: bool) -> bool:
         if not alone and any(
             row.model == self._model and row.loading_bytes for row in self._ledger.rows().values()
         ):

@@ -21,6 +21,7 @@ from .chunks import chunks_of
 from .device import DevicePool, DeviceRuns, DeviceSession, Driver, open_cuda
 from .ledger import Ledger
 from .loader import Loader
+from .malloc import keep_little
 from .manifest import (
     Block,
     Chunks,
@@ -70,6 +71,7 @@ class BlockModel:
         held = {name: pages(one.size_bytes) for name, one in stated.items()}
         self.budget: Budget | None = None
         if settings.has_budget:
+            keep_little()
             cores = len(os.sched_getaffinity(0))
             self.budget = Budget(
                 self.manifest.model,
@@ -167,7 +169,8 @@ class BlockModel:
             return self._infer(member, feed, outputs, rows)
         network, first = self._members[member]
         kind = (member, *(feed[tensor.name].shape for tensor in network.inputs))
-        need = self.budget.need(kind, range(first, first + len(network.blocks)), rows)
+        beside_bytes = self.manifest.member_activation_bytes(network, rows)
+        need = self.budget.need(kind, range(first, first + len(network.blocks)), rows, beside_bytes)
         with self.budget.running(need):
             results = self._infer(member, feed, outputs, rows)
             self._trim_tables(self.budget.table_bytes)

@@ -60,7 +60,8 @@ def _blocks_share(tables: bool) -> float:
 class Budget:
     """Of one model in one process.
 
-    `needs` are the bytes of each block, `activations` those beside weights by size of the batch.
+    `needs` are the bytes of each block, `activations` those beside weights by size of the batch, of
+    whichever member takes most.
     `empty` empties the arena that these are in. `rate_bytes_s` is what swapping in is planned with
     until it was measured here.
     """
@@ -136,10 +137,10 @@ class Budget:
         self._attend()
         self._thread.start()
 
-    def need(self, kind: Hashable, blocks: Iterable[int], rows: int) -> Need:
+    def need(self, kind: Hashable, blocks: Iterable[int], rows: int, beside_bytes: int) -> Need:
         """Of a run that computes these blocks; see `Need`."""
         largest = max((self._needs[block] for block in blocks), default=0)
-        return Need(kind, rows, largest, self._activations(rows))
+        return Need(kind, rows, largest, beside_bytes)
 
     @contextmanager
     def running(self, need: Need) -> Iterator[None]:

@@ -1,7 +1,9 @@
 """A turn at what the loads of a machine share - a disk, a store, the cores - held for a while.
 
 Who gets the next one is `turns`' affair, the asking `ledger`'s. Several pieces of work that follow
-each other closely are one turn, because a turn costs about 0.3 ms.
+each other closely are one turn, because a turn costs about 0.3 ms. Whoever goes on when it is over
+ends it and asks for the next one in one: in between others would be the only ones that wait, and an
+urgent load would have every second turn at most.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ class Turns(Protocol):
         Returns whether nobody else has something to load.
         """
 
+    def renew(self, amount: float, urgent: Callable[[], bool]) -> bool:
+        """`end` and `begin`, but nobody comes between who would not come before."""
+
     def end(self, amount: float) -> None:
         """So much of it was used: bytes of a disk or a store, seconds of a core."""
 
@@ -34,6 +39,9 @@ class FreeTurns:
     """Nobody to share with."""
 
     def begin(self, urgent: Callable[[], bool]) -> bool:
+        return True
+
+    def renew(self, amount: float, urgent: Callable[[], bool]) -> bool:
         return True
 
     def end(self, amount: float) -> None: ...
@@ -56,16 +64,23 @@ class HeldTurn:
     def held(self) -> bool:
         return self._since_s is not None
 
+    @property
+    def over(self) -> bool:
+        """Whether it is not held, or was for so long that others may be next."""
+        return self._since_s is None or time.perf_counter() - self._since_s >= TURN_S
+
     def begin(self) -> None:
-        self.alone = self._turns.begin(self._urgent)
+        """Waits for it; of one that is held, for the next one."""
+        held, amount = self.held, self._amount
+        self._since_s, self._amount = None, 0.0
+        if held:
+            self.alone = self._turns.renew(amount, self._urgent)
+        else:
+            self.alone = self._turns.begin(self._urgent)
         self._since_s = time.perf_counter()
 
     def used(self, amount: float) -> None:
         self._amount += amount
-
-    def end_if_due(self) -> None:
-        if self._since_s is not None and time.perf_counter() - self._since_s >= TURN_S:
-            self.end()
 
     def end(self) -> None:
         if self._since_s is not None:

@@ -146,7 +146,14 @@ class Ledger:
 
     def begin(self, urgent: Callable[[], bool]) -> bool:
         """See `held_turn.Turns`."""
-        rows = self._take("load", urgent, self._turn_bell, turn=CHUNK_BYTES)
+        return self._begin(urgent, None)
+
+    def renew(self, amount: float, urgent: Callable[[], bool]) -> bool:
+        """See `held_turn.Turns`."""
+        return self._begin(urgent, amount)
+
+    def _begin(self, urgent: Callable[[], bool], used: float | None) -> bool:
+        rows = self._take("load", urgent, self._turn_bell, turn=CHUNK_BYTES, used=used)
         mine = rows.pop(self._name)
         # Processes of one model fetch each object once: they have nothing to overtake.
         return not any(
@@ -168,36 +175,53 @@ class Ledger:
         return not any(row.left_bytes or row.load.busy or row.building.busy for row in others)
 
     def _take(
-        self, kind: Kind, urgent: Callable[[], bool], bell: Bell, *, turn: float
+        self,
+        kind: Kind,
+        urgent: Callable[[], bool],
+        bell: Bell,
+        *,
+        turn: float,
+        used: float | None = None,
     ) -> dict[str, Row]:
-        """Waits for a turn of this kind; everybody's rows then."""
+        """Waits for a turn of this kind; everybody's rows then. `used`: of one that ends now."""
         while True:
+            following: list[str] = []
             with self._table() as rows:
+                if used is not None:
+                    self._use(rows, kind, used)
                 mine = rows[self._name]
                 loads = {name: row.at(kind) for name, row in rows.items()}
                 weighs = weight(urgent=urgent(), priority=self._priority, share=mine.load.share)
                 load = loads[self._name] = asked(loads, self._name, weighs, turn=turn)
                 now_s = time.monotonic()
-                first = self._name in _next(loads, load.channel, now_s)
+                first = self._name in (coming := _next(loads, load.channel, now_s))
                 if first:
                     load = began(load, now_s)
+                elif used is not None:
+                    following = coming
                 rows[self._name] = mine.with_(kind, load)
                 found = dict(rows)
+            used = None
             if first:
                 return found
+            for name in following:
+                ring(loads[name].bell)
             bell.wait(_RETRY_S)
 
     def _give_back(self, kind: Kind, amount: float) -> None:
         with self._table() as rows:
-            mine = rows[self._name]
-            load = ended(mine.at(kind), amount)
-            if kind == "load":
-                mine = replace(mine, moved_bytes=mine.moved_bytes + int(amount))
-            rows[self._name] = mine.with_(kind, load)
+            self._use(rows, kind, amount)
             loads = {name: row.at(kind) for name, row in rows.items()}
-            following = _next(loads, load.channel, time.monotonic())
+            following = _next(loads, loads[self._name].channel, time.monotonic())
         for name in following:
             ring(loads[name].bell)
+
+    def _use(self, rows: dict[str, Row], kind: Kind, amount: float) -> None:
+        """This one's turn ends."""
+        mine = rows[self._name]
+        if kind == "load":
+            mine = replace(mine, moved_bytes=mine.moved_bytes + int(amount))
+        rows[self._name] = mine.with_(kind, ended(mine.at(kind), amount))
 
     def moved(self, size_bytes: int) -> None:
         """See `loader.LoadTurns`."""
@@ -289,9 +313,19 @@ class _Building:
     def begin(self, urgent: Callable[[], bool]) -> bool:
         self._taken = not self._ledger._loads_alone()
         if self._taken:
-            bell = self._ledger._building_bell
-            self._ledger._take("building", urgent, bell, turn=TURN_S)
+            self._take(urgent, None)
         return not self._taken
+
+    def renew(self, amount: float, urgent: Callable[[], bool]) -> bool:
+        if not self._taken or self._ledger._loads_alone():
+            self.end(amount)
+            return self.begin(urgent)
+        self._take(urgent, amount)
+        return False
+
+    def _take(self, urgent: Callable[[], bool], used: float | None) -> None:
+        bell = self._ledger._building_bell
+        self._ledger._take("building", urgent, bell, turn=TURN_S, used=used)
 
     def end(self, amount: float) -> None:
         if self._taken:
@@ -363,7 +397,9 @@ def _locked(directory: Path) -> int:
 def _read(path: Path) -> dict[str, Row]:
     try:
         with path.open("rb") as file:
-            document: dict[str, Any] = json.loads(file.read(_MAX_BYTES))
+            # As long as it is: a buffer for the longest there may be is a thread's for good.
+            size_bytes = min(os.fstat(file.fileno()).st_size, _MAX_BYTES)
+            document: dict[str, Any] = json.loads(file.read(size_bytes))
         return {name: _row(entry) for name, entry in document.items()}
     except FileNotFoundError:
         return {}

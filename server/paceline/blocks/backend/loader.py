@@ -196,7 +196,7 @@ class Loader:
             self._changed.notify_all()
 
     def waited_for(self) -> bool:
-        """Whether a run waits for weights."""
+        """See `Window.waited_for`."""
         with self._changed:
             return self._window.waited_for
 
@@ -274,9 +274,12 @@ class Loader:
             later: tuple[Span, ...] = ()
             number, span_s = 0, began_s
             for number, span in enumerate(step.fetch, 1):
-                if not self._turn.held and self._source.takes_turn(span):
+                if self._turn.over and (number == 1 or not self._turn.held):
                     asked_s = time.perf_counter()
-                    self._turn.begin()
+                    if self._source.takes_turn(span):
+                        self._turn.begin()
+                    else:
+                        self._turn.end()
                     began_s += time.perf_counter() - asked_s
                 if self._turn.held:
                     later = later or self._fetched_next()
@@ -302,7 +305,6 @@ class Loader:
             with self._changed:
                 self._moved_bytes += moved
                 self._moving_s += now_s - began_s
-            self._turn.end_if_due()
 
     def _fetched_next(self) -> tuple[Span, ...]:
         """What the step after this one will fetch, if it can be asked for before its turn.

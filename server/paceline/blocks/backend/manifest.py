@@ -12,7 +12,7 @@ import json
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,8 @@ class Member:
     notes: tuple[str, ...]
     whole: Block
     blocks: tuple[Block, ...]
+    activations: Mapping[int, int] = field(default_factory=dict)
+    """Bytes beside weights that its runs take, by batch size; {} if that was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +184,25 @@ class Manifest:
     """All of it as read, for what has no attribute here."""
 
     def activation_bytes(self, rows: int) -> int:
-        """For batches of up to `rows`: on the line through the two nearest sizes measured."""
-        sizes = sorted(self.activations)
-        if not sizes:
-            return 0
-        if len(sizes) == 1:
-            return self.activations[sizes[0]]
-        upper = next((size for size in sizes[1:] if size >= rows), sizes[-1])
-        lower = sizes[sizes.index(upper) - 1]
-        first, last = self.activations[lower], self.activations[upper]
-        return max(first, first + (last - first) * (rows - lower) // (upper - lower))
+        """For batches of up to `rows`, of any member."""
+        return _on_line(self.activations, rows)
+
+    def member_activation_bytes(self, member: Member, rows: int) -> int:
+        """The same of one member; where nobody measured it alone, what any takes."""
+        return _on_line(member.activations or self.activations, rows)
+
+
+def _on_line(measured: Mapping[int, int], rows: int) -> int:
+    """At `rows`, on the line through the two nearest sizes measured; 0 if none was."""
+    sizes = sorted(measured)
+    if not sizes:
+        return 0
+    if len(sizes) == 1:
+        return measured[sizes[0]]
+    upper = next((size for size in sizes[1:] if size >= rows), sizes[-1])
+    lower = sizes[sizes.index(upper) - 1]
+    first, last = measured[lower], measured[upper]
+    return max(first, first + (last - first) * (rows - lower) // (upper - lower))
 
 
 def cpu_features(cpuinfo: str | None = None) -> tuple[str, ...]:
@@ -284,10 +295,7 @@ def _manifest(document: Any) -> Manifest:
             name: _chunks(entry, objects[checked(name)].size_bytes)
             for name, entry in document.get("chunks", {}).items()
         },
-        activations={
-            int(rows): _count(size, "activations")
-            for rows, size in document.get("activations", {}).items()
-        },
+        activations=_activations(document),
         wiring=wiring,
         document=document,
     )
@@ -309,10 +317,16 @@ def _member(entry: Any, objects: Mapping[str, PoolObject]) -> Member:
         notes=tuple(map(str, entry["notes"])),
         whole=_block(entry["whole"], objects),
         blocks=tuple(_block(block, objects) for block in entry["blocks"]),
+        activations=_activations(entry),
     )
     for blocks in ((member.whole,), member.blocks):
         _check_flow(member, blocks)
     return member
+
+
+def _activations(entry: Any) -> dict[int, int]:
+    measured = entry.get("activations", {})
+    return {int(rows): _count(size, "activations") for rows, size in measured.items()}
 
 
 def _check_flow(member: Member, blocks: Sequence[Block]) -> None:

@@ -208,12 +208,11 @@ class Skeleton:
             with self._changed:
                 self._built[block.key] = session
                 self._changed.notify_all()
-            self._turn.end_if_due()
         return not self._errors
 
     def _build_one(self, block: Block) -> Any:
         graph = self._graph(block, self._turn.without)
-        if not self._turn.held:
+        if self._turn.over:
             self._turn.begin()
         began_s = time.perf_counter()
         try:

@@ -94,11 +94,10 @@ class Window:
 
     @property
     def waited_for(self) -> bool:
-        """Whether a run waits for weights."""
-        return any(
-            not run.active and run.rest and not self.ready(run.rest[0])
-            for run in self._runs.values()
-        )
+        """Whether a run is under way that needs weights which are not there: it waits for them, or
+        will when it has computed what it can.
+        """
+        return any(not self.ready(block) for run in self._runs.values() for block in run.rest)
 
     def ready(self, block: int) -> bool:
         """Whether everything that the block needs is in memory."""

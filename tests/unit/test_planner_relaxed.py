@@ -4,15 +4,82 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import linprog
+from scipy.sparse import csr_array
 
-from paceline.planner.flow import Flow
+from paceline.planner.frontier import Floats
+from paceline.planner.hull import Offers, Prices, lower_hull, pareto
 from paceline.planner.paths import Graph
-from paceline.planner.relaxed import Offers, Prices, latency_prices, lower_hull, pareto
+from paceline.planner.relaxed import Flow, latency_prices
 
 SLO_S = 1.0
+
+
+def by_highs(graph: Graph, offers: Sequence[Offers], slo_s: float) -> Prices | None:
+    """The same as a linear program; None if infeasible."""
+    hulls = [(np.array(x), np.array(y)) for x, y in (lower_hull(*offer) for offer in offers)]
+    costs, latencies, owner = _columns(hulls)
+    matrix, limits = _path_rows(graph, latencies, owner, slo_s)
+    count = len(graph.parents)
+    one_each = csr_array(
+        (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(count, len(owner) + count)
+    )
+    answer = linprog(
+        np.concatenate((costs, np.zeros(count))),
+        A_ub=matrix,
+        b_ub=limits,
+        A_eq=one_each,
+        b_eq=np.ones(count),
+        method="highs-ds",
+    )
+    if not answer.success:
+        return None
+    duals = np.maximum(0.0, -np.asarray(answer.ineqlin.marginals))
+    per_s = np.zeros(count)
+    total = 0.0
+    for row, (module, child) in enumerate(_rows(graph)):
+        per_s[module] += duals[row]
+        total += duals[row] if child is None else 0.0
+    blended = np.bincount(owner, weights=latencies * answer.x[: len(owner)], minlength=count)
+    return Prices(tuple(per_s.tolist()), float(total), tuple(blended.tolist()))
+
+
+def _columns(offers: Sequence[Offers]) -> tuple[Floats, Floats, Any]:
+    costs = np.concatenate([costs for _, costs in offers])
+    latencies = np.concatenate([latencies for latencies, _ in offers])
+    owner = np.repeat(np.arange(len(offers)), [len(costs) for _, costs in offers])
+    return costs, latencies, owner
+
+
+def _rows(graph: Graph) -> list[tuple[int, int | None]]:
+    """What must end before what starts; None: before the objective."""
+    return [
+        (module, child)
+        for module, below in enumerate(graph.children)
+        for child in (below or (None,))
+    ]
+
+
+def _path_rows(graph: Graph, latencies: Floats, owner: Any, slo_s: float) -> tuple[Any, Floats]:
+    """start + latency - next start <= 0, and start + latency <= objective at the ends."""
+    rows: list[Any] = []
+    columns: list[Any] = []
+    values: list[Any] = []
+    limits: list[float] = []
+    for row, (module, child) in enumerate(_rows(graph)):
+        own = np.flatnonzero(owner == module)
+        starts = [len(owner) + module] + ([] if child is None else [len(owner) + child])
+        columns += [own, starts]
+        values += [latencies[own], [1.0, -1.0][: len(starts)]]
+        rows += [np.full(len(own), row), [row] * len(starts)]
+        limits.append(slo_s if child is None else 0.0)
+    shape = (len(limits), len(owner) + len(graph.parents))
+    flat = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+    return csr_array(flat, shape=shape), np.array(limits)
 
 
 def bound_by(prices: Prices, offers: Sequence[Offers]) -> float:
@@ -34,9 +101,10 @@ def check(flow: Flow, graph: Graph, offers: Sequence[Offers]) -> None:
     assert bound == pytest.approx(cost, rel=1e-8, abs=1e-8)
     assert graph.longest(prices.latencies_s) <= SLO_S * (1 + 1e-9)
     assert min(prices.per_s) >= 0
-    by_highs = latency_prices(graph, offers, SLO_S)
-    assert by_highs is not None
-    assert bound == pytest.approx(bound_by(by_highs, offers), rel=1e-6, abs=1e-6)
+    assert latency_prices(graph, offers, SLO_S) is not None
+    program = by_highs(graph, offers, SLO_S)
+    assert program is not None
+    assert bound == pytest.approx(bound_by(program, offers), rel=1e-6, abs=1e-6)
 
 
 def drawn(rng: random.Random) -> tuple[Graph, list[Offers]]:
@@ -62,7 +130,7 @@ def test_a_flow_is_the_best_there_is_and_none_where_no_latencies_fit(seed: int) 
     graph, offers = drawn(random.Random(seed))
     flow = solved(graph, offers)
     assert (flow is None) == (graph.longest([float(s[0]) for s, _ in offers]) > SLO_S)
-    assert (flow is None) == (latency_prices(graph, offers, SLO_S) is None)
+    assert (flow is None) == (by_highs(graph, offers, SLO_S) is None)
     if flow is not None:
         check(flow, graph, offers)
 

@@ -1,0 +1,136 @@
+"""When rows that are on their way to a module could start there: not before they have come.
+
+`Arrivals` is the queue that admitted requests are foreseen to form at a module: each comes when its
+parents' batches are expected to end, and joins a batch, on the slot that is free first. What is
+ahead of a request says less: work that has not come yet cannot be done, though machines be free for
+it now.
+
+It is a forecast of a forecast and never corrected: what waits here is the least that a request has
+to wait for others, were everything in time. Rows that one batch brings come together, in one batch.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from math import inf
+
+from paceline.core.profile import Durations
+from paceline.dispatch.collector import NOTHING_ROWS
+
+
+class Arrivals:
+    """See the module docstring; of one priority. Rows may be expected ones, and so fractions.
+
+    Batches of up to `size` rows run on `slots` slots as long as `known` says, and `more_s` longer a
+    row: what is done there for the same request before others of this module get their turn.
+    """
+
+    __slots__ = (
+        "_apart_s",
+        "_at_s",
+        "_ends_s",
+        "_free_s",
+        "_known",
+        "_more_s",
+        "_rows",
+        "_size",
+        "_slots",
+        "_start_s",
+        "layout",
+    )
+
+    def __init__(self, size: int, known: Durations) -> None:
+        self.layout = -1
+        """Of the machines that `placed` was told of."""
+        self._size = size
+        self._known = known
+        self._slots = 1
+        self._more_s = 0.0
+        self._apart_s = 0.0
+        self._at_s = -inf
+        """When the last row that was admitted comes."""
+        self._ends_s: list[float] = []
+        """When slots are free again, but for that of the last batch: a heap."""
+        self._free_s = -inf
+        """When the last batch's slot is free for it,"""
+        self._start_s = -inf
+        """when it starts, and"""
+        self._rows = 0.0
+        """its rows; 0 before there is any."""
+
+    def placed(self, layout: int, slots: int, more_s: float, apart_s: float) -> None:
+        """Machines came or went. `apart_s`: by how much those who come together may have been
+        expected apart.
+        """
+        self.layout = layout
+        self._apart_s = apart_s
+        self._slots = slots
+        self._more_s = more_s
+
+    def wait_s(self, company: float, at_s: float) -> float:
+        """How long a row would wait that comes at that instant, with `company` rows before it."""
+        if at_s < self._at_s:
+            at_s = self._in_order_s(at_s)
+        rows = self._rows
+        if not rows:
+            return 0.0
+        if rows < self._size - NOTHING_ROWS and (
+            at_s <= self._start_s or rows <= company + NOTHING_ROWS
+        ):
+            free_s = self._free_s
+        elif len(self._ends_s) + 1 < self._slots:
+            return 0.0
+        else:
+            free_s = self._end_s()
+            if self._ends_s and self._ends_s[0] < free_s:
+                free_s = self._ends_s[0]
+        return free_s - at_s if free_s > at_s else 0.0
+
+    def add(self, rows: float, company: float, at_s: float) -> None:
+        """A request was admitted that comes at that instant with so many rows."""
+        if at_s < self._at_s:
+            at_s = self._in_order_s(at_s)
+        self._at_s = at_s
+        while rows > NOTHING_ROWS:
+            there = self._rows
+            if not 0.0 < there < self._size - NOTHING_ROWS or (
+                at_s > self._start_s and there > company + NOTHING_ROWS
+            ):
+                there = 0.0
+                self._open(at_s)
+            elif at_s > self._start_s:
+                self._start_s = at_s
+            joined = self._size - there
+            if joined > rows:
+                joined = rows
+            self._rows = there + joined
+            rows -= joined
+
+    def _in_order_s(self, at_s: float) -> float:
+        """Not before whoever was admitted before. Where that one was expected long after it, those
+        ahead are gone (they were cancelled, or machines came up): they are forgotten.
+        """
+        if at_s < self._at_s - self._apart_s:
+            self._ends_s.clear()
+            self._free_s = self._start_s = -inf
+            self._rows = 0.0
+            self._at_s = at_s
+        return self._at_s
+
+    def _open(self, at_s: float) -> None:
+        """Another batch, on the slot that is free first."""
+        ends_s = self._ends_s
+        if self._rows:
+            heappush(ends_s, self._end_s())
+        free_s = at_s
+        while ends_s and len(ends_s) >= self._slots:
+            # More than one where slots have gone.
+            free_s = heappop(ends_s)
+        self._free_s = free_s
+        self._start_s = free_s if free_s > at_s else at_s
+
+    def _end_s(self) -> float:
+        """When the last batch is over; what is less than a row takes as much less."""
+        rows = self._rows
+        took_s = self._known.at(round(rows)) if rows >= 1.0 else self._known.at(1) * rows
+        return self._start_s + took_s + self._more_s * rows
