@@ -236,17 +236,20 @@ def timings(workloads: Workloads, repeats: int) -> None:
         print(f"| {name} | {median(times):.1f} | {percentile(times, 0.99):.1f} | {max(gaps):.3%} |")
 
 
-def together(workloads: Workloads, repeats: int) -> None:
-    """100 chains of four modules, in whole machines; the same by some other policies."""
+def hundred(draw: int) -> list[PlannedChain]:
+    """100 chains of four modules."""
     shapes = [shape for shape in SHAPES.values() if len(shape) == 4]
+    return [source().chain(f"together {draw} {i}", shapes[i % len(shapes)]) for i in range(100)]
+
+
+def together(draws: Sequence[int]) -> None:
+    """100 chains of four modules, in whole machines; the same by some other policies."""
     head = " | ".join(("cost/h", "idle", "lower bound", "gap", "s", *TOGETHER))
     print(f"\n| 100 chains of 4 modules, whole machines | {head} |")
     print("|---|---|---|---|---|---|" + "---|" * len(TOGETHER))
     gaps, beaten = [], 0
-    for repeat in range(repeats):
-        chains = [
-            workloads.chain(f"together {repeat} {i}", shapes[i % len(shapes)]) for i in range(100)
-        ]
+    for repeat in draws:
+        chains = hundred(repeat)
         started = process_time()
         plan = solve(chains, replace(OPTIMAL, billing="machine"))
         took_s = process_time() - started
@@ -275,6 +278,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--json", type=Path, help="also write every result here")
     parser.add_argument("--together", action="store_true", help="only the 100 chains")
+    parser.add_argument(
+        "--draws", type=int, nargs="+", default=list(range(5)), help="of 100 chains"
+    )
     parser.add_argument("--apart", action="store_true", help="only whole machines for one chain")
     parser.add_argument("--fractions", action="store_true", help="only fractions of machines")
     parser.add_argument("--brute", action="store_true", help="only Harpagon's own brute force")
@@ -287,7 +293,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="then nothing new is begun")
     arguments = parser.parse_args()
     if arguments.together:
-        together(source(), 5)
+        together(arguments.draws)
         return
     if arguments.timings:
         timings(source(), 50)
@@ -326,7 +332,7 @@ def main() -> None:
     report_fractions(results)
     report_whole(results)
     timings(source(), 10 if arguments.quick else 50)
-    together(source(), 1 if arguments.quick else 5)
+    together(arguments.draws[: 1 if arguments.quick else None])
     if arguments.json:
         arguments.json.write_text(json.dumps(results), encoding="utf-8")
 

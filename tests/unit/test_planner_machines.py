@@ -11,6 +11,7 @@ from tests.urgency import latest_s
 from paceline.core.errors import PlanError
 from paceline.core.plan import ModulePlan, Plan, Share
 from paceline.core.profile import Configuration
+from paceline.planner.columns import MANY
 from paceline.planner.cycle import Load, together
 from paceline.planner.machines import whole_machines
 from paceline.planner.pack import Machine, Packing, pack
@@ -173,6 +174,15 @@ def test_every_plan_in_whole_machines_keeps_cycles_memory_rates_and_objectives(s
     plan = solve(chains, options)
     check(plan, chains, memory_bytes)
     assert plan == solve(chains, options)
+
+
+def test_so_does_one_whose_machines_are_chosen_among_patterns() -> None:
+    rng = random.Random(41)
+    chains = [chain(f"c{i}", rng) for i in range(50)]
+    assert sum(len(each.modules) for each in chains) >= MANY
+    memory_bytes = 7 << 30
+    options = replace(MACHINE, memory_bytes={"big": memory_bytes, "small": memory_bytes})
+    check(solve(chains, options), chains, memory_bytes)
 
 
 def test_machine_limits_are_respected_at_a_higher_cost_or_named_as_the_reason() -> None:

@@ -140,13 +140,14 @@ def together(
         if (count := floor(load.rate_rps * most_s + 1e-6)) >= 1:
             candidates.add(min(most_s, count / load.rate_rps))
     for cycle_s in sorted(candidates, reverse=True):
-        found = _in_cycle(loads, hardware, cycle_s)
+        found = in_cycle(loads, hardware, cycle_s)
         if found and (best is None or found.busy < best.busy - SLACK):
             best = found
     return best
 
 
-def _in_cycle(loads: Sequence[Load], hardware: str, cycle_s: float) -> Cycle | None:
+def in_cycle(loads: Sequence[Load], hardware: str, cycle_s: float) -> Cycle | None:
+    """The duty cycle of that length, or None if it is too short for all or too long for one."""
     busy_s = 0.0
     sizes: list[int] = []
     for load in loads:

@@ -20,12 +20,13 @@ import numpy as np
 from paceline.core.plan import Plan
 from paceline.core.profile import Configuration
 from paceline.planner.assemble import budgets_s, graph_of, infeasible
+from paceline.planner.columns import packed
 from paceline.planner.compose import compose
 from paceline.planner.cycle import Load, together
 from paceline.planner.fits import too_few
 from paceline.planner.frontier import Choice, Curve, Frontier
 from paceline.planner.optimal import Optimum, optimum
-from paceline.planner.pack import Machine, Packing, pack
+from paceline.planner.pack import Machine, Packing
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
 from paceline.planner.relaxed import latency_prices
 from paceline.planner.schedule import TOLERANCE
@@ -60,8 +61,10 @@ GUESSES = (
     _Guess(3.0, 0.3),
     _Guess(inf, 0.0),
 )
-"""The best plan is kept. With many loads shared machines fill up well; a single chain's may stay
-half empty."""
+"""The best plan is kept. A single chain's shared machines may stay half empty."""
+
+MANY_GUESS = _Guess(1.1, inf)
+"""With many loads shared machines fill up well."""
 
 ROUNDS = 12
 """How often machines over their limit are made dearer for planning, before giving up."""
@@ -77,12 +80,12 @@ def whole_machines(chains: Sequence[PlannedChain], options: Options) -> Plan:
         best: tuple[list[Served], Packing, float] | None = None
         scarce: set[str] = set()
         known: _Known = {}
-        for guess in GUESSES[: 1 if len(chains) >= MANY_CHAINS else None]:
+        for guess in (MANY_GUESS,) if len(chains) >= MANY_CHAINS else GUESSES:
             served = _serve(chains, kinds, factors, guess, hints, known)
             used = full_machines(served)
             over = {name for name, count in used.items() if count > kinds[name].limit}
             if not over:
-                packing = pack([s.load() for s in served if s.rest_rps], kinds, used)
+                packing = packed([s.load() for s in served if s.rest_rps], kinds, used)
                 if packing is not None:
                     cost = packing.cost_per_hour + _full_cost(used, kinds)
                     if best is None or cost < best[2] * (1 - TOLERANCE):
@@ -227,7 +230,7 @@ def _ways(
         choice = Frontier(frontier.rate_rps, frontier.overhead_s, (curve,)).at(budget_s)
         if choice is None:
             continue
-        served = _served(chain, module, frontier, budget_s, choice)
+        served = served_at(chain, module, frontier, budget_s, choice)
         ways: list[_Way] = []
         if served.rest_rps:
             load = served.load()
@@ -237,7 +240,7 @@ def _ways(
         yield served, full * curve.price_per_hour, ways
 
 
-def _served(
+def served_at(
     chain: str, module: PlannedModule, frontier: Frontier, budget_s: float, choice: Choice
 ) -> Served:
     """As many full machines as the choice has, and what they leave."""

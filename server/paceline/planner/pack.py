@@ -80,7 +80,8 @@ def _stream(load: Load, size: Size) -> Stream:
     return Stream(size.duration_s, size.deadline_s, load.rate_rps * size.row_s, load.jitter_s)
 
 
-def _due(loads: Sequence[Load], sizes: Sequence[Size]) -> Due:
+def due_of(loads: Sequence[Load], sizes: Sequence[Size]) -> Due:
+    """These loads by urgency, in these batch sizes."""
     return Due.of(tuple(_stream(*pair) for pair in zip(loads, sizes, strict=True)))
 
 
@@ -182,7 +183,7 @@ class Packing:
         """What the machine has time for of the load, in the batch size that gets the most done."""
         if each.due is None or each.due.busy > 1 - LEAST_PART:
             return None
-        sizes = self._sizes_of(load, each.machine.hardware)
+        sizes = self.sizes_of(load, each.machine.hardware)
         if not sizes or not self._fits(each, load):
             return None
         jitter_s = max(load.jitter_s, max(s.batch_size for s in sizes) / load.total_rps)
@@ -207,7 +208,7 @@ class Packing:
             if cycle is not None:
                 return Shared(each.machine, loads, cycle=cycle)
         if each.due is not None:
-            for size in self._sizes_of(load, hardware):
+            for size in self.sizes_of(load, hardware):
                 busy = load.rate_rps * size.row_s
                 if each.due.room(size.duration_s, size.deadline_s, load.jitter_s) >= busy:
                     return self._with(each, load, size)
@@ -216,7 +217,7 @@ class Packing:
     def _resized(self, each: Shared, load: Load) -> Shared | None:
         """With smaller batches for everybody, so that each can wait for the others'."""
         loads = (*each.loads, load)
-        sizes = [self._sizes_of(one, each.machine.hardware) for one in loads]
+        sizes = [self.sizes_of(one, each.machine.hardware) for one in loads]
         if not all(sizes):
             return None
         waits_s = [own[-1].deadline_s - own[-1].duration_s for own in sizes]
@@ -235,7 +236,7 @@ class Packing:
             if chosen == known:
                 continue
             known = chosen
-            due = _due(loads, chosen)
+            due = due_of(loads, chosen)
             if due.busy > 1:
                 return None
             if due.in_time:
@@ -244,7 +245,7 @@ class Packing:
 
     def _with(self, each: Shared, load: Load, size: Size) -> Shared:
         loads, sizes = (*each.loads, load), (*each.sizes, size)
-        return Shared(each.machine, loads, sizes, _due(loads, sizes))
+        return Shared(each.machine, loads, sizes, due_of(loads, sizes))
 
     def _fits(self, each: Shared, load: Load) -> bool:
         if any(one.module == load.module and one.chain == load.chain for one in each.loads):
@@ -253,7 +254,7 @@ class Packing:
         most_bytes = self.machines[hardware].memory_bytes
         return not most_bytes or _memory_bytes((*each.loads, load), hardware) <= most_bytes
 
-    def _sizes_of(self, load: Load, hardware: str) -> tuple[Size, ...]:
+    def sizes_of(self, load: Load, hardware: str) -> tuple[Size, ...]:
         key = (load.chain, load.module, hardware, load.budget_s)
         if key not in self._sizes:
             self._sizes[key] = load.sizes(hardware)
@@ -261,7 +262,7 @@ class Packing:
 
     def _least_busy(self, load: Load, hardware: str) -> float:
         """Of its time that a machine needs at least; batches that cannot wait included."""
-        sizes = self._sizes_of(load, hardware)
+        sizes = self.sizes_of(load, hardware)
         return load.rate_rps * sizes[0].row_s if sizes else inf
 
     def _longest_s(self, load: Load, hardware: str) -> float:
@@ -270,7 +271,7 @@ class Packing:
             self._cycles_s[key] = load.longest_cycle_s(hardware)
         return self._cycles_s[key]
 
-    def _alone(self, load: Load, machine: Machine) -> Shared | None:
+    def alone(self, load: Load, machine: Machine) -> Shared | None:
         """A machine of that kind with this load only."""
         hardware = machine.hardware
         if machine.memory_bytes and load.memory_bytes.get(hardware, 0) > machine.memory_bytes:
@@ -278,13 +279,13 @@ class Packing:
         if hardware not in load.durations_s:
             return Shared(machine, (load,)) if load.extra == hardware else None
         cycle = None if load.part else together([load], hardware)
-        sizes = self._sizes_of(load, hardware)
+        sizes = self.sizes_of(load, hardware)
         for size in sizes:
             busy = load.rate_rps * size.row_s
             # Rather a size that leaves time for others' batches of the same length.
             waits = size.deadline_s >= 2 * size.duration_s or size is sizes[-1]
             if waits and Due().room(size.duration_s, size.deadline_s, load.jitter_s) >= busy:
-                return Shared(machine, (load,), (size,), _due((load,), (size,)), cycle)
+                return Shared(machine, (load,), (size,), due_of((load,), (size,)), cycle)
         if cycle is not None:
             return Shared(machine, (load,), cycle=cycle)
         if (batch_size := load.alone(hardware)) or load.extra == hardware:
@@ -296,7 +297,7 @@ class Packing:
         for hardware, machine in sorted(self.machines.items()):
             if self.used.get(hardware, 0) >= machine.limit:
                 continue
-            if (found := self._alone(load, machine)) is not None:
+            if (found := self.alone(load, machine)) is not None:
                 share = machine.price_per_hour * found.busy
                 if best is None or share < best[0]:
                     best = (share, found)
@@ -352,7 +353,7 @@ class Packing:
         waits = [
             sizes[-1].deadline_s / sizes[-1].duration_s
             for hardware in load.durations_s
-            if (sizes := self._sizes_of(load, hardware))
+            if (sizes := self.sizes_of(load, hardware))
         ]
         wait = max(waits, default=0.0)
         busy = min((self._least_busy(load, h) for h in load.durations_s), default=inf)
@@ -401,7 +402,7 @@ class Packing:
                 break
             if self.used.get(hardware, 0) >= machine.limit:
                 continue
-            found = self._alone(each.loads[0], machine)
+            found = self.alone(each.loads[0], machine)
             for load in each.loads[1:]:
                 found = found and self._joined(found, load)
             if found:
@@ -413,11 +414,16 @@ class Packing:
 
 
 def pack(
-    loads: Sequence[Load], machines: Mapping[str, Machine], used: Mapping[str, int]
+    loads: Sequence[Load],
+    machines: Mapping[str, Machine],
+    used: Mapping[str, int],
+    *,
+    thorough: bool = True,
 ) -> Packing | None:
     """The cheapest packing found of `loads`; `used` machines count towards the limits.
 
-    None when a limit leaves no machine for a load.
+    None when a limit leaves no machine for a load. Without `thorough` the first order that
+    leaves none without one is enough, and machines are not packed anew.
     """
     best: Packing | None = None
     for order in _orders(loads, machines):
@@ -428,6 +434,8 @@ def pack(
             pass
         if best is None or packing.cost_per_hour < best.cost_per_hour - SLACK:
             best = packing
+        if not thorough:
+            return best
     if best is not None:
         best.again()
         while best.dissolve():

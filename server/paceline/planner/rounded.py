@@ -12,9 +12,9 @@ from math import floor, inf
 
 from paceline.core.plan import Plan
 from paceline.planner.assemble import budgets_s, graph_of
+from paceline.planner.columns import packed
 from paceline.planner.fits import too_few
 from paceline.planner.frontier import Frontier
-from paceline.planner.pack import pack
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
 from paceline.planner.schedule import TOLERANCE, Schedule, cheaper
 from paceline.planner.whole_plan import (
@@ -50,7 +50,8 @@ def rounded(
         return None
     packing = None
     if all(count <= kinds[name].limit for name, count in used.items()):
-        packing = pack([s.load() for s in served if s.rest_rps], kinds, used)
+        loads = [s.load() for s in served if s.rest_rps]
+        packing = packed(loads, kinds, used, below=below - full)
     if packing is None:
         raise too_few(chains, options)
     if not cheaper(full + packing.cost_per_hour, below):
