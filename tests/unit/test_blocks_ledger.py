@@ -21,7 +21,15 @@ from paceline.blocks.backend.held_turn import TURN_S
 from paceline.blocks.backend.ledger import FORMAT, Ledger, Row
 from paceline.blocks.backend.manifest import PoolError
 from paceline.blocks.backend.shares import Claim, divide
-from paceline.blocks.backend.turns import URGENT_WEIGHT, Load, asked, began, ended, next_loads, weight
+from paceline.blocks.backend.turns import (
+    URGENT_WEIGHT,
+    Load,
+    asked,
+    began,
+    ended,
+    next_loads,
+    weight,
+)
 from paceline.blocks.backend.window import CHUNK_BYTES
 
 MIB = 2**20
