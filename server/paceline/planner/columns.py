@@ -16,8 +16,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csc_array, vstack
+import scipy  # its parts when they are used: to import them takes 0.3 s, few plans need them
 
 from paceline.planner.cycle import SLACK, Load, Size, in_cycle
 from paceline.planner.frontier import Floats
@@ -106,24 +105,26 @@ class _Columns:
     def prices(self) -> Floats:
         return np.array([column.shared.machine.price_per_hour for column in self.columns])
 
-    def matrix(self) -> csc_array:
+    def matrix(self) -> scipy.sparse.csc_array:
         """Loads' parts by column."""
         shape = (len(self.loads), len(self.columns))
-        return csc_array((self._values, (self._rows, self._at)), shape=shape)
+        return scipy.sparse.csc_array((self._values, (self._rows, self._at)), shape=shape)
 
-    def limited(self) -> tuple[csc_array, Floats]:
+    def limited(self) -> tuple[scipy.sparse.csc_array, Floats]:
         """Which columns are of the kinds that there are only so many of, and how many are left."""
         kinds = [kind for kind, left in sorted(self.left.items()) if left < inf]
         rows = [[each.shared.machine.hardware == kind for each in self.columns] for kind in kinds]
-        matrix = csc_array(np.array(rows, dtype=float).reshape(len(kinds), len(self.columns)))
+        matrix = scipy.sparse.csc_array(
+            np.array(rows, dtype=float).reshape(len(kinds), len(self.columns))
+        )
         return matrix, np.array([self.left[kind] for kind in kinds])
 
     def priced(self) -> _Priced | None:
         """If machines could be had in part; None if not even so there are enough."""
         limited, left = self.limited()
-        answer = linprog(
+        answer = scipy.optimize.linprog(
             self.prices(),
-            A_ub=vstack((-self.matrix(), limited)),
+            A_ub=scipy.sparse.vstack((-self.matrix(), limited)),
             b_ub=np.concatenate((-np.ones(len(self.loads)), left)),
             method="highs",
         )
@@ -148,9 +149,9 @@ class _Columns:
         taken: list[int] = []
         unserved, limited = np.ones(len(self.loads)), limited[:, near]
         while np.count_nonzero(unserved) > FEW:
-            answer = linprog(
+            answer = scipy.optimize.linprog(
                 self.prices()[near],
-                A_ub=vstack((-matrix, limited)),
+                A_ub=scipy.sparse.vstack((-matrix, limited)),
                 b_ub=np.concatenate((-unserved, left)),
                 bounds=(0.0, 1.0),
                 method="highs",
@@ -168,12 +169,12 @@ class _Columns:
             near, matrix, limited = near[useful], matrix[:, useful], limited[:, useful]
         if not unserved.any():
             return [self.columns[at] for at in taken]
-        answer = milp(
+        answer = scipy.optimize.milp(
             self.prices()[near],
             integrality=np.ones(len(near)),
-            bounds=Bounds(0.0, 1.0),
-            constraints=LinearConstraint(
-                vstack((-matrix, limited)), ub=np.concatenate((-unserved, left))
+            bounds=scipy.optimize.Bounds(0.0, 1.0),
+            constraints=scipy.optimize.LinearConstraint(
+                scipy.sparse.vstack((-matrix, limited)), ub=np.concatenate((-unserved, left))
             ),
             options={"mip_rel_gap": GAP, "node_limit": NODES},
         )
