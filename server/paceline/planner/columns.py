@@ -48,6 +48,9 @@ WHOLE = 0.99
 FEW = 250
 """So many loads are left to an integer program."""
 
+ROUNDING = 1e-7
+"""A load is served if so little of it is not; that is added to one of its parts."""
+
 GAP, NODES = 0.004, 20
 """Its choice is within this of its best, or is ended after so many nodes of its search."""
 
@@ -73,11 +76,12 @@ class _Priced:
 
 @dataclass(slots=True)
 class _Columns:
-    """All columns, none of them twice."""
+    """All columns, none of them twice; the first `packed` serve every load."""
 
     loads: Sequence[Load]
     kinds: dict[str, Machine]
     left: dict[str, float]
+    packed: int
     columns: list[_Column] = field(default_factory=list)
     _known: set[tuple[object, ...]] = field(default_factory=set)
     _rows: list[int] = field(default_factory=list)
@@ -143,7 +147,9 @@ class _Columns:
         Those that the linear program has whole, or nearly, are taken, and it is solved again for
         what is left; when that is little, an integer program chooses.
         """
-        near = np.flatnonzero(priced.reduced <= NEAR * self.prices())
+        near = np.flatnonzero(
+            (priced.reduced <= NEAR * self.prices()) | (np.arange(len(self.columns)) < self.packed)
+        )
         matrix = self.matrix()[:, near]
         limited, left = self.limited()
         taken: list[int] = []
@@ -152,7 +158,7 @@ class _Columns:
             answer = scipy.optimize.linprog(
                 self.prices()[near],
                 A_ub=scipy.sparse.vstack((-matrix, limited)),
-                b_ub=np.concatenate((-unserved, left)),
+                b_ub=np.concatenate((ROUNDING - unserved, left)),
                 bounds=(0.0, 1.0),
                 method="highs",
             )
@@ -174,7 +180,8 @@ class _Columns:
             integrality=np.ones(len(near)),
             bounds=scipy.optimize.Bounds(0.0, 1.0),
             constraints=scipy.optimize.LinearConstraint(
-                scipy.sparse.vstack((-matrix, limited)), ub=np.concatenate((-unserved, left))
+                scipy.sparse.vstack((-matrix, limited)),
+                ub=np.concatenate((ROUNDING - unserved, left)),
             ),
             options={"mip_rel_gap": GAP, "node_limit": NODES},
         )
@@ -207,7 +214,7 @@ def repacked(packing: Packing, loads: Sequence[Load], below: float = inf) -> Pac
         + sum(each.machine.hardware == hardware for each in packing.shared)
         for hardware, machine in packing.machines.items()
     }
-    columns = _Columns(loads, dict(packing.machines), left)
+    columns = _Columns(loads, dict(packing.machines), left, len(packing.shared))
     for column in _known(packing, loads):
         columns.add(column)
     _search(columns, packing)
