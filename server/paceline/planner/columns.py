@@ -183,7 +183,8 @@ class _Columns:
                 scipy.sparse.vstack((-matrix, limited)),
                 ub=np.concatenate((ROUNDING - unserved, left)),
             ),
-            options={"mip_rel_gap": GAP, "node_limit": NODES},
+            # With presolve HiGHS prints what it does of its own, on the plan's output.
+            options={"mip_rel_gap": GAP, "node_limit": NODES, "presolve": False},
         )
         if answer.x is None:
             return []
