@@ -27,8 +27,9 @@ class Suspicions:
 
     def __init__(self, shared: Path | None = None) -> None:
         """`shared`: a file that processes of one machine have in common, made by `create`."""
-        self._times = mmap.mmap(-1, _PLACES * _TIME.size)
-        if shared is not None:
+        if shared is None:
+            self._times = mmap.mmap(-1, _PLACES * _TIME.size)
+        else:
             with shared.open("r+b") as file:
                 self._times = mmap.mmap(file.fileno(), _PLACES * _TIME.size)
         self._addresses: dict[str, str] = {}
