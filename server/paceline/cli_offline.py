@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from paceline.core.errors import ConfigError
-from paceline.report import Working, console, plan_report, simulation_report
+from paceline.report import Working, console, own_stdout, plan_report, simulation_report
 
 if TYPE_CHECKING:
     from paceline.planner.problem import Options
@@ -119,6 +119,7 @@ def plan(
     from paceline.planner.worst_case import DISPATCHES
     from paceline.planning import plan_offline, read_demand
 
+    own_stdout()
     one_of("--format", output, ("text", "json"))
     one_of("--dispatch", dispatch, DISPATCHES)
     if plot is not None:
@@ -269,6 +270,8 @@ def simulate(
         run_offline,
         runs_of_plan,
     )
+
+    own_stdout()
     from paceline.simulating import plot as draw
 
     one_of("--format", output, ("text", "json"))

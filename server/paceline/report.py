@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -396,6 +398,20 @@ _OUTCOMES = ("in_flight", "met", "missed", "failed", "rejected")
 
 def _right(*names: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, "right") for name in names)
+
+
+def own_stdout() -> None:
+    """From now on standard output is ours alone: HiGHS prints lines of its own there, past Python,
+    whatever it is told.
+    """
+    if sys.stdout is not sys.__stdout__ or sys.stdout is None:
+        return  # somebody reads what Python prints anyway
+    sys.stdout.flush()
+    own = os.dup(sys.stdout.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    sys.stdout = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -470,3 +470,28 @@ def test_the_curves_go_through_the_plan() -> None:
 
 def test_limits_are_read_as_hardware_and_number() -> None:
     assert limits(["t4=10", "v100=0"]) == {"t4": 10, "v100": 0}
+
+
+def test_what_a_library_prints_past_python_is_not_in_the_plan() -> None:
+    """As HiGHS does where many machines are chosen at once."""
+    code = (
+        "import ctypes, sys\n"
+        "import paceline.planning as planning\n"
+        "from paceline.cli import main\n"
+        "plan = planning.plan_offline\n"
+        "def printing(*arguments, **named):\n"
+        "    ctypes.CDLL(None).puts(b'past Python')\n"
+        "    return plan(*arguments, **named)\n"
+        "planning.plan_offline = printing\n"
+        "main()\n"
+    )
+    told = subprocess.run(
+        [
+            *(sys.executable, "-c", code, "plan", str(CHAIN), "--profiles", str(PROFILES)),
+            *("--hardware", str(HARDWARE), "--rate-rps", "40", "--no-verify", "--format", "json"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(told.stdout)["policy"] == "optimal"

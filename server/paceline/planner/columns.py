@@ -183,7 +183,7 @@ class _Columns:
                 scipy.sparse.vstack((-matrix, limited)),
                 ub=np.concatenate((ROUNDING - unserved, left)),
             ),
-            # With presolve HiGHS prints what it does of its own, on the plan's output.
+            # What presolve saves it takes: the linear program has chosen most of the machines.
             options={"mip_rel_gap": GAP, "node_limit": NODES, "presolve": False},
         )
         if answer.x is None:
