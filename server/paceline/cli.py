@@ -211,7 +211,9 @@ def serve(
         if workers == 1:
             uvloop.run(run(settings, progress.events))
         else:
-            uvloop.run(serve_workers(settings, workers, progress.events, log_level))
+            # Not uvloop: a child that it forks runs Python code before the program, which
+            # was once seen to go on for ever.
+            asyncio.run(serve_workers(settings, workers, progress.events, log_level))
 
 
 app.command()(plan)
