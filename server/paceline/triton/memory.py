@@ -2,10 +2,10 @@
 
 The proportional set size (PSS) of its processes counts pages that several map once in all; half as
 much of them again is added, because each has more of them to itself once others have gone: sums are
-about what is used, or more. Where a model
-has parameter blocks, those are mapped files, each of which the ledger counts once: of its processes
-only what is not a file's is then its own. Where a model's processes hold memory of a GPU,
-that is what they are measured by: there the budget is the GPU's.
+about what is used, or more. Where a model has parameter blocks, those are mapped files, each of
+which the ledger counts once: of its processes only what is not a file's is then its own. Where a
+model's processes hold memory of a GPU, that is what they are measured by: there the budget is the
+GPU's.
 """
 
 from __future__ import annotations
