@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 import pytest
 
@@ -185,6 +186,27 @@ async def serving(budget_bytes: float) -> Served:
         engine.install(route_chain(chain))
     machines.announce("m")
     return Served(engine, machines, repository, echo)
+
+
+async def test_an_ensemble_that_was_there_before_models_came_and_went_comes_back() -> None:
+    served = await serving(inf)
+    repository, machines = served.repository, served.machines
+    repository.made_of["e"] = ("a", "b")
+    await machines.load("e")
+    served.engine.install(route_chain(single_model_chain(ENSEMBLE)))
+    machines.announce("m")
+    machines.residence.engage()
+    assert machines.residence.needed_bytes("e") == 20, "what it is made of"
+    assert "e" not in machines.residence.state.models
+    machines.down("m")
+    repository.held.clear()
+    repository.told.clear()
+    await machines.up("m")
+    await served.ask("e")
+    order = [repository.told.index(f"load {model}") for model in ("a", "b", "e")]
+    assert max(order) == order[-1], repository.told
+    await machines.close()
+    await served.engine.close()
 
 
 @pytest.fixture

@@ -89,7 +89,10 @@ class Residence:
         self.engaged = True
         placed = {name: self._machines.models_on(name) for name in self._machines.named()}
         for model in sorted({model for held in placed.values() for model in held}):
-            self._declare(model)
+            if self._ensembles.processes(model) == (model,):
+                self._declare(model)
+            else:
+                self._ensembles.demand(model)
         self.want(placed)
         for name, held in placed.items():
             if self._machines.is_up(name) or not held:
@@ -244,8 +247,8 @@ class Residence:
         """What one instance takes on a machine that holds nothing else, as it is believed now; 0
         where nothing is known, as while models do not come and go.
         """
-        known = self.state.models.get(model)
-        return known.footprint.alone_bytes() if known is not None else 0
+        known = (self.state.models.get(each) for each in self._ensembles.processes(model))
+        return sum(each.footprint.alone_bytes() for each in known if each is not None)
 
     def load_s(self, model: str) -> float:
         known = (self.state.models.get(each) for each in self._ensembles.processes(model))
