@@ -270,10 +270,9 @@ def simulate(
         run_offline,
         runs_of_plan,
     )
-
-    own_stdout()
     from paceline.simulating import plot as draw
 
+    own_stdout()
     one_of("--format", output, ("text", "json"))
     one_of("--arrivals", arrivals, ARRIVALS)
     if dispatch is not None:

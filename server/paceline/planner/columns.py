@@ -114,9 +114,13 @@ class _Columns:
         shape = (len(self.loads), len(self.columns))
         return scipy.sparse.csc_array((self._values, (self._rows, self._at)), shape=shape)
 
+    def scarce(self) -> list[str]:
+        """Kinds that there are only so many of."""
+        return [kind for kind, left in sorted(self.left.items()) if left < inf]
+
     def limited(self) -> tuple[scipy.sparse.csc_array, Floats]:
-        """Which columns are of the kinds that there are only so many of, and how many are left."""
-        kinds = [kind for kind, left in sorted(self.left.items()) if left < inf]
+        """Which columns are of each scarce kind, and how many of it are left."""
+        kinds = self.scarce()
         rows = [[each.shared.machine.hardware == kind for each in self.columns] for kind in kinds]
         matrix = scipy.sparse.csc_array(
             np.array(rows, dtype=float).reshape(len(kinds), len(self.columns))
@@ -135,9 +139,8 @@ class _Columns:
         if not answer.success:
             return None
         duals = np.maximum(0.0, -np.asarray(answer.ineqlin.marginals))
-        kinds = [kind for kind, left in sorted(self.left.items()) if left < inf]
         count = len(self.loads)
-        dearer = dict(zip(kinds, duals[count:].tolist(), strict=True))
+        dearer = dict(zip(self.scarce(), duals[count:].tolist(), strict=True))
         reduced = self.prices() - self.matrix().T @ duals[:count] + limited.T @ duals[count:]
         return _Priced(float(answer.fun), duals[:count], dearer, reduced)
 

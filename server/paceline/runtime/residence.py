@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from itertools import count
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -33,6 +32,7 @@ from paceline.runtime.engine import Engine
 from paceline.runtime.ensembles import LeasedEnsembles
 from paceline.runtime.interference import Interference, Slack
 from paceline.runtime.needs import needs
+from paceline.runtime.own_leases import OwnLeases
 from paceline.runtime.sizes import Sizes, footprint_of
 
 if TYPE_CHECKING:
@@ -45,15 +45,6 @@ PACE_EVERY_S = 0.01
 
 FIND_WITHIN_S = 2.0
 """How long a model's load waits to be told what blocks the model has."""
-
-
-@dataclass(slots=True)
-class _Lease:
-    """A lease of our own, on that machine where only one will do; it `lacks` these models yet."""
-
-    machine: str
-    lacks: set[str]
-    granted: asyncio.Future[None]
 
 
 class Residence:
@@ -69,8 +60,7 @@ class Residence:
         self._needs: dict[tuple[str, tuple[int, ...]], tuple[ev.Need, ...]] = {}
         self._routes: dict[str, ChainRoute] = {}
         self._ids = count(-1, -1)
-        self._granted: dict[int, _Lease] = {}
-        """Leases of our own."""
+        self._own = OwnLeases(self.state, self._tell, self._ids)
         self._wishes: dict[int, str] = {}
         self._gone: dict[str, list[asyncio.Future[None]]] = {}
         self._locks: dict[tuple[str, str], asyncio.Lock] = {}
@@ -182,19 +172,9 @@ class Residence:
         Raises ResidencyError where it cannot be had, also because no Triton is up that could have
         it: who waits here may be what keeps one from being used again.
         """
-        if (error := self._nowhere(machine)) is not None:
-            raise error
-        number, processes = next(self._ids), self._ensembles.processes(model)
-        machine = machine or self._ensembles.together(processes)
-        lease = _Lease(machine, set(processes), asyncio.get_running_loop().create_future())
-        self._granted[number] = lease
-        self._tell(ev.Enter(number, tuple(ev.Need(each, machine=machine) for each in processes)))
-        try:
-            await lease.granted
+        processes = self._ensembles.processes(model)
+        async with self._own.held(processes, machine or self._ensembles.together(processes)):
             yield
-        finally:
-            del self._granted[number]
-            self._tell(ev.Leave(number))
         for each in processes:
             for name in self.state.holders(each):
                 await self._sizes.measure(name, each)
@@ -226,18 +206,7 @@ class Residence:
         self._needs.clear()
         for model in list(self._gone):
             self._changed(model)
-        for lease in self._granted.values():
-            error = self._nowhere(lease.machine)
-            if error is not None and not lease.granted.done():
-                lease.granted.set_exception(error)
-
-    def _nowhere(self, machine: str) -> ResidencyError | None:
-        """Why no Triton can have a model now, or not the one that is named."""
-        if machine and machine not in self.state.machines:
-            return ResidencyError(f"Triton {machine} is down; try again when it is back")
-        if not self.state.machines:
-            return ResidencyError("no Triton is up; try again when one is back")
-        return None
+        self._own.machine_down()
 
     def lock(self, machine: str, model: str) -> asyncio.Lock:
         """One operation on a model of a machine at a time."""
@@ -435,20 +404,15 @@ class Residence:
         return task
 
     def _grant(self, action: ev.Grant) -> None:
-        lease = self._granted.get(action.request)
-        if lease is not None:
-            lease.lacks.discard(action.model)
-            if not lease.lacks and not lease.granted.done():
-                lease.granted.set_result(None)
-        elif self._wishes.pop(action.request, None) is not None:
+        if self._own.granted(action.request, action.model):
+            return
+        if self._wishes.pop(action.request, None) is not None:
             asyncio.get_running_loop().call_soon(self._tell, ev.Leave(action.request))
 
     def _refuse(self, action: ev.Refuse) -> None:
-        lease = self._granted.get(action.request)
-        if lease is not None:
-            if not lease.granted.done():
-                lease.granted.set_exception(ResidencyError(action.reason))
-        elif self._wishes.pop(action.request, None) is None:
+        if self._own.refused(action.request, action.reason):
+            return
+        if self._wishes.pop(action.request, None) is None:
             error = BackendError(action.reason, kind=ErrorKind.UNAVAILABLE)
             asyncio.get_running_loop().call_soon(self._engine.abort, action.request, error)
 

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
 from time import monotonic
 from types import MappingProxyType
@@ -124,15 +124,15 @@ class TritonRepository:
 
     def members(self, model: str) -> tuple[str, ...]:
         """See `ModelRepository.members`: as it was loaded last, or as its files say."""
-        known = self._members.get(model)
-        if known is None:
-            try:
-                directory = self.directory(model)
-                known = members_of(read_config(directory)) if directory is not None else ()
-            except ConfigError:
-                known = ()  # it will be said when it is loaded
-            self._members[model] = known
-        return known
+        if model not in self._members:
+            # All at once: to look for one takes as long. What is wrong is said when it is loaded.
+            with suppress(ConfigError):
+                for name, directory in find_models(self._directories).items():
+                    if name not in self._members:
+                        self._members[name] = ()
+                        with suppress(ConfigError):
+                            self._members[name] = members_of(read_config(directory))
+        return self._members.setdefault(model, ())
 
     async def config(self, model: str) -> ModelConfig:
         """`ModelConfig` of a loaded model. Raises ResidencyError when it is not loaded."""
