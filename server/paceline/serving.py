@@ -36,6 +36,7 @@ from paceline.rpc.server import MAX_MESSAGE_BYTES, start_grpc
 from paceline.runtime.controller import Controller
 from paceline.runtime.engine import Engine, EngineLimits
 from paceline.runtime.placement import Share, Site
+from paceline.runtime.plan_process import PlanningProcess
 from paceline.runtime.provisioning import Step
 from paceline.runtime.statistics import Statistics
 from paceline.runtime.suspicions import Suspicions
@@ -111,6 +112,8 @@ async def serve(settings: ServeSettings, events: Events) -> None:
         fleet = TritonFleet()
         metrics = Metrics()
         statistics = Statistics()
+        planner = PlanningProcess()
+        stack.callback(planner.close)
         several = settings.share.count > 1
         engine = Engine(
             fleet,
@@ -125,6 +128,7 @@ async def serve(settings: ServeSettings, events: Events) -> None:
             rules=Replanning(window_s=settings.replan_window_s or Replanning().window_s),
             memory=state,
             on_step=events.on_step,
+            planner=planner,
         )
         engine.watch(on_timeline=metrics.observe)
         engine.watch(

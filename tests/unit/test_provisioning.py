@@ -14,6 +14,7 @@ from paceline.core.bind import bind
 from paceline.core.chain import Chain, Dispatch, Module, Source
 from paceline.core.errors import PlanError, ResidencyError
 from paceline.core.model import ModelSpec
+from paceline.core.plan import Plan
 from paceline.core.profile import Hardware, ProfileRow
 from paceline.core.runs import runs_of
 from paceline.core.tensor import TensorSpec
@@ -75,7 +76,7 @@ def test_pooled_chains_get_the_optimum_and_others_a_plan_by_their_own_bound(
     )
     slo_s = 0.422 if dispatch == "pooled" else 0.9
     served = [replace(chain, dispatch=dispatch, slo_s=slo_s)]
-    plan = provisioning.solve(served, SPECS, provisioning.assumed(served))
+    plan = planned_by(provisioning, served, SPECS, provisioning.assumed(served))
     assert plan.policy == policy
     if dispatch == "pooled":
         assert plan.cost_per_hour == pytest.approx(plan.lower_bound_per_hour, rel=1e-3)
@@ -129,13 +130,23 @@ def test_a_straggler_counts_as_less_of_a_machine_where_machines_are_scarce() -> 
         for at, name in enumerate(("high", "low"))
     ]
     traffic = provisioning.assumed(chains)
-    planned = provisioning.solve(chains, SPECS, traffic).chain("low")
+    planned = planned_by(provisioning, chains, SPECS, traffic).chain("low")
     assert planned is not None and planned.rate_rps == 70.0, "four slots suffice for both"
     provisioning.slow = {"t4.0": 2.0}
-    plan = provisioning.solve(chains, SPECS, traffic)
+    plan = planned_by(provisioning, chains, SPECS, traffic)
     high, low = plan.chain("high"), plan.chain("low")
     assert high is not None and high.rate_rps == 70.0
     assert low is not None and low.rate_rps < 10.0, "two do not"
+
+
+def planned_by(
+    provisioning: Provisioning,
+    served: Sequence[Chain],
+    specs: Mapping[str, ModelSpec],
+    traffic: Traffic,
+) -> Plan:
+    """The plan of chains in the form in which they are served."""
+    return provisioning.task(served, specs, traffic, runs=False).plan(served)
 
 
 Points = Mapping[str, Sequence[tuple[int, float]]]
@@ -178,12 +189,12 @@ async def test_a_run_takes_what_its_models_take_less_the_round_trips_and_is_plan
 ):
     chain = two()
     provisioning = await profiled(ALIKE, chain)
-    (served,) = provisioning.served([chain], SPECS, provisioning.assumed([chain]))
+    (served,) = provisioning.task([chain], SPECS, provisioning.assumed([chain]), runs=True).served()
     (run,) = served.modules
     durations = provisioning.profiles.durations(run.model, "t4")
     assert durations is not None
     assert dict(durations.points) == pytest.approx({1: 0.029, 8: 0.059})
-    plan = provisioning.solve([served], SPECS, provisioning.assumed([chain]))
+    plan = planned_by(provisioning, [served], SPECS, provisioning.assumed([chain]))
     (planned,) = plan.chains[0].modules
     assert (planned.module, planned.batch_size) == ("asr+answer", 8)
     rows = provisioning.profiles.rows
@@ -194,7 +205,7 @@ async def test_a_run_takes_what_its_models_take_less_the_round_trips_and_is_plan
 async def test_modules_stay_apart_where_their_best_batches_differ() -> None:
     chain = two()
     provisioning = await profiled(UNLIKE, chain)
-    (served,) = provisioning.served([chain], SPECS, provisioning.assumed([chain]))
+    (served,) = provisioning.task([chain], SPECS, provisioning.assumed([chain]), runs=True).served()
     assert served is chain
 
 
@@ -211,7 +222,7 @@ async def test_modules_stay_apart_where_they_have_to(why: str) -> None:
     provisioning = await profiled(ALIKE, chain)
     if why == "refused":
         provisioning.refused |= {run.model for run in runs_of(chain)}
-    (served,) = provisioning.served([chain], specs, provisioning.assumed([chain]))
+    (served,) = provisioning.task([chain], specs, provisioning.assumed([chain]), runs=True).served()
     assert served is chain
 
 
@@ -221,10 +232,11 @@ async def test_what_was_learned_of_a_run_is_planned_with_and_does_not_take_it_ap
     assumed = provisioning.assumed([chain])
     (run,) = runs_of(chain)
     slow = replace(assumed, slowdowns={**assumed.slowdowns, (run.model, "t4"): 2.0})
-    (served,) = provisioning.served([chain], SPECS, slow)
+    (served,) = provisioning.task([chain], SPECS, slow, runs=True).served()
     assert [m.model for m in served.modules] == [run.model]
     cost, slow_cost = (
-        provisioning.solve([served], SPECS, traffic).cost_per_hour for traffic in (assumed, slow)
+        planned_by(provisioning, [served], SPECS, traffic).cost_per_hour
+        for traffic in (assumed, slow)
     )
     assert slow_cost == pytest.approx(2 * cost)
 
@@ -233,8 +245,8 @@ async def test_a_run_is_executed_as_often_as_its_modules_are() -> None:
     chain = two()
     provisioning = await profiled(ALIKE, chain)
     half = Traffic({"c": 100.0}, {("c", "asr"): 0.5, ("c", "answer"): 0.5})
-    (served,) = provisioning.served([chain], SPECS, half)
-    plan = provisioning.solve([served], SPECS, half)
+    (served,) = provisioning.task([chain], SPECS, half, runs=True).served()
+    plan = planned_by(provisioning, [served], SPECS, half)
     assert plan.chains[0].modules[0].rate_rps == pytest.approx(50.0)
 
 
@@ -303,7 +315,7 @@ ASR = Chain(
 
 
 def planned_on(provisioning: Provisioning) -> set[str]:
-    plan = provisioning.solve([ASR], SPECS, provisioning.assumed([ASR]))
+    plan = planned_by(provisioning, [ASR], SPECS, provisioning.assumed([ASR]))
     return {a.hardware for m in plan.chains[0].modules for a in m.allocations}
 
 

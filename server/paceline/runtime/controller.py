@@ -36,6 +36,7 @@ from paceline.runtime.catalogue import Catalogue
 from paceline.runtime.engine import Engine
 from paceline.runtime.machines import Machine, Machines
 from paceline.runtime.placement import Share, shortage
+from paceline.runtime.plan_process import Planner, plan_here
 from paceline.runtime.provisioning import Provisioning, Step
 from paceline.runtime.replanning import Replanner
 from paceline.runtime.served import SETTLE_S, Provision, ServedChains
@@ -78,6 +79,7 @@ class Controller:
         rules: Replanning | None = None,
         memory: Memory | None = None,
         on_step: Callable[[Step], None] | None = None,
+        planner: Planner = plan_here,
     ) -> None:
         self._engine = engine
         self._statistics = statistics
@@ -95,7 +97,7 @@ class Controller:
         self._started = False
         self._changing = asyncio.Lock()
         self._served = ServedChains(
-            engine, self.machines, self._provisioning, self._catalogue, self._changing
+            engine, self.machines, self._provisioning, self._catalogue, self._changing, planner
         )
 
     # -- life -------------------------------------------------------------------------------
@@ -246,8 +248,7 @@ class Controller:
             chains = tuple(c for c in self._plan.chains if c.chain != chain)
             self._plan = replace(self._plan, chains=chains)
             if chains:
-                served = [bound.chain for bound in self.served()]
-                self._plan = self._provisioning.solve(served, self._catalogue.models, self._traffic)
+                self._plan = await self._served.plan(self.served(), self._traffic)
             return True
 
     def chains(self) -> tuple[Chain, ...]:
@@ -261,7 +262,8 @@ class Controller:
             bound = self._catalogue.bind(declared)
             await self._provisioning.profile(bound.values())
             traffic = self._provisioning.expected(declared, chains, self._traffic)
-            return self._served.solve(declared, traffic)[1]
+            _, plan = await self._served.solve(declared, traffic)
+            return plan
 
     async def replan(self, proposal: Proposal, worth: Callable[[Plan, Plan, float], bool]) -> bool:
         """Plan the served chains for `proposal.traffic`, and follow that plan if it is `worth` it

@@ -1,4 +1,4 @@
-"""What the served chains need: profiles measured, traffic assumed or measured, plans solved.
+"""What the served chains need: profiles measured, traffic assumed or measured, plans asked for.
 
 Invariant: a plan is made for a `Traffic` that has a value for every chain, every module's fan-out
 and every profiled (model, hardware), so that what is measured later can be compared with it.
@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from statistics import fmean, median_low
-from time import perf_counter
 
 from paceline.core.bind import BoundChain
 from paceline.core.chain import Chain
@@ -18,12 +17,12 @@ from paceline.core.errors import ConfigError
 from paceline.core.model import ModelSpec
 from paceline.core.plan import Plan
 from paceline.core.profile import Durations, Hardware, Profiles
-from paceline.core.runs import merge, modules_in, run_spec, runs_of
+from paceline.core.runs import runs_of
 from paceline.dispatch.learned import LearnedDuration
-from paceline.planner.problem import Options, PlannedChain, demand
+from paceline.planner.problem import Options
 from paceline.planner.replan import Traffic
-from paceline.planner.runs import pays, run_rows
-from paceline.planner.scarce import Wanted, plan_by_priority
+from paceline.planner.runs import run_rows
+from paceline.planner.task import PlanTask
 from paceline.runtime.machines import Machine, Machines, Placed
 
 ASSUMED_RATE_RPS = 1.0
@@ -191,73 +190,35 @@ class Provisioning:
             if name in placed
         )
 
-    def served(
-        self, chains: Iterable[Chain], specs: Mapping[str, ModelSpec], traffic: Traffic
-    ) -> list[Chain]:
-        """`chains` as they are cheapest under `traffic`: with their runs, or as declared.
-
-        By profiled durations, whatever was learned since: what is not executed now would be
-        compared as it was when it was. Safe on another thread: reads values only.
+    def task(
+        self,
+        chains: Sequence[Chain],
+        specs: Mapping[str, ModelSpec],
+        traffic: Traffic,
+        *,
+        runs: bool,
+    ) -> PlanTask:
+        """What is to be planned, and on what: `chains` under `traffic`, with `runs` where they pay
+        or without, on the machines that are up.
         """
-        return [self._cheapest(chain, specs, traffic) for chain in chains]
-
-    def _cheapest(self, chain: Chain, specs: Mapping[str, ModelSpec], traffic: Traffic) -> Chain:
-        runs = [
-            run
-            for run in runs_of(chain)
-            if run.model not in self.refused
-            and run_spec(run, specs) is not None
-            and self.profiles.hardware_of(run.model)
-        ]
-        if not runs:
-            return chain
-        profiled = replace(traffic, slowdowns={})
-        merged = merge(chain, runs)
-        (_, apart), (_, together) = self._demands([chain, merged], specs, profiled)
-        return merged if pays(apart, together, self._options_for(chain)) else chain
-
-    def solve(
-        self, chains: Sequence[Chain], specs: Mapping[str, ModelSpec], traffic: Traffic
-    ) -> Plan:
-        """The plan of `chains`, as they are `served`, under `traffic`; each chain under the bound
-        of the policy by which it is dispatched. Where machines do not suffice, lower priorities get
-        what is left.
-
-        Raises PlanError. Safe on another thread: reads values only.
-        """
-        if not chains:
-            return self.nothing
-        started = perf_counter()
+        usable = self._machines.usable()
+        present = {site.hardware for site in usable}
         capacity: dict[str, float] = {}
-        for site in self._machines.usable():
+        for site in usable:
             worth = site.slots / self.slow.get(site.name, 1.0)
             capacity[site.hardware] = capacity.get(site.hardware, 0.0) + worth
-        plans = plan_by_priority(
-            [
-                Wanted(needed, self._options_for(chain), chain.priority)
-                for chain, needed in self._demands(chains, specs, traffic)
-            ],
-            capacity,
-        )
-        return replace(
-            plans[0],
-            chains=tuple(planned for plan in plans for planned in plan.chains),
-            lower_bound_per_hour=sum(plan.lower_bound_per_hour for plan in plans),
-            solve_s=perf_counter() - started,
-        )
-
-    def _options_for(self, chain: Chain) -> Options:
-        """The optimum counts on pooled batches; what is dispatched otherwise is planned otherwise.
-
-        Harpagon's plans of pooled chains have smaller batches where objectives are tight: fewer
-        requests make it on the same machines (`docs/benchmarks/slo.md`).
-        """
-        policy = "optimal" if chain.dispatch == "pooled" else self._options.policy
-        return replace(
-            self._options,
-            dispatch=chain.dispatch,
-            policy=policy,
-            memory_bytes=self._memory_bytes(),
+        memory_bytes = self._memory_bytes()
+        return PlanTask(
+            chains=tuple(chains),
+            specs=dict(specs),
+            traffic=traffic,
+            profiles=self._sized() if memory_bytes else self.profiles,
+            hardware={name: h for name, h in self._hardware.items() if name in present},
+            capacity=capacity,
+            overhead_s=max(machine.overhead_s for machine in self._machines.all()),
+            options=replace(self._options, memory_bytes=memory_bytes),
+            runs=runs,
+            refused=frozenset(self.refused),
         )
 
     def _memory_bytes(self) -> dict[str, int]:
@@ -288,51 +249,11 @@ class Provisioning:
             for model in models
         }
 
-    def _demands(
-        self, chains: Sequence[Chain], specs: Mapping[str, ModelSpec], traffic: Traffic
-    ) -> Iterable[tuple[Chain, PlannedChain]]:
-        present = {site.hardware for site in self._machines.usable()}
-        hardware = {name: h for name, h in self._hardware.items() if name in present}
-        limits = {name: spec.row_limit for name, spec in specs.items()}
-        overhead_s = max(machine.overhead_s for machine in self._machines.all())
-        profiles = self._sized(_slowed(self.profiles, traffic.slowdowns))
-        for chain in chains:
-            modules = tuple(
-                replace(module, fan_out=traffic.fan_outs[chain.name, modules_in(module.name)[0]])
-                for module in chain.modules
-            )
-            rate_rps = traffic.rates_rps[chain.name]
-            yield (
-                chain,
-                demand(
-                    replace(chain, modules=modules),
-                    rate_rps,
-                    profiles,
-                    hardware,
-                    limits,
-                    overhead_s,
-                ),
-            )
-
-    def _sized(self, profiles: Profiles) -> Profiles:
-        """`profiles` with what models need of a machine's memory, where that is bounded."""
-        if not self._memory_bytes():
-            return profiles
+    def _sized(self) -> Profiles:
+        """What was measured, with what the models need of a machine's memory."""
         return Profiles(
             tuple(
                 replace(row, memory_bytes=self._machines.needed_bytes(row.model))
-                for row in profiles.rows
+                for row in self.profiles.rows
             )
         )
-
-
-def _slowed(profiles: Profiles, slowdowns: Mapping[tuple[str, str], float]) -> Profiles:
-    """`profiles` with durations as they were measured in service."""
-    if all(ratio == 1.0 for ratio in slowdowns.values()):
-        return profiles
-    return Profiles(
-        tuple(
-            replace(row, duration_s=row.duration_s * slowdowns.get((row.model, row.hardware), 1.0))
-            for row in profiles.rows
-        )
-    )

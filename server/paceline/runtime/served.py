@@ -26,6 +26,7 @@ from paceline.runtime.catalogue import Catalogue
 from paceline.runtime.engine import Engine
 from paceline.runtime.machines import Machines, Placed
 from paceline.runtime.placement import place
+from paceline.runtime.plan_process import Planned, Planner, plan_here
 from paceline.runtime.provisioning import Provisioning
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,14 @@ class ServedChains:
         provisioning: Provisioning,
         catalogue: Catalogue,
         changing: asyncio.Lock,
+        planner: Planner = plan_here,
     ) -> None:
         self._engine = engine
         self._machines = machines
         self._provisioning = provisioning
         self._catalogue = catalogue
         self._changing = changing
+        self._planner = planner
         self._chains: dict[str, BoundChain] = {}
         self._composed: dict[str, str] = {}
         """The chain of each run that is composed, by the run's model."""
@@ -75,17 +78,21 @@ class ServedChains:
         """Those that some chain is served with."""
         return [run for bound in self._chains.values() for run in _runs(bound)]
 
-    def solve(self, chains: Sequence[Chain], traffic: Traffic) -> tuple[list[Chain], Plan]:
-        """Declared `chains` as they are to be served, and the plan of that. Raises PlanError.
-
-        Safe on another thread: reads values only.
-        """
-        models = dict(self._catalogue.models)
-        served = list(chains)
+    async def solve(self, chains: Sequence[Chain], traffic: Traffic) -> Planned:
+        """Declared `chains` as they are to be served, and the plan of that. Raises PlanError."""
         # Where residency decides what is in memory, a lease is of one model.
-        if not self._machines.come_and_go(chains):
-            served = self._provisioning.served(chains, models, traffic)
-        return served, self._provisioning.solve(served, models, traffic)
+        runs = not self._machines.come_and_go(chains)
+        return await self._planner(
+            self._provisioning.task(chains, self._catalogue.models, traffic, runs=runs)
+        )
+
+    async def plan(self, chains: Iterable[BoundChain], traffic: Traffic) -> Plan:
+        """The plan of chains in the form in which they are served now. Raises PlanError."""
+        forms = [bound.chain for bound in chains]
+        _, plan = await self._planner(
+            self._provisioning.task(forms, self._catalogue.models, traffic, runs=False)
+        )
+        return plan
 
     async def provide(
         self,
@@ -100,7 +107,7 @@ class ServedChains:
         """
         chains = [bound.chain for bound in declared]
         while True:
-            forms, plan = await asyncio.to_thread(self.solve, chains, traffic)
+            forms, plan = await self.solve(chains, traffic)
             served = [self._bound(*pair) for pair in zip(declared, forms, strict=True)]
             runs = [run for bound in served for run in _runs(bound)]
             placed = place(plan, self._machines.usable(), self._catalogue.loaded(), runs)
