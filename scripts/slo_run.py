@@ -49,6 +49,9 @@ class Arrivals:
 ARRIVALS = {
     "poisson": Arrivals("", 0.85),
     "steady": Arrivals("ipa_steady_high", 0.85),
+    "steady-low": Arrivals("ipa_steady_low", 0.85),
+    "fluctuating-a": Arrivals("ipa_fluctuating_a", 0.75),
+    "fluctuating-b": Arrivals("ipa_fluctuating_b", 0.6),
     "bursty": Arrivals("ipa_bursty", 0.5),
 }
 
