@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import pytest
 from tests.unit.test_runtime import Hands
 
 from paceline.core.bind import BoundChain, bind
 from paceline.core.chain import Chain, Module, Source
-from paceline.core.errors import ResidencyError
+from paceline.core.errors import PlanError, ResidencyError
 from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelState
 from paceline.core.profile import Hardware, ProfileRow
@@ -19,12 +20,16 @@ from paceline.core.runs import runs_of
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import route_chain
 from paceline.planner.problem import Options
+from paceline.planner.task import PlanTask
 from paceline.runtime.catalogue import Catalogue
+from paceline.runtime.controller import Controller
 from paceline.runtime.engine import Engine
 from paceline.runtime.machines import Machine, Machines
 from paceline.runtime.placement import Share, Site
+from paceline.runtime.plan_process import Planned, perform
 from paceline.runtime.provisioning import Provisioning
 from paceline.runtime.served import Provision, ServedChains
+from paceline.runtime.statistics import Statistics
 
 X, Y = TensorSpec("x", "INT8", (1,)), TensorSpec("y", "INT8", (1,))
 SPECS = {name: ModelSpec(name, 4, (X,), (Y,)) for name in ("one", "two")}
@@ -53,7 +58,7 @@ class Repository:
     unloaded: list[str] = field(default_factory=list)
 
     async def index(self) -> tuple[ModelState, ...]:
-        return ()
+        return tuple(ModelState(name, "1", "READY") for name in SPECS)
 
     async def instances(self) -> Mapping[str, int]:
         return self.loaded
@@ -190,3 +195,26 @@ async def test_a_run_that_is_wanted_again_before_it_went_stays() -> None:
     assert repository.loaded == {"one": 1, "two": 1}
     await server.served.close()
     await server.engine.close()
+
+
+async def test_a_chain_is_deleted_also_where_the_others_cannot_be_planned_anew() -> None:
+    repository, fails = Repository(), False
+
+    async def planner(task: PlanTask) -> Planned:
+        if fails:
+            raise PlanError("no process to plan in")
+        return perform(task)
+
+    engine = Engine(Hands())
+    controller = Controller(engine, Statistics(), hardware=None, planner=planner)
+    controller.add_machine(Machine(Site("m", "cpu", 1), repository, repository))
+    one, two = replace(CHAIN, name="one-chain"), replace(CHAIN, name="two-chain")
+    await controller.start([one, two])
+    fails = True
+    assert await controller.delete("one-chain")
+    assert [chain.name for chain in controller.chains()] == ["two-chain"]
+    assert [chain.chain for chain in controller.current_plan().chains] == ["two-chain"]
+    with pytest.raises(PlanError, match="no process"):
+        await controller.plan([one])
+    await controller.close()
+    await engine.close()

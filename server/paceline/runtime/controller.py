@@ -21,6 +21,7 @@ from paceline.core.chain import Chain
 from paceline.core.errors import (
     ConfigError,
     ErrorKind,
+    PlanError,
     Rejected,
     RequestError,
     ResidencyError,
@@ -248,7 +249,10 @@ class Controller:
             chains = tuple(c for c in self._plan.chains if c.chain != chain)
             self._plan = replace(self._plan, chains=chains)
             if chains:
-                self._plan = await self._served.plan(self.served(), self._traffic)
+                try:
+                    self._plan = await self._served.plan(self.served(), self._traffic)
+                except PlanError as error:
+                    logger.warning("%s is gone, the plan of the others stays: %s", chain, error)
             return True
 
     def chains(self) -> tuple[Chain, ...]:
