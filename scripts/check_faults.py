@@ -12,7 +12,8 @@
 
 Clients ask a chain of three, a chain with a fan-out and a model by its own name, alone, in streams,
 cancelled and in bursts. Meanwhile, drawn from the seed: a model's process or a whole Triton is
-killed or stopped for a while, chains are deleted and applied anew, models unloaded and loaded;
+killed or stopped for a while, and so is the process that makes plans; chains are deleted and
+applied anew, models unloaded and loaded;
 with --follow a Triton leaves the list and comes back, with --workers a front process is killed.
 What is after `--` is handed to `paceline serve`.
 
@@ -85,6 +86,8 @@ class Faults:
             "model stopped": (4, self._stop_model),
             "Triton killed": (1, self._kill_triton),
             "Triton stopped": (2, self._stop_triton),
+            "planner killed": (1, self._kill_planner),
+            "planner stopped": (1, self._stop_planner),
         }
         if self._options.workers > 1:
             kinds["worker killed"] = (2, self._kill_worker)
@@ -125,6 +128,23 @@ class Faults:
     async def _kill_triton(self) -> None:
         if found := self._processes("tritonserver"):
             os.kill(self._rng.choice(found).pid, signal.SIGKILL)
+
+    def _planners(self) -> list[psutil.Process]:
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if "plan_process" in " ".join(process.info["cmdline"] or ())
+            and (server := process.parent()) is not None
+            and str(self._state) in " ".join(server.cmdline())
+        ]
+
+    async def _kill_planner(self) -> None:
+        if planners := self._planners():
+            os.kill(self._rng.choice(planners).pid, signal.SIGKILL)
+
+    async def _stop_planner(self) -> None:
+        if planners := self._planners():
+            await self._stop(self._rng.choice(planners))
 
     async def _kill_worker(self) -> None:
         found = [

@@ -107,9 +107,20 @@ async def test_a_process_that_is_gone_is_replaced(process: PlanningProcess) -> N
     assert child() != first
 
 
+async def test_a_process_that_stands_still_is_replaced(
+    process: PlanningProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await process(TASK)
+    first = child()
+    first.suspend()
+    monkeypatch.setattr("paceline.runtime.plan_process.MOST_S", 3.0)
+    assert timeless(await process(TASK)) == timeless(perform(TASK))
+    assert child() != first
+
+
 async def test_one_that_breaks_under_a_task_twice_is_said(process: PlanningProcess) -> None:
     broken = replace(TASK, specs={"asr": _Exits()})  # type: ignore[dict-item]
-    with pytest.raises(PlanError, match="ended twice by itself"):
+    with pytest.raises(PlanError, match="ended twice"):
         await process(broken)
     assert timeless(await process(TASK)) == timeless(perform(TASK))
 

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Timer
 from time import perf_counter
 
 import paceline
@@ -35,6 +35,9 @@ Planner = Callable[[PlanTask], Awaitable[Planned]]
 
 IDLE_S = 300.0
 """How long the process waits for the next task before it gives its memory (40 MiB) back."""
+
+MOST_S = 120.0
+"""How long a plan may take; a process that takes longer, or stands still, is ended."""
 
 _NICE = 5
 """What is served now goes before what will be better later."""
@@ -65,8 +68,8 @@ class PlanningProcess:
         self._closed = False
 
     async def __call__(self, task: PlanTask) -> Planned:
-        """As `perform`. PlanError as well where the process ended twice under the task, and after
-        `close`. Who is cancelled does not wait; the task is planned to its end all the same.
+        """As `perform`. PlanError as well where the process ended or took more than `MOST_S`, twice,
+        and after `close`. Who is cancelled does not wait; the plan is made to its end all the same.
         """
         return await asyncio.to_thread(self._ask, task)
 
@@ -103,9 +106,14 @@ class PlanningProcess:
             self._process = _start()
         sent, received = self._process.stdin, self._process.stdout
         assert sent is not None and received is not None
-        sent.write(message)
-        sent.flush()
-        answer: Planned | Exception = pickle.load(received)
+        limit = Timer(MOST_S, self._process.kill)
+        limit.start()
+        try:
+            sent.write(message)
+            sent.flush()
+            answer: Planned | Exception = pickle.load(received)
+        finally:
+            limit.cancel()
         return answer
 
     def _end(self) -> None:
