@@ -68,7 +68,7 @@ class PlanningProcess:
         self._closed = False
 
     async def __call__(self, task: PlanTask) -> Planned:
-        """As `perform`. PlanError as well where the process ended or took more than `MOST_S`, twice,
+        """As `perform`. PlanError as well where the process ended or took over `MOST_S`, twice,
         and after `close`. Who is cancelled does not wait; the plan is made to its end all the same.
         """
         return await asyncio.to_thread(self._ask, task)
