@@ -15,6 +15,7 @@ from paceline.core.errors import ConfigError, ResidencyError
 from paceline.database import connect
 from paceline.triton.client import TritonClient
 from paceline.triton.launcher import LocalTriton
+from paceline.triton.processes import model_processes
 from paceline.triton.profiler import Effort, TritonProfiler
 from paceline.triton.repository import TritonRepository
 
@@ -149,3 +150,28 @@ async def test_a_model_that_fails_on_its_sample_cannot_be_profiled(
         ResidencyError, match="'failing' fails on its sample at batch size 1: deliberate failure"
     ):
         await profiler.measure(await triton_repository.spec("failing"), "cpu")
+
+
+async def test_a_model_whose_process_is_lost_is_loaded_afresh_and_measured_on(
+    triton: LocalTriton,
+    triton_repository: TritonRepository,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await triton_repository.load("timed", instances=1)
+    assert triton.pid is not None
+    pid, lost = triton.pid, []
+
+    def progress(done: int, total: int) -> None:
+        if done == 1:
+            (process,) = model_processes(pid, "timed")
+            process.kill()
+            lost.append(process.pid)
+
+    profiler = TritonProfiler(triton_repository, effort=QUICK)
+    spec = await triton_repository.spec("timed")
+    with caplog.at_level(logging.WARNING):
+        rows = await profiler.measure(spec, "cpu", on_progress=progress)
+    assert [row.batch_size for row in rows] == list(TABLE_MS)
+    assert "its process was lost while it was measured" in caplog.text
+    (process,) = model_processes(pid, "timed")
+    assert [process.pid] != lost

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from paceline.core.errors import BackendError, ResidencyError
+from paceline.triton.child import Child
 from paceline.triton.client import TritonClient
 from paceline.triton.installation import (
     BACKENDS,
@@ -94,7 +95,7 @@ class LocalTriton:
     on_up: Callable[[str], Awaitable[None]] | None = None
     restarts: int = field(default=0, init=False)
     _ports: _Ports | None = field(default=None, init=False)
-    _process: asyncio.subprocess.Process | None = field(default=None, init=False)
+    _process: Child | None = field(default=None, init=False)
     _runtime: TritonRuntime | None = field(default=None, init=False)
     _supervisor: asyncio.Task[None] | None = field(default=None, init=False)
     _shm_prefix: str = field(default="", init=False)
@@ -135,8 +136,7 @@ class LocalTriton:
     def restart(self) -> None:
         """End it at once; it is started again as after any other end, without models."""
         if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._process.kill()
 
     async def stop(self) -> None:
         """SIGTERM, a bounded wait, SIGKILL; returns when every process of it is gone."""
@@ -209,7 +209,7 @@ class LocalTriton:
                 self._ports = _free_ports()
             log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
             server_id = f"paceline-{uuid.uuid4().hex[:12]}"
-            self._process = await self._spawn(installation.binary, server_id)
+            self._process = self._spawn(installation.binary, server_id)
             try:
                 failure = await self._await_ready(self._process, server_id, limit_s)
             except BaseException:
@@ -226,7 +226,7 @@ class LocalTriton:
             self._ports = None
         raise ResidencyError(f"Triton found its ports taken {PORT_ATTEMPTS} times in a row")
 
-    async def _spawn(self, binary: Path, server_id: str) -> asyncio.subprocess.Process:
+    def _spawn(self, binary: Path, server_id: str) -> Child:
         if threading.current_thread() is not threading.main_thread():
             raise ResidencyError(
                 "a local Triton must be started from the main thread: it ends with the thread "
@@ -234,13 +234,10 @@ class LocalTriton:
             )
         assert self._runtime is not None
         with self.log_path.open("ab") as log:
-            return await asyncio.create_subprocess_exec(
-                *ending_with_parent(str(binary), *self._arguments(server_id)),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=dict(self._runtime.environment),
-                start_new_session=True,
+            return Child(
+                ending_with_parent(str(binary), *self._arguments(server_id)),
+                environment=self._runtime.environment,
+                output=log,
             )
 
     def _arguments(self, server_id: str) -> list[str]:
@@ -274,9 +271,7 @@ class LocalTriton:
         empty.mkdir(exist_ok=True)
         return (empty,)
 
-    async def _await_ready(
-        self, process: asyncio.subprocess.Process, server_id: str, limit_s: float
-    ) -> str:
+    async def _await_ready(self, process: Child, server_id: str, limit_s: float) -> str:
         """ "" once it is ready, else how it failed."""
         client = TritonClient(self.url)
         answer = asyncio.create_task(client.identity(timeout_s=limit_s, wait_for_ready=True))
@@ -308,8 +303,7 @@ class LocalTriton:
             return
         try:
             if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
+                process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.settings.stop_timeout_s):
                         await process.wait()
@@ -321,8 +315,7 @@ class LocalTriton:
         process = self._process
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        process.kill()
         await process.wait()
         await self._bury(process.pid)
         self._process = None

@@ -15,11 +15,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paceline.core.errors import BackendError, ResidencyError
+from paceline.core.errors import BackendError, ErrorKind, ResidencyError
 from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelCall
 from paceline.core.profile import ProfileRow
 from paceline.core.quantities import percentile
+from paceline.triton.config import instances_of
 from paceline.triton.profile_cache import (
     DURATION_DIGITS,
     ProfileCache,
@@ -106,7 +107,9 @@ class TritonProfiler:
         sample = await asyncio.to_thread(sample_of, model, config, directory)
         if sample.advice:
             logger.warning("%s", sample.advice)
-        rows = await self._measure_sizes(model, hardware, sample, sizes, progress)
+        rows = await self._measure_sizes(
+            model, hardware, sample, sizes, progress, instances_of(config)
+        )
         if self._cache is not None:
             await asyncio.to_thread(self._cache.write, model.name, key, rows)
         return rows
@@ -118,11 +121,12 @@ class TritonProfiler:
         sample: Sample,
         sizes: Sequence[int],
         progress: Callable[[int, int], None],
+        instances: int,
     ) -> tuple[ProfileRow, ...]:
         durations_s: list[float] = []
         slow_s: list[float] = []
         for size in sizes:
-            took_s = await self._measure_size(model, sample, size)
+            took_s = await self._repairing(model, sample, size, instances)
             durations_s.append(round(percentile(took_s, 0.95), DURATION_DIGITS))
             slow_s.append(round(percentile(took_s, 0.99), DURATION_DIGITS))
             if durations_s[-1] > self._effort.longest_batch_s and size != sizes[-1]:
@@ -148,8 +152,30 @@ class TritonProfiler:
             for size, duration_s, p99_s in zip(sizes, repaired, monotone(slow_s), strict=False)
         )
 
+    async def _repairing(
+        self, model: ModelSpec, sample: Sample, size: int, instances: int
+    ) -> list[float]:
+        """`_measure_size`, once more with the model loaded afresh where its process died, or stood
+        still for so long that Triton gave it up. Raises ResidencyError.
+        """
+        try:
+            return await self._measure_size(model, sample, size)
+        except BackendError as error:
+            # What an ensemble is made of is measured, and repaired, by its own name.
+            died = error.kind is ErrorKind.UNAVAILABLE and "is not healthy" in error.message
+            if not died or self._repository.members(model.name):
+                raise _fails(model, size, error) from None
+            logger.warning(
+                "model %r is loaded afresh: its process was lost while it was measured", model.name
+            )
+        await self._repository.repair(model.name, instances=max(1, instances))
+        try:
+            return await self._measure_size(model, sample, size)
+        except BackendError as error:
+            raise _fails(model, size, error) from None
+
     async def _measure_size(self, model: ModelSpec, sample: Sample, size: int) -> list[float]:
-        """What each of as many calls as `effort` asks for took, in seconds."""
+        """What each of as many calls as `effort` asks for took, in seconds. Raises BackendError."""
         effort = self._effort
         call = ModelCall(
             model.name,
@@ -158,21 +184,22 @@ class TritonProfiler:
             request_id=f"profile-{size}",
         )
         for _ in range(effort.warm_up_calls):
-            if await self._timed(call, size) > effort.long_s:
+            if await self._timed(call) > effort.long_s:
                 break
-        return await sampled(lambda: self._timed(call, size), effort)
+        return await sampled(lambda: self._timed(call), effort)
 
-    async def _timed(self, call: ModelCall, size: int) -> float:
+    async def _timed(self, call: ModelCall) -> float:
         self.measured_calls += 1
         started_s = self._clock()
-        try:
-            await self._repository.client.execute(call, timeout_s=self._effort.call_timeout_s)
-        except BackendError as error:
-            raise ResidencyError(
-                f"model {call.model!r} fails on its sample at batch size {size}: "
-                f"{' '.join(error.message.split())}"
-            ) from None
+        await self._repository.client.execute(call, timeout_s=self._effort.call_timeout_s)
         return self._clock() - started_s
+
+
+def _fails(model: ModelSpec, size: int, error: BackendError) -> ResidencyError:
+    return ResidencyError(
+        f"model {model.name!r} fails on its sample at batch size {size}: "
+        f"{' '.join(error.message.split())}"
+    )
 
 
 def batch_sizes(model: ModelSpec) -> tuple[int, ...]:
