@@ -61,6 +61,11 @@ BACK_WITHIN_S = 120.0
 """How long it is waited, where it answers no more, for its process to end and for the next one."""
 
 
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+"""Between the tries to load what a Triton of ours had before it died."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeSettings:
     """What `paceline serve` was asked to do."""
@@ -372,8 +377,18 @@ async def _start_local(
         assert client is not None
         try:
             await client.retarget(url)
-            await controller.machine_up(LOCAL)
-            logger.warning("the local Triton is back, models loaded")
+            pause_s = FIRST_PAUSE_S
+            # Where it died again its supervisor knows, and calls this again.
+            while triton.pid is not None:
+                try:
+                    await controller.machine_up(LOCAL)
+                except ResidencyError as error:
+                    logger.error("the local Triton is back, but not its models: %s", error)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                else:
+                    logger.warning("the local Triton is back, models loaded")
+                    break
         finally:
             back.set()
 

@@ -86,8 +86,11 @@ class Repository:
     loaded: dict[str, int] = field(default_factory=dict)
     composed: list[str] = field(default_factory=list)
     made_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gone: bool = False
 
     async def index(self) -> tuple[ModelState, ...]:
+        if self.gone:
+            raise ResidencyError("it is gone")
         return (ModelState("echo", "1", "READY"),)
 
     async def instances(self) -> Mapping[str, int]:
@@ -307,6 +310,22 @@ async def test_a_triton_that_is_back_is_used_without_the_models_that_do_not_load
     with pytest.raises(ResidencyError):
         await found.up("m")
     assert not found.is_up("m") and found.placed["m"] == {"echo": 2}, "to be tried again"
+    await engine.close()
+
+
+async def test_a_triton_that_dies_while_it_loads_keeps_what_it_is_to_load() -> None:
+    repository = Repository(refused={"bad"})
+    engine = serving(Hands())
+    found = machines(engine, repository)
+    found.placed["m"] = {"bad": 1, "echo": 2}
+    found.down("m")
+    repository.gone = True
+    with pytest.raises(ResidencyError, match="gone"):
+        await found.up("m")
+    assert not found.is_up("m") and found.placed["m"] == {"bad": 1, "echo": 2}
+    repository.gone = False
+    repository.refused.clear()
+    assert await found.up("m") == [] and repository.loaded == {"bad": 1, "echo": 2}
     await engine.close()
 
 

@@ -350,7 +350,8 @@ class Machines:
     async def up(self, name: str) -> list[str]:
         """A Triton is back: load what it had, then use it. Returns what did not load.
 
-        Raises ResidencyError when nothing loads.
+        Raises ResidencyError when nothing loads, or the Triton goes again: all is to be tried once
+        more then.
         """
         if self.residence.engaged:
             held = await self._machines[name].repository.instances()
@@ -364,6 +365,8 @@ class Machines:
             try:
                 await repository.load(model, instances=placed[model])
             except ResidencyError as error:
+                # It says nothing about a model that a Triton died while it loaded it.
+                await repository.index()
                 logger.error("model %s did not load again on %s: %s", model, name, error)
                 failures[model] = error
         if placed and len(failures) == len(placed):
