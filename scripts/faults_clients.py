@@ -29,7 +29,7 @@ EXPLAINED = {
 SAID = {
     "late": "timeout expired|deadline exceeded",
     "shed": "is overloaded|maximum queue size|is not in memory",
-    "unavailable": "not reachable|not healthy|no other machine|connection|unavailable",
+    "unavailable": "not reachable|not healthy|found dead|no other machine|connection|unavailable",
     "unknown": "unknown model|is not available|not found|is not ready",
 }
 """On streams errors come without a status; unknown: while a chain is deleted, a model unloaded."""
