@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from math import inf, nextafter
+from math import ceil, inf, nextafter
 
 from paceline.core.profile import Durations
 from paceline.dispatch.collector import (
     NOTHING_ROWS,
     TIE_S,
+    WORTHWHILE,
     Foreseen,
     Offer,
     in_time,
@@ -77,6 +78,8 @@ class Pooled:
             size = self.route.batch_size(machine.hardware)
             if not past_saving(self._queue, head, machine, size, now_s):
                 break
+            if self._has_quicker(pool, head, machine, now_s):
+                break
             self._queue.discard(head)
             gone.append(head)
         return gone
@@ -86,7 +89,7 @@ class Pooled:
 
     def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
         """The most urgent closed batch, or else the most urgent one that may go early."""
-        early: tuple[Entry, Machine, int, int] | None = None
+        early: tuple[Offer, int] | None = None
         look_s = inf
         for head in self._queue.heads():
             machine = self._machine(pool, head, now_s)
@@ -97,16 +100,25 @@ class Pooled:
                 continue
             size = self.route.batch_size(machine.hardware)
             rows = self._queue.rows_like(head, size)
+            skips = now_s > head.launch_by_s and past_saving(
+                self._queue, head, machine, size, now_s
+            )
+            if skips:
+                # It waits for a quicker machine; those behind it need not.
+                found = self._behind(head, machine, size, now_s)
+                if found is None:
+                    continue
+                head, rows = found  # noqa: PLW2901
             if rows >= size or now_s >= head.launch_by_s:
                 fitting = in_time(head, machine, rows, now_s)
-                return Offer(self._queue, head, machine, fitting, True)
-            early = early or (head, machine, rows, size)
+                return Offer(self._queue, head, machine, fitting, True, skips=skips)
+            early = early or (Offer(self._queue, head, machine, rows, False, skips=skips), size)
             look_s = min(look_s, head.launch_by_s)
         if early is not None:
-            head, machine, rows, size = early
-            unsafe_s = self._unsafe_s(pool, machine, rows, size, now_s)
+            offer, size = early
+            unsafe_s = self._unsafe_s(pool, offer.machine, offer.size, size, now_s)
             if unsafe_s <= 0:
-                return Offer(self._queue, head, machine, rows, False)
+                return offer
             look_s = min(look_s, nextafter(now_s + unsafe_s, inf))
         return min(look_s, pool.next_probe_s(self.route.model, now_s))
 
@@ -169,15 +181,42 @@ class Pooled:
         """Nothing to keep."""
 
     def _machine(self, pool: MachinePool, head: Entry, now_s: float) -> Machine | None:
-        """Planned hardware first, then the machine that is the least busy."""
+        """Planned hardware first, where the entry is in time, then the machine that is the least
+        busy.
+        """
         free = pool.free(self.route.model, now_s, head.failed_on)
         if not free:
             return None
-        planned = self.route.batch_sizes
+        first: Machine | None = None
         for _, _, machine in free:
-            if machine.hardware in planned:
+            if machine.hardware not in self.route.batch_sizes:
+                continue
+            if now_s <= head.launch_by_s or in_time(head, machine, 1, now_s):
                 return machine
-        return free[0][2]
+            first = first or machine
+        return first or free[0][2]
+
+    def _behind(
+        self, head: Entry, machine: Machine, size: int, now_s: float
+    ) -> tuple[Entry, int] | None:
+        """The most urgent entry behind `head` whose batch there is worth its time, and its rows."""
+        known = self.route.durations[machine.hardware]
+        rows = size if self._queue.rows_like(head, size) >= size else 1
+        took_s = known.at(ceil(WORTHWHILE * rows))
+        return self._queue.behind(head, now_s + took_s - self.route.single_s - TIE_S, size)
+
+    def _has_quicker(self, pool: MachinePool, head: Entry, machine: Machine, now_s: float) -> bool:
+        """Whether another kind of machine is free early enough to save an entry."""
+        if len(self.route.durations) == 1:
+            return False
+        latest_s = head.latest_s + self.route.single_s
+        for kind, free_s in pool.free_by_kind(self.route.model, now_s):
+            known = self.route.durations.get(kind)
+            if known is None or kind == machine.hardware:
+                continue
+            if free_s[0] + known.at(1) <= latest_s + TIE_S:
+                return True
+        return False
 
     def _unsafe_s(
         self, pool: MachinePool, machine: Machine, rows: int, size: int, now_s: float

@@ -47,6 +47,8 @@ class ModuleRoute:
     """Durations there; None when unknown."""
     best_on: str = field(init=False)
     """That hardware."""
+    single_s: float = field(init=False)
+    """A batch of one on the hardware that is the quickest with it; 0 when unknown."""
     beyond_s: float = field(init=False)
     """By how much what is left takes longer than the plan says, which may not exist."""
     model: str = field(init=False)
@@ -68,6 +70,8 @@ class ModuleRoute:
         object.__setattr__(self, "full_rows", self.batch_size(hardware))
         object.__setattr__(self, "best", self.durations.get(hardware))
         object.__setattr__(self, "best_on", hardware)
+        single_s = min((known.at(1) for known in self.durations.values()), default=0.0)
+        object.__setattr__(self, "single_s", single_s)
         object.__setattr__(self, "beyond_s", max(0.0, self.floor_s - self.tail_s))
         object.__setattr__(self, "model", self.bound.spec.name)
         object.__setattr__(self, "name", self.bound.name)
