@@ -11,6 +11,10 @@ that share machines with it, what the queues' order (launch-by times) puts befor
 counts: further down, not the rows of requests that entered just before it; further up, those of
 requests that enter just after it as well.
 
+Modules that fewer than every second request needs (`when`) count as far as they are likely: what
+others wait for there keeps nobody out who probably does not need it, if there is time to spare
+elsewhere. Who comes too late for such a module is not ahead of others there.
+
 Behind more urgent priorities it also counts what will come at them meanwhile; and a chain to which
 they leave next to nothing is owed a little all the same (`foresight`).
 
@@ -24,16 +28,15 @@ admitted requests have not yet had launched there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import ceil, exp, inf
 
-from paceline.core.errors import ErrorKind, Rejected
 from paceline.dispatch.arrivals import Arrivals
 from paceline.dispatch.collector import NOTHING_ROWS
 from paceline.dispatch.foresight import FIRST, Foresight, Shares, Urgent, level
 from paceline.dispatch.machines import MachinePool
-from paceline.dispatch.refusals import LEAST_RETRY_S
+from paceline.dispatch.refusals import overloaded, too_cold
 from paceline.dispatch.stage import Served, Stage
 
 ReadyIn = Callable[[str, float], float]
@@ -49,6 +52,8 @@ MISS_STEP = 0.05
 miss widens its margin; at most to all of it."""
 MARGIN_FADES_S = 3.0
 """In which time a margin fades to 1/e."""
+LIKELY = 0.5
+"""A request is refused that is at least as likely to end too late as not."""
 MISSES_APART_S = 0.1
 """Misses closer than this count once: a stall makes many, and says nothing about predictions."""
 
@@ -69,18 +74,30 @@ class _Margin:
 class Ticket:
     """What one admitted request still has ahead of it: rows by module, in the chain's order.
 
-    `priority` is how it is dispatched, `asked` what it came with.
+    `priority` is how it is dispatched, `asked` what it came with. `doubtful` modules would end too
+    late, but may not be needed.
     """
 
-    __slots__ = ("asked", "priority", "rows", "stages")
+    __slots__ = ("asked", "doubtful", "priority", "rows", "stages")
 
     def __init__(
-        self, priority: int, asked: int, stages: tuple[Stage, ...], rows: list[float]
+        self,
+        priority: int,
+        asked: int,
+        stages: tuple[Stage, ...],
+        rows: list[float],
+        doubtful: Collection[int] = (),
     ) -> None:
         self.priority = priority
         self.asked = asked
         self.stages = stages
         self.rows = rows
+        self.doubtful = doubtful
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it waits for a module that was foreseen to end too late."""
+        return any(self.rows[place] for place in self.doubtful)
 
 
 class Admission:
@@ -109,25 +126,31 @@ class Admission:
         given = priority
         planned = served.route.modules[0].rate_rps > 0
         visits: Sequence[Visit] = ()
+        fan_outs, doubtful = list(served.fan_outs), frozenset[int]()
         if planned or cold:
             predicted_s, visits = self._predict(served, priority, pool, now_s, budget_s)
             margin_s = self._margin_s(served, priority, predicted_s, pool, now_s)
             excess_s = predicted_s + margin_s - budget_s
             if excess_s > 0:
                 if cold:
-                    raise _too_cold(served, cold, excess_s)
+                    raise too_cold(served.route.bound.name, cold, excess_s)
                 if not self._is_owed(served, priority, budget_s, pool, now_s):
-                    raise _overloaded(served, excess_s)
+                    raise overloaded(served.route.bound.name, excess_s)
                 given = FIRST
+            elif served.sometimes:
+                by_s = budget_s - margin_s
+                doubtful = frozenset(p for p in served.sometimes if visits[p][0] > by_s)
+                for place in doubtful:
+                    fan_outs[place] = 0.0
         self._shares.admitted(served, priority)
         self._foresight.admitted(served, given, now_s)
-        for stage, rows in zip(served.stages, served.fan_outs, strict=True):
+        for stage, rows in zip(served.stages, fan_outs, strict=True):
             self._count(stage, given, rows)
         if planned and not cold and given == priority:
             for place, visit in enumerate(visits):
-                if visit[2] > 0.0:
+                if visit[2] > 0.0 and place not in doubtful:
                     _arrives(served, place, level(priority), visit, pool, now_s)
-        return Ticket(given, priority, served.stages, list(served.fan_outs))
+        return Ticket(given, priority, served.stages, fan_outs, doubtful)
 
     def cold(self, served: Served, now_s: float) -> dict[str, float]:
         """Models of the chain that are not in memory, and how long until they are."""
@@ -152,6 +175,8 @@ class Admission:
     ) -> tuple[float, list[Visit]]:
         """The same, and each module's part in it."""
         visits: list[Visit] = []
+        # Ends where nobody waits at modules that run for some requests only.
+        least: list[float] = []
         answer_s = 0.0
         # Where machines are too few for the planned rate, no more than they can take gets in.
         share = min(1.0, pool.slots / served.load) if served.load > 0 else 1.0
@@ -173,19 +198,26 @@ class Admission:
                     _place(arrivals, served, place, pool)
                 wait_s = arrivals.wait_s(company, now_s + there_s)
             comes = (there_s, wait_s, company, own)
-            end_s, before = self._end(stage, comes, priority, budget_s, share, urgent, pool, now_s)
+            end_s, before, took_s = self._end(
+                stage, comes, priority, budget_s, share, urgent, pool, now_s
+            )
             for other in served.beside[place]:
                 # Its own rows there go first where they share machines.
                 first = served.stages[other].route
                 part = pool.part_of(route.model, first.model)
                 end_s += served.fan_outs[other] * first.row_s * part
             visits.append((end_s, before, there_s, company))
+            if served.sometimes:
+                least_s = max((least[parent] for parent in served.parents[place]), default=0.0)
+                least.append(least_s + took_s if place in served.sometimes else end_s)
             if end_s > answer_s:
                 answer_s = end_s
+        if served.sometimes:
+            answer_s = max(_expected_s(served, visits), *least)
         return answer_s, visits
 
     def missed(self, served: Served, now_s: float, priority: int = 0) -> None:
-        """A request that was admitted did not end in time."""
+        """A request that was admitted did not end in time, which was not foreseen."""
         chain = served.route.bound.chain
         if served.route.modules[0].rate_rps <= 0:
             return
@@ -266,9 +298,9 @@ class Admission:
         urgent: Urgent,
         pool: MachinePool,
         now_s: float,
-    ) -> tuple[float, float]:
-        """When a request's batch at a module would end, from now, and how many requests have their
-        rows before its own in it.
+    ) -> tuple[float, float, float]:
+        """When a request's batch at a module would end, from now, how many requests have their
+        rows before its own in it, and how long it takes.
 
         `comes`: after how long it is there, how long it waits then at the least for those who come
         before it (`arrivals`), how many rows come with its own, and how many are its own. `share`
@@ -307,10 +339,9 @@ class Admission:
         rows = joined + int(rate_rps * start_s) if start_s > 0 else joined
         if rows > size:
             rows = size
-        end_s = start_s + known.at(rows) if known is not None else start_s
-        return end_s, (joined - 1 - more) / (
-            own if own > 1.0 else 1.0
-        ) if joined > 1 + more else 0.0
+        took_s = known.at(rows) if known is not None else 0.0
+        before = (joined - 1 - more) / (own if own > 1.0 else 1.0) if joined > 1 + more else 0.0
+        return start_s + took_s, before, took_s
 
     def _others_s(
         self,
@@ -355,6 +386,25 @@ class Admission:
         if not ahead:
             self._busy[stage] = None
         ahead[priority] = ahead.get(priority, 0.0) + rows
+
+
+def _expected_s(served: Served, visits: Sequence[Visit]) -> float:
+    """When a request is expected to end of which some modules may not run; those that are as likely
+    to run as not count as if they ran.
+    """
+    expected_s, chance, late = 0.0, 0.0, list[int]()
+    for place in sorted(range(len(visits)), key=lambda place: -visits[place][0]):
+        end_s = visits[place][0]
+        if not served.above[place].intersection(late):
+            # Where a module runs those above it have run.
+            known = sum(served.fan_outs[other] for other in late if place in served.above[other])
+            more = max(0.0, served.fan_outs[place] - known)
+            if chance + more >= LIKELY:
+                return expected_s + (1.0 - chance) * end_s
+            expected_s += more * end_s
+            chance += more
+        late.append(place)
+    return expected_s
 
 
 def _arrives(
@@ -404,24 +454,3 @@ def _longest_s(served: Served, pool: MachinePool) -> float:
         took_s += (ceil(batches / slots) - 1) * route.best_s(size)
         ends_s.append(max((ends_s[parent] for parent in parents), default=0.0) + took_s)
     return max(ends_s)
-
-
-def _overloaded(served: Served, excess_s: float) -> Rejected:
-    return Rejected(
-        ErrorKind.OVERLOADED,
-        f"'{served.route.bound.name}' is overloaded: the answer would come "
-        f"{excess_s * 1e3:.0f} ms too late",
-        shortfall_s=excess_s,
-        retry_after_s=max(LEAST_RETRY_S, excess_s),
-    )
-
-
-def _too_cold(served: Served, cold: Mapping[str, float], excess_s: float) -> Rejected:
-    model, wait_s = max(cold.items(), key=lambda item: (item[1], item[0]))
-    return Rejected(
-        ErrorKind.OVERLOADED,
-        f"'{served.route.bound.name}' is not in memory: loading model '{model}' takes about "
-        f"{wait_s * 1e3:.0f} ms, the answer would come {excess_s * 1e3:.0f} ms too late",
-        shortfall_s=excess_s,
-        retry_after_s=wait_s,
-    )

@@ -252,7 +252,7 @@ class Dispatcher:
         self, run: ChainRun, error: RequestError, now_s: float, actions: list[Action]
     ) -> None:
         if run.submit.request in self._runs:
-            if error.kind is ErrorKind.DEADLINE:
+            if error.kind is ErrorKind.DEADLINE and not run.ticket.in_doubt:
                 self._admission.missed(run.served, now_s, run.ticket.asked)
             self._end(run)
             actions.append(Fail(run.submit.request, error, run.timeline(now_s, error)))

@@ -52,7 +52,7 @@ class Served:
     `parents` are indices of modules; `above` of all that have to end before; `beside` of those that
     wait for neither this one nor it for them, and are launched first where they wait together;
     `fan_outs` the rows a request is expected to have at each, `many` whether they are more than one
-    anywhere;
+    anywhere, `sometimes` those that run for some requests only;
     `load` is how many machines the planned rate keeps busy with full batches; `alone_s` the machine
     time of a request that shares no batch.
     """
@@ -64,6 +64,7 @@ class Served:
     beside: tuple[tuple[int, ...], ...]
     fan_outs: tuple[float, ...]
     many: bool
+    sometimes: tuple[int, ...]
     load: float
     alone_s: float
 
@@ -89,6 +90,7 @@ def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
         _beside(route, above),
         tuple(module.fan_out for module in route.modules),
         any(module.fan_out > 1.0 for module in route.modules),
+        tuple(place for place, module in enumerate(route.modules) if module.fan_out < 1.0),
         sum(module.rate_rps * module.row_s for module in route.modules),
         sum(_alone_s(module) for module in route.modules),
     )
