@@ -37,6 +37,7 @@ from paceline.dispatch.collector import NOTHING_ROWS
 from paceline.dispatch.foresight import FIRST, Foresight, Shares, Urgent, level
 from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.refusals import overloaded, too_cold
+from paceline.dispatch.route import ModuleRoute
 from paceline.dispatch.stage import Served, Stage
 
 ReadyIn = Callable[[str, float], float]
@@ -204,7 +205,7 @@ class Admission:
             for other in served.beside[place]:
                 # Its own rows there go first where they share machines.
                 first = served.stages[other].route
-                part = pool.part_of(route.model, first.model)
+                part = pool.part_of(route.home, first.home)
                 end_s += served.fan_outs[other] * first.row_s * part
             visits.append((end_s, before, there_s, company))
             if served.sometimes:
@@ -326,7 +327,7 @@ class Admission:
                     same_s, urgent_s = self._others_s(stage, priority, there_s, share, urgent, pool)
                     start_s += same_s
                 if urgent:
-                    start_s = self._foresight.start_s(urgent, start_s, urgent_s, route.model, pool)
+                    start_s = self._foresight.start_s(urgent, start_s, urgent_s, route.home, pool)
         if there_s > 0.0:
             if known is not None and company + more >= at_once:
                 # Rows of one batch come together, and do not fit into those that can start then.
@@ -357,7 +358,7 @@ class Admission:
         route = stage.route
         work_s = urgent_s = 0.0
         for other in self._busy:
-            part = pool.part_of(route.model, other.route.model)
+            part = pool.part_of(route.home, other.route.home)
             if other is stage or part == 0.0:
                 continue
             row_s = other.route.row_s * part
@@ -427,10 +428,11 @@ def _place(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) ->
     """Tell it of the machines: its slots, and what a request takes of them at modules that do not
     come before this one. (What comes before it waits for those who entered earlier.)
     """
-    model = served.stages[place].route.model
-    slots = pool.common_slots(model, model)
+    route = served.stages[place].route
+    home = route.home
+    slots = _slots_of(route, pool)
     work_s = sum(
-        served.fan_outs[other] * stage.route.row_s * pool.part_of(model, stage.route.model)
+        served.fan_outs[other] * stage.route.row_s * pool.part_of(home, stage.route.home)
         for other, stage in enumerate(served.stages)
         if other != place and other not in served.above[place]
     )
@@ -442,13 +444,25 @@ def _place(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) ->
     arrivals.placed(pool.layout, slots, more_s, apart_s)
 
 
+def _slots_of(route: ModuleRoute, pool: MachinePool) -> int:
+    """How many slots of the best hardware do as much as those that it may use."""
+    usable = pool.usable(route.home)
+    if len(usable) < 2:
+        return sum(usable.values())
+    found = 0.0
+    for kind, slots in usable.items():
+        known, size = route.durations.get(kind), route.batch_size(kind)
+        found += slots * route.row_s * size / known.at(size) if known is not None else slots
+    return round(found) or 1
+
+
 def _longest_s(served: Served, pool: MachinePool) -> float:
     """The slowest path, in batches of the request's own rows."""
     ends_s: list[float] = []
     for stage, parents, rows in zip(served.stages, served.parents, served.fan_outs, strict=True):
         route = stage.route
         size = route.full_rows
-        slots = max(1, pool.common_slots(route.model, route.model))
+        slots = max(1, pool.slots_of(route.home))
         batches = ceil(max(1.0, rows) / size)
         took_s = route.best_s(min(size, ceil(max(1.0, rows))))
         took_s += (ceil(batches / slots) - 1) * route.best_s(size)

@@ -112,7 +112,7 @@ def in_time(head: Entry, machine: Machine, rows: int, now_s: float) -> int:
     not even that one would be.
     """
     route = head.stage.route
-    if now_s <= head.launch_by_s:
+    if now_s <= head.launch_by_s and not route.helps(machine.hardware):
         return rows
     known = route.durations.get(machine.hardware)
     if known is None:
