@@ -32,12 +32,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import ceil, exp, inf
 
-from paceline.dispatch.arrivals import Arrivals
+from paceline.dispatch.arrivals import first_arrivals, placed
 from paceline.dispatch.collector import NOTHING_ROWS
 from paceline.dispatch.foresight import FIRST, Foresight, Shares, Urgent, level
 from paceline.dispatch.machines import MachinePool
 from paceline.dispatch.refusals import overloaded, too_cold
-from paceline.dispatch.route import ModuleRoute
 from paceline.dispatch.stage import Served, Stage
 
 ReadyIn = Callable[[str, float], float]
@@ -123,20 +122,22 @@ class Admission:
 
         Raises Rejected (OVERLOADED, with `retry_after_s`) when it is predicted to end too late.
         """
-        cold = self.cold(served, now_s)
+        cold = self.cold(served, now_s) if self.ready_in_s is not None else None
         given = priority
         planned = served.route.modules[0].rate_rps > 0
         visits: Sequence[Visit] = ()
         fan_outs, doubtful = list(served.fan_outs), frozenset[int]()
         if planned or cold:
             predicted_s, visits = self._predict(served, priority, pool, now_s, budget_s)
-            margin_s = self._margin_s(served, priority, predicted_s, pool, now_s)
+            margin_s = 0.0
+            if self._margins:
+                margin_s = self._margin_s(served, priority, predicted_s, pool, now_s)
             excess_s = predicted_s + margin_s - budget_s
             if excess_s > 0:
                 if cold:
-                    raise too_cold(served.route.bound.name, cold, excess_s)
+                    raise too_cold(served.name, cold, excess_s)
                 if not self._is_owed(served, priority, budget_s, pool, now_s):
-                    raise overloaded(served.route.bound.name, excess_s)
+                    raise overloaded(served.name, excess_s)
                 given = FIRST
             elif served.sometimes:
                 by_s = budget_s - margin_s
@@ -148,9 +149,15 @@ class Admission:
         for stage, rows in zip(served.stages, fan_outs, strict=True):
             self._count(stage, given, rows)
         if planned and not cold and given == priority:
-            for place, visit in enumerate(visits):
-                if visit[2] > 0.0 and place not in doubtful:
-                    _arrives(served, place, level(priority), visit, pool, now_s)
+            at_level = level(priority)
+            for place, (_, _, there_s, company) in enumerate(visits):
+                if there_s <= 0.0 or place in doubtful:
+                    continue
+                arrivals = served.stages[place].arrivals.get(at_level)
+                if arrivals is None:
+                    arrivals = first_arrivals(served, place, at_level, pool)
+                if arrivals is not None:
+                    arrivals.add(served.fan_outs[place], company, now_s + there_s)
         return Ticket(given, priority, served.stages, fan_outs, doubtful)
 
     def cold(self, served: Served, now_s: float) -> dict[str, float]:
@@ -196,7 +203,7 @@ class Admission:
                     company = visits[parent][1] * own
             if there_s > 0.0 and (arrivals := stage.arrivals.get(at_level)) is not None:
                 if arrivals.layout != pool.layout:
-                    _place(arrivals, served, place, pool)
+                    placed(arrivals, served, place, pool)
                 wait_s = arrivals.wait_s(company, now_s + there_s)
             comes = (there_s, wait_s, company, own)
             end_s, before, took_s = self._end(
@@ -240,7 +247,9 @@ class Admission:
 
     def launched(self, ticket: Ticket, place: int, rows: int) -> None:
         """Some of its rows went to a machine."""
-        self._change(ticket, place, -rows)
+        had = ticket.rows[place]
+        left = ticket.rows[place] = had - rows if had > rows else 0.0
+        self._count(ticket.stages[place], ticket.priority, left - had)
 
     def ended(self, ticket: Ticket) -> None:
         """Whatever was left is not ahead of anybody any more."""
@@ -274,7 +283,7 @@ class Admission:
     ) -> float:
         """No more than what the request is expected to wait: where nothing waits, none is refused
         for it."""
-        margin = self._margins.get((served.route.bound.name, level(priority)))
+        margin = self._margins.get((served.name, level(priority)))
         if margin is None:
             return 0.0
         return min(margin.left_s(now_s), max(0.0, predicted_s - self._least_s(served, pool)))
@@ -283,10 +292,10 @@ class Admission:
         """How long a request takes that waits for no other, with as many rows as expected."""
         if not served.many:
             return served.route.longest.floor_s
-        known = self._least.get(served.route.bound.name)
+        known = self._least.get(served.name)
         if known is None or known[0] is not served or known[1] != pool.layout:
             known = served, pool.layout, _longest_s(served, pool)
-            self._least[served.route.bound.name] = known
+            self._least[served.name] = known
         return known[2]
 
     def _end(
@@ -357,12 +366,20 @@ class Admission:
         urgent work is foreseen, that which is already here."""
         route = stage.route
         work_s = urgent_s = 0.0
+        parts = stage.parts
+        if stage.layout != pool.layout:
+            stage.layout = pool.layout
+            parts.clear()
         for other in self._busy:
-            part = pool.part_of(route.home, other.route.home)
+            part = parts.get(other)
+            if part is None:
+                part = parts[other] = pool.part_of(route.home, other.route.home)
             if other is stage or part == 0.0:
                 continue
             row_s = other.route.row_s * part
-            rows = other.ahead_of(priority)
+            ahead = other.ahead
+            alone = len(ahead) == 1 and priority in ahead
+            rows = ahead[priority] if alone else other.ahead_of(priority)
             if urgent and rows > (own := other.ahead.get(priority, 0.0)):
                 urgent_s += min(rows - own, other.collector.rows) * row_s
                 rows = own
@@ -406,54 +423,6 @@ def _expected_s(served: Served, visits: Sequence[Visit]) -> float:
             chance += more
         late.append(place)
     return expected_s
-
-
-def _arrives(
-    served: Served, place: int, at_level: int, visit: Visit, pool: MachinePool, now_s: float
-) -> None:
-    """A request was admitted whose rows come to the module as foreseen."""
-    _, _, there_s, company = visit
-    stage = served.stages[place]
-    arrivals = stage.arrivals.get(at_level)
-    if arrivals is None:
-        route = stage.route
-        if route.best is None:
-            return
-        arrivals = stage.arrivals[at_level] = Arrivals(route.full_rows, route.best)
-        _place(arrivals, served, place, pool)
-    arrivals.add(served.fan_outs[place], company, now_s + there_s)
-
-
-def _place(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) -> None:
-    """Tell it of the machines: its slots, and what a request takes of them at modules that do not
-    come before this one. (What comes before it waits for those who entered earlier.)
-    """
-    route = served.stages[place].route
-    home = route.home
-    slots = _slots_of(route, pool)
-    work_s = sum(
-        served.fan_outs[other] * stage.route.row_s * pool.part_of(home, stage.route.home)
-        for other, stage in enumerate(served.stages)
-        if other != place and other not in served.above[place]
-    )
-    own = served.fan_outs[place]
-    more_s = work_s * slots / own if own > 0 else 0.0
-    # How long a batch takes there is foreseen by its rows up to then.
-    parents = [served.stages[parent].route for parent in served.parents[place]]
-    apart_s = max((route.best_s(route.full_rows) for route in parents), default=0.0)
-    arrivals.placed(pool.layout, slots, more_s, apart_s)
-
-
-def _slots_of(route: ModuleRoute, pool: MachinePool) -> int:
-    """How many slots of the best hardware do as much as those that it may use."""
-    usable = pool.usable(route.home)
-    if len(usable) < 2:
-        return sum(usable.values())
-    found = 0.0
-    for kind, slots in usable.items():
-        known, size = route.durations.get(kind), route.batch_size(kind)
-        found += slots * route.row_s * size / known.at(size) if known is not None else slots
-    return round(found) or 1
 
 
 def _longest_s(served: Served, pool: MachinePool) -> float:

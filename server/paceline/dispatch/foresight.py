@@ -89,9 +89,9 @@ class Foresight:
         flows = self._flows.get(at)
         if flows is None:
             flows = self._flows[at] = {}
-        flow = flows.get(served.route.bound.name)
+        flow = flows.get(served.name)
         if flow is None:
-            flow = flows[served.route.bound.name] = Flow(served, at, now_s)
+            flow = flows[served.name] = Flow(served, at, now_s)
         if flow.served is not served:
             flow.served, flow.layout = served, -1
         recent = flow.recent(now_s)
@@ -165,13 +165,13 @@ class Shares:
     def admitted(self, served: Served, priority: int) -> None:
         """It got in as everybody does: nothing is owed for that."""
         if self._owed:
-            owed = self._owed.get((served.route.bound.name, level(priority)))
+            owed = self._owed.get((served.name, level(priority)))
             if owed is not None:
                 owed.has_s = max(0.0, owed.has_s - served.alone_s)
 
     def owes(self, served: Served, priority: int, pool: MachinePool, now_s: float) -> bool:
         """Whether a request that was refused is owed to be served."""
-        key = (served.route.bound.name, level(priority))
+        key = (served.name, level(priority))
         owed = self._owed.get(key)
         if owed is None:
             owed = self._owed[key] = _Owed()

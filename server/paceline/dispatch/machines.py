@@ -11,7 +11,7 @@ newest themselves are kept (`learned`), for whoever corrects the profile.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf
 
@@ -177,9 +177,8 @@ class MachinePool:
 
     def planned_for(self, needed: Mapping[str, float]) -> None:
         """By hardware the machines that plans have for all chains together."""
-        if needed != self._needed:
-            self._needed = needed
-            self._laid_out()
+        self._needed = needed
+        self._laid_out()
 
     def usable(self, home: Home) -> Mapping[str, int]:
         """How many slots it may use at a time, by hardware: all of its main one; of others as many
@@ -331,12 +330,12 @@ class MachinePool:
         return found
 
     @staticmethod
-    def _limits(home: Home, slots: Collection[str]) -> dict[str, int]:
+    def _limits(home: Home, slots: Mapping[str, int]) -> dict[str, int]:
         """How many slots it was planned for of these kinds, where that limits it: of all but its
         main one, where that is there.
         """
         planned = dict(home[1])
-        if not planned or home[1][0][0] not in slots:
+        if not planned or not slots.get(home[1][0][0]):
             return {}
         kinds = [kind for kind in slots if kind != home[1][0][0]]
         return {kind: ceil(planned.get(kind, 0.0) - NOTHING) for kind in kinds}

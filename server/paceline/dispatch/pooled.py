@@ -134,9 +134,9 @@ class Pooled:
     ) -> Foreseen | None:
         """Rows fill whole batches, which start on the slots as these are expected to be free."""
         route = self.route
-        kinds = self._free_by_kind(pool, now_s)
+        kinds = pool.free_by_kind(route.model, now_s)
         if len(kinds) > 1:
-            return self._foreseen_on(kinds, rows, now_s)
+            return self._foreseen_on(self._free_by_kind(pool, now_s), rows, now_s)
         if not kinds:
             return None
         hardware, free_s = kinds[0]

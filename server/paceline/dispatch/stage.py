@@ -31,6 +31,10 @@ class Stage:
     """Of the machines that were seen then (`MachinePool.versions`)."""
     arrivals: dict[int, Arrivals] = field(default_factory=dict)
     """`admission`'s, by priority: when what is admitted now can start here."""
+    parts: dict[Stage, float] = field(default_factory=dict)
+    """Also `admission`'s: what a second of work of other stages takes of each of its slots, with
+    these machines (`MachinePool.layout`)."""
+    layout: int = -1
 
     def ahead_of(self, priority: int) -> float:
         """Rows that go before one of this priority."""
@@ -57,6 +61,7 @@ class Served:
     time of a request that shares no batch.
     """
 
+    name: str
     route: ChainRoute
     stages: tuple[Stage, ...]
     parents: tuple[tuple[int, ...], ...]
@@ -83,6 +88,7 @@ def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
     for known_parents in parents:
         above.append(frozenset(known_parents).union(*(above[parent] for parent in known_parents)))
     return Served(
+        route.bound.name,
         route,
         tuple(stages),
         parents,
