@@ -96,7 +96,7 @@ class Pooled:
         for head in self._queue.heads():
             machine = self._machine(pool, head, now_s)
             if machine is None:
-                if not head.failed_on:
+                if not head.failed_on and not pool.free(self.route.model, now_s):
                     break
                 # It waits for another machine than those that are free; others need not.
                 continue
@@ -115,7 +115,7 @@ class Pooled:
             if rows >= size or now_s >= head.launch_by_s:
                 fitting = in_time(head, machine, rows, now_s)
                 return Offer(self._queue, head, machine, fitting, True, skips=skips)
-            if helps and pool.works(self.route.model, self.route.main):
+            if helps and not head.failed_on and pool.works(self.route.model, self.route.main):
                 # Only what is in need of it.
                 look_s = min(look_s, head.launch_by_s)
                 continue
