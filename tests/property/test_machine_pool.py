@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -123,7 +124,8 @@ class Pools(RuleBasedStateMachine):
                 # A second of work of it is spread over the slots that can run it.
                 both = self.slots(model, other)
                 own = self.slots(model, model) * self.slots(other, other)
-                assert self.pool.part_of(model, other) == (both / own if both else 0.0)
+                part = self.pool.part_of((model, ()), (other, ()))
+                assert part == pytest.approx(both / own if both else 0.0)
 
 
 TestPools = Pools.TestCase

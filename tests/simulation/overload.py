@@ -47,7 +47,8 @@ OBJECTIVES = 20.0
 at."""
 FILLING = 4.0
 REQUESTS = 400.0
-"""How many come at the least in what is looked at, at the planned rate."""
+"""How many come at the least in what is looked at, at the planned rate. Where some requests need
+more than others, what is left varies by chance, with so many by some 5 %."""
 DRAWN: Mapping[str, Sequence[int]] = {
     "development": (*range(40), *range(1000, 1060)),
     "held-out": range(2000, 2060),
@@ -91,14 +92,22 @@ class Rates:
 
 
 def serve(
-    case: Case, factors: Mapping[str, float], *, steady: bool, seed: int = 1
+    case: Case,
+    factors: Mapping[str, float],
+    *,
+    steady: bool,
+    seed: int = 1,
+    requests: float = REQUESTS,
+    everywhere: bool = False,
 ) -> dict[str, Rates]:
-    """By chain, at these multiples of the planned rates."""
+    """By chain, at these multiples of the planned rates. `everywhere`: every machine holds every
+    model, as the server places them, not only those that the plan has there.
+    """
     rng = Random(seed)
     slo_s = max(chain.slo_s for chain in case.chains)
     rates_rps = {chain.chain: chain.rate_rps for chain in case.plan.chains}
     filled_s = FILLING * slo_s
-    end_s = max(OBJECTIVES * slo_s, filled_s + REQUESTS / min(rates_rps.values()))
+    end_s = max(OBJECTIVES * slo_s, filled_s + requests / min(rates_rps.values()))
     arrivals: dict[str, Sequence[float]] = {}
     for chain, planned_rps in rates_rps.items():
         rate_rps = planned_rps * factors[chain]
@@ -114,6 +123,18 @@ def serve(
     bounds = {c.name: blank_chain(c, limits[c.name]) for c in case.chains}
     specs = {m.spec.name: m.spec for bound in bounds.values() for m in bound.modules}
     machines = planned_machines(case.plan, whole=True)
+    if everywhere:
+        kinds = sorted({machine.hardware for machine in machines})
+        durations = {
+            model: {
+                kind: known
+                for kind in kinds
+                if (known := case.profiles.durations(model, kind)) is not None
+            }
+            for model in durations
+        }
+        for machine in machines:
+            machine.instances = dict.fromkeys(durations, 1)
     seen = Goodput(filled_s, end_s)
     world = World(machines, durations, BlankModels(specs), seed=seed, observers=(seen,))
     world.run(
@@ -126,9 +147,16 @@ def serve(
     return {name: Rates(c.offered / took_s, c.met / took_s) for name, c in counts.items()}
 
 
-def served(case: Case, *, steady: bool, seed: int = 1) -> dict[float, Rates]:
+def served(
+    case: Case, *, steady: bool, requests: float = REQUESTS, everywhere: bool = False
+) -> dict[float, Rates]:
     """A plan of one chain, by multiple of its rate."""
-    return {factor: serve(case, {"c": factor}, steady=steady, seed=seed)["c"] for factor in FACTORS}
+    return {
+        factor: serve(case, {"c": factor}, steady=steady, requests=requests, everywhere=everywhere)[
+            "c"
+        ]
+        for factor in FACTORS
+    }
 
 
 def left(found: Mapping[float, Rates], factor: float) -> float:
@@ -150,7 +178,14 @@ def plans(kind: str, dispatch: Dispatch) -> Iterator[Case]:
         yield drawn_plan(seed, dispatch)
 
 
-def print_plans(kind: str, dispatch: Dispatch, only: str, arrivals: Sequence[bool]) -> None:
+def print_plans(
+    kind: str,
+    dispatch: Dispatch,
+    only: str,
+    arrivals: Sequence[bool],
+    requests: float,
+    everywhere: bool,
+) -> None:
     """What is left of every plan's peak, and a row of a table for all."""
     rows = []
     for steady in arrivals:
@@ -159,7 +194,7 @@ def print_plans(kind: str, dispatch: Dispatch, only: str, arrivals: Sequence[boo
         for case in plans(kind, dispatch):
             if only not in case.name:
                 continue
-            found = served(case, steady=steady)
+            found = served(case, steady=steady, requests=requests, everywhere=everywhere)
             kept[case.name] = (left(found, 2.0), left(found, 5.0))
             rate_rps = case.plan.chains[0].rate_rps
             shares = " ".join(
@@ -224,6 +259,17 @@ def main() -> None:
     )
     parser.add_argument("--arrivals", choices=("steady", "poisson"), help="default: both")
     parser.add_argument("--only", default="", help="plans whose name has this in it")
+    parser.add_argument(
+        "--requests",
+        type=float,
+        default=REQUESTS,
+        help="how many to look at, at the planned rate (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--everywhere",
+        action="store_true",
+        help="every machine holds every model, as the server places them",
+    )
     parser.add_argument("--priorities", action="store_true", help="two chains instead of one")
     given = parser.parse_args()
     arrivals = [given.arrivals == "steady"] if given.arrivals else [True, False]
@@ -232,7 +278,7 @@ def main() -> None:
             print_priorities(dispatch)
             continue
         for kind in given.plans:
-            print_plans(kind, dispatch, given.only, arrivals)
+            print_plans(kind, dispatch, given.only, arrivals, given.requests, given.everywhere)
 
 
 if __name__ == "__main__":

@@ -78,17 +78,20 @@ def test_those_that_were_expected_long_after_who_comes_now_are_gone() -> None:
 
 
 def chain(
-    modules: dict[str, tuple[tuple[str, ...], Durations]], slo_s: float, items: float = 1.0
+    modules: dict[str, tuple[tuple[str, ...], Durations]],
+    slo_s: float,
+    items: float = 1.0,
+    many: int = 1,
 ) -> Served:
     """Modules by name with their parents, planned for one machine of a kind of its own each; the
-    last for so many items a request."""
+    last `many` for so many items a request."""
     *_, last = modules
     made = tuple(
         Module(
             name,
             name,
             {f"x{p}": Source(p, "y") for p in parents} or {"x": Source(None, "x")},
-            fan_out=items if name == last else 1.0,
+            fan_out=items if name in list(modules)[-many:] else 1.0,
         )
         for name, (parents, _) in modules.items()
     )
@@ -150,6 +153,53 @@ def test_a_request_ends_with_the_last_of_its_items_unless_so_many_never_could() 
         admission.missed(each, miss / 5)
     # It is not refused for what others missed where it waits for nobody.
     admission.admit(each, 0, 0.081, pool, 8.0)
+
+
+@pytest.mark.parametrize(("needed_by", "admitted"), [(0.4, 12), (0.6, 4)])
+def test_a_module_that_fewer_than_every_second_request_needs_keeps_nobody_out(
+    needed_by: float, admitted: int
+) -> None:
+    # One comes every 12 ms, of which the last module could take an eighth.
+    quick, slow = Durations(((1, 0.01),)), Durations(((1, 0.1),))
+    modules = {"a": ((), quick), "b": (("a",), quick), "c": (("a",), slow)}
+    fork = chain(modules, 0.2, needed_by)
+    admission, pool = Admission(), MachinePool()
+    for name in modules:
+        pool.up(name, "gpu", 1, {name: 1})
+    tickets = []
+    for request in range(12):
+        try:
+            ticket = admission.admit(fork, 0, 0.2, pool, 0.012 * request)
+        except Rejected:
+            continue
+        tickets.append(ticket)
+        admission.launched(ticket, 0, 1)
+    assert len(tickets) == admitted
+    last = tickets[-1]
+    if needed_by < 0.5:
+        # It comes too late there: it is not ahead of others, until it turns out to need it.
+        assert last.rows[2] == 0.0
+        assert not last.in_doubt
+        admission.counted(last, 2, 1)
+        assert last.in_doubt
+        # If nobody else waits there, it has to be in time.
+        with pytest.raises(Rejected):
+            Admission().admit(chain(modules, 0.2, needed_by), 0, 0.109, pool, 0.0)
+        Admission().admit(chain(modules, 0.2, needed_by), 0, 0.111, pool, 0.0)
+
+
+@pytest.mark.parametrize(("needed_by", "end_s"), [(0.4, 0.4 * 0.28 + 0.6 * 0.03), (0.6, 0.28)])
+def test_modules_below_a_condition_run_together_or_not_at_all(
+    needed_by: float, end_s: float
+) -> None:
+    quick, slow = Durations(((1, 0.01),)), Durations(((1, 0.09),))
+    modules = {"a": ((), quick), "b": (("a",), quick), "c": (("a",), slow), "d": (("c",), quick)}
+    fork = chain(modules, 1.0, needed_by, many=2)
+    admission, pool = Admission(), MachinePool()
+    for name in modules:
+        pool.up(name, "gpu", 1, {name: 1})
+    admission.counted(admission.admit(fork, 0, 1.0, pool, 0.0), 2, 2)
+    assert admission.predicted_s(fork, 0, pool, 0.0) == pytest.approx(end_s)
 
 
 KINDS = {"big": Durations(((1, 0.08), (25, 0.64))), "small": Durations(((1, 0.2), (11, 0.925)))}

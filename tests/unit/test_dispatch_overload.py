@@ -146,16 +146,17 @@ def test_what_urgent_chains_take_elsewhere_is_not_foreseen_here() -> None:
         foresight.admitted(high, 0, request / 100)
     urgent = foresight.urgent(1, 10.0)
     (flow, rate_rps), *_ = urgent
-    taken_s, *_ = flow.of_slot_s("low hear", pool)
+    hear = low.stages[0].route.home
+    taken_s, *_ = flow.of_slot_s(hear, pool)
     assert rate_rps == pytest.approx(100.0, rel=0.1)
     assert taken_s == pytest.approx(PATH_S / 8 / 8), "its work is spread over all its machines"
     placed("low", pool, 4, "other")
-    taken_s, *_ = flow.of_slot_s("low hear", pool)
+    taken_s, *_ = flow.of_slot_s(hear, pool)
     assert taken_s == pytest.approx(PATH_S / 8 / 8 * 2 / 6), "of six slots two are shared"
     placed("", pool, 2, "both")
     pool.down("both0")
     pool.down("both1")
-    assert flow.of_slot_s("low hear", pool)[:2] == (0.0, 0.0)
+    assert flow.of_slot_s(hear, pool)[:2] == (0.0, 0.0)
     assert foresight.urgent(0, 10.0) == [] and foresight.urgent(1, 100.0) == []
     assert low.alone_s == pytest.approx(ALONE_S)
 

@@ -11,6 +11,10 @@ that share machines with it, what the queues' order (launch-by times) puts befor
 counts: further down, not the rows of requests that entered just before it; further up, those of
 requests that enter just after it as well.
 
+Modules that fewer than every second request needs (`when`) count as far as they are likely: what
+others wait for there keeps nobody out who probably does not need it, if there is time to spare
+elsewhere. Who comes too late for such a module is not ahead of others there.
+
 Behind more urgent priorities it also counts what will come at them meanwhile; and a chain to which
 they leave next to nothing is owed a little all the same (`foresight`).
 
@@ -24,16 +28,15 @@ admitted requests have not yet had launched there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import ceil, exp, inf
 
-from paceline.core.errors import ErrorKind, Rejected
-from paceline.dispatch.arrivals import Arrivals
+from paceline.dispatch.arrivals import first_arrivals, placed
 from paceline.dispatch.collector import NOTHING_ROWS
 from paceline.dispatch.foresight import FIRST, Foresight, Shares, Urgent, level
 from paceline.dispatch.machines import MachinePool
-from paceline.dispatch.refusals import LEAST_RETRY_S
+from paceline.dispatch.refusals import overloaded, too_cold
 from paceline.dispatch.stage import Served, Stage
 
 ReadyIn = Callable[[str, float], float]
@@ -49,6 +52,8 @@ MISS_STEP = 0.05
 miss widens its margin; at most to all of it."""
 MARGIN_FADES_S = 3.0
 """In which time a margin fades to 1/e."""
+LIKELY = 0.5
+"""A request is refused that is at least as likely to end too late as not."""
 MISSES_APART_S = 0.1
 """Misses closer than this count once: a stall makes many, and says nothing about predictions."""
 
@@ -69,18 +74,30 @@ class _Margin:
 class Ticket:
     """What one admitted request still has ahead of it: rows by module, in the chain's order.
 
-    `priority` is how it is dispatched, `asked` what it came with.
+    `priority` is how it is dispatched, `asked` what it came with. `doubtful` modules would end too
+    late, but may not be needed.
     """
 
-    __slots__ = ("asked", "priority", "rows", "stages")
+    __slots__ = ("asked", "doubtful", "priority", "rows", "stages")
 
     def __init__(
-        self, priority: int, asked: int, stages: tuple[Stage, ...], rows: list[float]
+        self,
+        priority: int,
+        asked: int,
+        stages: tuple[Stage, ...],
+        rows: list[float],
+        doubtful: Collection[int] = (),
     ) -> None:
         self.priority = priority
         self.asked = asked
         self.stages = stages
         self.rows = rows
+        self.doubtful = doubtful
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it waits for a module that was foreseen to end too late."""
+        return any(self.rows[place] for place in self.doubtful)
 
 
 class Admission:
@@ -105,29 +122,43 @@ class Admission:
 
         Raises Rejected (OVERLOADED, with `retry_after_s`) when it is predicted to end too late.
         """
-        cold = self.cold(served, now_s)
+        cold = self.cold(served, now_s) if self.ready_in_s is not None else None
         given = priority
         planned = served.route.modules[0].rate_rps > 0
         visits: Sequence[Visit] = ()
+        fan_outs, doubtful = list(served.fan_outs), frozenset[int]()
         if planned or cold:
             predicted_s, visits = self._predict(served, priority, pool, now_s, budget_s)
-            margin_s = self._margin_s(served, priority, predicted_s, pool, now_s)
+            margin_s = 0.0
+            if self._margins:
+                margin_s = self._margin_s(served, priority, predicted_s, pool, now_s)
             excess_s = predicted_s + margin_s - budget_s
             if excess_s > 0:
                 if cold:
-                    raise _too_cold(served, cold, excess_s)
+                    raise too_cold(served.name, cold, excess_s)
                 if not self._is_owed(served, priority, budget_s, pool, now_s):
-                    raise _overloaded(served, excess_s)
+                    raise overloaded(served.name, excess_s)
                 given = FIRST
+            elif served.sometimes:
+                by_s = budget_s - margin_s
+                doubtful = frozenset(p for p in served.sometimes if visits[p][0] > by_s)
+                for place in doubtful:
+                    fan_outs[place] = 0.0
         self._shares.admitted(served, priority)
         self._foresight.admitted(served, given, now_s)
-        for stage, rows in zip(served.stages, served.fan_outs, strict=True):
+        for stage, rows in zip(served.stages, fan_outs, strict=True):
             self._count(stage, given, rows)
         if planned and not cold and given == priority:
-            for place, visit in enumerate(visits):
-                if visit[2] > 0.0:
-                    _arrives(served, place, level(priority), visit, pool, now_s)
-        return Ticket(given, priority, served.stages, list(served.fan_outs))
+            at_level = level(priority)
+            for place, (_, _, there_s, company) in enumerate(visits):
+                if there_s <= 0.0 or place in doubtful:
+                    continue
+                arrivals = served.stages[place].arrivals.get(at_level)
+                if arrivals is None:
+                    arrivals = first_arrivals(served, place, at_level, pool)
+                if arrivals is not None:
+                    arrivals.add(served.fan_outs[place], company, now_s + there_s)
+        return Ticket(given, priority, served.stages, fan_outs, doubtful)
 
     def cold(self, served: Served, now_s: float) -> dict[str, float]:
         """Models of the chain that are not in memory, and how long until they are."""
@@ -152,6 +183,8 @@ class Admission:
     ) -> tuple[float, list[Visit]]:
         """The same, and each module's part in it."""
         visits: list[Visit] = []
+        # Ends where nobody waits at modules that run for some requests only.
+        least: list[float] = []
         answer_s = 0.0
         # Where machines are too few for the planned rate, no more than they can take gets in.
         share = min(1.0, pool.slots / served.load) if served.load > 0 else 1.0
@@ -170,22 +203,29 @@ class Admission:
                     company = visits[parent][1] * own
             if there_s > 0.0 and (arrivals := stage.arrivals.get(at_level)) is not None:
                 if arrivals.layout != pool.layout:
-                    _place(arrivals, served, place, pool)
+                    placed(arrivals, served, place, pool)
                 wait_s = arrivals.wait_s(company, now_s + there_s)
             comes = (there_s, wait_s, company, own)
-            end_s, before = self._end(stage, comes, priority, budget_s, share, urgent, pool, now_s)
+            end_s, before, took_s = self._end(
+                stage, comes, priority, budget_s, share, urgent, pool, now_s
+            )
             for other in served.beside[place]:
                 # Its own rows there go first where they share machines.
                 first = served.stages[other].route
-                part = pool.part_of(route.model, first.model)
+                part = pool.part_of(route.home, first.home)
                 end_s += served.fan_outs[other] * first.row_s * part
             visits.append((end_s, before, there_s, company))
+            if served.sometimes:
+                least_s = max((least[parent] for parent in served.parents[place]), default=0.0)
+                least.append(least_s + took_s if place in served.sometimes else end_s)
             if end_s > answer_s:
                 answer_s = end_s
+        if served.sometimes:
+            answer_s = max(_expected_s(served, visits), *least)
         return answer_s, visits
 
     def missed(self, served: Served, now_s: float, priority: int = 0) -> None:
-        """A request that was admitted did not end in time."""
+        """A request that was admitted did not end in time, which was not foreseen."""
         chain = served.route.bound.chain
         if served.route.modules[0].rate_rps <= 0:
             return
@@ -207,7 +247,9 @@ class Admission:
 
     def launched(self, ticket: Ticket, place: int, rows: int) -> None:
         """Some of its rows went to a machine."""
-        self._change(ticket, place, -rows)
+        had = ticket.rows[place]
+        left = ticket.rows[place] = had - rows if had > rows else 0.0
+        self._count(ticket.stages[place], ticket.priority, left - had)
 
     def ended(self, ticket: Ticket) -> None:
         """Whatever was left is not ahead of anybody any more."""
@@ -241,7 +283,7 @@ class Admission:
     ) -> float:
         """No more than what the request is expected to wait: where nothing waits, none is refused
         for it."""
-        margin = self._margins.get((served.route.bound.name, level(priority)))
+        margin = self._margins.get((served.name, level(priority)))
         if margin is None:
             return 0.0
         return min(margin.left_s(now_s), max(0.0, predicted_s - self._least_s(served, pool)))
@@ -250,10 +292,10 @@ class Admission:
         """How long a request takes that waits for no other, with as many rows as expected."""
         if not served.many:
             return served.route.longest.floor_s
-        known = self._least.get(served.route.bound.name)
+        known = self._least.get(served.name)
         if known is None or known[0] is not served or known[1] != pool.layout:
             known = served, pool.layout, _longest_s(served, pool)
-            self._least[served.route.bound.name] = known
+            self._least[served.name] = known
         return known[2]
 
     def _end(
@@ -266,9 +308,9 @@ class Admission:
         urgent: Urgent,
         pool: MachinePool,
         now_s: float,
-    ) -> tuple[float, float]:
-        """When a request's batch at a module would end, from now, and how many requests have their
-        rows before its own in it.
+    ) -> tuple[float, float, float]:
+        """When a request's batch at a module would end, from now, how many requests have their
+        rows before its own in it, and how long it takes.
 
         `comes`: after how long it is there, how long it waits then at the least for those who come
         before it (`arrivals`), how many rows come with its own, and how many are its own. `share`
@@ -294,7 +336,7 @@ class Admission:
                     same_s, urgent_s = self._others_s(stage, priority, there_s, share, urgent, pool)
                     start_s += same_s
                 if urgent:
-                    start_s = self._foresight.start_s(urgent, start_s, urgent_s, route.model, pool)
+                    start_s = self._foresight.start_s(urgent, start_s, urgent_s, route.home, pool)
         if there_s > 0.0:
             if known is not None and company + more >= at_once:
                 # Rows of one batch come together, and do not fit into those that can start then.
@@ -307,10 +349,9 @@ class Admission:
         rows = joined + int(rate_rps * start_s) if start_s > 0 else joined
         if rows > size:
             rows = size
-        end_s = start_s + known.at(rows) if known is not None else start_s
-        return end_s, (joined - 1 - more) / (
-            own if own > 1.0 else 1.0
-        ) if joined > 1 + more else 0.0
+        took_s = known.at(rows) if known is not None else 0.0
+        before = (joined - 1 - more) / (own if own > 1.0 else 1.0) if joined > 1 + more else 0.0
+        return start_s + took_s, before, took_s
 
     def _others_s(
         self,
@@ -325,12 +366,20 @@ class Admission:
         urgent work is foreseen, that which is already here."""
         route = stage.route
         work_s = urgent_s = 0.0
+        parts = stage.parts
+        if stage.layout != pool.layout:
+            stage.layout = pool.layout
+            parts.clear()
         for other in self._busy:
-            part = pool.part_of(route.model, other.route.model)
+            part = parts.get(other)
+            if part is None:
+                part = parts[other] = pool.part_of(route.home, other.route.home)
             if other is stage or part == 0.0:
                 continue
             row_s = other.route.row_s * part
-            rows = other.ahead_of(priority)
+            ahead = other.ahead
+            alone = len(ahead) == 1 and priority in ahead
+            rows = ahead[priority] if alone else other.ahead_of(priority)
             if urgent and rows > (own := other.ahead.get(priority, 0.0)):
                 urgent_s += min(rows - own, other.collector.rows) * row_s
                 rows = own
@@ -357,39 +406,23 @@ class Admission:
         ahead[priority] = ahead.get(priority, 0.0) + rows
 
 
-def _arrives(
-    served: Served, place: int, at_level: int, visit: Visit, pool: MachinePool, now_s: float
-) -> None:
-    """A request was admitted whose rows come to the module as foreseen."""
-    _, _, there_s, company = visit
-    stage = served.stages[place]
-    arrivals = stage.arrivals.get(at_level)
-    if arrivals is None:
-        route = stage.route
-        if route.best is None:
-            return
-        arrivals = stage.arrivals[at_level] = Arrivals(route.full_rows, route.best)
-        _place(arrivals, served, place, pool)
-    arrivals.add(served.fan_outs[place], company, now_s + there_s)
-
-
-def _place(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) -> None:
-    """Tell it of the machines: its slots, and what a request takes of them at modules that do not
-    come before this one. (What comes before it waits for those who entered earlier.)
+def _expected_s(served: Served, visits: Sequence[Visit]) -> float:
+    """When a request is expected to end of which some modules may not run; those that are as likely
+    to run as not count as if they ran.
     """
-    model = served.stages[place].route.model
-    slots = pool.common_slots(model, model)
-    work_s = sum(
-        served.fan_outs[other] * stage.route.row_s * pool.part_of(model, stage.route.model)
-        for other, stage in enumerate(served.stages)
-        if other != place and other not in served.above[place]
-    )
-    own = served.fan_outs[place]
-    more_s = work_s * slots / own if own > 0 else 0.0
-    # How long a batch takes there is foreseen by its rows up to then.
-    parents = [served.stages[parent].route for parent in served.parents[place]]
-    apart_s = max((route.best_s(route.full_rows) for route in parents), default=0.0)
-    arrivals.placed(pool.layout, slots, more_s, apart_s)
+    expected_s, chance, late = 0.0, 0.0, list[int]()
+    for place in sorted(range(len(visits)), key=lambda place: -visits[place][0]):
+        end_s = visits[place][0]
+        if not served.above[place].intersection(late):
+            # Where a module runs those above it have run.
+            known = sum(served.fan_outs[other] for other in late if place in served.above[other])
+            more = max(0.0, served.fan_outs[place] - known)
+            if chance + more >= LIKELY:
+                return expected_s + (1.0 - chance) * end_s
+            expected_s += more * end_s
+            chance += more
+        late.append(place)
+    return expected_s
 
 
 def _longest_s(served: Served, pool: MachinePool) -> float:
@@ -398,30 +431,9 @@ def _longest_s(served: Served, pool: MachinePool) -> float:
     for stage, parents, rows in zip(served.stages, served.parents, served.fan_outs, strict=True):
         route = stage.route
         size = route.full_rows
-        slots = max(1, pool.common_slots(route.model, route.model))
+        slots = max(1, pool.slots_of(route.home))
         batches = ceil(max(1.0, rows) / size)
         took_s = route.best_s(min(size, ceil(max(1.0, rows))))
         took_s += (ceil(batches / slots) - 1) * route.best_s(size)
         ends_s.append(max((ends_s[parent] for parent in parents), default=0.0) + took_s)
     return max(ends_s)
-
-
-def _overloaded(served: Served, excess_s: float) -> Rejected:
-    return Rejected(
-        ErrorKind.OVERLOADED,
-        f"'{served.route.bound.name}' is overloaded: the answer would come "
-        f"{excess_s * 1e3:.0f} ms too late",
-        shortfall_s=excess_s,
-        retry_after_s=max(LEAST_RETRY_S, excess_s),
-    )
-
-
-def _too_cold(served: Served, cold: Mapping[str, float], excess_s: float) -> Rejected:
-    model, wait_s = max(cold.items(), key=lambda item: (item[1], item[0]))
-    return Rejected(
-        ErrorKind.OVERLOADED,
-        f"'{served.route.bound.name}' is not in memory: loading model '{model}' takes about "
-        f"{wait_s * 1e3:.0f} ms, the answer would come {excess_s * 1e3:.0f} ms too late",
-        shortfall_s=excess_s,
-        retry_after_s=wait_s,
-    )

@@ -13,9 +13,15 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 from math import inf
+from typing import TYPE_CHECKING
 
 from paceline.core.profile import Durations
 from paceline.dispatch.collector import NOTHING_ROWS
+from paceline.dispatch.machines import MachinePool
+from paceline.dispatch.route import ModuleRoute
+
+if TYPE_CHECKING:
+    from paceline.dispatch.stage import Served
 
 
 class Arrivals:
@@ -134,3 +140,45 @@ class Arrivals:
         rows = self._rows
         took_s = self._known.at(round(rows)) if rows >= 1.0 else self._known.at(1) * rows
         return self._start_s + took_s + self._more_s * rows
+
+
+def first_arrivals(served: Served, place: int, at_level: int, pool: MachinePool) -> Arrivals | None:
+    """The module's first ones of a priority; None where it is not known how long it takes."""
+    stage = served.stages[place]
+    if stage.route.best is None:
+        return None
+    arrivals = stage.arrivals[at_level] = Arrivals(stage.route.full_rows, stage.route.best)
+    placed(arrivals, served, place, pool)
+    return arrivals
+
+
+def placed(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) -> None:
+    """Tell it of the machines: its slots, and what a request takes of them at modules that do not
+    come before this one. (What comes before it waits for those who entered earlier.)
+    """
+    route = served.stages[place].route
+    home = route.home
+    slots = _slots_of(route, pool)
+    work_s = sum(
+        served.fan_outs[other] * stage.route.row_s * pool.part_of(home, stage.route.home)
+        for other, stage in enumerate(served.stages)
+        if other != place and other not in served.above[place]
+    )
+    own = served.fan_outs[place]
+    more_s = work_s * slots / own if own > 0 else 0.0
+    # How long a batch takes there is foreseen by its rows up to then.
+    parents = [served.stages[parent].route for parent in served.parents[place]]
+    apart_s = max((route.best_s(route.full_rows) for route in parents), default=0.0)
+    arrivals.placed(pool.layout, slots, more_s, apart_s)
+
+
+def _slots_of(route: ModuleRoute, pool: MachinePool) -> int:
+    """How many slots of the best hardware do as much as those that it may use."""
+    usable = pool.usable(route.home)
+    if len(usable) < 2:
+        return sum(usable.values())
+    found = 0.0
+    for kind, slots in usable.items():
+        known, size = route.durations.get(kind), route.batch_size(kind)
+        found += slots * route.row_s * size / known.at(size) if known is not None else slots
+    return round(found) or 1

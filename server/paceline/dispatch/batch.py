@@ -33,10 +33,10 @@ class Batch:
 
     def span(self, piece: Piece, now_s: float) -> Span:
         """What happened to one of its pieces."""
-        bound = self.stage.route.bound
+        route = self.stage.route
         return Span(
-            bound.name,
-            bound.spec.name,
+            route.name,
+            route.model,
             self.machine.name,
             piece.count,
             self.rows,

@@ -27,7 +27,10 @@ where it would run, the rate at which it fills, and how many rows can be started
 
 @value
 class Offer:
-    """A batch that could be launched now. `closed` ones go first, then by `order`."""
+    """A batch that could be launched now. `closed` ones go first, then by `order`.
+
+    `skips`: rows before `head` stay, as they wait for a quicker machine.
+    """
 
     queue: ModuleQueue
     head: Entry
@@ -35,6 +38,7 @@ class Offer:
     size: int
     closed: bool
     lot: int = 0
+    skips: bool = False
 
     @property
     def rank(self) -> tuple[bool, Order]:
@@ -42,11 +46,11 @@ class Offer:
 
     def led_by(self, entry: Entry) -> Offer:
         """The batch of the same queue that starts with another entry."""
-        return replace(self, head=entry)
+        return replace(self, head=entry, skips=False)
 
     def take(self) -> tuple[Piece, ...]:
         """Its rows, taken out of the queue."""
-        return self.queue.take(self.size, self.head)
+        return self.queue.take(self.size, self.head, skips=self.skips)
 
 
 class Collector(Protocol):
@@ -104,15 +108,18 @@ class Collector(Protocol):
 
 
 def in_time(head: Entry, machine: Machine, rows: int, now_s: float) -> int:
-    """Rows that a batch may hold so that its most urgent one is still answered in time."""
+    """Rows that a batch may hold so that its most urgent one is still answered in time; 0 where
+    not even that one would be.
+    """
     route = head.stage.route
-    if now_s <= head.launch_by_s or rows == 1:
+    if now_s <= head.launch_by_s and not route.helps(machine.hardware):
         return rows
     known = route.durations.get(machine.hardware)
     if known is None:
         return rows
-    left_s = head.latest_s + known.at(1) - now_s
-    low, high = 1, rows
+    # `latest_s` is by the hardware that is the quickest with one row.
+    left_s = head.latest_s + route.single_s - now_s + TIE_S
+    low, high = 0, rows
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if known.at(middle) <= left_s else (low, middle - 1)
@@ -120,13 +127,11 @@ def in_time(head: Entry, machine: Machine, rows: int, now_s: float) -> int:
 
 
 def past_saving(queue: ModuleQueue, head: Entry, machine: Machine, size: int, now_s: float) -> bool:
-    """Whether `head` could only be saved by a batch so small that it costs those behind it.
+    """Whether the machine cannot save `head`, or only by a batch so small that it costs those
+    behind it.
 
     Behind a full batch's worth of rows, what is past its launch-by time needs a smaller batch;
     then those behind it are late in turn.
     """
-    return (
-        size > 1
-        and queue.rows_like(head, size) >= size
-        and in_time(head, machine, size, now_s) < WORTHWHILE * size
-    )
+    fitting = in_time(head, machine, size, now_s)
+    return fitting == 0 or (fitting < WORTHWHILE * size and queue.rows_like(head, size) >= size)

@@ -114,6 +114,7 @@ class Dispatcher:
                 self._install(event.route)
             case RemoveChain():
                 self._served.pop(event.chain, None)
+                self._plan_machines()
             case MachineUp():
                 self._pool.up(event.machine, event.hardware, event.slots, event.instances)
                 self._give_up_stranded(now_s, actions)
@@ -243,16 +244,26 @@ class Dispatcher:
     def _install(self, route: ChainRoute) -> None:
         """New requests take this route; stages of replaced routes go when they are empty."""
         self._served[route.bound.name] = served(route, self._stages)
+        self._plan_machines()
         current = {id(module) for chain in self._served.values() for module in chain.route.modules}
         for key, stage in list(self._stages.items()):
             if key not in current and not stage.collector.rows:
                 del self._stages[key]
 
+    def _plan_machines(self) -> None:
+        """Tell the pool how many machines the plans of all chains have."""
+        needed: dict[str, float] = {}
+        for chain in self._served.values():
+            for module in chain.route.modules:
+                for kind, machines in module.machines.items():
+                    needed[kind] = needed.get(kind, 0.0) + machines
+        self._pool.planned_for(needed)
+
     def _fail(
         self, run: ChainRun, error: RequestError, now_s: float, actions: list[Action]
     ) -> None:
         if run.submit.request in self._runs:
-            if error.kind is ErrorKind.DEADLINE:
+            if error.kind is ErrorKind.DEADLINE and not run.ticket.in_doubt:
                 self._admission.missed(run.served, now_s, run.ticket.asked)
             self._end(run)
             actions.append(Fail(run.submit.request, error, run.timeline(now_s, error)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import exp
 
-from paceline.dispatch.machines import MachinePool
+from paceline.dispatch.machines import Home, MachinePool
 from paceline.dispatch.stage import Served
 
 RECENT_S = 3.0
@@ -51,24 +51,24 @@ class Flow:
     """Weighted by their age at `at_s`."""
     at_s: float = 0.0
     layout: int = -1
-    taken_s: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    """What `of_slot_s` found with that layout, by model."""
+    taken_s: dict[Home, tuple[float, float, float]] = field(default_factory=dict)
+    """What `of_slot_s` found with that layout."""
 
     def recent(self, now_s: float) -> float:
         """Requests by their weights."""
         return self.requests * exp((self.at_s - now_s) / RECENT_S)
 
-    def of_slot_s(self, model: str, pool: MachinePool) -> tuple[float, float, float]:
-        """Time that one request takes of each slot which can run `model`, in full batches; what
+    def of_slot_s(self, home: Home, pool: MachinePool) -> tuple[float, float, float]:
+        """Time that one request takes of each slot which runs `home`, in full batches; what
         the chain's batches that are not full yet would take, a quarter of a batch each; and its
         objective.
         """
         if self.layout != pool.layout:
             self.layout = pool.layout
             self.taken_s.clear()
-        found = self.taken_s.get(model)
+        found = self.taken_s.get(home)
         if found is None:
-            found = self.taken_s[model] = _of_slot_s(self.served, model, pool)
+            found = self.taken_s[home] = _of_slot_s(self.served, home, pool)
         return found
 
 
@@ -89,9 +89,9 @@ class Foresight:
         flows = self._flows.get(at)
         if flows is None:
             flows = self._flows[at] = {}
-        flow = flows.get(served.route.bound.name)
+        flow = flows.get(served.name)
         if flow is None:
-            flow = flows[served.route.bound.name] = Flow(served, at, now_s)
+            flow = flows[served.name] = Flow(served, at, now_s)
         if flow.served is not served:
             flow.served, flow.layout = served, -1
         recent = flow.recent(now_s)
@@ -126,15 +126,15 @@ class Foresight:
 
     @staticmethod
     def start_s(
-        urgent: Urgent, work_s: float, waits_s: float, model: str, pool: MachinePool
+        urgent: Urgent, work_s: float, waits_s: float, home: Home, pool: MachinePool
     ) -> float:
-        """When a batch of `model` could start behind `work_s` of its own priority and `waits_s` of
+        """When a batch of `home` could start behind `work_s` of its own priority and `waits_s` of
         more urgent work on each slot, which grows meanwhile. Batches that are not full by then
         do not go before it.
         """
         taken = open_s = 0.0
         for flow, rate_rps in urgent:
-            took_s, most_open_s, slo_s = flow.of_slot_s(model, pool)
+            took_s, most_open_s, slo_s = flow.of_slot_s(home, pool)
             part = rate_rps * took_s
             taken += part
             # Nor is more open than came within an objective.
@@ -165,19 +165,19 @@ class Shares:
     def admitted(self, served: Served, priority: int) -> None:
         """It got in as everybody does: nothing is owed for that."""
         if self._owed:
-            owed = self._owed.get((served.route.bound.name, level(priority)))
+            owed = self._owed.get((served.name, level(priority)))
             if owed is not None:
                 owed.has_s = max(0.0, owed.has_s - served.alone_s)
 
     def owes(self, served: Served, priority: int, pool: MachinePool, now_s: float) -> bool:
         """Whether a request that was refused is owed to be served."""
-        key = (served.route.bound.name, level(priority))
+        key = (served.name, level(priority))
         owed = self._owed.get(key)
         if owed is None:
             owed = self._owed[key] = _Owed()
         self._grow(now_s)
         owed.most_s = served.alone_s
-        owed.slots = min(pool.common_slots(s.route.model, s.route.model) for s in served.stages)
+        owed.slots = min(pool.slots_of(s.route.home) for s in served.stages)
         return owed.has_s >= owed.most_s > 0
 
     def _grow(self, now_s: float) -> None:
@@ -190,11 +190,11 @@ class Shares:
             owed.has_s = min(owed.most_s, owed.has_s + more_s)
 
 
-def _of_slot_s(served: Served, model: str, pool: MachinePool) -> tuple[float, float, float]:
+def _of_slot_s(served: Served, home: Home, pool: MachinePool) -> tuple[float, float, float]:
     took_s = open_s = 0.0
     for stage, rows in zip(served.stages, served.fan_outs, strict=True):
         route = stage.route
-        row_s = route.row_s * pool.part_of(model, route.model)
+        row_s = route.row_s * pool.part_of(home, route.home)
         took_s += rows * row_s
         open_s += (route.full_rows - 1) / 4 * row_s
     return took_s, open_s, served.route.bound.chain.slo_s

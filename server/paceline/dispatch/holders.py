@@ -42,6 +42,8 @@ class Lane:
     """How many batches it could start at once, as `Holders` has it."""
     ends_s: Sequence[float] = ()
     """When it could start one more each, as `Holders` has it."""
+    sound: bool = False
+    """Whether it works and has slots, as `Holders` has it."""
 
     @property
     def quarantined(self) -> bool:
@@ -94,7 +96,7 @@ class _Slots:
 class Holders:
     """All machines that hold one model; see the module docstring."""
 
-    __slots__ = ("_free", "_quarantined", "_slots", "lanes", "model", "stale")
+    __slots__ = ("_free", "_quarantined", "_slots", "_sound", "lanes", "model", "stale")
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -105,6 +107,8 @@ class Holders:
         self._free: list[Rank] = []
         self._slots: dict[str, _Slots] = {}
         """By hardware; none of which there is no machine that works."""
+        self._sound: dict[str, int] = {}
+        """How many machines work and have slots for it, by hardware."""
         self._quarantined: dict[str, None] = {}
 
     def free(self, now_s: float) -> Sequence[Rank]:
@@ -119,6 +123,12 @@ class Holders:
             if machine.busy < machine.slots and lane.probed(now_s)
         ]
         return sorted([*self._free, *probes]) if probes else self._free
+
+    def works_on(self, kind: str) -> bool:
+        """Whether a machine of that hardware has it and works."""
+        if self.stale:
+            self._renew()
+        return self._sound.get(kind, 0) > 0
 
     def free_at_s(self, now_s: float) -> list[float]:
         """When each slot that can run the model is expected to be free, earliest first."""
@@ -176,6 +186,9 @@ class Holders:
         if lane.rank is not None:
             del self._free[bisect_left(self._free, lane.rank)]
             lane.rank = None
+        if lane.sound:
+            lane.sound = False
+            self._sound[machine.hardware] -= 1
         slots = self._slots.get(machine.hardware)
         if slots is None:
             return
@@ -192,6 +205,8 @@ class Holders:
         idle = machine.slots - machine.busy
         most = min(machine.slots, lane.instances)
         if most > 0:
+            lane.sound = True
+            self._sound[machine.hardware] = self._sound.get(machine.hardware, 0) + 1
             slots = self._slots.get(machine.hardware)
             if slots is None:
                 slots = self._slots[machine.hardware] = _Slots()

@@ -43,8 +43,10 @@ class LotQueue(ModuleQueue):
         self._count(entry, -entry.waiting)
         super().discard(entry)
 
-    def take(self, limit: int, head: Entry | None = None) -> tuple[Piece, ...]:
-        pieces = super().take(limit, head)
+    def take(
+        self, limit: int, head: Entry | None = None, *, skips: bool = False
+    ) -> tuple[Piece, ...]:
+        pieces = super().take(limit, head, skips=skips)
         for piece in pieces:
             self._count(piece.entry, -piece.count)
         return pieces
@@ -206,7 +208,9 @@ class _Lots:
             rows = lot.queue.rows_like(head, lot.size)
             if now_s >= head.launch_by_s or rows >= lot.size:
                 fitting = in_time(head, machine, rows, now_s)
-                return Offer(lot.queue, head, machine, fitting, True, index)
+                if fitting:
+                    return Offer(lot.queue, head, machine, fitting, True, index)
+                continue
             look_s = min(look_s, head.launch_by_s)
         return look_s
 

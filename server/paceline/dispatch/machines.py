@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import ceil, floor, inf
 
 from paceline.core.errors import ConfigError
 from paceline.dispatch.holders import Holders, Lane, Machine, Rank
@@ -24,6 +24,13 @@ FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
 LEARNING_WEIGHT = 0.1
 """Weight of the newest batch in a lane's learned ratio."""
+
+NOTHING = 1e-6
+"""Planned fractions of machines are sums of floats: as much more or less is none."""
+
+Home = tuple[str, tuple[tuple[str, float], ...]]
+"""A model, and how many machines of which hardware a plan has for it, its main one first; none
+without a plan (`ModuleRoute.home`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +77,15 @@ class MachinePool:
         self._holders: dict[str, Holders] = {}
         """By model; none that no machine holds."""
         self.layout = 0
-        """Another number whenever machines come, go, or hold other models or instances."""
-        self._common: dict[tuple[str, str], int] = {}
-        """What `common_slots` found under this layout."""
-        self._parts: dict[tuple[str, str], float] = {}
+        """Another number whenever machines come, go, or hold other models or instances, and when
+        plans need others.
+        """
+        self._usable: dict[Home, dict[str, int]] = {}
+        """What `usable` found under this layout."""
+        self._spare: dict[str, int] = {}
+        """What `spare` found under this layout."""
+        self._needed: Mapping[str, float] = {}
+        self._parts: dict[tuple[Home, Home], float] = {}
         """What `part_of` found under this layout."""
         self.versions: dict[str, int] = {}
         """By model that some machine holds: another number whenever one of them changed at all."""
@@ -149,30 +161,48 @@ class MachinePool:
         machine = self._machines.get(identity[0])
         return machine is not None and machine.identity == identity
 
-    def common_slots(self, model: str, other: str) -> int:
-        """Slots of the machines that can run both models."""
-        found = self._common.get((model, other))
+    def works(self, model: str, kind: str) -> bool:
+        """Whether a machine of that hardware holds the model and works."""
+        holders = self._holders.get(model)
+        return holders is not None and holders.works_on(kind)
+
+    def spare(self, kind: str) -> int:
+        """Slots of that hardware that nobody was planned for."""
+        found = self._spare.get(kind)
         if found is None:
-            holders = self._holders.get(model)
-            lanes = holders.lanes.values() if holders is not None else ()
-            found = self._common[model, other] = sum(
-                machine.slots
-                for machine, lane in lanes
-                if lane.instances > 0
-                and (beside := machine.lanes.get(other)) is not None
-                and beside.instances > 0
-            )
+            slots = sum(m.slots for m in self._machines.values() if m.hardware == kind)
+            left = slots - self._needed.get(kind, 0.0)
+            found = self._spare[kind] = max(0, floor(left + NOTHING))
         return found
 
-    def part_of(self, model: str, other: str) -> float:
-        """What a second of work of `other`, spread over all slots that can run it, takes of each
-        slot that can run `model`; 0 where they share no machine.
+    def planned_for(self, needed: Mapping[str, float]) -> None:
+        """By hardware the machines that plans have for all chains together."""
+        self._needed = needed
+        self._laid_out()
+
+    def usable(self, home: Home) -> Mapping[str, int]:
+        """How many slots it may use at a time, by hardware: all of its main one; of others as many
+        as it was planned for, and those that nobody was.
         """
-        found = self._parts.get((model, other))
+        found = self._usable.get(home)
         if found is None:
-            common = self.common_slots(model, other)
-            slots = self.common_slots(model, model) * self.common_slots(other, other)
-            found = self._parts[model, other] = common / slots if common else 0.0
+            found = {kind: sum(slots.values()) for kind, slots in self._slots_on(home[0]).items()}
+            for kind, most in self._limits(home, found).items():
+                found[kind] = min(found[kind], most + self.spare(kind))
+            self._usable[home] = found
+        return found
+
+    def slots_of(self, home: Home) -> int:
+        """How many slots it may use at a time."""
+        return sum(self.usable(home).values())
+
+    def part_of(self, home: Home, other: Home) -> float:
+        """What a second of work of `other`, spread over all slots that run it, takes of each slot
+        that runs `home`; 0 where they share no machine.
+        """
+        found = self._parts.get((home, other))
+        if found is None:
+            found = self._parts[home, other] = self._part_of(home, other)
         return found
 
     def free_at_s(self, model: str, now_s: float) -> Sequence[float]:
@@ -278,10 +308,52 @@ class MachinePool:
             holders = self._holders[model] = Holders(model)
         holders.add(machine, lane)
 
+    def _part_of(self, home: Home, other: Home) -> float:
+        own, others = self._slots_on(home[0]), self._slots_on(other[0])
+        of_own, of_others = self._planned_on(home, own), self._planned_on(other, others)
+        total = sum(of_own.values()) * sum(of_others.values())
+        part = 0.0
+        for kind in of_own.keys() & of_others.keys():
+            here, there = own[kind], others[kind]
+            common = sum(slots for name, slots in here.items() if name in there)
+            if common:
+                # Of each what it uses of these, and of that what is on the same machines.
+                used = of_own[kind] * of_others[kind] / total
+                part += used * common / (sum(here.values()) * sum(there.values()))
+        return part
+
+    def _planned_on(self, home: Home, slots: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+        """Of these slots by hardware and machine those that it was planned for, by hardware."""
+        found = {kind: sum(on.values()) for kind, on in slots.items()}
+        for kind, most in self._limits(home, found).items():
+            found[kind] = min(found[kind], most)
+        return found
+
+    @staticmethod
+    def _limits(home: Home, slots: Mapping[str, int]) -> dict[str, int]:
+        """How many slots it was planned for of these kinds, where that limits it: of all but its
+        main one, where that is there.
+        """
+        planned = dict(home[1])
+        if not planned or not slots.get(home[1][0][0]):
+            return {}
+        kinds = [kind for kind in slots if kind != home[1][0][0]]
+        return {kind: ceil(planned.get(kind, 0.0) - NOTHING) for kind in kinds}
+
+    def _slots_on(self, model: str) -> dict[str, dict[str, int]]:
+        """Slots of the machines that can run it, by hardware, then by name."""
+        holders = self._holders.get(model)
+        found: dict[str, dict[str, int]] = {}
+        for machine, lane in holders.lanes.values() if holders is not None else ():
+            if lane.instances > 0:
+                found.setdefault(machine.hardware, {})[machine.name] = machine.slots
+        return found
+
     def _laid_out(self) -> None:
         self.layout += 1
         self._parts.clear()
-        self._common.clear()
+        self._usable.clear()
+        self._spare.clear()
 
     def _changed(self, machine: Machine) -> None:
         """What was known of the models that it holds is so no more."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from math import inf, nextafter
+from math import ceil, inf, nextafter
 
 from paceline.core.profile import Durations
 from paceline.dispatch.collector import (
     NOTHING_ROWS,
     TIE_S,
+    WORTHWHILE,
     Foreseen,
     Offer,
     in_time,
@@ -47,10 +48,12 @@ class _Kind:
 class Pooled:
     """One queue for all machines; see the module docstring."""
 
-    __slots__ = ("_queue", "route")
+    __slots__ = ("_away", "_queue", "route")
 
     def __init__(self, route: ModuleRoute) -> None:
         self.route = route
+        self._away: dict[str, dict[int, float]] = {}
+        """When batches end on other hardware than its main one, by hardware."""
         self._queue = ModuleQueue()
 
     @property
@@ -77,6 +80,8 @@ class Pooled:
             size = self.route.batch_size(machine.hardware)
             if not past_saving(self._queue, head, machine, size, now_s):
                 break
+            if self._has_quicker(pool, head, machine, now_s):
+                break
             self._queue.discard(head)
             gone.append(head)
         return gone
@@ -86,27 +91,41 @@ class Pooled:
 
     def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
         """The most urgent closed batch, or else the most urgent one that may go early."""
-        early: tuple[Entry, Machine, int, int] | None = None
+        early: tuple[Offer, int] | None = None
         look_s = inf
         for head in self._queue.heads():
             machine = self._machine(pool, head, now_s)
             if machine is None:
-                if not head.failed_on:
+                if not head.failed_on and not pool.free(self.route.model, now_s):
                     break
                 # It waits for another machine than those that are free; others need not.
                 continue
             size = self.route.batch_size(machine.hardware)
             rows = self._queue.rows_like(head, size)
+            helps = self.route.helps(machine.hardware)
+            skips = (helps or now_s > head.launch_by_s) and past_saving(
+                self._queue, head, machine, size, now_s
+            )
+            if skips:
+                # It waits for a quicker machine; those behind it need not.
+                found = self._behind(head, machine, size, now_s)
+                if found is None:
+                    continue
+                head, rows = found  # noqa: PLW2901
             if rows >= size or now_s >= head.launch_by_s:
                 fitting = in_time(head, machine, rows, now_s)
-                return Offer(self._queue, head, machine, fitting, True)
-            early = early or (head, machine, rows, size)
+                return Offer(self._queue, head, machine, fitting, True, skips=skips)
+            if helps and not head.failed_on and pool.works(self.route.model, self.route.main):
+                # Only what is in need of it.
+                look_s = min(look_s, head.launch_by_s)
+                continue
+            early = early or (Offer(self._queue, head, machine, rows, False, skips=skips), size)
             look_s = min(look_s, head.launch_by_s)
         if early is not None:
-            head, machine, rows, size = early
-            unsafe_s = self._unsafe_s(pool, machine, rows, size, now_s)
+            offer, size = early
+            unsafe_s = self._unsafe_s(pool, offer.machine, offer.size, size, now_s)
             if unsafe_s <= 0:
-                return Offer(self._queue, head, machine, rows, False)
+                return offer
             look_s = min(look_s, nextafter(now_s + unsafe_s, inf))
         return min(look_s, pool.next_probe_s(self.route.model, now_s))
 
@@ -117,7 +136,7 @@ class Pooled:
         route = self.route
         kinds = pool.free_by_kind(route.model, now_s)
         if len(kinds) > 1:
-            return self._foreseen_on(kinds, rows, now_s)
+            return self._foreseen_on(self._free_by_kind(pool, now_s), rows, now_s)
         if not kinds:
             return None
         hardware, free_s = kinds[0]
@@ -163,21 +182,81 @@ class Pooled:
         return start_s, joined, kind.size, kind.known, route.rate_rps, at_once
 
     def launched(self, offer: Offer, batch: int, ends_s: float) -> None:
-        """Nothing to keep."""
+        if (kind := offer.machine.hardware) != self.route.main:
+            self._away.setdefault(kind, {})[batch] = ends_s
 
     def ended(self, lot: int, batch: int) -> None:
-        """Nothing to keep."""
+        for ends_s in self._away.values():
+            ends_s.pop(batch, None)
 
     def _machine(self, pool: MachinePool, head: Entry, now_s: float) -> Machine | None:
-        """Planned hardware first, then the machine that is the least busy."""
-        free = pool.free(self.route.model, now_s, head.failed_on)
-        if not free:
-            return None
-        planned = self.route.batch_sizes
-        for _, _, machine in free:
-            if machine.hardware in planned:
+        """The least busy machine, if the entry is in time there; its main hardware first."""
+        main = self.route.main
+        in_need: Machine | None = None
+        late: Machine | None = None
+        for _, _, machine in pool.free(self.route.model, now_s, head.failed_on):
+            kind = machine.hardware
+            if kind != main and not self._may_use(kind, pool, head):
+                continue
+            if now_s > head.launch_by_s and not in_time(head, machine, 1, now_s):
+                late = late or machine
+            elif kind == main or not main:
                 return machine
-        return free[0][2]
+            else:
+                in_need = in_need or machine
+        return in_need or late
+
+    def _may_use(self, kind: str, pool: MachinePool, head: Entry) -> bool:
+        """Whether a machine may be used that is not of the main hardware: no more than the plan has
+        and nobody needs, unless the others do not work.
+        """
+        if not self.route.main or head.failed_on:
+            return True
+        if pool.works(self.route.model, self.route.main):
+            return len(self._away.get(kind, ())) < pool.usable(self.route.home).get(kind, 0)
+        planned = self.route.batch_sizes
+        return kind in planned or not any(pool.works(self.route.model, k) for k in planned)
+
+    def _free_by_kind(
+        self, pool: MachinePool, now_s: float
+    ) -> Sequence[tuple[str, Sequence[float]]]:
+        """When each slot that it may use is expected to be free, earliest first, by hardware."""
+        found = pool.free_by_kind(self.route.model, now_s)
+        main = self.route.main
+        if len(found) < 2 or not pool.works(self.route.model, main):
+            return found
+        usable, own = pool.usable(self.route.home), []
+        for kind, free_s in found:
+            if kind != main:
+                most = usable.get(kind, 0)
+                ends_s = [max(now_s, end_s) for end_s in self._away.get(kind, {}).values()]
+                more = max(0, most - len(ends_s))
+                free_s = sorted([*free_s[:more], *ends_s])[:most]  # noqa: PLW2901
+            if free_s:
+                own.append((kind, free_s))
+        return own or found
+
+    def _behind(
+        self, head: Entry, machine: Machine, size: int, now_s: float
+    ) -> tuple[Entry, int] | None:
+        """The most urgent entry behind `head` whose batch there is worth its time, and its rows."""
+        known = self.route.durations[machine.hardware]
+        rows = size if self._queue.rows_like(head, size) >= size else 1
+        took_s = known.at(ceil(WORTHWHILE * rows))
+        return self._queue.behind(head, now_s + took_s - self.route.single_s - TIE_S, size)
+
+    def _has_quicker(self, pool: MachinePool, head: Entry, machine: Machine, now_s: float) -> bool:
+        """Whether another kind of machine is free early enough to save an entry."""
+        if len(self.route.durations) == 1:
+            return False
+        latest_s = head.latest_s + self.route.single_s
+        for kind, free_s in self._free_by_kind(pool, now_s):
+            known = self.route.durations.get(kind)
+            if known is None or kind == machine.hardware:
+                continue
+            if free_s[0] + known.at(1) <= latest_s + TIE_S:
+                return True
+        return False
 
     def _unsafe_s(
         self, pool: MachinePool, machine: Machine, rows: int, size: int, now_s: float
@@ -191,7 +270,8 @@ class Pooled:
         if self.route.rate_rps <= 0 or expected_s is None:
             return 0.0
         fill_s = size / self.route.rate_rps
-        others_s = pool.free_at_s(self.route.model, now_s)[1:]
+        kinds = self._free_by_kind(pool, now_s)
+        others_s = kinds[0][1][1:] if len(kinds) == 1 else _merged(kinds)[1:]
         if not others_s or others_s[-1] - now_s <= fill_s:
             return 0.0
         own_s = now_s + expected_s
@@ -218,3 +298,7 @@ class Pooled:
             if at_s - own_s > TIE_S:
                 return min(soonest_s, at_s - own_s)
         return soonest_s
+
+
+def _merged(kinds: Sequence[tuple[str, Sequence[float]]]) -> list[float]:
+    return sorted([at_s for _, free_s in kinds for at_s in free_s])

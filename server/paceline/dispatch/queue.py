@@ -178,13 +178,35 @@ class ModuleQueue:
         """Rows that could join `entry` in a batch, itself included, counted up to `limit`."""
         return min(self._buckets[entry.key].rows, limit)
 
-    def take(self, limit: int, head: Entry | None = None) -> tuple[Piece, ...]:
-        """Up to `limit` rows for one batch, starting with `head` (the most urgent entry)."""
+    def behind(self, head: Entry, by_s: float, limit: int) -> tuple[Entry, int] | None:
+        """The most urgent entry behind `head` in its batches that may be launched as late as
+        `by_s`, and how many rows there are from it on, counted up to `limit`; None without any.
+        """
+        found: Entry | None = None
+        rows = 0
+        for _, entry in sorted(self._buckets[head.key].heap):
+            if found is None and entry.latest_s >= by_s and entry.waiting:
+                found = entry
+            if found is not None:
+                rows += entry.waiting
+                if rows >= limit:
+                    break
+        return (found, min(rows, limit)) if found is not None else None
+
+    def take(
+        self, limit: int, head: Entry | None = None, *, skips: bool = False
+    ) -> tuple[Piece, ...]:
+        """Up to `limit` rows for one batch, starting with `head` (the most urgent entry). `skips`:
+        none of those before it.
+        """
         head = head or self.head()
         if head is None:
             return ()
         bucket = self._buckets[head.key]
         heap, pieces, left = bucket.heap, [], limit
+        skipped: list[tuple[Order, Entry]] = []
+        while skips and heap and heap[0][0] < head.order:
+            skipped.append(heapq.heappop(heap))
         entry: Entry | None = head
         while entry is not None:
             start = entry.taken
@@ -199,6 +221,8 @@ class ModuleQueue:
                     break
                 heapq.heappop(heap)
                 entry = None
+        for before in skipped:
+            heapq.heappush(heap, before)
         bucket.rows -= limit - left
         self.rows -= limit - left
         self._forget_taken()

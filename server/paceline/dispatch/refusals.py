@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from paceline.core.errors import ErrorKind, Rejected, RequestError
 from paceline.core.request import Timeline
 from paceline.dispatch.batch import Batch
@@ -30,6 +32,28 @@ def queue_full(floor_s: float, limit: str = "queue size") -> Rejected:
     """
     message = f"Exceeds maximum {limit}"
     return Rejected(ErrorKind.QUEUE_FULL, message, retry_after_s=max(LEAST_RETRY_S, floor_s))
+
+
+def overloaded(chain: str, excess_s: float) -> Rejected:
+    """Its answer would come so much too late."""
+    return Rejected(
+        ErrorKind.OVERLOADED,
+        f"'{chain}' is overloaded: the answer would come {excess_s * 1e3:.0f} ms too late",
+        shortfall_s=excess_s,
+        retry_after_s=max(LEAST_RETRY_S, excess_s),
+    )
+
+
+def too_cold(chain: str, cold: Mapping[str, float], excess_s: float) -> Rejected:
+    """The same, as models have to be loaded that take so long until they are."""
+    model, wait_s = max(cold.items(), key=lambda item: (item[1], item[0]))
+    return Rejected(
+        ErrorKind.OVERLOADED,
+        f"'{chain}' is not in memory: loading model '{model}' takes about "
+        f"{wait_s * 1e3:.0f} ms, the answer would come {excess_s * 1e3:.0f} ms too late",
+        shortfall_s=excess_s,
+        retry_after_s=wait_s,
+    )
 
 
 def timed_out(batch: Batch, now_s: float, deadline_s: float) -> Rejected:

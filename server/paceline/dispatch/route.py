@@ -7,7 +7,7 @@ same with batches of one: what cannot finish even then is not worth starting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from paceline.core.bind import MOST_ROWS, BoundChain, BoundModule
@@ -27,7 +27,8 @@ class ModuleRoute:
     """One module. `batch_sizes` by hardware: the most rows a batch takes there.
 
     `rate_rps` is the rows per second it was planned for (0: unplanned), `fan_out` the expected
-    rows per request, `allocations` what the plan gave it.
+    rows per request, `allocations` what the plan gave it, `machines` this front's part of that by
+    hardware.
     """
 
     chain: str
@@ -39,17 +40,26 @@ class ModuleRoute:
     rate_rps: float = 0.0
     fan_out: float = 1.0
     allocations: tuple[Allocation, ...] = ()
+    machines: Mapping[str, float] = field(default_factory=dict)
     row_s: float = field(init=False)
-    """Machine time one row costs in a full batch, on the best hardware; 0 when unknown."""
+    """Machine time one row costs in a full batch, on the best hardware that the plan has; 0 when
+    unknown.
+    """
     full_rows: int = field(init=False)
     """Rows of a full batch there."""
     best: Durations | None = field(init=False)
     """Durations there; None when unknown."""
     best_on: str = field(init=False)
     """That hardware."""
+    single_s: float = field(init=False)
+    """A batch of one, on the quickest hardware that the plan has; 0 when unknown."""
     beyond_s: float = field(init=False)
     """By how much what is left takes longer than the plan says, which may not exist."""
     model: str = field(init=False)
+    home: tuple[str, tuple[tuple[str, float], ...]] = field(init=False)
+    """The model, and by hardware the machines that the plan has for it, its main one first."""
+    main: str = field(init=False)
+    """The hardware that was planned for most of its rows; empty without a plan."""
     name: str = field(init=False)
     _limit: int = field(init=False, repr=False, compare=False)
     _sizes: Mapping[str, int] = field(init=False, repr=False, compare=False)
@@ -57,24 +67,38 @@ class ModuleRoute:
     def __post_init__(self) -> None:
         limit = self.bound.spec.row_limit
         sizes = {hardware: min(size, limit) for hardware, size in self.batch_sizes.items()}
-        object.__setattr__(self, "_limit", limit)
+        object.__setattr__(self, "_limit", max(sizes.values(), default=limit))
         object.__setattr__(self, "_sizes", sizes)
         costs = [
             (known.at(self.batch_size(hardware)) / self.batch_size(hardware), hardware)
-            for hardware, known in self.durations.items()
+            for hardware, known in _planned(self.durations, sizes).items()
         ]
         row_s, hardware = min(costs, default=(0.0, ""))
         object.__setattr__(self, "row_s", row_s)
         object.__setattr__(self, "full_rows", self.batch_size(hardware))
         object.__setattr__(self, "best", self.durations.get(hardware))
         object.__setattr__(self, "best_on", hardware)
+        object.__setattr__(self, "single_s", _single_s(self.durations, sizes))
         object.__setattr__(self, "beyond_s", max(0.0, self.floor_s - self.tail_s))
         object.__setattr__(self, "model", self.bound.spec.name)
+        rates: dict[str, float] = {}
+        for a in self.allocations:
+            rates[a.hardware] = rates.get(a.hardware, 0.0) + a.rate_rps
+        kinds = sorted(rates, key=lambda hardware: (-rates[hardware], hardware))
+        machines = tuple((hardware, self.machines.get(hardware, 0.0)) for hardware in kinds)
+        object.__setattr__(self, "home", (self.model, machines))
+        object.__setattr__(self, "main", kinds[0] if kinds else "")
         object.__setattr__(self, "name", self.bound.name)
 
     def batch_size(self, hardware: str) -> int:
-        """Rows per batch on `hardware`: the plan's, or all the model takes when unplanned."""
+        """Rows per batch on `hardware`: the plan's, its largest where it has none there; without a
+        plan all the model takes.
+        """
         return self._sizes.get(hardware, self._limit)
+
+    def helps(self, hardware: str) -> bool:
+        """Whether the plan has other hardware for the module, but none of this."""
+        return hardware not in self.batch_sizes and bool(self.batch_sizes)
 
     def best_s(self, rows: int) -> float:
         """Profiled duration of a batch on the hardware where a row costs least; 0 if unknown."""
@@ -140,18 +164,21 @@ def route_chain(
     planned: dict[str, float] = {}
     single: dict[str, float] = {}
     sizes: dict[str, dict[str, int]] = {}
+    allocations: dict[str, tuple[Allocation, ...]] = {}
     for module in bound.modules:
         table = durations.get(module.spec.name, {})
         sizes[module.name] = {}
+        allocations[module.name] = ()
         if plan is not None:
-            for allocation in plan.module(module.name).allocations:
+            allocations[module.name] = plan.module(module.name).allocations
+            for allocation in allocations[module.name]:
                 known = sizes[module.name].get(allocation.hardware, 1)
                 sizes[module.name][allocation.hardware] = max(known, allocation.batch_size)
         planned[module.name] = max(
             (table[hw].at(size) for hw, size in sizes[module.name].items() if hw in table),
             default=0.0,
         )
-        single[module.name] = min((d.at(1) for d in table.values()), default=0.0)
+        single[module.name] = _single_s(table, sizes[module.name])
     tails = _longest_tails(bound.chain, planned)
     floors = _longest_tails(bound.chain, single)
     return ChainRoute(
@@ -166,12 +193,33 @@ def route_chain(
                 floor_s=floors[m.name],
                 rate_rps=plan.module(m.name).rate_rps / workers if plan is not None else 0.0,
                 fan_out=m.module.fan_out,
-                allocations=plan.module(m.name).allocations if plan is not None else (),
+                allocations=allocations[m.name],
+                machines=_machines(allocations[m.name], workers),
             )
             for m in bound.modules
         ),
         policy=bound.chain.dispatch,
     )
+
+
+def _planned(
+    durations: Mapping[str, Durations], sizes: Mapping[str, int]
+) -> Mapping[str, Durations]:
+    """On hardware that the plan has for the module; on all where it has none that is known."""
+    found = {hardware: known for hardware, known in durations.items() if hardware in sizes}
+    return found or durations
+
+
+def _single_s(durations: Mapping[str, Durations], sizes: Mapping[str, int]) -> float:
+    return min((known.at(1) for known in _planned(durations, sizes).values()), default=0.0)
+
+
+def _machines(allocations: Sequence[Allocation], workers: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for allocation in allocations:
+        known = found.get(allocation.hardware, 0.0)
+        found[allocation.hardware] = known + allocation.machines / workers
+    return found
 
 
 def _longest_tails(chain: Chain, own_s: Mapping[str, float]) -> dict[str, float]:

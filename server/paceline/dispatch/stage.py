@@ -31,6 +31,10 @@ class Stage:
     """Of the machines that were seen then (`MachinePool.versions`)."""
     arrivals: dict[int, Arrivals] = field(default_factory=dict)
     """`admission`'s, by priority: when what is admitted now can start here."""
+    parts: dict[Stage, float] = field(default_factory=dict)
+    """Also `admission`'s: what a second of work of other stages takes of each of its slots, with
+    these machines (`MachinePool.layout`)."""
+    layout: int = -1
 
     def ahead_of(self, priority: int) -> float:
         """Rows that go before one of this priority."""
@@ -52,11 +56,12 @@ class Served:
     `parents` are indices of modules; `above` of all that have to end before; `beside` of those that
     wait for neither this one nor it for them, and are launched first where they wait together;
     `fan_outs` the rows a request is expected to have at each, `many` whether they are more than one
-    anywhere;
+    anywhere, `sometimes` those that run for some requests only;
     `load` is how many machines the planned rate keeps busy with full batches; `alone_s` the machine
     time of a request that shares no batch.
     """
 
+    name: str
     route: ChainRoute
     stages: tuple[Stage, ...]
     parents: tuple[tuple[int, ...], ...]
@@ -64,6 +69,7 @@ class Served:
     beside: tuple[tuple[int, ...], ...]
     fan_outs: tuple[float, ...]
     many: bool
+    sometimes: tuple[int, ...]
     load: float
     alone_s: float
 
@@ -82,6 +88,7 @@ def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
     for known_parents in parents:
         above.append(frozenset(known_parents).union(*(above[parent] for parent in known_parents)))
     return Served(
+        route.bound.name,
         route,
         tuple(stages),
         parents,
@@ -89,6 +96,7 @@ def served(route: ChainRoute, known: dict[int, Stage]) -> Served:
         _beside(route, above),
         tuple(module.fan_out for module in route.modules),
         any(module.fan_out > 1.0 for module in route.modules),
+        tuple(place for place, module in enumerate(route.modules) if module.fan_out < 1.0),
         sum(module.rate_rps * module.row_s for module in route.modules),
         sum(_alone_s(module) for module in route.modules),
     )
