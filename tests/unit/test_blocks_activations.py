@@ -118,8 +118,8 @@ def test_a_budget_below_a_block_and_activations_is_refused(
 def test_a_compile_offers_the_batches_that_fit(tmp_path: Path) -> None:
     source = written(tmp_path, "bert")
 
-    def compiled(budget_mib: int) -> int:
-        options = Options(budget_mib)
+    def compiled(budget_mib: int, max_batch: int = 32) -> int:
+        options = Options(budget_mib, max_batch)
         made = compile_model({"": source}, tmp_path / "bert", tmp_path / "pool", options).model
         (line,) = (
             line
@@ -128,7 +128,7 @@ def test_a_compile_offers_the_batches_that_fit(tmp_path: Path) -> None:
         )
         most = int(line.split()[1])
         assert floor_of(made.manifest, most) <= budget_mib * MIB
-        assert most == 32 or floor_of(made.manifest, most + 1) > budget_mib * MIB
+        assert most == max_batch or floor_of(made.manifest, most + 1) > budget_mib * MIB
         return most
 
     assert 1 < compiled(4) < compiled(64) == 32
@@ -138,6 +138,7 @@ def test_a_compile_offers_the_batches_that_fit(tmp_path: Path) -> None:
     found = re.search(needs, str(refused.value))
     assert found is not None
     assert compiled(int(found[1])) >= 1
+    assert compiled(int(found[1]), max_batch=0) == 0
 
 
 def test_a_budget_of_which_activations_take_most_has_smaller_blocks(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A loader over a link: what it asks for ahead, and whose turn it leaves alone."""
+"""A loader: what it asks for ahead, whose turn it leaves alone, when it makes room."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -165,13 +166,13 @@ def test_the_next_steps_spans_are_expected_with_this_ones(
 
 @pytest.mark.parametrize(
     ("distant", "alone", "limited"),
-    [(True, False, False), (False, True, False), (True, True, True)],
-    ids=["others load, too", "a disk", "a budget"],
+    [(True, False, False), (False, True, False), (False, False, True)],
+    ids=["others load, too", "a disk", "others load, and a budget"],
 )
 def test_nothing_is_asked_for_beyond_a_turn_that_somebody_else_may_get_next(
     objects: Mapping[str, MappedObject], distant: bool, alone: bool, limited: bool
 ) -> None:
-    """Nor where it gains nothing, nor where the next step may drop what this one fetches."""
+    """Nor where it gains nothing."""
     link = Link(distant)
     limit = max(PAGES.values()) * PAGE_BYTES if limited else None
     loaded(objects, link, alone=alone, limit_bytes=limit)
@@ -315,3 +316,130 @@ def test_an_object_that_fails_too_often_fails_the_runs_that_need_it_and_no_other
         assert loader.take(runs[0], [1]) == 1 and loader.wait_complete(TIMEOUT_S)
     finally:
         loader.close()
+
+
+class Memory:
+    """What is in memory of objects of one page each: `Link.fetch` brings it, a drop takes it.
+
+    Whoever waits for a drop has `dropped`; `keep` holds drops up.
+    """
+
+    def __init__(self, objects: Mapping[str, MappedObject]) -> None:
+        self.held: set[str] = set()
+        self.most = 0
+        self.dropped = {name: threading.Event() for name in objects}
+        self.keep = threading.Event()
+        self.keep.set()
+        self._objects = objects
+
+    def __getitem__(self, name: str) -> Memory.Object:
+        return Memory.Object(self, name)
+
+    def came(self, name: str) -> None:
+        self.held.add(name)
+        self.most = max(self.most, len(self.held))
+
+    class Object:
+        right = None
+
+        def __init__(self, memory: Memory, name: str) -> None:
+            self._memory = memory
+            self._name = name
+
+        def drop(self, *, page_cache: bool) -> None:
+            assert self._memory.keep.wait(TIMEOUT_S)
+            self._memory.held.discard(self._name)
+            self._memory.dropped[self._name].set()
+
+
+class Budgeted(Link):
+    """Fetches into a `Memory`; in the middle of fetching `during` it waits for a drop."""
+
+    def __init__(self, memory: Memory, during: str = "", wanted: str = "") -> None:
+        super().__init__(distant=False)
+        self._memory = memory
+        self._during = during
+        self._wanted = wanted
+
+    def fetch(self, span: Span, waiting: Waiting = nullcontext, *, patient: bool = True) -> None:
+        self._memory.came(span.name)
+        if span.name == self._during:
+            assert self._memory.dropped[self._wanted].wait(TIMEOUT_S)
+        super().fetch(span, waiting, patient=patient)
+
+
+def within(memory: Memory, link: Link, pages: int) -> Loader:
+    """Of objects a, b, c, d of one page, a block each."""
+    window = Window(
+        [[name] for name in "abcd"],
+        dict.fromkeys("abcd", PAGE_BYTES),
+        limit_bytes=pages * PAGE_BYTES,
+        chunk_bytes=PAGE_BYTES,
+    )
+    loader = Loader(window, cast(Mapping[str, MappedObject], memory), link, turns=Turns(True))
+    loader.start()
+    return loader
+
+
+def test_room_for_the_next_step_is_made_while_this_one_comes(
+    objects: Mapping[str, MappedObject],
+) -> None:
+    memory = Memory(objects)
+    loader = within(memory, Budgeted(memory, during="c", wanted="a"), pages=3)
+    run = loader.begin(range(4))
+    try:
+        for block in (0, 2, 1, 3):
+            assert loader.take(run, [block]) == block
+            loader.finish(run, block)  # `a` is over while `c` comes, and makes room for `d`
+    finally:
+        loader.end(run)
+        loader.close()
+    assert memory.most <= 3
+
+
+def test_nothing_comes_before_its_room_is_there(objects: Mapping[str, MappedObject]) -> None:
+    memory = Memory(objects)
+    link = Budgeted(memory)
+    loader = within(memory, link, pages=2)
+    run = loader.begin(range(4))
+    memory.keep.clear()
+    try:
+        assert loader.take(run, [0]) == 0
+        assert loader.take(run, [1]) == 1
+        loader.finish(run, 0)
+        loader.pin((), PAGE_BYTES)  # and now less may be held
+        threading.Timer(0.1, memory.keep.set).start()
+        loader.wait_within_limit()
+        assert memory.dropped["a"].is_set() and len(memory.held) == 1
+        loader.finish(run, 1)
+        for block in (2, 3):
+            assert loader.take(run, [block]) == block
+            loader.finish(run, block)
+    finally:
+        loader.end(run)
+        loader.close()
+    assert memory.most <= 2
+
+
+def test_what_was_decided_ahead_of_a_failure_is_decided_again(
+    objects: Mapping[str, MappedObject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "FIRST_BACKOFF_S", 0.001)
+    memory = Memory(objects)
+    link = Budgeted(memory)
+    link.failing = [Span("b", 0, PAGE_BYTES, True)]
+    loader = within(memory, link, pages=2)
+    run = loader.begin(range(4))
+    try:
+        for block in range(4):
+            while True:
+                try:
+                    assert loader.take(run, [block]) == block
+                    break
+                except PoolError:
+                    continue
+            loader.finish(run, block)
+    finally:
+        loader.end(run)
+        loader.close()
+    assert not link.failing and memory.most <= 2

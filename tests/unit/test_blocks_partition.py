@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from paceline.blocks import cut
 from paceline.blocks.backend.manifest import Block, Member
 from paceline.blocks.backend.plan import READING_COST
-from paceline.blocks.dividing import best_division
+from paceline.blocks.dividing import badness, best_division
 from paceline.blocks.partition import Partition, partition
 from paceline.blocks.trial import Took, Trial
 
@@ -133,21 +134,31 @@ PIECES = [cut.Piece(number, number + 1, 4 * MIB) for number in range(12)]
 BY_SIZE = [cut.Piece(start, start + 2, 8 * MIB) for start in range(0, 12, 2)]
 
 
-def divided(swap_in_s: float, activations: dict[int, int]) -> list[int]:
+def divided(
+    swap_in_s: float,
+    activations: dict[int, int],
+    *,
+    eight: int = 1000 * MIB,
+    most_rows: int = 32,
+    block_s: float = 0.1,
+) -> list[int]:
     """Ends of the blocks of twelve pieces of 4 MiB and a second, for 20 MiB; `activations` by the
-    number of blocks, in bytes."""
+    number of blocks, in bytes. `eight` rows take so many and no longer than one."""
 
     def attempt(pieces: Sequence[cut.Piece]) -> tuple[Member, Trial]:
         blocks = tuple(replace(BLOCK, weights_bytes=p.bytes, live=(f"{p.stop}",)) for p in pieces)
-        took = [Took({1: 1.0 * p.bytes / (4 * MIB)}, swap_in_s, 0) for p in pieces]
+        took = [
+            Took(dict.fromkeys((1, 8), 1.0 * p.bytes / (4 * MIB)), swap_in_s, 0) for p in pieces
+        ]
         member = Member("", (), (), True, (), BLOCK, blocks)
-        beside = {1: activations.get(len(pieces), 0)}
-        return member, Trial(beside, [beside], took, 0.1, 0.0)
+        beside = {1: activations.get(len(pieces), 0), 8: eight}
+        return member, Trial(beside, [beside], took, block_s, 0.0)
 
     member, told = best_division(
-        PIECES, BY_SIZE, attempt, budget_bytes=20 * MIB, most_bytes=8 * MIB, tables=False
-    )
-    assert told["latency_s"][1] <= told["by_size_s"][1]
+        PIECES, BY_SIZE, attempt, budget_bytes=20 * MIB, most_bytes=8 * MIB, most_rows=most_rows,
+        tables=False,
+    )  # fmt: skip
+    assert told["latency_s"][1] <= told["by_size_s"][1] * 1.02
     return [int(block.live[0]) for block in member.blocks]
 
 
@@ -161,3 +172,41 @@ def test_blocks_are_cut_by_what_their_pieces_took() -> None:
 def test_a_division_whose_activations_leave_too_little_is_not_chosen() -> None:
     finer = len(divided(2.0, {}))
     assert divided(2.0, {finer: 11 * MIB}) == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_size_of_batch_that_nobody_can_ask_for_decides_nothing() -> None:
+    """Eight rows leave room for one piece alone: they are cut as finely as there are pieces."""
+    found = partial(divided, 1e-6, {}, eight=14 * MIB)
+    assert found(block_s=0.01) == found(block_s=0.01, most_rows=8) == list(range(1, 13))
+    for most_rows in (7, 1, 0):
+        assert found(block_s=0.01, most_rows=most_rows) == [2, 4, 6, 8, 10, 12]
+    assert found(block_s=0.1) == [2, 4, 6, 8, 10, 12], "that many would cost a row one in twenty"
+
+
+@pytest.mark.parametrize(
+    ("finer_s", "chosen"),
+    [
+        ({1: 1.0, 8: 7.0}, True),
+        ({1: 1.02, 8: 7.0}, True),
+        ({1: 1.03, 8: 7.0}, False),  # single rows would be slower
+        ({1: 1.0, 8: 7.9}, False),  # eight rows one by one take 8.0
+        ({1: 0.99}, False),  # closer than the model can tell
+        ({1: 0.97}, True),
+        ({8: 1.0}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_a_larger_batch_is_worth_what_it_gains(finer_s: dict[int, float], chosen: bool) -> None:
+    """However it comes that only one of the ways takes it."""
+    by_size, finer = (2,), (1, 2)
+    ways = {by_size: {1: 1.0}, finer: finer_s}
+    assert (min(ways, key=partial(badness, ways, before=by_size)) == finer) is chosen
+
+
+def test_no_size_of_batch_is_given_up_and_any_is_better_than_none() -> None:
+    by_size, finer = (2,), (1, 2)
+    ways = {by_size: {1: 1.0, 8: 7.9}, finer: {1: 0.5}}
+    assert min(ways, key=partial(badness, ways, before=by_size)) == by_size
+    ways = {by_size: {}, finer: {1: 1.0}}
+    assert min(ways, key=partial(badness, ways, before=by_size)) == finer

@@ -251,3 +251,28 @@ def test_a_run_that_will_need_more_waits_for_weights_while_it_computes() -> None
     assert window.waited_for
     window.end(run)
     assert not window.waited_for
+
+
+def test_what_is_on_its_way_is_not_dropped() -> None:
+    """A step is decided while the one before it is performed."""
+    window = Window([["a"], ["b"]], {"a": 4, "b": 4}, limit_bytes=4, chunk_bytes=4)
+    first = window.next_step()
+    assert first is not None and [span.name for span in first.fetch] == ["a"]
+    window.begin([1])  # needs the room that `a` will have
+    assert window.next_step() is None
+    window.fetched(first.fetch[0])
+    second = window.next_step()
+    assert second is not None and second.drop == ("a",)
+
+
+def test_a_span_of_what_was_lost_meanwhile_completes_nothing() -> None:
+    """Its bytes were checked before something was found wrong."""
+    window = Window([["a"]], {"a": 4}, limit_bytes=8, chunk_bytes=4)
+    first = window.next_step()
+    window.lost("a")
+    again = window.next_step()
+    assert first is not None and again is not None and first == again
+    window.fetched(first.fetch[0])
+    assert not window.ready(0)
+    window.fetched(again.fetch[0])
+    assert window.ready(0)

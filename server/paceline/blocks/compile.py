@@ -45,7 +45,7 @@ from paceline.blocks.source import Optimised, Source, examine, optimise
 from paceline.blocks.trial import Shapes, Trial, tried
 from paceline.core.errors import ConfigError
 
-COMPILER = 10
+COMPILER = 11
 """Raised whenever the same input would give another result."""
 
 _MEASURED_BATCHES = (1, 8)
@@ -320,6 +320,7 @@ class _Compiler:
             attempt,
             budget_bytes=options.budget_mib * MIB,
             most_bytes=options.block_bytes,
+            most_rows=options.max_batch,
             tables=bool(prepared.tables),
         )
         self._measured.setdefault("cuts", {})[member.name] = why or None

@@ -2,16 +2,18 @@
 
 By size as without a budget, and as the latency model finds best for each size of batch that was
 tried (`partition`). Where values are cut they are held by both sides, so that each way has
-activations of its own, which are not foreseen: each is tried. Chosen is the one of which runs take
-least, as the backend would run it within what its activations leave of the budget, so never one
-that is predicted to be worse than cutting by size.
+activations of its own, which are not foreseen: each is tried. Chosen is the one in which a row
+takes least, as the backend would run it within what its activations leave of the budget: of all
+sizes of batch together, but never one that makes single rows slower than cutting by size does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from math import log
 from typing import Any
 
 from paceline.blocks import cut
@@ -23,6 +25,8 @@ from paceline.blocks.trial import Trial
 
 Stops = tuple[int, ...]
 """Of blocks, in pieces."""
+_SAME = 0.02
+"""Latencies closer than this are one to the model: then blocks are cut by size."""
 Try = Callable[[Sequence[cut.Piece]], tuple[Member, Trial]]
 """The member in such blocks, and what they took."""
 
@@ -55,11 +59,13 @@ def best_division(
     *,
     budget_bytes: int,
     most_bytes: int,
+    most_rows: int,
     tables: bool,
 ) -> tuple[Member, dict[str, Any]]:
     """The member in the blocks that are best, and what the manifest says of that.
 
     `finest` have all cuts that `by_size` has; `most_bytes` of a block that is more than one piece;
+    `most_rows` of a batch: larger sizes that were tried do not count, the least always does;
     `tables`: some of the budget is for rows of tables. No block is larger than the largest by size,
     so that no batch is refused for it. Raises ConfigError if a way cannot be run.
     """
@@ -76,6 +82,7 @@ def best_division(
         return {
             rows: blocks_within(budget_bytes, activations_bytes, tables=tables)
             for rows, activations_bytes in trial.activations.items()
+            if rows <= max(most_rows, min(trial.activations))
         }
 
     ways = {before: None}
@@ -99,7 +106,7 @@ def best_division(
             for rows, limit_bytes in limits(trial).items()
         }
         latency_s[stops] = {rows: took_s for rows, took_s in taken.items() if took_s is not None}
-    best = min(ways, key=lambda stops: _badness(latency_s[stops], latency_s[before]))
+    best = min(ways, key=partial(badness, latency_s, before=before))
     return members[best], {
         "rate_bytes_s": pieces.rate_bytes_s,
         "block_s": pieces.block_s,
@@ -125,14 +132,32 @@ def _of(trial: Trial, member: Member) -> Pieces | None:
     )
 
 
-def _badness(latency_s: Mapping[int, float], before_s: Mapping[int, float]) -> tuple[bool, float]:
-    """Of a way against the one before: whether it takes fewer sizes of batch, then how much longer
-    runs are, of all sizes that both take together; a size that only it takes outweighs that.
+def badness(
+    latency_s: Mapping[Stops, Mapping[int, float]], stops: Stops, *, before: Stops
+) -> tuple[bool, float]:
+    """Of one of the ways, by the latency of runs in each, by size of the batch if that fits: the
+    least is best. Whether it loses what the way `before` has, a size of batch or the latency of the
+    least one; then the geometric mean, over all sizes that fit some way, of what a row takes.
+
+    Rows of a batch that does not fit come in the largest batches that do. So to take larger ones is
+    worth what it gains, no more: here single rows would take a half longer for a tenth off eight.
+
+    >>> ways = {(4,): {1: 1.0}, (2, 4): {1: 1.5, 8: 7.2}, (1, 2, 4): {1: 1.01, 8: 7.2}}
+    >>> min(ways, key=partial(badness, ways, before=(4,)))
+    (1, 2, 4)
     """
-    both = latency_s.keys() & before_s.keys()
-    fewer = len(latency_s) < len(before_s)
-    more = len(latency_s) > len(before_s)
-    return fewer, -float(more) + sum(latency_s[rows] / before_s[rows] - 1 for rows in both)
+    own_s, before_s = latency_s[stops], latency_s[before]
+    least = min(before_s, default=0)
+    loses = not before_s.keys() <= own_s.keys() or (
+        bool(before_s) and own_s[least] > before_s[least] * (1 + _SAME)
+    )
+    sizes = sorted({rows for way in latency_s.values() for rows in way})
+    of_rows = (
+        min((took_s / n for n, took_s in own_s.items() if n <= rows), default=float("inf"))
+        for rows in sizes
+    )
+    mean = sum(map(log, of_rows)) / max(len(sizes), 1)
+    return loses, mean - log(1 + _SAME) * (stops == before)
 
 
 def _joint(amounts: Sequence[Any], stops: Sequence[int]) -> list[Any]:

@@ -113,9 +113,8 @@ def largest_batch(manifest: Manifest, options: Options) -> int:
         return options.max_batch
     floor_bytes = _floor_of(manifest)
     budget_bytes = options.budget_mib * MIB
-    fitting = [
-        rows for rows in range(1, options.max_batch + 1) if floor_bytes(1, rows) <= budget_bytes
-    ]
+    sizes = range(1, max(options.max_batch, 1) + 1)  # without batches a run is of one row
+    fitting = [rows for rows in sizes if floor_bytes(1, rows) <= budget_bytes]
     if not fitting:
         least_mib = -(-floor_bytes(1, 1) // MIB)
         raise BudgetError(
@@ -124,7 +123,7 @@ def largest_batch(manifest: Manifest, options: Options) -> int:
             least_mib=least_mib,
             activations_bytes=manifest.activation_bytes(1),
         )
-    return fitting[-1]
+    return min(fitting[-1], options.max_batch)
 
 
 def _floor_of(manifest: Manifest) -> Callable[[int, int], int]:

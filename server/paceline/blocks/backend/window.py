@@ -66,6 +66,8 @@ class Window:
         self._chunk_bytes = chunk_bytes
         self._have: dict[str, int] = {}  # bytes fetched or being fetched
         self._ready: set[str] = set()
+        self._coming: list[Span] = []
+        """Of steps that were told; each is a span of its own, though another may be equal."""
         self._pinned: frozenset[int] = frozenset(range(len(blocks)) if limit_bytes is None else ())
         self._pinned_objects = self._objects(self._pinned)
         self._runs: dict[int, _Run] = {}
@@ -139,12 +141,18 @@ class Window:
         del self._runs[run]
 
     def fetched(self, span: Span) -> None:
-        """A span of the last step is in memory; the last of an object: and was checked."""
-        if span.last and self._have.get(span.name) == self._sizes[span.name]:
+        """A span of a step is in memory; the last of an object: and was checked."""
+        # What was lost on its way may be on its way again: this one says nothing of that.
+        if self._has_come(span) and span.last and self._have[span.name] == self._sizes[span.name]:
             self._ready.add(span.name)
 
     def unfetched(self, span: Span) -> None:
-        """A span of the last step was not fetched; what came of the object before stays."""
+        """A span of a step was not fetched; what came of the object before stays.
+
+        Of several the last one first.
+        """
+        if not self._has_come(span):
+            return
         self._have[span.name] = min(span.offset, self._have.get(span.name, 0))
         if not self._have[span.name]:
             del self._have[span.name]
@@ -153,12 +161,19 @@ class Window:
         """The object could not be fetched: nothing of it is in memory."""
         self._have.pop(name, None)
         self._ready.discard(name)
+        self._coming = [span for span in self._coming if span.name != name]
 
     def next_step(self, aside: Collection[str] = ()) -> Step | None:
         """What to do now, None if nothing. Its spans count as held from here on.
 
-        Objects that are `aside` are not fetched now, whoever needs them.
+        Objects that are `aside` are not fetched now, whoever needs them. What earlier steps fetch
+        may still be on its way: it is not dropped.
         """
+        step = self._step(aside)
+        self._coming += step.fetch if step is not None else ()
+        return step
+
+    def _step(self, aside: Collection[str]) -> Step | None:
         distances = self._distances()
         drop: list[str] = []
         limit = _NEVER if self._limit_bytes is None else self._limit_bytes
@@ -199,6 +214,7 @@ class Window:
             for block in run.active
             for name in self._blocks[block]
         }
+        busy.update(span.name for span in self._coming)
         candidates = [
             (name in self._pinned_objects, -distances.get(name, _NEVER), name)
             for name in self._have
@@ -218,6 +234,14 @@ class Window:
             self._ready.discard(name)
             drop.append(name)
         return held <= limit
+
+    def _has_come(self, span: Span) -> bool:
+        """Whether it was on its way; it is not any more."""
+        for position, coming in enumerate(self._coming):
+            if coming is span:
+                del self._coming[position]
+                return True
+        return False
 
     def _wanted(self, distances: Mapping[str, int]) -> list[tuple[str, int]]:
         """Objects that are not complete yet, by when they are needed."""
