@@ -46,13 +46,16 @@ _STEPS = (
 )
 
 
-def connect(directory: Path) -> sqlite3.Connection:
-    """The database of a state directory, created or brought up to date.
+def connect(directory: Path, *, any_thread: bool = False) -> sqlite3.Connection:
+    """The database of a state directory, created or brought up to date; `any_thread`: for several
+    threads that take turns.
 
     Raises ConfigError when a newer Paceline wrote it, sqlite3.Error when it cannot be used.
     """
     path = directory / FILE
-    database = sqlite3.connect(path, timeout=_BUSY_S, isolation_level="IMMEDIATE")
+    database = sqlite3.connect(
+        path, timeout=_BUSY_S, isolation_level="IMMEDIATE", check_same_thread=not any_thread
+    )
     try:
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if version > len(_STEPS):

@@ -266,13 +266,13 @@ def reload_on_hangup(
             await asked.wait()
             asked.clear()
             try:
-                declared = read_chains(settings.chains)
+                declared = await asyncio.to_thread(read_chains, settings.chains)
                 changed, gone = state.redeclared(declared)
                 await controller.reload(changed, gone)
             except PacelineError as error:
                 logger.error("nothing was reloaded: %s", error)
             else:
-                state.accept(declared)
+                await asyncio.to_thread(state.accept, declared)
                 names = ", ".join(sorted({*(chain.name for chain in changed), *gone}))
                 events.on_note(f"reloaded the chain files; changed: {names or 'nothing'}")
 

@@ -14,6 +14,7 @@ import logging
 import sqlite3
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from threading import Lock
 
 from paceline.config import chain_document, parse_chain
 from paceline.core.chain import Chain
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class State:
-    """See the module docstring. Used on one thread."""
+    """See the module docstring. Used by any thread; what writes waits for the disk."""
 
     def __init__(self, directory: Path) -> None:
         """Opens or creates the database in `directory`.
@@ -35,8 +36,9 @@ class State:
         """
         self._path = directory / FILE
         self._declared: dict[str, str] = {}
+        self._turn = Lock()
         try:
-            self._database = connect(directory)
+            self._database = connect(directory, any_thread=True)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise ConfigError(f"{self._path}: {error}", key="--state-dir") from None
@@ -45,10 +47,11 @@ class State:
             self._path.replace(aside)
             for suffix in ("-wal", "-shm"):
                 self._path.with_name(FILE + suffix).unlink(missing_ok=True)
-            self._database = connect(directory)
+            self._database = connect(directory, any_thread=True)
 
     def close(self) -> None:
-        self._database.close()
+        with self._turn:
+            self._database.close()
 
     def chains(self, declared: Sequence[Chain]) -> tuple[Chain, ...]:
         """What is to be served: `declared` in files, with what was applied and deleted since.
@@ -88,7 +91,7 @@ class State:
         rows: list[tuple[str, str | None]] = [(c.name, chain_document(c)) for c in applied]
         rows += [(name, None) for name in deleted if name in self._declared]
         try:
-            with self._database:
+            with self._turn, self._database:
                 self._database.executemany(
                     "DELETE FROM chains WHERE name = ?", [(name,) for name in deleted]
                 )
@@ -104,7 +107,7 @@ class State:
         written, and said so.
         """
         try:
-            with self._database:
+            with self._turn, self._database:
                 self._database.executemany(
                     "DELETE FROM chains WHERE name = ?", [(name,) for name in names]
                 )
@@ -124,7 +127,7 @@ class State:
             if chain.name in traffic.rates_rps
         ]
         try:
-            with self._database:
+            with self._turn, self._database:
                 self._database.execute("DELETE FROM traffic")
                 self._database.executemany("INSERT INTO traffic VALUES (?, ?, ?, ?)", rows)
         except sqlite3.Error as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import queue
 import struct
+import traceback
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -485,6 +487,12 @@ def test_every_kind_of_failure_has_a_code() -> None:
     assert set(CODES) == set(ErrorKind)
 
 
+def raised_by_the_service(error: Exception) -> bool:
+    """Then its frames hold it, and it them: a cycle for the garbage collector, of each refusal."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == "service.py" for frame in frames)
+
+
 async def test_a_rejection_says_why_and_by_how_much_in_its_metadata(stand: Stand) -> None:
     stand.inference.failure = Rejected(ErrorKind.DEADLINE, "too late", shortfall_s=0.0125)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -493,6 +501,7 @@ async def test_a_rejection_says_why_and_by_how_much_in_its_metadata(stand: Stand
     metadata: dict[Any, Any] = dict(caught.value.trailing_metadata())  # type: ignore[arg-type]
     assert metadata["paceline-reason"] == "deadline"
     assert metadata["paceline-shortfall-ms"] == "12.500"
+    assert not raised_by_the_service(stand.inference.failure)
 
 
 async def test_a_rejection_on_a_stream_says_it_in_the_parameters_of_its_response(
@@ -510,6 +519,7 @@ async def test_a_rejection_on_a_stream_says_it_in_the_parameters_of_its_response
         "paceline-shortfall-ms": "12.500",
         "retry-after-ms": "31",
     }
+    assert not raised_by_the_service(stand.inference.failure)
 
 
 async def test_failures_of_triton_and_our_own_bugs_are_internal_errors(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -20,6 +21,7 @@ from paceline.core.runs import runs_of
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import route_chain
 from paceline.planner.problem import Options
+from paceline.planner.replan import Traffic
 from paceline.planner.task import PlanTask
 from paceline.runtime.catalogue import Catalogue
 from paceline.runtime.controller import Controller
@@ -216,5 +218,46 @@ async def test_a_chain_is_deleted_also_where_the_others_cannot_be_planned_anew()
     assert [chain.chain for chain in controller.current_plan().chains] == ["two-chain"]
     with pytest.raises(PlanError, match="no process"):
         await controller.plan([one])
+    await controller.close()
+    await engine.close()
+
+
+class Disk:
+    """Writes when it is let to."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        self.kept: list[str] = []
+
+    def changed(self, applied: Iterable[Chain], deleted: Collection[str]) -> None:
+        self.begun.set()
+        assert self.may_end.wait(10)
+        self.kept += [*(chain.name for chain in applied), *deleted]
+
+    def traffic(self, chains: Iterable[Chain]) -> Traffic:
+        return Traffic()
+
+    def keep_traffic(self, traffic: Traffic, chains: Iterable[Chain]) -> None:
+        raise AssertionError("nothing was replanned")
+
+
+async def test_nobody_waits_for_the_disk_and_what_it_has_is_served_whoever_was_cancelled() -> None:
+    repository, disk = Repository(), Disk()
+    engine = Engine(Hands())
+    controller = Controller(engine, Statistics(), hardware=None, memory=disk)
+    controller.add_machine(Machine(Site("m", "cpu", 1), repository, repository))
+    await controller.start([])
+    applied = asyncio.create_task(controller.apply([CHAIN]))
+    assert await asyncio.to_thread(disk.begun.wait, 10)
+    applied.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not applied.done() and not controller.chains()
+    disk.may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await applied
+    assert disk.kept == ["pair"] and [chain.name for chain in controller.chains()] == ["pair"]
+    assert await controller.delete("pair") and disk.kept == ["pair", "pair"]
+    assert not controller.chains()
     await controller.close()
     await engine.close()

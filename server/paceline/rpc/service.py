@@ -73,9 +73,11 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
             request = infer_request(message, signature, call.time_remaining())
 
             def on_end(outcome: InferAnswer | RequestError) -> None:
+                # Raised here it would hold frames that hold it.
+                if isinstance(outcome, RequestError):
+                    call.refuse(status_of(outcome))
+                    return
                 try:
-                    if isinstance(outcome, RequestError):
-                        raise outcome
                     metadata = () if message.id else _number(outcome)
                     call.answer(wire.response_parts(message, signature.version, outcome), metadata)
                 except Exception as error:
@@ -96,9 +98,10 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
             stream.fail(entry, status, [_stream_failure(message, status)])
 
         def on_end(outcome: InferAnswer | RequestError) -> None:
+            if isinstance(outcome, RequestError):
+                fail(outcome)
+                return
             try:
-                if isinstance(outcome, RequestError):
-                    raise outcome
                 if "stream_items" in message.parameters:
                     final = final_response(message, signature.version, outcome)
                     parts: Sequence[Buffer] = [final.SerializeToString()]

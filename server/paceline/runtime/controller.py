@@ -11,10 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from time import time
-from typing import Any, Protocol
+from typing import Any
 
 from paceline.core.bind import BoundChain
 from paceline.core.chain import Chain
@@ -35,6 +41,7 @@ from paceline.planner.problem import Options
 from paceline.planner.replan import Proposal, Replanning, Traffic
 from paceline.runtime.catalogue import Catalogue
 from paceline.runtime.engine import Engine
+from paceline.runtime.keeping import Memory, to_its_end
 from paceline.runtime.machines import Machine, Machines
 from paceline.runtime.placement import Share, shortage
 from paceline.runtime.plan_process import Planner, plan_here
@@ -48,22 +55,6 @@ logger = logging.getLogger(__name__)
 
 _LOADS_AT_ONCE = 4
 _WATCH_INTERVAL_S = 1.0
-
-
-class Memory(Protocol):
-    """What outlives the process."""
-
-    def changed(self, applied: Iterable[Chain], deleted: Collection[str]) -> None:
-        """Keep a change that is about to be served. Raises ResidencyError when that fails."""
-        ...
-
-    def traffic(self, chains: Iterable[Chain]) -> Traffic:
-        """What of `chains` was planned for before."""
-        ...
-
-    def keep_traffic(self, traffic: Traffic, chains: Iterable[Chain]) -> None:
-        """Remember what `chains` are planned for."""
-        ...
 
 
 class Controller:
@@ -243,17 +234,20 @@ class Controller:
             bound = self._catalogue.get(chain)
             if bound is None or bound.direct:
                 return False
-            if self._memory is not None:
-                self._memory.changed((), (chain,))
-            self._remove(chain)
-            chains = tuple(c for c in self._plan.chains if c.chain != chain)
-            self._plan = replace(self._plan, chains=chains)
-            if chains:
+            await to_its_end(self._forget(chain))
+            if self._plan.chains:
                 try:
                     self._plan = await self._served.plan(self.served(), self._traffic)
                 except PlanError as error:
                     logger.warning("%s is gone, the plan of the others stays: %s", chain, error)
             return True
+
+    async def _forget(self, chain: str) -> None:
+        if self._memory is not None:
+            await asyncio.to_thread(self._memory.changed, (), (chain,))
+        self._remove(chain)
+        left = tuple(planned for planned in self._plan.chains if planned.chain != chain)
+        self._plan = replace(self._plan, chains=left)
 
     def chains(self) -> tuple[Chain, ...]:
         """See `core.ports.Control.chains`."""
@@ -301,7 +295,7 @@ class Controller:
         self._install(chains, provision)
         self._traffic = traffic
         if self._memory is not None:
-            self._memory.keep_traffic(self._traffic, self.chains())
+            await asyncio.to_thread(self._memory.keep_traffic, traffic, self.chains())
         await self.machines.shrink_to(provision.placed)
         return True
 
@@ -404,15 +398,28 @@ class Controller:
             list(bound.values()), traffic, first=not self._started
         )
         assert provision is not None, "it was not asked what it is worth"
-        if self._memory is not None and remember:
-            self._memory.changed(chains, ())
+        kept = chains if remember else ()
+        await to_its_end(self._follow(bound.values(), provision, traffic, kept=kept, gone=gone))
+        await self.machines.shrink_to(provision.placed)
+        return provision.plan
+
+    async def _follow(
+        self,
+        bound: Collection[BoundChain],
+        provision: Provision,
+        traffic: Traffic,
+        *,
+        kept: Sequence[Chain],
+        gone: Collection[str],
+    ) -> None:
+        """Write down what is to be `kept`, then serve what was provided."""
+        if self._memory is not None and kept:
+            await asyncio.to_thread(self._memory.changed, kept, ())
         for name in gone:
             if self._catalogue.get(name) is not None:
                 self._remove(name)
-        self._install(bound.values(), provision)
+        self._install(bound, provision)
         self._traffic = traffic
-        await self.machines.shrink_to(provision.placed)
-        return provision.plan
 
     def _remove(self, chain: str) -> None:
         self._catalogue.remove(chain)

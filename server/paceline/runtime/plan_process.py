@@ -138,6 +138,8 @@ def _start() -> subprocess.Popen[bytes]:
 
 def work() -> None:
     """What the process does: task after task, until its input ends or it was idle for too long."""
+    # A server that runs at real-time priority would wait for this otherwise.
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     os.nice(_NICE)
     answers = os.fdopen(os.dup(1), "wb")
     # Whatever else is printed does not get between the answers.
