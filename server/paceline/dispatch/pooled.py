@@ -60,7 +60,7 @@ class Pooled:
     def rows(self) -> int:
         return self._queue.rows
 
-    def add(self, entry: Entry, now_s: float) -> list[Entry]:
+    def add(self, entry: Entry, pool: MachinePool, now_s: float) -> list[Entry]:
         self._queue.add(entry)
         return [entry]
 

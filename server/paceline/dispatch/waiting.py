@@ -55,7 +55,7 @@ class Waiting:
                 self._priority = entry.priority
         stage.look_s = -inf
         self._active[stage] = None
-        run.entries += stage.collector.add(entry, now_s)
+        run.entries += stage.collector.add(entry, self._pool, now_s)
 
     def discard(self, entry: Entry) -> None:
         """A request has ended: forget what waits of it."""
