@@ -313,8 +313,8 @@ class MachinePool:
         of_own, of_others = self._planned_on(home, own), self._planned_on(other, others)
         total = sum(of_own.values()) * sum(of_others.values())
         part = 0.0
-        for kind in of_own.keys() & of_others.keys():
-            here, there = own[kind], others[kind]
+        for kind in of_own:
+            here, there = own[kind], others.get(kind, {})
             common = sum(slots for name, slots in here.items() if name in there)
             if common:
                 # Of each what it uses of these, and of that what is on the same machines.

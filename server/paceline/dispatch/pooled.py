@@ -182,7 +182,7 @@ class Pooled:
         return start_s, joined, kind.size, kind.known, route.rate_rps, at_once
 
     def launched(self, offer: Offer, batch: int, ends_s: float) -> None:
-        if (kind := offer.machine.hardware) != self.route.main:
+        if self.route.main and (kind := offer.machine.hardware) != self.route.main:
             self._away.setdefault(kind, {})[batch] = ends_s
 
     def ended(self, lot: int, batch: int) -> None:

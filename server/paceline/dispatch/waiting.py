@@ -142,6 +142,8 @@ class Waiting:
                 continue
             if not lane.instances or lane.quarantined:
                 continue
+            if not self._pool.usable(other.route.home).get(machine.hardware):
+                continue
             heads = [queue.head() for queue in other.collector.queues()]
             by_s = min((h.launch_by_s for h in heads if h and h.priority < priority), default=-inf)
             if now_s < by_s < end_s - TIE_S:
