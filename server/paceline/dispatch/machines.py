@@ -181,8 +181,8 @@ class MachinePool:
         self._laid_out()
 
     def usable(self, home: Home) -> Mapping[str, int]:
-        """How many slots it may use at a time, by hardware: all of its main one; of others as many
-        as it was planned for, and those that nobody was.
+        """How many slots it may use at a time, by hardware: all of the only one that it was planned
+        for; of several and of others as many as it was planned for, and those that nobody was.
         """
         found = self._usable.get(home)
         if found is None:
@@ -331,13 +331,14 @@ class MachinePool:
 
     @staticmethod
     def _limits(home: Home, slots: Mapping[str, int]) -> dict[str, int]:
-        """How many slots it was planned for of these kinds, where that limits it: of all but its
-        main one, where that is there.
+        """How many slots it was planned for of these kinds, where that limits it: of all but the
+        only one that it was planned for. It limits nothing where its main one is not there.
         """
         planned = dict(home[1])
         if not planned or not slots.get(home[1][0][0]):
             return {}
-        kinds = [kind for kind in slots if kind != home[1][0][0]]
+        main = "" if len(planned) > 1 else home[1][0][0]
+        kinds = [kind for kind in slots if kind != main]
         return {kind: ceil(planned.get(kind, 0.0) - NOTHING) for kind in kinds}
 
     def _slots_on(self, model: str) -> dict[str, dict[str, int]]:
