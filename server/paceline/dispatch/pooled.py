@@ -40,8 +40,12 @@ class _Kind:
 
     def begun(self, after_s: float) -> int:
         """Rows of full batches that start within so long."""
-        rounds, rest_s = divmod(after_s, self.full_s)
-        begun = int(rounds) * len(self.free_s) + bisect_right(self.free_s, self.now_s + rest_s)
+        by_s = self.now_s + after_s
+        begun = 0
+        for free_s in self.free_s:
+            if free_s > by_s:
+                break
+            begun += int((by_s - free_s) / self.full_s) + 1
         return begun * self.size
 
 
@@ -173,6 +177,7 @@ class Pooled:
         if begun <= rows + NOTHING_ROWS:
             # Every slot takes a batch within the time of one, and others each as long after that.
             early_s, start_s = max(0.0, (rows - at_once) * row_s), (rows + at_once + 1) * row_s
+            start_s += max(kind.free_s[-1] for kind in found) - now_s
             for _ in range(HALVINGS):
                 middle_s = (early_s + start_s) / 2
                 begun = sum(kind.begun(middle_s) for kind in found)
