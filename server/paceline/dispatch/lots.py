@@ -141,7 +141,10 @@ class _Lots:
             gone += queue.expired(now_s)
             while (head := queue.head()) is not None and now_s > head.launch_by_s + TIE_S:
                 machine = self._machine(lot, head, pool, now_s)
-                if machine is None or not past_saving(queue, head, machine, lot.size, now_s):
+                if machine is None:
+                    break
+                size = min(lot.size, self.route.batch_size(machine.hardware))
+                if not past_saving(queue, head, machine, size, now_s):
                     break
                 queue.discard(head)
                 gone.append(head)
@@ -235,10 +238,11 @@ class _Lots:
             machine = self._machine(lot, head, pool, now_s)
             if machine is None:
                 continue
-            rows = lot.queue.rows_like(head, lot.size)
+            size = min(lot.size, self.route.batch_size(machine.hardware))
+            rows = lot.queue.rows_like(head, size)
             # Further down there are batches to be filled as well, or several follow each other.
             close_s = head.launch_by_s - self.route.collects_s
-            if now_s >= close_s or rows >= lot.size:
+            if now_s >= close_s or rows >= size:
                 fitting = in_time(head, machine, rows, now_s)
                 if fitting:
                     return Offer(lot.queue, head, machine, fitting, True, index)
