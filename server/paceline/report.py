@@ -387,7 +387,10 @@ def status_report(status: Mapping[str, Any]) -> RenderableType:
         if lane["quarantined"] or lane["straggling"]
     ]
     notes += [
-        Text(f"the plan needs {s['needed']} machines of {s['hardware']}, {s['present']} are there")
+        Text(
+            f"the plan needs {s['needed']:g} machines of {s['hardware']}, "
+            f"as many as {s['present']:g} are there"
+        )
         for s in status["shortage"]
     ]
     return Group(head, chains, modules, machines, *notes)

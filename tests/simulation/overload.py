@@ -50,8 +50,8 @@ REQUESTS = 400.0
 """How many come at the least in what is looked at, at the planned rate. Where some requests need
 more than others, what is left varies by chance, with so many by some 5 %."""
 DRAWN: Mapping[str, Sequence[int]] = {
-    "development": (*range(40), *range(1000, 1060)),
-    "held-out": range(2000, 2060),
+    "development": (*range(40), *range(1000, 1060), *range(2000, 2060), *range(3000, 3060)),
+    "held-out": range(4000, 4060),
 }
 """Seeds of drawn plans: those that were looked at while rules were changed, and others."""
 

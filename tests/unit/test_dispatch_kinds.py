@@ -36,7 +36,11 @@ class Served:
     """
 
     def __init__(
-        self, planned: dict[str, float], there: dict[str, int], needed: float = 0.0
+        self,
+        planned: dict[str, float],
+        there: dict[str, int],
+        needed: float = 0.0,
+        rate_rps: float = 10.0,
     ) -> None:
         self.dispatcher = Dispatcher()
         self.running: dict[str, Execute] = {}
@@ -50,9 +54,9 @@ class Served:
                 for kind, most in machines.items()
                 if most > 0
             )
-            rows = ModulePlan(name, name, 10.0, 0.0, 5.0, 5.0, made)
+            rows = ModulePlan(name, name, rate_rps, 0.0, 5.0, 5.0, made)
             bound = bind(chain, {name: ModelSpec(name, 2, (X,), (Y,))})
-            plan = ChainPlan(chain.name, 5.0, 10.0, 5.0, (rows,))
+            plan = ChainPlan(chain.name, 5.0, rate_rps, 5.0, (rows,))
             route = route_chain(bound, plan, {name: KNOWN})
             self.dispatcher.handle(InstallChain(route), now_s=0.0)
         for kind, count in there.items():
@@ -61,9 +65,12 @@ class Served:
                 up = MachineUp(name, kind, 1, {"m": 1, "n": 1})
                 self.dispatcher.handle(up, now_s=0.0)
 
-    def submit(self, request: int, deadline_s: float, now_s: float) -> None:
+    def submit(
+        self, request: int, deadline_s: float, now_s: float, chain: str = "cm", priority: int = 0
+    ) -> None:
         x = Tensor("x", "UINT8", (1,), b"x")
-        self._see(self.dispatcher.handle(Submit(request, "cm", {"x": x}, deadline_s), now_s=now_s))
+        submit = Submit(request, chain, {"x": x}, deadline_s, priority=priority)
+        self._see(self.dispatcher.handle(submit, now_s=now_s))
 
     def done(self, machine: str, now_s: float) -> None:
         launch = self.running.pop(machine)
@@ -153,3 +160,12 @@ def test_of_other_machines_than_the_main_ones_no_more_are_used_than_planned() ->
     assert list(served.running) == ["quick", "slow0"]
     served.done("slow0", 0.4)
     assert list(served.running) == ["quick", "slow0"]
+
+
+def test_urgent_rows_hold_no_machine_back_that_they_may_not_use() -> None:
+    served = Served({"quick": 1.0}, {"quick": 1, "slow": 1}, needed=1.0, rate_rps=4.0)
+    served.submit(0, 5.0, 0.0)
+    # It has to be launched at 0.06 s, but the quick machine is busy until 0.1 s.
+    served.submit(1, 0.21, 0.0)
+    served.submit(2, 5.0, 0.0, "cn", 1)
+    assert list(served.running) == ["quick", "slow"] and not served.failed

@@ -12,13 +12,17 @@ from paceline.core.profile import Durations
 from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import (
     Action,
+    Answer,
     BatchDone,
     Dispatcher,
     Execute,
     Fail,
     InstallChain,
+    MachineDown,
     MachineUp,
     Submit,
+    Tick,
+    Wake,
     route_chain,
 )
 
@@ -44,9 +48,9 @@ def serving(policy: Dispatch, slo_s: float) -> Dispatcher:
     return dispatcher
 
 
-def submit(dispatcher: Dispatcher, request: int, slo_s: float) -> list[Action]:
+def submit(dispatcher: Dispatcher, request: int, slo_s: float, now_s: float = 0.0) -> list[Action]:
     x = Tensor("x", "UINT8", (1,), b"x")
-    return dispatcher.handle(Submit(request, "c", {"x": x}, slo_s), now_s=0.0)
+    return dispatcher.handle(Submit(request, "c", {"x": x}, now_s + slo_s), now_s=now_s)
 
 
 def launched(actions: list[Action]) -> list[tuple[str, int]]:
@@ -101,3 +105,76 @@ def test_a_machine_that_is_late_gives_up_rows_that_only_a_small_batch_would_save
     assert launched(told) == [("big", 4)]
     given_up = {action.request for action in told if isinstance(action, Fail)}
     assert len(given_up) == 4 and given_up < accepted
+
+
+def follow(dispatcher: Dispatcher, actions: list[Action]) -> list[Action]:
+    """End whatever runs, and what is launched then; what is not full goes at 29.85 s."""
+    seen = list(actions)
+    running = [action for action in actions if isinstance(action, Execute)]
+    for now_s in (*(1.0 + passed for passed in range(20)), 29.85):
+        told = dispatcher.handle(Tick(), now_s=now_s)
+        for launch in running:
+            y = Tensor("y", "UINT8", (launch.rows, 1), bytes(launch.rows))
+            told += dispatcher.handle(BatchDone(launch.batch, (y,)), now_s=now_s)
+        running = [action for action in told if isinstance(action, Execute)]
+        seen += told
+    for launch in running:
+        y = Tensor("y", "UINT8", (launch.rows, 1), bytes(launch.rows))
+        seen += dispatcher.handle(BatchDone(launch.batch, (y,)), now_s=30.0)
+    return seen
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "throughput-cost"])
+@pytest.mark.parametrize("lost", ["big", "small"])
+def test_what_waits_for_machines_that_are_gone_goes_to_others(policy: Dispatch, lost: str) -> None:
+    # What had been dealt to them, and every row whose turn was theirs, waited for its deadline.
+    dispatcher = serving(policy, 30.0)
+    actions = [action for request in range(16) for action in submit(dispatcher, request, 30.0)]
+    actions += dispatcher.handle(MachineDown(lost), now_s=0.1)
+    for request in range(16, 24):
+        actions += submit(dispatcher, request, 30.0, 0.1)
+    left = [a for a in actions if not (isinstance(a, Execute) and a.machine == lost)]
+    seen = follow(dispatcher, left)
+    lost_rows = sum(a.rows for a in actions if isinstance(a, Execute) and a.machine == lost)
+    assert sum(isinstance(action, Answer) for action in seen) == 24 - lost_rows
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "throughput-cost"])
+def test_where_all_planned_hardware_is_gone_any_that_holds_the_model_is_used(
+    policy: Dispatch,
+) -> None:
+    dispatcher = serving(policy, 30.0)
+    for hardware in KNOWN:
+        dispatcher.handle(MachineDown(hardware), now_s=0.0)
+    dispatcher.handle(MachineUp("other", "other", 1, {"m": 1}), now_s=0.0)
+    actions = [action for request in range(8) for action in submit(dispatcher, request, 30.0)]
+    seen = follow(dispatcher, actions)
+    assert {action.machine for action in seen if isinstance(action, Execute)} == {"other"}
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "throughput-cost"])
+def test_a_batch_closes_so_early_that_what_follows_has_the_time_that_the_plan_gives_it(
+    policy: Dispatch,
+) -> None:
+    # Of four rows that came together two wait for the others at the second module: they died there.
+    modules = (
+        Module("a", "a", {"x": Source(None, "x")}),
+        Module("b", "b", {"x": Source("a", "y")}),
+    )
+    chain = Chain("c", 1.0, (X,), modules, {"y": Source("b", "y")}, dispatch=policy)
+    known = {name: {"big": KNOWN["big"]} for name in ("a", "b")}
+    first = (Allocation("big", 4, 0.2, 1.0, 1.0),)
+    second = (Allocation("big", 2, KNOWN["big"].at(2), 1.0, 1.0),)
+    plans = (
+        ModulePlan("a", "a", 10.0, 0.0, 0.6, 0.6, first),
+        ModulePlan("b", "b", 10.0, 0.0, 0.4, 0.4, second),
+    )
+    bound = bind(chain, {name: ModelSpec(name, 4, (X,), (Y,)) for name in ("a", "b")})
+    route = route_chain(bound, ChainPlan("c", 1.0, 10.0, 1.0, plans), known)
+    dispatcher = Dispatcher()
+    dispatcher.handle(InstallChain(route), now_s=0.0)
+    for name in ("a", "b"):
+        dispatcher.handle(MachineUp(name, "big", 1, {name: 1}), now_s=0.0)
+    (wake,) = [action for action in submit(dispatcher, 1, 1.0) if isinstance(action, Wake)]
+    assert wake.at_s == pytest.approx(1.0 - 0.2 - 0.4)
+    assert launched(dispatcher.handle(Tick(), now_s=wake.at_s)) == [("a", 1)]

@@ -62,8 +62,13 @@ def test_the_most_urgent_are_whole_the_next_share_the_rest_and_the_last_get_noth
     shed = {c.chain: c.wanted.rate_rps for p in plans for c in p.chains if c.wanted}
     assert shed == {"last": 40, "b1": 40, "b2": 20}
     whole = Plan("optimal", "fractional", tuple(chain for plan in plans for chain in plan.chains))
-    ((needed, present),) = shortage(whole, [Site("s", "gpu", 2)]).values()
+    ((needed, present),) = shortage(whole, [Site("s", "gpu", 2)], {}).values()
     assert needed == pytest.approx(4.0, rel=0.1) and present == 2, "what all would need"
+    assert not shortage(whole, [Site("s", "gpu", 3), Site("t", "gpu", 3)], {})
+    ((_, present),) = shortage(
+        whole, [Site("s", "gpu", 3), Site("t", "gpu", 3)], {"t": 6.0}
+    ).values()
+    assert present == 3.5, "a straggler is worth less"
 
 
 def test_what_is_left_of_dearer_hardware_is_used() -> None:

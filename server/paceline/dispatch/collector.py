@@ -63,7 +63,7 @@ class Collector(Protocol):
         """Rows waiting."""
         ...
 
-    def add(self, entry: Entry, now_s: float) -> list[Entry]:
+    def add(self, entry: Entry, pool: MachinePool, now_s: float) -> list[Entry]:
         """Queue an entry; returns it, or the parts it was split into."""
         ...
 

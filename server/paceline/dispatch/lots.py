@@ -51,6 +51,10 @@ class LotQueue(ModuleQueue):
             self._count(piece.entry, -piece.count)
         return pieces
 
+    def drain(self) -> list[Entry]:
+        self.by_priority.clear()
+        return super().drain()
+
     def before(self, priority: int) -> int:
         """Rows that are taken before one more of this priority."""
         known = self.by_priority
@@ -103,12 +107,13 @@ class _Lot:
 class _Lots:
     """What throughput-cost and round-robin share: rows are dealt to lots, lots launch batches."""
 
-    __slots__ = ("_longest_s", "_lots", "_rate_rps", "route")
+    __slots__ = ("_all", "_kinds", "_longest_s", "_lots", "route")
 
     def __init__(self, route: ModuleRoute, lots: list[_Lot]) -> None:
         self.route = route
         self._lots = lots
-        self._rate_rps = sum(lot.rate_rps for lot in lots)
+        self._all = range(len(lots))
+        self._kinds = dict.fromkeys(lot.hardware for lot in lots)
         self._longest_s = max(lot.full_s for lot in lots)
 
     @property
@@ -136,7 +141,10 @@ class _Lots:
             gone += queue.expired(now_s)
             while (head := queue.head()) is not None and now_s > head.launch_by_s + TIE_S:
                 machine = self._machine(lot, head, pool, now_s)
-                if machine is None or not past_saving(queue, head, machine, lot.size, now_s):
+                if machine is None:
+                    break
+                size = min(lot.size, self.route.batch_size(machine.hardware))
+                if not past_saving(queue, head, machine, size, now_s):
                     break
                 queue.discard(head)
                 gone.append(head)
@@ -146,6 +154,9 @@ class _Lots:
         return min(lot.queue.next_expiry_s() for lot in self._lots)
 
     def offer(self, pool: MachinePool, now_s: float) -> Offer | float:
+        working = self._working(pool)
+        if len(working) < len(self._lots):
+            self._move(working, now_s)
         best: Offer | None = None
         look_s = pool.next_probe_s(self.route.model, now_s)
         for index, lot in enumerate(self._lots):
@@ -164,38 +175,60 @@ class _Lots:
         """Of the lot that the row would go to; where others are still to be dealt before it, of
         the one that would have it done last.
         """
-        free_s = pool.free_at_s(self.route.model, now_s)
-        if not free_s:
+        kinds = pool.free_by_kind(self.route.model, now_s)
+        if not kinds:
             return None
-        waiting = [lot.queue.before(priority) for lot in self._lots]
-        coming = rows - sum(waiting)
+        lots, working = self._lots, self._working(pool)
+        rate_rps = sum(lots[index].rate_rps for index in working)
+        waiting = {index: lots[index].queue.before(priority) for index in working}
+        coming = rows - sum(waiting.values())
         if coming < 1:
-            index = self._in_time(self._turn(now_s), priority, by_s, now_s)
+            index = self._in_time(self._turn(working, now_s), working, priority, by_s, now_s)
         else:
-            for at, lot in enumerate(self._lots):
-                waiting[at] += int(coming * lot.rate_rps / self._rate_rps)
-            ends_s = [
-                lot.start_s(before, now_s) + lot.full_s
-                for lot, before in zip(self._lots, waiting, strict=True)
-            ]
-            index = ends_s.index(max(ends_s))
-        lot, before = self._lots[index], waiting[index]
+            for at in working:
+                waiting[at] += int(coming * lots[at].rate_rps / rate_rps)
+            index = max(
+                working, key=lambda at: lots[at].start_s(waiting[at], now_s) + lots[at].full_s
+            )
+        lot, before = lots[index], waiting[index]
+        firsts_s = {kind: free_s[0] for kind, free_s in kinds}
+        free_s = firsts_s.get(lot.hardware, min(firsts_s.values()))
         return (
-            max(free_s[0] - now_s, lot.start_s(before, now_s)),
+            max(free_s - now_s, lot.start_s(before, now_s)),
             before % lot.size + 1,
             lot.size,
             lot.known,
             lot.rate_rps,
-            lot.size * lot.machines * self._rate_rps / lot.rate_rps,
+            lot.size * lot.machines * rate_rps / lot.rate_rps,
         )
 
-    def _turn(self, now_s: float) -> Sequence[int]:
-        """Where the next row should go, best first."""
+    def _working(self, pool: MachinePool) -> Sequence[int]:
+        """Lots of whose hardware a machine works; all, where none does."""
+        if len(self._kinds) == 1:
+            return self._all
+        works = {kind: pool.works(self.route.model, kind) for kind in self._kinds}
+        return [at for at, lot in enumerate(self._lots) if works[lot.hardware]] or self._all
+
+    def _move(self, working: Sequence[int], now_s: float) -> None:
+        """What waits for machines that do not work any more is dealt out anew."""
+        for at, lot in enumerate(self._lots):
+            if at not in working and lot.queue.rows:
+                for entry in lot.queue.drain():
+                    self._put(entry, self._turn(working, now_s), working, now_s)
+
+    def _turn(self, working: Sequence[int], now_s: float) -> Sequence[int]:
+        """Where the next row should go of these lots, best first."""
         raise NotImplementedError
 
     def _machine(self, lot: _Lot, head: Entry, pool: MachinePool, now_s: float) -> Machine | None:
+        """One of its hardware; of any, where none works of all that was planned."""
         free = pool.free(self.route.model, now_s, head.failed_on)
-        return next((m for _, _, m in free if m.hardware == lot.hardware), None)
+        for _, _, machine in free:
+            if machine.hardware == lot.hardware:
+                return machine
+        if not free or any(pool.works(self.route.model, kind) for kind in self._kinds):
+            return None
+        return free[0][2]
 
     def _lot_offer(self, index: int, pool: MachinePool, now_s: float) -> Offer | float:
         """The lot's most urgent closed batch that a machine could take, or when one closes."""
@@ -205,30 +238,42 @@ class _Lots:
             machine = self._machine(lot, head, pool, now_s)
             if machine is None:
                 continue
-            rows = lot.queue.rows_like(head, lot.size)
-            if now_s >= head.launch_by_s or rows >= lot.size:
+            size = min(lot.size, self.route.batch_size(machine.hardware))
+            rows = lot.queue.rows_like(head, size)
+            # Further down there are batches to be filled as well, or several follow each other.
+            close_s = head.launch_by_s - self.route.collects_s
+            if now_s >= close_s or rows >= size:
                 fitting = in_time(head, machine, rows, now_s)
                 if fitting:
                     return Offer(lot.queue, head, machine, fitting, True, index)
                 continue
-            look_s = min(look_s, head.launch_by_s)
+            look_s = min(look_s, close_s)
         return look_s
 
-    def _put(self, entry: Entry, turn: Sequence[int], now_s: float) -> Entry:
-        entry.lot = self._in_time(turn, entry.priority, entry.launch_by_s - now_s, now_s)
+    def _put(
+        self, entry: Entry, turn: Sequence[int], working: Sequence[int], now_s: float
+    ) -> Entry:
+        by_s = entry.launch_by_s - now_s
+        entry.lot = self._in_time(turn, working, entry.priority, by_s, now_s)
         self._lots[entry.lot].queue.add(entry)
         return entry
 
-    def _in_time(self, turn: Sequence[int], priority: int, by_s: float, now_s: float) -> int:
-        """The first of these lots that could have a row done in time, which is to be launched
-        `by_s` from now; else that of all which would be the first to have it done.
+    def _in_time(
+        self,
+        turn: Sequence[int],
+        working: Sequence[int],
+        priority: int,
+        by_s: float,
+        now_s: float,
+    ) -> int:
+        """The first lot on turn that could have a row done in time, which is to be launched `by_s`
+        from now; else that of all working ones which would be the first to have it done.
         """
         latest_s = by_s + self._longest_s
         for index in turn:
             if self._lots[index].end_s(priority, now_s) <= latest_s:
                 return index
-        ends_s = [lot.end_s(priority, now_s) for lot in self._lots]
-        return ends_s.index(min(ends_s))
+        return min(working, key=lambda at: self._lots[at].end_s(priority, now_s))
 
 
 class RoundRobin(_Lots):
@@ -248,28 +293,28 @@ class RoundRobin(_Lots):
         super().__init__(route, lots)
         self._credit = [0.0] * len(lots)
 
-    def add(self, entry: Entry, now_s: float) -> list[Entry]:
+    def add(self, entry: Entry, pool: MachinePool, now_s: float) -> list[Entry]:
         """Deal the rows out; consecutive rows of one lot stay together."""
-        total = sum(lot.rate_rps for lot in self._lots)
+        working = self._working(pool)
+        total = sum(self._lots[index].rate_rps for index in working)
         turns: list[tuple[int, int]] = []
         for row in range(entry.rows):
-            for index, lot in enumerate(self._lots):
-                self._credit[index] += lot.rate_rps
-            chosen = max(range(len(self._lots)), key=lambda index: (self._credit[index], -index))
+            for index in working:
+                self._credit[index] += self._lots[index].rate_rps
+            chosen = max(working, key=lambda index: (self._credit[index], -index))
             self._credit[chosen] -= total
             if not turns or turns[-1][1] != chosen:
                 turns.append((row, chosen))
         if len(turns) == 1:
-            return [self._put(entry, turns[0][1:], now_s)]
+            return [self._put(entry, turns[0][1:], working, now_s)]
         ends = [start for start, _ in turns[1:]] + [entry.rows]
         return [
-            self._put(entry.part(start, end - start), (index,), now_s)
+            self._put(entry.part(start, end - start), (index,), working, now_s)
             for (start, index), end in zip(turns, ends, strict=True)
         ]
 
-    def _turn(self, now_s: float) -> Sequence[int]:
-        credit = [has + lot.rate_rps for has, lot in zip(self._credit, self._lots, strict=True)]
-        return (credit.index(max(credit)),)
+    def _turn(self, working: Sequence[int], now_s: float) -> Sequence[int]:
+        return (max(working, key=lambda at: self._credit[at] + self._lots[at].rate_rps),)
 
 
 @dataclass(slots=True)
@@ -311,12 +356,13 @@ class ThroughputCost(_Lots):
         self._due = due
         self._ahead_s = sum(lot.size for lot in lots) / lots[-1].rate_rps
 
-    def add(self, entry: Entry, now_s: float) -> list[Entry]:
+    def add(self, entry: Entry, pool: MachinePool, now_s: float) -> list[Entry]:
         """Give the rows to the ranks that are due."""
+        working = self._working(pool)
         parts: list[Entry] = []
         start = 0
         while start < entry.rows:
-            turn = self._turn(now_s)
+            turn = self._turn(working, now_s)
             left = count = entry.rows - start
             if len(turn) == 1:
                 rank = self._due[turn[0]]
@@ -324,19 +370,21 @@ class ThroughputCost(_Lots):
                 count = min(rank.wanted, left)
                 rank.wanted -= count
             whole = count == entry.rows
-            parts.append(self._put(entry if whole else entry.part(start, count), turn, now_s))
+            parts.append(
+                self._put(entry if whole else entry.part(start, count), turn, working, now_s)
+            )
             start += count
         return parts
 
-    def _turn(self, now_s: float) -> Sequence[int]:
+    def _turn(self, working: Sequence[int], now_s: float) -> Sequence[int]:
         """The best rank that is collecting or due; all, where more comes than was planned for."""
-        last = len(self._due) - 1
-        for index, rank in enumerate(self._due):
+        for index in working:
+            rank = self._due[index]
             # The last gets nothing while better ranks collect, and all that comes in between.
-            early_s = self._ahead_s if index == last else TIE_S
+            early_s = self._ahead_s if index == working[-1] else TIE_S
             if rank.wanted > 0 or now_s >= rank.at_s - early_s:
                 return (index,)
-        return range(last + 1)
+        return working
 
 
 def _lot(route: ModuleRoute, allocation: Allocation, machines: int, rate_rps: float) -> _Lot:

@@ -181,8 +181,8 @@ class MachinePool:
         self._laid_out()
 
     def usable(self, home: Home) -> Mapping[str, int]:
-        """How many slots it may use at a time, by hardware: all of its main one; of others as many
-        as it was planned for, and those that nobody was.
+        """How many slots it may use at a time, by hardware: all of the only one that it was planned
+        for; of several and of others as many as it was planned for, and those that nobody was.
         """
         found = self._usable.get(home)
         if found is None:
@@ -313,8 +313,8 @@ class MachinePool:
         of_own, of_others = self._planned_on(home, own), self._planned_on(other, others)
         total = sum(of_own.values()) * sum(of_others.values())
         part = 0.0
-        for kind in of_own.keys() & of_others.keys():
-            here, there = own[kind], others[kind]
+        for kind in of_own:
+            here, there = own[kind], others.get(kind, {})
             common = sum(slots for name, slots in here.items() if name in there)
             if common:
                 # Of each what it uses of these, and of that what is on the same machines.
@@ -331,13 +331,14 @@ class MachinePool:
 
     @staticmethod
     def _limits(home: Home, slots: Mapping[str, int]) -> dict[str, int]:
-        """How many slots it was planned for of these kinds, where that limits it: of all but its
-        main one, where that is there.
+        """How many slots it was planned for of these kinds, where that limits it: of all but the
+        only one that it was planned for. It limits nothing where its main one is not there.
         """
         planned = dict(home[1])
         if not planned or not slots.get(home[1][0][0]):
             return {}
-        kinds = [kind for kind in slots if kind != home[1][0][0]]
+        main = "" if len(planned) > 1 else home[1][0][0]
+        kinds = [kind for kind in slots if kind != main]
         return {kind: ceil(planned.get(kind, 0.0) - NOTHING) for kind in kinds}
 
     def _slots_on(self, model: str) -> dict[str, dict[str, int]]:

@@ -7,7 +7,9 @@ request's slack has run out (its launch-by time has come).
   slack is also launched when waiting could not fill it before a machine idles anyway: when, after
   launching it now, a machine will be free for every full batch that the planned rate can form.
   With sorted expected free times `f_1 <= f_2 <= ...`: `f_j <= now + j b/T` for all j. At low load
-  nobody waits; at planned load machines stay staggered and the bound holds.
+  nobody waits; at planned load machines stay staggered and the bound holds. Of several kinds of
+  hardware that which the plan has for most rows is used as far as it goes, others no more than was
+  planned or nobody needs (decision 48).
 * **throughput-cost** (Harpagon 1.1; full machines `d + b/w`): allocations ranked by
   throughput-cost ratio; whole batches are cut from the stream, the best rank that is due first.
   A rank of n machines is due every `d/n`; what no rank is due for goes to the next one, and what

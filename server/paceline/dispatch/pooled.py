@@ -40,27 +40,33 @@ class _Kind:
 
     def begun(self, after_s: float) -> int:
         """Rows of full batches that start within so long."""
-        rounds, rest_s = divmod(after_s, self.full_s)
-        begun = int(rounds) * len(self.free_s) + bisect_right(self.free_s, self.now_s + rest_s)
+        by_s = self.now_s + after_s
+        begun = 0
+        for free_s in self.free_s:
+            if free_s > by_s:
+                break
+            begun += int((by_s - free_s) / self.full_s) + 1
         return begun * self.size
 
 
 class Pooled:
     """One queue for all machines; see the module docstring."""
 
-    __slots__ = ("_away", "_queue", "route")
+    __slots__ = ("_at_will", "_away", "_queue", "route")
 
     def __init__(self, route: ModuleRoute) -> None:
         self.route = route
+        self._at_will = route.main if len(route.machines) < 2 else ""
+        """The hardware of which it may use every machine; empty where there is none."""
         self._away: dict[str, dict[int, float]] = {}
-        """When batches end on other hardware than its main one, by hardware."""
+        """When batches end on other hardware than that, by hardware."""
         self._queue = ModuleQueue()
 
     @property
     def rows(self) -> int:
         return self._queue.rows
 
-    def add(self, entry: Entry, now_s: float) -> list[Entry]:
+    def add(self, entry: Entry, pool: MachinePool, now_s: float) -> list[Entry]:
         self._queue.add(entry)
         return [entry]
 
@@ -136,7 +142,9 @@ class Pooled:
         route = self.route
         kinds = pool.free_by_kind(route.model, now_s)
         if len(kinds) > 1:
-            return self._foreseen_on(self._free_by_kind(pool, now_s), rows, now_s)
+            kinds = self._free_by_kind(pool, now_s)
+        if len(kinds) > 1:
+            return self._foreseen_on(kinds, rows, now_s)
         if not kinds:
             return None
         hardware, free_s = kinds[0]
@@ -169,6 +177,7 @@ class Pooled:
         if begun <= rows + NOTHING_ROWS:
             # Every slot takes a batch within the time of one, and others each as long after that.
             early_s, start_s = max(0.0, (rows - at_once) * row_s), (rows + at_once + 1) * row_s
+            start_s += max(kind.free_s[-1] for kind in found) - now_s
             for _ in range(HALVINGS):
                 middle_s = (early_s + start_s) / 2
                 begun = sum(kind.begun(middle_s) for kind in found)
@@ -182,7 +191,7 @@ class Pooled:
         return start_s, joined, kind.size, kind.known, route.rate_rps, at_once
 
     def launched(self, offer: Offer, batch: int, ends_s: float) -> None:
-        if (kind := offer.machine.hardware) != self.route.main:
+        if (kind := offer.machine.hardware) != self._at_will:
             self._away.setdefault(kind, {})[batch] = ends_s
 
     def ended(self, lot: int, batch: int) -> None:
@@ -196,7 +205,7 @@ class Pooled:
         late: Machine | None = None
         for _, _, machine in pool.free(self.route.model, now_s, head.failed_on):
             kind = machine.hardware
-            if kind != main and not self._may_use(kind, pool, head):
+            if kind != self._at_will and not self._may_use(kind, pool, head):
                 continue
             if now_s > head.launch_by_s and not in_time(head, machine, 1, now_s):
                 late = late or machine
@@ -207,8 +216,8 @@ class Pooled:
         return in_need or late
 
     def _may_use(self, kind: str, pool: MachinePool, head: Entry) -> bool:
-        """Whether a machine may be used that is not of the main hardware: no more than the plan has
-        and nobody needs, unless the others do not work.
+        """Whether a machine of that hardware may be used: as many as the plan has there and nobody
+        needs; any, where the main hardware does not work.
         """
         if not self.route.main or head.failed_on:
             return True
@@ -227,7 +236,7 @@ class Pooled:
             return found
         usable, own = pool.usable(self.route.home), []
         for kind, free_s in found:
-            if kind != main:
+            if kind != self._at_will:
                 most = usable.get(kind, 0)
                 ends_s = [max(now_s, end_s) for end_s in self._away.get(kind, {}).values()]
                 more = max(0, most - len(ends_s))

@@ -11,6 +11,7 @@ import heapq
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -161,6 +162,16 @@ class ModuleQueue:
             self.rows -= rows
             self._buckets[entry.key].rows -= rows
         entry.alive = False
+
+    def drain(self) -> list[Entry]:
+        """Everything that waits, most urgent first, which is forgotten here."""
+        heaps = [bucket.heap for bucket in self._buckets.values()]
+        found = [entry for _, entry in sorted(chain(*heaps)) if entry.waiting]
+        self._buckets.clear()
+        self._expiry.clear()
+        self._arrivals.clear()
+        self.rows = 0
+        return found
 
     def head(self) -> Entry | None:
         """The most urgent entry."""

@@ -28,7 +28,8 @@ class ModuleRoute:
 
     `rate_rps` is the rows per second it was planned for (0: unplanned), `fan_out` the expected
     rows per request, `allocations` what the plan gave it, `machines` this front's part of that by
-    hardware.
+    hardware. `collects_s`: by how much the plan lets what follows take longer than its batches
+    alone: rows wait there until a batch is full, or until those have gone that came with them.
     """
 
     chain: str
@@ -37,6 +38,7 @@ class ModuleRoute:
     durations: Mapping[str, Durations]
     tail_s: float
     floor_s: float
+    collects_s: float = 0.0
     rate_rps: float = 0.0
     fan_out: float = 1.0
     allocations: tuple[Allocation, ...] = ()
@@ -181,6 +183,10 @@ def route_chain(
         single[module.name] = _single_s(table, sizes[module.name])
     tails = _longest_tails(bound.chain, planned)
     floors = _longest_tails(bound.chain, single)
+    worst: dict[str, float] = {}
+    if plan is not None:
+        most = {m.name: plan.module(m.name).latency_worst_s for m in bound.modules}
+        worst = _longest_tails(bound.chain, most)
     return ChainRoute(
         bound,
         tuple(
@@ -191,6 +197,7 @@ def route_chain(
                 durations=durations.get(m.spec.name, {}),
                 tail_s=tails[m.name],
                 floor_s=floors[m.name],
+                collects_s=_collects_s(bound.chain, m.name, worst, tails),
                 rate_rps=plan.module(m.name).rate_rps / workers if plan is not None else 0.0,
                 fan_out=m.module.fan_out,
                 allocations=allocations[m.name],
@@ -220,6 +227,14 @@ def _machines(allocations: Sequence[Allocation], workers: int) -> dict[str, floa
         known = found.get(allocation.hardware, 0.0)
         found[allocation.hardware] = known + allocation.machines / workers
     return found
+
+
+def _collects_s(
+    chain: Chain, module: str, worst: Mapping[str, float], tails: Mapping[str, float]
+) -> float:
+    children = chain.children(module)
+    after_s = max((worst.get(child, 0.0) for child in children), default=0.0)
+    return max(0.0, after_s - max((tails[child] for child in children), default=0.0))
 
 
 def _longest_tails(chain: Chain, own_s: Mapping[str, float]) -> dict[str, float]:

@@ -55,7 +55,7 @@ class Waiting:
                 self._priority = entry.priority
         stage.look_s = -inf
         self._active[stage] = None
-        run.entries += stage.collector.add(entry, now_s)
+        run.entries += stage.collector.add(entry, self._pool, now_s)
 
     def discard(self, entry: Entry) -> None:
         """A request has ended: forget what waits of it."""
@@ -141,6 +141,8 @@ class Waiting:
             if other is stage or not other.collector.rows or lane is None:
                 continue
             if not lane.instances or lane.quarantined:
+                continue
+            if not self._pool.usable(other.route.home).get(machine.hardware):
                 continue
             heads = [queue.head() for queue in other.collector.queues()]
             by_s = min((h.launch_by_s for h in heads if h and h.priority < priority), default=-inf)

@@ -319,9 +319,9 @@ class Controller:
     def current_plan(self) -> Plan:
         return self._plan
 
-    def shortage(self) -> dict[str, tuple[float, int]]:
-        """Hardware of which the plan needs more than there is."""
-        return shortage(self._plan, self.machines.usable())
+    def shortage(self) -> dict[str, tuple[float, float]]:
+        """Hardware of which the plan needs more than there is, stragglers counted as less."""
+        return shortage(self._plan, self.machines.usable(), self._provisioning.slow)
 
     # -- what is shown ----------------------------------------------------------------------
 

@@ -88,11 +88,17 @@ def place(
     return placed
 
 
-def shortage(plan: Plan, sites: Iterable[Site]) -> dict[str, tuple[float, int]]:
-    """Hardware of which the whole traffic needs more machines than there are: (needed, present)."""
-    present: dict[str, int] = {}
+def shortage(
+    plan: Plan, sites: Iterable[Site], slow: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    """Hardware of which the whole traffic needs more machines than there are: (needed, present).
+
+    Sites in `slow` take so many times as long as their kind: they are worth as much less.
+    """
+    present: dict[str, float] = {}
     for site in sites:
-        present[site.hardware] = present.get(site.hardware, 0) + site.slots
+        worth = site.slots / slow.get(site.name, 1.0)
+        present[site.hardware] = present.get(site.hardware, 0.0) + worth
     needed: dict[str, float] = {}
     whole = replace(plan, chains=tuple(chain.wanted or chain for chain in plan.chains))
     for (_, hardware), machines in _machines(whole).items():

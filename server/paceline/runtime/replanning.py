@@ -37,6 +37,9 @@ _SLOWDOWN_WEIGHT = 0.1
 """Of a second's slowdowns: what lasts ten seconds counts, a stall does not."""
 STRAGGLES, RECOVERED = 1.5, 1.25
 """A machine counts as less of one from so many times its kind's durations on, until it is below."""
+MOVED, SETTLED = STRAGGLES / RECOVERED, 1.1
+"""It is planned for anew when it is so many times slower or faster than was planned for, and what
+it takes now is within so many times what it took lately."""
 
 
 class Replannable(Protocol):
@@ -199,7 +202,18 @@ class Replanner:
             elif name in self._slow and known < RECOVERED:
                 del self._slow[name]
                 told.append(f"{name} is as fast as others again")
+            elif name in self._slow:
+                told += self._moved_on(name, known, ratio)
         return ", ".join(told)
+
+    def _moved_on(self, name: str, known: float, ratio: float) -> list[str]:
+        """The same of a straggler that is slower or faster by now than was planned for, once it
+        changes no more.
+        """
+        if _apart(known, ratio) > SETTLED or _apart(known, self._slow[name]) < MOVED:
+            return []
+        self._slow[name] = ratio
+        return [f"{name} takes {ratio:.2g} times as long as others by now"]
 
     def measured(self) -> Traffic:
         """What is measured now of what was planned for."""
@@ -234,6 +248,10 @@ class Replanner:
             known = self._slowdowns.get(key, 1.0)
             self._slowdowns[key] = known + _SLOWDOWN_WEIGHT * (ratio - known)
         return self.measured()
+
+
+def _apart(one: float, other: float) -> float:
+    return max(one / other, other / one)
 
 
 def _cut(plan: Plan) -> list[str]:

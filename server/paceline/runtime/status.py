@@ -49,7 +49,7 @@ def describe(
         "in_flight": dispatcher.in_flight,
         "cost_per_hour": round(plan.cost_per_hour, 6),
         "shortage": [
-            {"hardware": hardware, "needed": round(needed, 3), "present": present}
+            {"hardware": hardware, "needed": round(needed, 3), "present": round(present, 3)}
             for hardware, (needed, present) in controller.shortage().items()
         ],
         "replanning": _replanning(controller),

@@ -67,8 +67,8 @@ def _shortages(status: Row) -> Iterable[str]:
     for lack in status.get("shortage", ()):
         yield (
             f"<p class=bad>{escape(str(lack.get('hardware', '')))}: the plan needs "
-            f"{_significant(lack.get('needed'))} machines, {_significant(lack.get('present'))} "
-            "are there</p>"
+            f"{_significant(lack.get('needed'))} machines, as many as "
+            f"{_significant(lack.get('present'))} are there</p>"
         )
 
 
