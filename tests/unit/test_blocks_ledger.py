@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.blocks.backend.held_turn import TURN_S
+from paceline.blocks.backend import turns
 from paceline.blocks.backend.ledger import FORMAT, Ledger, Row
 from paceline.blocks.backend.manifest import PoolError
 from paceline.blocks.backend.shares import Claim, divide
 from paceline.blocks.backend.turns import (
+    TURN_S,
     URGENT_WEIGHT,
     Load,
     asked,
@@ -110,6 +111,40 @@ def test_a_turn_that_hangs_is_passed_over_and_other_channels_do_not_wait() -> No
     assert next_loads(loads, "store", 1.0) == []
     loads["remote"] = Load("store", waiting=True)
     assert next_loads(loads, "store", 1.0) == ["remote"]
+
+
+def test_who_is_next_begins_beside_the_last_piece_of_a_turn_that_is_over() -> None:
+    """One at a time, and nobody who would not be next after that piece."""
+    loads = {
+        "ends": Load("disk", virtual=1.0, holding_since_s=0.0),
+        "next": Load("disk", virtual=2.0, waiting=True),
+        "later": Load("disk", virtual=3.0, waiting=True),
+    }
+
+    def following(now_s: float) -> list[str]:
+        return next_loads(loads, "disk", now_s, piece=1.5)
+
+    assert following(TURN_S / 2) == [] and following(TURN_S) == ["next"]
+    urgent = {**loads, "ends": dataclasses.replace(loads["ends"], weight=URGENT_WEIGHT)}
+    assert next_loads(urgent, "disk", TURN_S, piece=1.5) == []
+    loads["next"] = began(loads["next"], TURN_S)
+    assert following(3 * TURN_S) == [], "two are at it"
+    loads["ends"] = ended(loads["ends"], 1.5)
+    assert following(1.5 * TURN_S) == [] and following(2 * TURN_S) == ["later"]
+
+
+def test_a_turn_that_is_over_is_not_waited_for(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last bytes may still be on their way when the other one begins."""
+    monkeypatch.setattr(turns, "LEASE_S", 1e6)
+    mine, other = (Ledger("disk", directory=directory) for _ in range(2))
+    mine.begin(lambda: False)
+    other.begin(lambda: False)
+    assert mine.rows()[mine._name].load.holding_since_s is not None
+    for ledger in (mine, other):
+        ledger.end(1)
+        ledger.close()
 
 
 def test_of_two_cores_an_urgent_load_has_one_and_the_others_share_the_other() -> None:

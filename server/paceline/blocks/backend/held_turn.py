@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from .manifest import PoolError
-
-TURN_S = 0.02
-"""So long what follows the first piece of work is of the same turn."""
+from .turns import TURN_S
 
 
 class Turns(Protocol):

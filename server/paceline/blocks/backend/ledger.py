@@ -28,10 +28,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from .held_turn import TURN_S, Turns
+from .held_turn import Turns
 from .manifest import PoolError
 from .shares import Claim, divide
-from .turns import Load, asked, began, ended, next_loads, weight
+from .turns import TURN_S, Load, asked, began, ended, next_loads, weight
 from .window import CHUNK_BYTES
 
 FORMAT = 2
@@ -206,7 +206,7 @@ class Ledger:
                 return found
             for name in following:
                 ring(loads[name].bell)
-            bell.wait(_RETRY_S)
+            bell.wait(_until_next(loads, self._name, now_s))
 
     def _give_back(self, kind: Kind, amount: float) -> None:
         with self._table() as rows:
@@ -333,9 +333,21 @@ class _Building:
 
 
 def _next(loads: Mapping[str, Load], channel: str, now_s: float) -> list[str]:
-    """A disk or store is for one at a time."""
-    places = len(os.sched_getaffinity(0)) if channel == _CORES else 1
-    return next_loads(loads, channel, now_s, places=places)
+    """A disk or store is for one at a time, and who begins while it ends."""
+    if channel == _CORES:
+        return next_loads(loads, channel, now_s, places=len(os.sched_getaffinity(0)))
+    return next_loads(loads, channel, now_s, piece=CHUNK_BYTES)
+
+
+def _until_next(loads: Mapping[str, Load], name: str, now_s: float) -> float:
+    """Seconds until it may be this one's turn though nobody rings."""
+    channel = loads[name].channel
+    for load in loads.values():
+        if load.channel == channel and load.holding_since_s is not None:
+            over_s = load.holding_since_s + TURN_S
+            if now_s < over_s and name in _next(loads, channel, over_s):
+                return min(over_s - now_s, _RETRY_S)
+    return _RETRY_S
 
 
 def read_rows(directory: Path) -> dict[str, Row]:

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 URGENT_WEIGHT = 16.0
+TURN_S = 0.02
+"""So long what follows the first piece of work is of the same turn."""
 LEASE_S = 2.0
 """A turn that takes longer (a store that hangs) no longer keeps the others waiting."""
 
@@ -65,21 +67,36 @@ def asked(loads: Mapping[str, Load], name: str, weight: float, *, turn: float) -
 
 
 def next_loads(
-    loads: Mapping[str, Load], channel: str, now_s: float, *, places: int = 1
+    loads: Mapping[str, Load], channel: str, now_s: float, *, places: int = 1, piece: float = 0.0
 ) -> list[str]:
     """Who may go now: of those that wait as many as fit beside those that are at it.
+
+    Whoever is at its last `piece` of work (at most), its turn being over, need not be waited for by
+    who will be next after that: so the disk or store is not idle between two turns. One at a time.
 
     >>> waiting = {name: Load("disk", virtual=turn, waiting=True) for name, turn in
     ...            (("a", 5.0), ("b", 4.0), ("c", 6.0))}
     >>> next_loads(waiting, "disk", 0.0), next_loads(waiting, "disk", 0.0, places=2)
     (['b'], ['b', 'a'])
+    >>> at_it = {**waiting, "d": Load("disk", virtual=3.0, holding_since_s=0.0)}
+    >>> next_loads(at_it, "disk", 0.01, piece=8.0), next_loads(at_it, "disk", TURN_S, piece=8.0)
+    ([], ['b'])
+    >>> next_loads(at_it, "disk", TURN_S, piece=0.5)  # then the turn after this is d's again
+    []
     """
     here = {name: load for name, load in loads.items() if load.channel == channel}
-    for load in here.values():
-        if load.holding_since_s is not None and now_s - load.holding_since_s < LEASE_S:
-            places -= 1
+    at_it = [
+        (now_s - load.holding_since_s, load.virtual + piece / load.weight)
+        for load in here.values()
+        if load.holding_since_s is not None and now_s - load.holding_since_s < LEASE_S
+    ]
     waiting = [(load.virtual, -load.weight, name) for name, load in here.items() if load.waiting]
-    return [name for *_, name in sorted(waiting)[: max(places, 0)]]
+    following = sorted(waiting)[: max(places - len(at_it), 0)]
+    if piece and waiting and len(at_it) == places:
+        first = min(waiting)
+        if any(held_s >= TURN_S and first[0] < after for held_s, after in at_it):
+            following = [first]
+    return [name for *_, name in following]
 
 
 def began(load: Load, now_s: float) -> Load:
