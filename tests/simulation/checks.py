@@ -272,7 +272,7 @@ class Oracle:
 
     def _attribute(self, now_s: float, action: Execute, what: str) -> list[Row]:
         """Whose rows these are: each must be a live request's, and due."""
-        rows: list[Row] = []
+        found: list[list[Row]] = []
         for key in row_keys(action, self._models.specs[action.call.model].batches):
             owners = self._rows.get(key, [])
             self._require(bool(owners), "work", f"{what}: a row that belongs to nobody")
@@ -288,7 +288,13 @@ class Oracle:
                 ]
                 ended = all(r.request.end for r in owners)
                 self._require(False, "dead" if ended else "work", f"{what}: {', '.join(states)}")
-            row = next((r for r in idle if r not in rows), None)
+            found.append(idle)
+        # Modules with one model may have rows alike (with no items, nearly all are).
+        of_one = set.intersection(*({_kind(r) for r in idle} for idle in found)) if found else set()
+        rows: list[Row] = []
+        for idle in found:
+            alike = [r for r in idle if _kind(r) == min(of_one)] if of_one else idle
+            row = next((r for r in alike if r not in rows), None)
             self._require(row is not None, "work", f"{what}: a row twice in one batch")
             assert row is not None
             floor_s = self._floor_s(row.request, row.module)
@@ -300,7 +306,7 @@ class Oracle:
             )
             rows.append(row)
         self._require(len(rows) == action.rows > 0, "batch", f"{what}: {action.rows} announced")
-        kinds = {(r.request.submit.chain, r.module) for r in rows}
+        kinds = {_kind(r) for r in rows}
         self._require(len(kinds) == 1, "batch", f"{what}: mixes {sorted(kinds)}")
         return rows
 
@@ -411,3 +417,8 @@ class Oracle:
     def _require(self, holds: bool, check: str, message: str) -> None:
         if not holds:
             raise Violation(check, message)
+
+
+def _kind(row: Row) -> tuple[str, str]:
+    """Rows of one kind may share a batch."""
+    return row.request.submit.chain, row.module

@@ -40,6 +40,9 @@ def test_who_comes_soon_after_another_waits_until_that_one_is_done() -> None:
     arrivals.add(1.0, 0.0, 1.012)
     assert arrivals.wait_s(0.0, 1.015) == pytest.approx(0.025)
     assert arrivals.wait_s(0.0, 1.5) == 0.0
+    arrivals.placed(4, 1.25, 0.0, 0.02)
+    arrivals.add(1.0, 0.0, 2.0)
+    assert arrivals.wait_s(0.0, 2.0) == pytest.approx(0.016), "it has a quarter of another slot"
 
 
 def test_rows_that_wait_share_batches_and_so_do_those_that_come_together() -> None:
@@ -139,6 +142,17 @@ def test_modules_side_by_side_on_one_machine_follow_each_other() -> None:
     assert admission.predicted_s(fork, 0, pool, 0.0) == pytest.approx(0.09)
     pool.up("2", "gpu", 1, {"b": 1})
     pool.up("3", "gpu", 1, {"c": 1})
+    assert admission.predicted_s(fork, 0, pool, 0.0) == pytest.approx(0.06)
+
+
+def test_modules_side_by_side_do_not_wait_for_each_other_where_each_has_a_machine() -> None:
+    # Every request was refused of a fork whose objective left no time for both on one machine.
+    one = Durations(((1, 0.03),))
+    fork = chain({"a": ((), one), "b": (("a",), one), "c": (("a",), one)}, 1.0)
+    admission, pool = Admission(), MachinePool()
+    pool.up("1", "gpu", 1, {"a": 1})
+    for name in ("2", "3"):
+        pool.up(name, "gpu", 1, {"b": 1, "c": 1})
     assert admission.predicted_s(fork, 0, pool, 0.0) == pytest.approx(0.06)
 
 

@@ -209,7 +209,11 @@ class Admission:
             end_s, before, took_s = self._end(
                 stage, comes, priority, budget_s, share, urgent, pool, now_s
             )
-            for other in served.beside[place]:
+            beside = served.beside[place]
+            if beside and end_s - took_s <= there_s and len(beside) < pool.slots_of(route.home):
+                # Nobody waits, and there is a slot for each of them.
+                beside = ()
+            for other in beside:
                 # Its own rows there go first where they share machines.
                 first = served.stages[other].route
                 part = pool.part_of(route.home, first.home)

@@ -41,6 +41,7 @@ class Arrivals:
         "_rows",
         "_size",
         "_slots",
+        "_slower",
         "_start_s",
         "layout",
     )
@@ -51,6 +52,7 @@ class Arrivals:
         self._size = size
         self._known = known
         self._slots = 1
+        self._slower = 1.0
         self._more_s = 0.0
         self._apart_s = 0.0
         self._at_s = -inf
@@ -64,13 +66,14 @@ class Arrivals:
         self._rows = 0.0
         """its rows; 0 before there is any."""
 
-    def placed(self, layout: int, slots: int, more_s: float, apart_s: float) -> None:
+    def placed(self, layout: int, slots: float, more_s: float, apart_s: float) -> None:
         """Machines came or went. `apart_s`: by how much those who come together may have been
-        expected apart.
+        expected apart. A part of a slot makes the others as much faster.
         """
         self.layout = layout
         self._apart_s = apart_s
-        self._slots = slots
+        self._slots = max(1, round(slots))
+        self._slower = self._slots / slots if slots > 0 else 1.0
         self._more_s = more_s
 
     def wait_s(self, company: float, at_s: float) -> float:
@@ -139,7 +142,7 @@ class Arrivals:
         """When the last batch is over; what is less than a row takes as much less."""
         rows = self._rows
         took_s = self._known.at(round(rows)) if rows >= 1.0 else self._known.at(1) * rows
-        return self._start_s + took_s + self._more_s * rows
+        return self._start_s + took_s * self._slower + self._more_s * rows
 
 
 def first_arrivals(served: Served, place: int, at_level: int, pool: MachinePool) -> Arrivals | None:
@@ -172,7 +175,7 @@ def placed(arrivals: Arrivals, served: Served, place: int, pool: MachinePool) ->
     arrivals.placed(pool.layout, slots, more_s, apart_s)
 
 
-def _slots_of(route: ModuleRoute, pool: MachinePool) -> int:
+def _slots_of(route: ModuleRoute, pool: MachinePool) -> float:
     """How many slots of the best hardware do as much as those that it may use."""
     usable = pool.usable(route.home)
     if len(usable) < 2:
@@ -181,4 +184,4 @@ def _slots_of(route: ModuleRoute, pool: MachinePool) -> int:
     for kind, slots in usable.items():
         known, size = route.durations.get(kind), route.batch_size(kind)
         found += slots * route.row_s * size / known.at(size) if known is not None else slots
-    return round(found) or 1
+    return found
