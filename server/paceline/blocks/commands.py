@@ -299,23 +299,23 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
 def _check_shapes(
     shapes: Mapping[str, tuple[int, ...]], jobs: Mapping[str, Mapping[str, Path]]
 ) -> None:
-    """Each must be of an input of one of the files."""
+    """Each must be of an input of one of the files, maybe of several."""
     if not shapes:
         return
     from paceline.blocks.source import input_axes
 
-    known = {
-        f"{member}/{name}" if member else name: axes
-        for sources in jobs.values()
-        for member, path in sources.items()
-        for name, axes in input_axes(path).items()
-    }
+    known: dict[str, set[int | None]] = {}
+    for sources in jobs.values():
+        for member, path in sources.items():
+            for name, axes in input_axes(path).items():
+                known.setdefault(f"{member}/{name}" if member else name, set()).add(axes)
     for name, shape in shapes.items():
         if name not in known:
             raise ConfigError(f"no input {name!r}; there are {', '.join(known)}", key="--shape")
-        if len(shape) != known[name]:
+        if known[name].isdisjoint({None, len(shape)}):
+            axes_told = " or ".join(map(str, known[name]))
             raise ConfigError(
-                f"input {name!r} has {known[name]} axes, got {len(shape)} sizes", key="--shape"
+                f"input {name!r} has {axes_told} axes, got {len(shape)} sizes", key="--shape"
             )
 
 

@@ -216,12 +216,16 @@ def examine(path: Path) -> Source:
     return Source(path, digest.hexdigest(), size, bool(locations), inputs)
 
 
-def input_axes(path: Path) -> dict[str, int]:
-    """How many axes each input of the file has. Raises ConfigError."""
+def input_axes(path: Path) -> dict[str, int | None]:
+    """How many axes each input of the file has; None if it does not say. Raises ConfigError."""
     graph = _read(path).graph
     weights = {tensor.name for tensor in graph.initializer}
     return {
-        value.name: len(value.type.tensor_type.shape.dim)
+        value.name: (
+            len(value.type.tensor_type.shape.dim)
+            if value.type.tensor_type.HasField("shape")
+            else None
+        )
         for value in graph.input
         if value.name not in weights
     }
