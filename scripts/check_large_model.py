@@ -2,10 +2,11 @@
 """Compiles a model larger than an ONNX file can be, runs it within a budget, and checks it.
 
     .venv/bin/python scripts/check_large_model.py --work DIR    # some minutes, 8 GiB of disk
-    .venv/bin/python scripts/check_large_model.py --work DIR --model matrix_2gb
+    .venv/bin/python scripts/check_large_model.py --work DIR --model matrix_2gb --most-mib 2560
 
 The model is `mlp_2gb` of make_models.py: nine layers, each a matrix of 256 MiB, in external data;
-or `matrix_2gb`, one layer whose matrix alone is larger than 2 GiB.
+or `matrix_2gb`, one layer whose matrix alone is larger than 2 GiB: to compile takes as much memory
+as the largest tensor, which ONNX Runtime holds whole when it writes its optimised graph.
 `paceline blocks compile` is a process of its own, and so is the backend's model that runs its
 blocks within 1/5.81 of the weights; of both the kernel tells the most memory they ever had resident
 (VmHWM: pages of mapped files counted). What they compute is held against NumPy, which computes one
