@@ -263,15 +263,25 @@ def vit(
     return network
 
 
-def wide_mlp(name: str, *, width: int, layers: int, seed: int = 0, head_seed: int = 0) -> Network:
-    """Square layers: the size of a model is all it is for."""
+def wide_mlp(
+    name: str,
+    *,
+    width: int,
+    layers: int,
+    outputs: int | None = None,
+    seed: int = 0,
+    head_seed: int = 0,
+) -> Network:
+    """Square layers, the last one for so many `outputs`: the size of a model is all it is for."""
     network = Network(name, "mlp", seed, head_seed)
     network.inputs.append(_value("x", TensorProto.FLOAT, ["N", width]))
     x = "x"
+    last = outputs or width
     for layer in range(layers):
-        x = network.linear(x, f"l{layer}", (width, width), head=layer == layers - 1)
+        head = layer == layers - 1
+        x = network.linear(x, f"l{layer}", (width, last if head else width), head=head)
         x = network.node("Relu", [x], f"l{layer}.relu")
-    network.outputs.append(_value(x, TensorProto.FLOAT, ["N", width]))
+    network.outputs.append(_value(x, TensorProto.FLOAT, ["N", last]))
     return network
 
 
@@ -350,6 +360,7 @@ ZOO: dict[str, Callable[..., Network]] = {
     "tiny": partial(wide_mlp, width=64, layers=1),
     # 2.3 GiB: more than one protobuf file can hold.
     "mlp_2gb": partial(wide_mlp, width=8192, layers=9),
+    "matrix_2gb": partial(wide_mlp, width=8192, layers=1, outputs=9 * 8192),
 }
 
 

@@ -30,6 +30,26 @@ from paceline.state import State
 MIB = 1 << 20
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shape", "y=1,2"], "--shape: no input 'y'; there are image"),
+        (["--shape", "image=1"], "--shape: input 'image' has 4 axes, got 1 sizes"),
+        (["--out", "taken"], "--out: taken is a file; name a directory"),
+        (["--pool", "taken/pool"], "--pool: taken is a file; name a directory"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_compiled(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    conv("one").write(tmp_path)
+    (tmp_path / "taken").touch()
+    before = sorted(tmp_path.iterdir())
+    done = _paceline("compile", "one.onnx", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, f"paceline: {said}\n")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def _paceline(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "paceline", "blocks", *map(str, arguments)],

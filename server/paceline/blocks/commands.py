@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,6 +138,9 @@ def compile_command(
         named = _named(models)
         jobs = {name: {"": path} for name, path in named.items()} if fuse is None else {fuse: named}
     place = pool or out.absolute().parent / "blocks"
+    _check_is_no_file(out, "--out")
+    _check_is_no_file(place, "--pool")
+    _check_shapes(shapes, jobs)
     for name, sources in jobs.items():
         with _Progress() as progress:
             outcome = compile_model(sources, out / name, place, options, progress.told, group=group)
@@ -290,6 +294,35 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
             f"must be INPUT=D,D,..., for example ids=1,128; got {text!r}", key="--shape"
         )
     return name, tuple(int(size) for size in sizes.split(","))
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], jobs: Mapping[str, Mapping[str, Path]]
+) -> None:
+    """Each must be of an input of one of the files, maybe of several."""
+    if not shapes:
+        return
+    from paceline.blocks.source import input_axes
+
+    known: dict[str, set[int | None]] = {}
+    for sources in jobs.values():
+        for member, path in sources.items():
+            for name, axes in input_axes(path).items():
+                known.setdefault(f"{member}/{name}" if member else name, set()).add(axes)
+    for name, shape in shapes.items():
+        if name not in known:
+            raise ConfigError(f"no input {name!r}; there are {', '.join(known)}", key="--shape")
+        if known[name].isdisjoint({None, len(shape)}):
+            axes_told = " or ".join(map(str, known[name]))
+            raise ConfigError(
+                f"input {name!r} has {axes_told} axes, got {len(shape)} sizes", key="--shape"
+            )
+
+
+def _check_is_no_file(directory: Path, key: str) -> None:
+    for path in (directory, *directory.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; name a directory", key=key)
 
 
 def _place(text: str, repositories: list[Path]) -> Path:

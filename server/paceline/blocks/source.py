@@ -194,14 +194,7 @@ def item_bytes(dtype: int) -> int:
 
 def examine(path: Path) -> Source:
     """Reads all of the file and of its external data once. Raises ConfigError."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except FileNotFoundError:
-        raise ConfigError("no such file", where=str(path)) from None
-    except (OSError, DecodeError, ValueError) as error:
-        raise ConfigError(f"not an ONNX file: {error}", where=str(path)) from None
-    if not model.graph.node:
-        raise ConfigError("not an ONNX file, or one without nodes", where=str(path))
+    model = _read(path)
     locations = sorted(
         {
             entry.value
@@ -221,6 +214,34 @@ def examine(path: Path) -> Source:
     names = {tensor.name for tensor in model.graph.initializer}
     inputs = frozenset(value.name for value in model.graph.input) & names
     return Source(path, digest.hexdigest(), size, bool(locations), inputs)
+
+
+def input_axes(path: Path) -> dict[str, int | None]:
+    """How many axes each input of the file has; None if it does not say. Raises ConfigError."""
+    graph = _read(path).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return {
+        value.name: (
+            len(value.type.tensor_type.shape.dim)
+            if value.type.tensor_type.HasField("shape")
+            else None
+        )
+        for value in graph.input
+        if value.name not in weights
+    }
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    """Without its external data."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except FileNotFoundError:
+        raise ConfigError("no such file", where=str(path)) from None
+    except (OSError, DecodeError, ValueError) as error:
+        raise ConfigError(f"not an ONNX file: {error}", where=str(path)) from None
+    if not model.graph.node:
+        raise ConfigError("not an ONNX file, or one without nodes", where=str(path))
+    return model
 
 
 def _inside(path: Path, location: str) -> Path:
