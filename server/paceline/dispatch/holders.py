@@ -43,7 +43,7 @@ class Lane:
     ends_s: Sequence[float] = ()
     """When it could start one more each, as `Holders` has it."""
     sound: bool = False
-    """Whether it works and has slots, as `Holders` has it."""
+    """Whether it has instances and works, as `Holders` has it."""
 
     @property
     def quarantined(self) -> bool:
@@ -108,7 +108,7 @@ class Holders:
         self._slots: dict[str, _Slots] = {}
         """By hardware; none of which there is no machine that works."""
         self._sound: dict[str, int] = {}
-        """How many machines work and have slots for it, by hardware."""
+        """How many machines have it and work, by hardware."""
         self._quarantined: dict[str, None] = {}
 
     def free(self, now_s: float) -> Sequence[Rank]:
@@ -202,11 +202,13 @@ class Holders:
             del self._slots[machine.hardware]
 
     def _count_in(self, machine: Machine, lane: Lane) -> None:
+        if lane.instances > 0:
+            # Also while it has no slots: a machine that rests (`sim.fleet`) has them again soon.
+            lane.sound = True
+            self._sound[machine.hardware] = self._sound.get(machine.hardware, 0) + 1
         idle = machine.slots - machine.busy
         most = min(machine.slots, lane.instances)
         if most > 0:
-            lane.sound = True
-            self._sound[machine.hardware] = self._sound.get(machine.hardware, 0) + 1
             slots = self._slots.get(machine.hardware)
             if slots is None:
                 slots = self._slots[machine.hardware] = _Slots()
