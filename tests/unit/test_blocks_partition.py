@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.blocks import cut
@@ -91,6 +91,7 @@ def brute_s(
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_no_partition_takes_less(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 8]), min_size=1, max_size=6))
     execute_s = data.draw(
