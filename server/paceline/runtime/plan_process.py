@@ -10,6 +10,7 @@ one that ended by itself is replaced once a task.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import select
@@ -138,9 +139,10 @@ def _start() -> subprocess.Popen[bytes]:
 
 def work() -> None:
     """What the process does: task after task, until its input ends or it was idle for too long."""
-    # A server that runs at real-time priority would wait for this otherwise.
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    os.nice(_NICE)
+    with contextlib.suppress(OSError):  # where that is not allowed, plans are made all the same
+        # A server that runs at real-time priority would wait for this otherwise.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.nice(_NICE)
     answers = os.fdopen(os.dup(1), "wb")
     # Whatever else is printed does not get between the answers.
     os.dup2(2, 1)
