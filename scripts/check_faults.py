@@ -118,16 +118,13 @@ class Faults:
         return found
 
     async def _kill_model(self) -> None:
-        if stubs := self._stubs():
-            os.kill(self._rng.choice(stubs).pid, signal.SIGKILL)
+        self._kill(self._stubs())
 
     async def _stop_model(self) -> None:
-        if stubs := self._stubs():
-            await self._stop(self._rng.choice(stubs))
+        await self._stop(self._stubs())
 
     async def _kill_triton(self) -> None:
-        if found := self._processes("tritonserver"):
-            os.kill(self._rng.choice(found).pid, signal.SIGKILL)
+        self._kill(self._processes("tritonserver"))
 
     def _planners(self) -> list[psutil.Process]:
         return [
@@ -139,12 +136,10 @@ class Faults:
         ]
 
     async def _kill_planner(self) -> None:
-        if planners := self._planners():
-            os.kill(self._rng.choice(planners).pid, signal.SIGKILL)
+        self._kill(self._planners())
 
     async def _stop_planner(self) -> None:
-        if planners := self._planners():
-            await self._stop(self._rng.choice(planners))
+        await self._stop(self._planners())
 
     async def _kill_worker(self) -> None:
         found = [
@@ -154,8 +149,8 @@ class Faults:
             and str(self._state) in command
         ]
         # Not so often that the supervisor gives up.
-        if found and self._seen.faults["worker killed"] < MOST_ENDS:
-            os.kill(self._rng.choice(found).pid, signal.SIGKILL)
+        if self._seen.faults["worker killed"] < MOST_ENDS:
+            self._kill(found)
 
     async def _leave(self) -> None:
         """Off the list for a while, which is read every two seconds."""
@@ -174,8 +169,7 @@ class Faults:
         new.replace(self._list)
 
     async def _stop_triton(self) -> None:
-        if found := self._processes("tritonserver"):
-            await self._stop(self._rng.choice(found))
+        await self._stop(self._processes("tritonserver"))
 
     def _stubs(self) -> list[psutil.Process]:
         tritons = self._processes("tritonserver")
@@ -186,7 +180,16 @@ class Faults:
             if "stub" in child.name()
         ]
 
-    async def _stop(self, process: psutil.Process) -> None:
+    def _kill(self, found: Sequence[psutil.Process]) -> None:
+        """One of them."""
+        if found:
+            os.kill(self._rng.choice(found).pid, signal.SIGKILL)
+
+    async def _stop(self, found: Sequence[psutil.Process]) -> None:
+        """One of them, for a while."""
+        if not found:
+            return
+        process = self._rng.choice(found)
         process.suspend()
         try:
             await asyncio.sleep(self._rng.choice((0.05, 0.3, 1.0, 4.0)))

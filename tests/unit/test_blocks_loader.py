@@ -117,6 +117,23 @@ def objects(tmp_path: Path) -> Iterator[Mapping[str, MappedObject]]:
         each.close()
 
 
+def run_through(loader: Loader, blocks: range) -> None:
+    """A run of all blocks, each asked for again until it is there; then the loader is closed."""
+    run = loader.begin(blocks)
+    try:
+        for block in blocks:
+            while True:
+                try:
+                    assert loader.take(run, [block]) == block
+                    break
+                except PoolError:
+                    continue
+            loader.finish(run, block)
+    finally:
+        loader.end(run)
+        loader.close()
+
+
 def loaded(
     objects: Mapping[str, MappedObject],
     link: Link,
@@ -134,19 +151,7 @@ def loaded(
     )
     loader = Loader(window, objects, link, turns=Turns(alone))
     loader.start()
-    run = loader.begin(range(len(PAGES)))
-    try:
-        for block in range(len(PAGES)):
-            while True:
-                try:
-                    assert loader.take(run, [block]) == block
-                    break
-                except PoolError:
-                    continue
-            loader.finish(run, block)
-    finally:
-        loader.end(run)
-        loader.close()
+    run_through(loader, range(len(PAGES)))
 
 
 def test_the_next_steps_spans_are_expected_with_this_ones(
@@ -429,17 +434,5 @@ def test_what_was_decided_ahead_of_a_failure_is_decided_again(
     link = Budgeted(memory)
     link.failing = [Span("b", 0, PAGE_BYTES, True)]
     loader = within(memory, link, pages=2)
-    run = loader.begin(range(4))
-    try:
-        for block in range(4):
-            while True:
-                try:
-                    assert loader.take(run, [block]) == block
-                    break
-                except PoolError:
-                    continue
-            loader.finish(run, block)
-    finally:
-        loader.end(run)
-        loader.close()
+    run_through(loader, range(4))
     assert not link.failing and memory.most <= 2

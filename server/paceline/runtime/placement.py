@@ -88,17 +88,22 @@ def place(
     return placed
 
 
+def worth(sites: Iterable[Site], slow: Mapping[str, float]) -> dict[str, float]:
+    """How many machines there are, by hardware. Sites in `slow` take so many times as long as their
+    kind: they are worth as much less.
+    """
+    found: dict[str, float] = {}
+    for site in sites:
+        machines = site.slots / slow.get(site.name, 1.0)
+        found[site.hardware] = found.get(site.hardware, 0.0) + machines
+    return found
+
+
 def shortage(
     plan: Plan, sites: Iterable[Site], slow: Mapping[str, float]
 ) -> dict[str, tuple[float, float]]:
-    """Hardware of which the whole traffic needs more machines than there are: (needed, present).
-
-    Sites in `slow` take so many times as long as their kind: they are worth as much less.
-    """
-    present: dict[str, float] = {}
-    for site in sites:
-        worth = site.slots / slow.get(site.name, 1.0)
-        present[site.hardware] = present.get(site.hardware, 0.0) + worth
+    """Hardware of which the whole traffic needs more machines than there are: (needed, present)."""
+    present = worth(sites, slow)
     needed: dict[str, float] = {}
     whole = replace(plan, chains=tuple(chain.wanted or chain for chain in plan.chains))
     for (_, hardware), machines in _machines(whole).items():

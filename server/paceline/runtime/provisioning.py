@@ -24,6 +24,7 @@ from paceline.planner.replan import Traffic
 from paceline.planner.runs import run_rows
 from paceline.planner.task import PlanTask
 from paceline.runtime.machines import Machine, Machines, Placed
+from paceline.runtime.placement import worth
 
 ASSUMED_RATE_RPS = 1.0
 """What a chain that declares no rate is planned for until its traffic is known."""
@@ -203,10 +204,6 @@ class Provisioning:
         """
         usable = self._machines.usable()
         present = {site.hardware for site in usable}
-        capacity: dict[str, float] = {}
-        for site in usable:
-            worth = site.slots / self.slow.get(site.name, 1.0)
-            capacity[site.hardware] = capacity.get(site.hardware, 0.0) + worth
         memory_bytes = self._memory_bytes()
         return PlanTask(
             chains=tuple(chains),
@@ -214,7 +211,7 @@ class Provisioning:
             traffic=traffic,
             profiles=self._sized() if memory_bytes else self.profiles,
             hardware={name: h for name, h in self._hardware.items() if name in present},
-            capacity=capacity,
+            capacity=worth(usable, self.slow),
             overhead_s=max(machine.overhead_s for machine in self._machines.all()),
             options=replace(self._options, memory_bytes=memory_bytes),
             runs=runs,

@@ -404,13 +404,17 @@ def checked_url(url: str) -> str:
     return bare
 
 
+PROCESS_DIED = "is not healthy"
+"""What Triton says of a model whose process it has lost."""
+
+
 def error_kind(code: grpc.StatusCode, details: str) -> ErrorKind:
     """The kind of a failure that Triton itself reported.
 
     UNAVAILABLE also for a model whose process died, which Triton calls INTERNAL: the request was
     not executed, and the model has to be repaired.
     """
-    if code is grpc.StatusCode.INTERNAL and "is not healthy" in details:
+    if code is grpc.StatusCode.INTERNAL and PROCESS_DIED in details:
         return ErrorKind.UNAVAILABLE
     if code is grpc.StatusCode.NOT_FOUND and "no available versions" in details:
         return ErrorKind.NOT_READY

@@ -20,6 +20,7 @@ from paceline.core.model import ModelSpec
 from paceline.core.ports import ModelCall
 from paceline.core.profile import ProfileRow
 from paceline.core.quantities import percentile
+from paceline.triton.client import PROCESS_DIED
 from paceline.triton.config import instances_of
 from paceline.triton.profile_cache import (
     DURATION_DIGITS,
@@ -162,7 +163,7 @@ class TritonProfiler:
             return await self._measure_size(model, sample, size)
         except BackendError as error:
             # What an ensemble is made of is measured, and repaired, by its own name.
-            died = error.kind is ErrorKind.UNAVAILABLE and "is not healthy" in error.message
+            died = error.kind is ErrorKind.UNAVAILABLE and PROCESS_DIED in error.message
             if not died or self._repository.members(model.name):
                 raise _fails(model, size, error) from None
             logger.warning(
