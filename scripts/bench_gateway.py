@@ -5,6 +5,8 @@ Runs side by side, on this machine, in interleaved repeats:
 
   echo        a bare grpc.aio server on uvloop that answers raw bytes with themselves
   own         the same on Paceline's own gRPC server
+  relay       Paceline's server and its client of Triton with nothing between them, one model with
+              dynamic batching: what any front on these costs at least
   triton      one identity model, called on Triton directly
   dynamic     the same with Triton's dynamic batching
   ensemble    three of those as a Triton ensemble
@@ -107,7 +109,7 @@ def arguments() -> argparse.Namespace:
         "  scripts/bench_gateway.py --sizes 600KB --in-flight 1 32\n"
         "  scripts/bench_gateway.py --markdown figures.md     # everything; about 20 minutes\n",
     )
-    every = ("echo", "own", "naive", "triton", "dynamic", "ensemble", *FRONTED, *BEFORE)
+    every = ("echo", "own", "relay", "naive", "triton", "dynamic", "ensemble", *FRONTED, *BEFORE)
     parser.add_argument(
         "--quick",
         action="store_true",

@@ -3,7 +3,8 @@
 `load` reads one JSON object a line (see `Load`), keeps `in_flight` requests outstanding for
 `duration_s` and answers with one JSON line: latencies, rate, and the CPU time that the processes
 in `pids` used meanwhile. `echo` answers every message with itself: what grpc.aio costs at least;
-`own` does so on Paceline's server.
+`own` does so on Paceline's server. `relay` hands each message on to Triton as it came, by
+Paceline's server and client of HTTP/2 with nothing between them: what any front on these costs.
 Both work on serialized messages; the generator's own work is the same for whatever it measures.
 `naive` is the front server as one writes it first: grpc.aio's server, protobuf objects,
 `tritonclient.grpc.aio`, no shared memory; Triton batches. `paceline` takes the arguments of the
@@ -21,6 +22,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,7 +35,12 @@ import uvloop
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.grpc.aio import InferenceServerClient, InferInput
 
+from paceline.core.tensor import Buffer
+from paceline.rpc import wire
 from paceline.rpc.listener import GrpcServer
+from paceline.rpc.stream import InferStream
+from paceline.triton.http2 import Http2Transport
+from paceline.triton.transport import INFER, CallFailed, ChannelClosed
 
 SERVICE = "inference.GRPCInferenceService"
 UNLIMITED = (
@@ -192,6 +199,32 @@ async def _own(port: int) -> None:
     await server.wait_for_termination()
 
 
+async def _relay(port: int, triton: str) -> None:
+    upstream = Http2Transport(triton)
+    # Makes the connection; what the method answers does not matter.
+    await upstream.unary("/inference.GRPCInferenceService/ServerLive", [b""], GIVE_UP_S)
+
+    def ask(data: Buffer, on_answer: Callable[[Buffer], None]) -> None:
+        def answered(outcome: Buffer | CallFailed | ChannelClosed) -> None:
+            if isinstance(outcome, CallFailed | ChannelClosed):
+                sys.exit(f"relay: {outcome}")
+            on_answer(outcome)
+
+        if not upstream.begin(INFER, [data], answered, GIVE_UP_S):
+            sys.exit("relay: Triton has closed the connection")
+
+    def begin(stream: InferStream, data: Buffer) -> None:
+        entry = stream.enter()
+        ask(data, lambda answer: stream.leave(entry, wire.stream_parts([answer])))
+
+    server = GrpcServer(max_message_bytes=64 << 20)
+    server.add_unary(INFER, lambda call, data: ask(data, lambda answer: call.answer([answer])))
+    stream = partial(InferStream, begin=begin, cancel=lambda number: None)
+    server.add_calls(f"/{SERVICE}/ModelStreamInfer", stream)
+    await server.listen("127.0.0.1", port)
+    await server.wait_for_termination()
+
+
 async def _echo(port: int) -> None:
     async def unary(request: bytes, context: Any) -> bytes:
         return request
@@ -262,9 +295,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("role", choices=("load", "echo", "own", "naive", "paceline"))
+    parser.add_argument("role", choices=("load", "echo", "own", "relay", "naive", "paceline"))
     parser.add_argument("--port", type=int, default=0, help="where the others but `load` listen")
-    parser.add_argument("--triton", default="", help="`naive`: whom it asks")
+    parser.add_argument("--triton", default="", help="`naive`, `relay`: whom they ask")
     parser.add_argument("--model", default="", help="`naive`: for what")
     options, rest = parser.parse_known_args()
     if options.role == "paceline":
@@ -274,6 +307,7 @@ def main() -> None:
         "load": _serve_load,
         "echo": lambda: _echo(options.port),
         "own": lambda: _own(options.port),
+        "relay": lambda: _relay(options.port, options.triton),
         "naive": lambda: _naive(options.port, options.triton, options.model),
     }
 

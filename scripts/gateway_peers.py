@@ -202,6 +202,16 @@ async def peers(
         add("dynamic", triton.url, "a", True, lambda: family(triton.pid))
         add("ensemble", triton.url, "abc", True, lambda: family(triton.pid))
         port = free_port()
+        relay = stack.enter_context(
+            process(
+                [
+                    *(sys.executable, HERE / "gateway_load.py", "relay", "--port", str(port)),
+                    *("--triton", triton.url),
+                ]
+            )
+        )
+        add("relay", f"127.0.0.1:{port}", "a", True, lambda: (relay.pid,))
+        port = free_port()
         naive = stack.enter_context(
             process(
                 [

@@ -78,6 +78,7 @@ FIGURES: tuple[tuple[str, tuple[str, ...], Callable[[Repeat], float], str], ...]
     ("added latency per module, chain of 3 (ms)", (THREE, "triton"), _added_ms(THREE, 3), ".2f"),
     ("chain of 3 less ensemble, per step (ms)", (THREE, "ensemble"), _beside_ensemble_ms, ".2f"),
     ("CPU: own server / echo", ("own", "echo"), _ratio("cpu_us", "own", "echo"), ".2f"),
+    ("CPU: relay / echo", ("relay", "echo"), _ratio("cpu_us", "relay", "echo"), ".2f"),
     ("CPU: chain of 1 / echo", (ONE, "echo"), _ratio("cpu_us", ONE, "echo"), ".2f"),
     ("CPU: chain of 3 / echo", (THREE, "echo"), _ratio("cpu_us", THREE, "echo"), ".2f"),
     ("requests/s per core, echo", ("echo",), _per_core("echo"), ".0f"),

@@ -30,7 +30,6 @@ from paceline.core.errors import (
     PlanError,
     Rejected,
     RequestError,
-    ResidencyError,
 )
 from paceline.core.plan import Plan
 from paceline.core.ports import ModelState, ModelStatistics
@@ -43,17 +42,17 @@ from paceline.runtime.catalogue import Catalogue
 from paceline.runtime.engine import Engine
 from paceline.runtime.keeping import Memory, to_its_end
 from paceline.runtime.machines import Machine, Machines
+from paceline.runtime.models import Models
 from paceline.runtime.placement import Share, shortage
 from paceline.runtime.plan_process import Planner, plan_here
 from paceline.runtime.provisioning import Provisioning, Step
 from paceline.runtime.replanning import Replanner
-from paceline.runtime.served import SETTLE_S, Provision, ServedChains
+from paceline.runtime.served import Provision, ServedChains
 from paceline.runtime.statistics import Statistics
 from paceline.runtime.status import describe
 
 logger = logging.getLogger(__name__)
 
-_LOADS_AT_ONCE = 4
 _WATCH_INTERVAL_S = 1.0
 
 
@@ -77,12 +76,11 @@ class Controller:
         self._statistics = statistics
         self._share = share or Share()
         self.machines = Machines(engine, self._share)
-        self._on_step = on_step or (lambda step: None)
-        self._provisioning = Provisioning(
-            self.machines, hardware, options or Options(), self._on_step
-        )
+        on_step = on_step or (lambda step: None)
+        self._provisioning = Provisioning(self.machines, hardware, options or Options(), on_step)
         self._memory = memory
         self._catalogue = Catalogue()
+        self._models = Models(engine, self.machines, self._catalogue, self._provisioning, on_step)
         self._plan = self._provisioning.nothing
         self._traffic = Traffic()
         self.replanner = Replanner(self, rules or Replanning())
@@ -107,7 +105,7 @@ class Controller:
         """
         used = {module.model for chain in chains for module in chain.modules}
         await self.machines.adopt(self.machines.named())
-        await self._load_all(used)
+        await self._models.load_all(used)
         async with self._changing:
             if self._memory is not None:
                 self._traffic = self._memory.traffic(chains)
@@ -184,7 +182,7 @@ class Controller:
         async with self._changing:
             bound = self._catalogue.get(name)
             if bound is None or bound.direct:
-                await self._load_model(name)
+                await self._models.load(name)
             elif self._catalogue.is_withdrawn(name):
                 await self._apply([bound.chain])
 
@@ -205,7 +203,7 @@ class Controller:
             self._catalogue.withdraw(name)
             self._engine.remove(name)
             if bound.direct:
-                await self._unload_model(name)
+                await self._models.unload(name)
 
     # -- chains and plans -------------------------------------------------------------------
 
@@ -451,55 +449,3 @@ class Controller:
         self.machines.announce_up()
         self.machines.keep(bound.chain for bound in chains)
         self._served.install(provision.chains)
-
-    # -- models -----------------------------------------------------------------------------
-
-    async def _load_all(self, used: set[str]) -> None:
-        names = await self.machines.names()
-        gate = asyncio.Semaphore(_LOADS_AT_ONCE)
-        done = 0
-
-        async def load(name: str) -> None:
-            nonlocal done
-            async with gate:
-                try:
-                    await self._load_model(name)
-                except RequestError as error:
-                    if name in used:
-                        raise ResidencyError(error.message) from None
-                    logger.warning("model %s is not available: %s", name, error.message)
-                done += 1
-                self._on_step(Step("load", name, done, len(names)))
-
-        try:
-            # What others are made of first: Triton would load it with them, and then again.
-            for some in self.machines.by_level(names):
-                async with asyncio.TaskGroup() as group:
-                    for name in some:
-                        group.create_task(load(name))
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-
-    async def _load_model(self, name: str) -> None:
-        """Load on every machine and make it callable; RequestError in Triton's words."""
-        try:
-            spec = await self.machines.load(name)
-            bound = self._catalogue.add_model(spec)
-        except (ResidencyError, ConfigError) as error:
-            if not await self.machines.exists(name):
-                message = f"Request for unknown model: '{name}' is not found"
-                raise RequestError(ErrorKind.UNKNOWN_MODEL, message) from None
-            self._catalogue.model_failed(name, str(error))
-            raise RequestError(ErrorKind.BACKEND, str(error)) from None
-        durations = self._provisioning.durations(self._catalogue.models)
-        self._engine.install(route_chain(bound, None, durations))
-        self.machines.announce_up()
-
-    async def _unload_model(self, name: str) -> None:
-        """As Triton does, after the requests that were accepted; RequestError in its words."""
-        if not await self._engine.settled(name, timeout_s=SETTLE_S):
-            logger.warning("unloading %s under %g s old requests", name, SETTLE_S)
-        try:
-            await self.machines.unload(name)
-        except ResidencyError as error:
-            raise RequestError(ErrorKind.BACKEND, str(error)) from None
