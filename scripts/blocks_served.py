@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ from paceline.blocks.backend.settings import MIB
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
 from paceline.blocks.repository import compiled_model, read_config
+from paceline.core.errors import ConfigError
 from paceline.core.model import ModelSpec
 from paceline.core.tensor import TensorSpec
 from paceline.triton.client import TritonClient
@@ -83,13 +85,12 @@ def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|---|")
     rows = arguments.batch
     for model in arguments.models:
-        ratios = () if model in ITEMS else arguments.ratios  # no block of those is so small
         for mbps in arguments.link_mbps:
             with served_link(bench.work, mbps) as url:
                 if url:
                     repository, ways = _behind(bench, model, url, rows)
                 else:
-                    repository, ways = _on_disk(bench, model, ratios, rows)
+                    repository, ways = _on_disk(bench, model, arguments.ratios, rows)
                 found = measured(
                     bench,
                     repository,
@@ -117,7 +118,11 @@ def _on_disk(
     ways = _unlimited(bench, model, repository, rows)
     for ratio in ratios:
         name = f"{model}_{ratio:g}"
-        budget_mib = write_within(bench, model, repository / name, ratio, rows)
+        try:
+            budget_mib = write_within(bench, model, repository / name, ratio, rows)
+        except ConfigError as error:  # no block of it is so small
+            print(f"left out: {model} at {ratio:g}: {error}", file=sys.stderr)
+            continue
         ways.append(Way(f"blocks, budget {budget_mib} MiB ({ratio:g})", [name]))
     return repository, ways
 
