@@ -31,7 +31,7 @@ from paceline.blocks.backend.settings import MIB
 from paceline.blocks.repository import compiled_model
 
 MODELS = 10
-_KEEP_ALIVE_S = 20.0
+_KEEP_ALIVE_S = 40.0
 """Longer than it takes to ask all of them once."""
 
 
