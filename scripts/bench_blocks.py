@@ -99,6 +99,12 @@ def main() -> None:
             command.add_argument("--batch", type=int, default=1)
         if name == "served":
             command.add_argument(
+                "--page-cache",
+                choices=("drop", "keep"),
+                default="drop",
+                help="of what a budget swaps out: dropped (cold) or kept (warm)",
+            )
+            command.add_argument(
                 "--as-planned",
                 action="store_true",
                 help="replanned while serving; default: one instance each",

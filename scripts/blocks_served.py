@@ -90,7 +90,7 @@ def print_served(bench: Bench, arguments: argparse.Namespace) -> None:
                 if url:
                     repository, ways = _behind(bench, model, url, rows)
                 else:
-                    repository, ways = _on_disk(bench, model, arguments.ratios, rows)
+                    repository, ways = _on_disk(bench, model, arguments, rows)
                 found = measured(
                     bench,
                     repository,
@@ -111,18 +111,21 @@ def repository_of(bench: Bench, model: str, rows: int) -> Path:
 
 
 def _on_disk(
-    bench: Bench, model: str, ratios: Sequence[float], rows: int
+    bench: Bench, model: str, arguments: argparse.Namespace, rows: int
 ) -> tuple[Path, list[Way]]:
     """Without a budget, and as blocks within budgets: weights by the ratio, and activations."""
     repository = repository_of(bench, model, rows)
     ways = _unlimited(bench, model, repository, rows)
-    for ratio in ratios:
-        name = f"{model}_{ratio:g}"
+    for ratio in arguments.ratios:
+        name = f"{model}_{ratio:g}_{arguments.page_cache}"
         try:
             budget_mib = write_within(bench, model, repository / name, ratio, rows)
         except ConfigError as error:  # no block of it is so small
             print(f"left out: {model} at {ratio:g}: {error}", file=sys.stderr)
             continue
+        config = config_of(repository / name)
+        config.parameters["page_cache"].string_value = arguments.page_cache
+        write_config(repository / name, config)
         ways.append(Way(f"blocks, budget {budget_mib} MiB ({ratio:g})", [name]))
     return repository, ways
 
