@@ -49,7 +49,7 @@ from paceline.blocks.backend.settings import MIB
 from paceline.blocks.compile import compile_model
 from paceline.blocks.member import Options
 from paceline.blocks.repository import compiled_model, read_config
-from paceline.core.errors import ConfigError
+from paceline.core.errors import BudgetError
 from paceline.core.model import ModelSpec
 from paceline.core.tensor import TensorSpec
 from paceline.triton.client import TritonClient
@@ -120,7 +120,7 @@ def _on_disk(
         name = f"{model}_{ratio:g}_{arguments.page_cache}"
         try:
             budget_mib = write_within(bench, model, repository / name, ratio, rows)
-        except ConfigError as error:  # no block of it is so small
+        except BudgetError as error:  # no block of it is so small
             print(f"left out: {model} at {ratio:g}: {error}", file=sys.stderr)
             continue
         config = config_of(repository / name)

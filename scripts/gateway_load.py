@@ -48,6 +48,8 @@ UNLIMITED = (
     ("grpc.max_receive_message_length", -1),
 )
 GIVE_UP_S = 60.0
+MOST_BYTES = 64 << 20
+"""Of a message, for Paceline's server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,7 @@ async def _echo_stream(requests: AsyncIterator[bytes], context: Any) -> None:
 
 
 async def _own(port: int) -> None:
-    server = GrpcServer(max_message_bytes=64 << 20)
+    server = GrpcServer(max_message_bytes=MOST_BYTES)
     server.add_unary(f"/{SERVICE}/ModelInfer", lambda call, data: call.answer([data]))
     stream = grpc.stream_stream_rpc_method_handler(_echo_stream)
     server.add_registered_method_handlers(SERVICE, {"ModelStreamInfer": stream})
@@ -202,7 +204,7 @@ async def _own(port: int) -> None:
 async def _relay(port: int, triton: str) -> None:
     upstream = Http2Transport(triton)
     # Makes the connection; what the method answers does not matter.
-    await upstream.unary("/inference.GRPCInferenceService/ServerLive", [b""], GIVE_UP_S)
+    await upstream.unary(f"/{SERVICE}/ServerLive", [b""], GIVE_UP_S)
 
     def ask(data: Buffer, on_answer: Callable[[Buffer], None]) -> None:
         def answered(outcome: Buffer | CallFailed | ChannelClosed) -> None:
@@ -217,7 +219,7 @@ async def _relay(port: int, triton: str) -> None:
         entry = stream.enter()
         ask(data, lambda answer: stream.leave(entry, wire.stream_parts([answer])))
 
-    server = GrpcServer(max_message_bytes=64 << 20)
+    server = GrpcServer(max_message_bytes=MOST_BYTES)
     server.add_unary(INFER, lambda call, data: ask(data, lambda answer: call.answer([answer])))
     stream = partial(InferStream, begin=begin, cancel=lambda number: None)
     server.add_calls(f"/{SERVICE}/ModelStreamInfer", stream)

@@ -180,12 +180,17 @@ async def peers(
         made[case] = Peer(target, path, size_bytes, pids)
 
     async with AsyncExitStack() as stack:
+
+        def play(role: str, model: str, *arguments: str) -> None:
+            """A case that is a role of gateway_load.py."""
+            port = str(free_port())
+            script = str(HERE / "gateway_load.py")
+            command = (sys.executable, script, role, "--port", port, *arguments)
+            child = stack.enter_context(process(command))
+            add(role, f"127.0.0.1:{port}", model, True, lambda: (child.pid,))
+
         for case in ("echo", "own"):
-            port = free_port()
-            echo = stack.enter_context(
-                process([sys.executable, HERE / "gateway_load.py", case, "--port", str(port)])
-            )
-            add(case, f"127.0.0.1:{port}", "plain", True, lambda pid=echo.pid: (pid,))
+            play(case, "plain")
         triton = await stack.enter_async_context(
             LocalTriton(
                 LocalTritonSettings(
@@ -201,26 +206,8 @@ async def peers(
         add("triton", triton.url, "plain", True, lambda: family(triton.pid))
         add("dynamic", triton.url, "a", True, lambda: family(triton.pid))
         add("ensemble", triton.url, "abc", True, lambda: family(triton.pid))
-        port = free_port()
-        relay = stack.enter_context(
-            process(
-                [
-                    *(sys.executable, HERE / "gateway_load.py", "relay", "--port", str(port)),
-                    *("--triton", triton.url),
-                ]
-            )
-        )
-        add("relay", f"127.0.0.1:{port}", "a", True, lambda: (relay.pid,))
-        port = free_port()
-        naive = stack.enter_context(
-            process(
-                [
-                    *(sys.executable, HERE / "gateway_load.py", "naive", "--port", str(port)),
-                    *("--triton", triton.url, "--model", "a"),
-                ]
-            )
-        )
-        add("naive", f"127.0.0.1:{port}", "a", True, lambda: (naive.pid,))
+        play("relay", "a", "--triton", triton.url)
+        play("naive", "a", "--triton", triton.url, "--model", "a")
         fronts = [(HERE.parent, FRONTED)]
         if options.before is not None:
             fronts.append((options.before, BEFORE))

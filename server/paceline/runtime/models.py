@@ -1,6 +1,7 @@
 """Single models of the repository: loaded on every machine, callable by their own names.
 
-Whoever calls keeps changes apart (`Controller` holds its lock); RequestError is in Triton's words.
+Whoever calls keeps changes apart (`Controller`, by its lock once it serves); RequestError is in
+Triton's words.
 """
 
 from __future__ import annotations
