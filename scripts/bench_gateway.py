@@ -41,6 +41,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from paceline.core.errors import PacelineError
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from scripts import gateway_analyzer  # noqa: E402
 from scripts.gateway_peers import MAX_BATCH, Peer, peers, process  # noqa: E402
 from scripts.gateway_report import BEFORE, FRONTED, Cell, Results, report  # noqa: E402
 
@@ -75,6 +77,13 @@ def ask(generator: subprocess.Popen[str], peer: Peer, cell: Cell, seconds_s: flo
     return json.loads(line) if line else {"error": "the load generator ended"}
 
 
+def analyze(peer: Peer, cell: Cell, seconds_s: float) -> dict[str, Any]:
+    try:
+        return gateway_analyzer.measure(peer, cell, seconds_s)
+    except RuntimeError as error:
+        return {"error": str(error)}
+
+
 async def run_size(size: str, options: argparse.Namespace, results: Results) -> None:
     modes = [mode == "stream" for mode in options.modes]
     cells = [Cell(size, *pair) for pair in itertools.product(modes, options.in_flight)]
@@ -83,6 +92,7 @@ async def run_size(size: str, options: argparse.Namespace, results: Results) -> 
         command = (sys.executable, HERE / "gateway_load.py", "load")
         async with peers(Path(work), SIZES[size], options) as cases:
             with process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as generator:
+                measure = partial(ask, generator) if options.client == "grpc.aio" else analyze
                 for repeat, cell in itertools.product(range(options.repeats), cells):
                     note.print(f"repeat {repeat + 1} of {options.repeats}: {cell.title}")
                     wanted = [name for name in cases if name in options.cases]
@@ -91,7 +101,7 @@ async def run_size(size: str, options: argparse.Namespace, results: Results) -> 
                     for case in wanted[turn:] + wanted[:turn]:
                         # In a thread: the loop supervises Triton meanwhile.
                         figures[case] = await asyncio.to_thread(
-                            ask, generator, cases[case], cell, options.seconds
+                            measure, cases[case], cell, options.seconds
                         )
                     failed = {c: f["error"] for c, f in figures.items() if "error" in f}
                     for case, reason in failed.items():
@@ -132,6 +142,13 @@ def arguments() -> argparse.Namespace:
         "--cases", nargs="+", choices=every, default=every, help="leave out the others"
     )
     parser.add_argument(
+        "--client",
+        choices=("grpc.aio", "perf_analyzer"),
+        default="grpc.aio",
+        help="who sends the requests: a generator in Python, or NVIDIA's, which is lighter and "
+        "cannot measure `echo` and `own` (default: grpc.aio)",
+    )
+    parser.add_argument(
         "--seconds", type=float, default=None, help="per measurement (default: 1.5; quick: 0.6)"
     )
     parser.add_argument("--repeats", type=int, default=None, help="(default: 5; quick: 3)")
@@ -154,6 +171,11 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.before is not None and not (options.before / "server" / "paceline").is_dir():
         parser.error(f"--before {options.before}: no source tree of Paceline")
+    if options.client == "perf_analyzer":
+        known = (*gateway_analyzer.CASES, *FRONTED, *BEFORE)
+        options.cases = [case for case in options.cases if case in known]
+        if not options.cases:
+            parser.error("--client perf_analyzer: it measures " + ", ".join(known))
     if options.before is None:
         options.cases = [case for case in options.cases if case not in BEFORE]
         if not options.cases:
@@ -176,7 +198,7 @@ async def bench(options: argparse.Namespace) -> Results:
 
 def main() -> None:
     options = arguments()
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     started_s = time.monotonic()
     try:
         results = uvloop.run(bench(options))
@@ -185,8 +207,8 @@ def main() -> None:
     except PacelineError as error:
         sys.exit(f"bench_gateway: {error}")
     set_up = (
-        f"{os.cpu_count()} cores; {options.repeats} repeats of {options.seconds:g} s per figure; "
-        f"slots {options.slots}; batches of up to {MAX_BATCH}."
+        f"{os.cpu_count()} cores; {options.repeats} repeats of {options.seconds:g} s per figure, "
+        f"sent by {options.client}; slots {options.slots}; batches of up to {MAX_BATCH}."
     )
     text = report(results, set_up)
     Console().print(Markdown(text))

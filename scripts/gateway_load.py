@@ -37,6 +37,7 @@ from tritonclient.grpc.aio import InferenceServerClient, InferInput
 
 from paceline.core.tensor import Buffer
 from paceline.rpc import wire
+from paceline.rpc.call import UnaryCall
 from paceline.rpc.listener import GrpcServer
 from paceline.rpc.stream import InferStream
 from paceline.triton.http2 import Http2Transport
@@ -50,6 +51,8 @@ UNLIMITED = (
 GIVE_UP_S = 60.0
 MOST_BYTES = 64 << 20
 """Of a message, for Paceline's server."""
+DESCRIBING = ("ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics")
+"""What perf_analyzer asks before it sends requests; `relay` and `naive` have Triton answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,21 +209,25 @@ async def _relay(port: int, triton: str) -> None:
     # Makes the connection; what the method answers does not matter.
     await upstream.unary(f"/{SERVICE}/ServerLive", [b""], GIVE_UP_S)
 
-    def ask(data: Buffer, on_answer: Callable[[Buffer], None]) -> None:
+    def ask(data: Buffer, on_answer: Callable[[Buffer], None], path: str = INFER) -> None:
         def answered(outcome: Buffer | CallFailed | ChannelClosed) -> None:
             if isinstance(outcome, CallFailed | ChannelClosed):
                 sys.exit(f"relay: {outcome}")
             on_answer(outcome)
 
-        if not upstream.begin(INFER, [data], answered, GIVE_UP_S):
+        if not upstream.begin(path, [data], answered, GIVE_UP_S):
             sys.exit("relay: Triton has closed the connection")
 
     def begin(stream: InferStream, data: Buffer) -> None:
         entry = stream.enter()
         ask(data, lambda answer: stream.leave(entry, wire.stream_parts([answer])))
 
+    def hand_on(path: str) -> Callable[[UnaryCall, Buffer], None]:
+        return lambda call, data: ask(data, lambda answer: call.answer([answer]), path)
+
     server = GrpcServer(max_message_bytes=MOST_BYTES)
-    server.add_unary(INFER, lambda call, data: ask(data, lambda answer: call.answer([answer])))
+    for path in (INFER, *(f"/{SERVICE}/{method}" for method in DESCRIBING)):
+        server.add_unary(path, hand_on(path))
     stream = partial(InferStream, begin=begin, cancel=lambda number: None)
     server.add_calls(f"/{SERVICE}/ModelStreamInfer", stream)
     await server.listen("127.0.0.1", port)
@@ -242,11 +249,18 @@ async def _echo(port: int) -> None:
     await server.wait_for_termination()
 
 
+def _by_triton(method: str) -> Callable[[_Naive, Any, Any], Awaitable[Any]]:
+    async def answer(naive: _Naive, request: Any, context: Any) -> Any:
+        return await getattr(naive.triton, method)(request)
+
+    return answer
+
+
 class _Naive(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     """Every request to one model, by itself."""
 
-    def __init__(self, client: Any, model: str) -> None:
-        self._client, self._model = client, model
+    def __init__(self, client: Any, triton: Any, model: str) -> None:
+        self._client, self.triton, self._model = client, triton, model
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         (given,) = request.inputs
@@ -276,10 +290,19 @@ class _Naive(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
                 await context.write(answer)
 
 
+for _method in DESCRIBING:
+    setattr(_Naive, _method, _by_triton(_method))
+
+
 async def _naive(port: int, triton: str, model: str) -> None:
     server = grpc.aio.server(options=UNLIMITED)
-    async with InferenceServerClient(triton) as client:
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Naive(client, model), server)
+    async with (
+        InferenceServerClient(triton) as client,
+        grpc.aio.insecure_channel(triton) as channel,
+    ):
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        naive = _Naive(client, stub, model)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(naive, server)
         server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         await server.wait_for_termination()

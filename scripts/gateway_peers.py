@@ -52,6 +52,7 @@ class Peer:
     """A case: where it listens, what is sent to it, whose CPU time counts."""
 
     target: str
+    model: str
     message: Path
     least_bytes: int
     pids: Callable[[], tuple[int, ...]]
@@ -177,7 +178,7 @@ async def peers(
     def add(case: str, target: str, model: str, batched: bool, pids: Any) -> None:
         shape = [1, size_bytes] if batched else [size_bytes]
         path = write_message(work / f"{case}.bin", model, shape, payload)
-        made[case] = Peer(target, path, size_bytes, pids)
+        made[case] = Peer(target, model, path, size_bytes, pids)
 
     async with AsyncExitStack() as stack:
 

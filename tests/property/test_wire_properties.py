@@ -22,7 +22,8 @@ DATATYPE = TEXT | st.sampled_from(sorted(DATATYPES))
 
 
 def picture(message: Any) -> tuple[Any, ...]:
-    """What Paceline reads of a request that has raw contents only."""
+    """What Paceline reads of a request that has raw contents only. Parameters by their bytes: some
+    are NaN."""
     return (
         message.model_name,
         message.model_version,
@@ -30,7 +31,7 @@ def picture(message: Any) -> tuple[Any, ...]:
         [(t.name, t.datatype, tuple(t.shape), t.HasField("contents")) for t in message.inputs],
         [o.name for o in message.outputs],
         [bytes(raw) for raw in message.raw_input_contents],
-        dict(message.parameters),
+        {name: stated.SerializeToString() for name, stated in message.parameters.items()},
     )
 
 
@@ -43,11 +44,29 @@ def same(data: bytes) -> None:
     assert picture(read) == picture(service_pb2.ModelInferRequest.FromString(data))
 
 
+def state(draw: st.DrawFn, message: Any) -> None:
+    """Some parameters of the request itself."""
+    for name in draw(st.lists(TEXT | st.sampled_from(["slo_ms", "priority"]), max_size=3)):
+        parameter = message.parameters[name]
+        match draw(st.integers(0, 5)):
+            case 0:
+                parameter.bool_param = draw(st.booleans())
+            case 1:
+                parameter.int64_param = draw(st.integers(-(2**63), 2**63 - 1))
+            case 2:
+                parameter.double_param = draw(st.floats())
+            case 3:
+                parameter.uint64_param = draw(st.integers(0, 2**64 - 1))
+            case 4:
+                parameter.string_param = draw(TEXT)
+
+
 @st.composite
 def plain_requests(draw: st.DrawFn) -> Any:
     message = service_pb2.ModelInferRequest(
         model_name=draw(TEXT), model_version=draw(TEXT), id=draw(TEXT)
     )
+    state(draw, message)
     for _ in range(draw(st.integers(0, 3))):
         shape = draw(st.lists(st.integers(0, 2**63 - 1), max_size=4))
         message.inputs.add(name=draw(TEXT), datatype=draw(DATATYPE), shape=shape)
@@ -106,12 +125,19 @@ def test_a_damaged_request_is_refused_by_both_or_read_alike(
     same(bytes(data[: len(data) - cut % (len(data) + 1)]))
 
 
-@given(message=plain_requests(), byte=st.integers(0, 255), identity=st.text("abc", max_size=6))
-def test_a_request_like_an_earlier_one_has_its_own_id_and_contents(
-    message: Any, byte: int, identity: str
+@given(
+    message=plain_requests(),
+    byte=st.integers(0, 255),
+    identity=st.text("abc", max_size=6),
+    number=st.integers(0, 2**64 - 1),
+)
+def test_a_request_like_an_earlier_one_has_its_own_id_parameters_and_contents(
+    message: Any, byte: int, identity: str, number: int
 ) -> None:
+    message.parameters["timeout"].uint64_param = 2**64 - 1 - number
     parse_request(message.SerializeToString())
     message.id = identity
+    message.parameters["timeout"].uint64_param = number
     contents = [bytes((byte,)) * len(raw) for raw in message.raw_input_contents]
     message.ClearField("raw_input_contents")
     message.raw_input_contents.extend(contents)

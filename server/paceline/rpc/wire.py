@@ -1,10 +1,11 @@
 """ModelInferRequest in and ModelInferResponse out as bytes, without protobuf objects.
 
 Invariant: a request read here is the one that protobuf would parse; what `parse_request` does not
-know (parameters, typed contents, unknown fields, odd encodings) it leaves to protobuf, and what
-protobuf refuses is refused. A response is byte for byte what protobuf would serialize.
-Clients repeat themselves: a request that differs from an earlier one in its id and its tensors'
-contents only is not parsed again, and else the header of a tensor is looked up by its bytes.
+know (typed contents, tensors' parameters, unknown fields, odd encodings) it leaves to protobuf, and
+what protobuf refuses is refused. A response is byte for byte what protobuf would serialize.
+Clients repeat themselves: a request that differs from an earlier one in its id, its parameters and
+its tensors' contents only is not parsed again; else the header of a tensor is looked up by its
+bytes. So are parameters, which protobuf reads on their own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from paceline.core.wire import (
     varint,
 )
 
-_MODEL, _VERSION, _ID, _INPUT, _OUTPUT, _RAW = (tag(number) for number in (1, 2, 3, 5, 6, 7))
+_MODEL, _VERSION, _ID, _PARAMETER, _INPUT, _OUTPUT, _RAW = (tag(n) for n in range(1, 8))
 _ANSWERED_RAW = bytes((tag(6),))
 _STREAM_RESPONSE = bytes((tag(2),))
 _VIEW_BYTES = 4096
@@ -80,12 +81,13 @@ class WireRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What requests have in common that differ in their id and their tensors' contents only;
-    those by where they are."""
+    """What requests have in common that differ in their id, their parameters and their tensors'
+    contents only; those by where they are."""
 
     model: str
     version: str
     identity: Range
+    parameters: tuple[Range, ...]
     inputs: tuple[WireTensor, ...]
     outputs: tuple[WireOutput, ...]
     contents: tuple[Range, ...]
@@ -93,6 +95,7 @@ class _Request:
 
 _requests: Layouts[_Request] = Layouts()
 _headers: dict[bytes, WireTensor] = {}
+_parameters: dict[bytes, Mapping[str, Any]] = {}
 _answered_headers: dict[tuple[str, str, tuple[int, ...]], bytes] = {}
 _answered_names: dict[tuple[str, str], bytes] = {}
 
@@ -121,7 +124,7 @@ def parse_request(data: Buffer) -> WireRequest:
     known = _requests.find(data)
     if known is None:
         known = _request(data)
-        holes = sorted((known.identity, *known.contents))
+        holes = sorted((known.identity, *known.parameters, *known.contents))
         _requests.keep(data, known, holes, [tensor.datatype for tensor in known.inputs])
     view = memoryview(data) if len(data) > _VIEW_BYTES else data
     raw: list[Buffer] = []
@@ -130,8 +133,9 @@ def parse_request(data: Buffer) -> WireRequest:
         raw.append(contents if end - start > _VIEW_BYTES else bytes(contents))
     start, end = known.identity
     identity = text(data[start:end]) if end else ""
+    stated = _stated(data, known.parameters) if known.parameters else _NONE
     return WireRequest(
-        known.model, known.version, identity, known.inputs, known.outputs, raw, _NONE
+        known.model, known.version, identity, known.inputs, known.outputs, raw, stated
     )
 
 
@@ -141,6 +145,7 @@ def _request(data: Buffer) -> _Request:
     identity = (0, 0)
     inputs: list[WireTensor] = []
     outputs: list[WireOutput] = []
+    parameters: list[Range] = []
     contents: list[Range] = []
     for key, start, end in fields(data):
         if key == _RAW:
@@ -156,11 +161,21 @@ def _request(data: Buffer) -> _Request:
             outputs.append(_output(bytes(data[start:end])))
         elif key == _VERSION:
             version = text(data[start:end])
+        elif key == _PARAMETER and end > start:
+            parameters.append((start, end))
         else:
             raise Unusual
     if inputs and not contents:
         raise Unusual
-    return _Request(model, version, identity, tuple(inputs), tuple(outputs), tuple(contents))
+    return _Request(
+        model,
+        version,
+        identity,
+        tuple(parameters),
+        tuple(inputs),
+        tuple(outputs),
+        tuple(contents),
+    )
 
 
 def response_parts(message: Any, version: str, answer: InferAnswer) -> list[Buffer]:
@@ -181,6 +196,27 @@ def response_parts(message: Any, version: str, answer: InferAnswer) -> list[Buff
 def stream_parts(parts: Sequence[Buffer]) -> list[Buffer]:
     """The serialized ModelStreamInferResponse around the ModelInferResponse made of `parts`."""
     return [_STREAM_RESPONSE + varint(sum(map(len, parts))), *parts]
+
+
+def _stated(data: Buffer, ranges: Sequence[Range]) -> Mapping[str, Any]:
+    """The request's own parameters: protobuf's, of a message that has nothing else.
+
+    Raises Unusual for what are none.
+    """
+    entries = b"".join(
+        [length_delimited(_PARAMETER >> 3, bytes(data[start:end])) for start, end in ranges]
+    )
+    known = _parameters.get(entries)
+    if known is None:
+        try:
+            known = dict(service_pb2.ModelInferRequest.FromString(entries).parameters)
+        except DecodeError:
+            raise Unusual from None
+        if len(entries) <= _LONGEST_KEPT_BYTES:
+            if len(_parameters) >= _KEPT_HEADERS:
+                _parameters.clear()
+            _parameters[entries] = known
+    return known
 
 
 def _input(header: bytes) -> WireTensor:
