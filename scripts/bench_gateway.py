@@ -35,6 +35,7 @@ import asyncio
 import itertools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -207,8 +208,9 @@ def main() -> None:
     except PacelineError as error:
         sys.exit(f"bench_gateway: {error}")
     set_up = (
-        f"{os.cpu_count()} cores; {options.repeats} repeats of {options.seconds:g} s per figure, "
-        f"sent by {options.client}; slots {options.slots}; batches of up to {MAX_BATCH}."
+        f"{os.cpu_count()} cores, Python {platform.python_version()}; "
+        f"{options.repeats} repeats of {options.seconds:g} s per figure, sent by "
+        f"{options.client}; slots {options.slots}; batches of up to {MAX_BATCH}."
     )
     text = report(results, set_up)
     Console().print(Markdown(text))

@@ -98,6 +98,15 @@ class Run:
         met = sum(latency_s <= bound_s + self.overhead_s for latency_s in self.latencies_s)
         return met / len(self.latencies_s)
 
+    def told(self, schedule: Schedule) -> str:
+        """For `pytest -s`: docs/benchmarks/slo.md."""
+        alone = sum(latency_s <= schedule.bound_s for latency_s in self.latencies_s)
+        return (
+            f"{schedule.policy}: worst {max(self.latencies_s) * 1e3:.0f} ms, bound "
+            f"{schedule.bound_s * 1e3:.0f} ms ({alone / len(self.latencies_s):.1%} within), "
+            f"disturbed by {self.overhead_s * 1e3:.0f} ms ({self.within(schedule.bound_s):.1%})"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Machines:
@@ -242,6 +251,7 @@ async def test_evenly_spaced_requests_stay_within_the_policys_bound_plus_the_sta
 ) -> None:
     for _ in range(TRIES):
         run = await serve_evenly_spaced(schedule, machines)
+        print(run.told(schedule))
         if not run.disturbed(schedule.bound_s):
             break
     else:
