@@ -33,7 +33,7 @@ class InferRequest:
 
     @property
     def size_bytes(self) -> int:
-        return sum(len(tensor.data) for tensor in self.inputs)
+        return sum([len(tensor.data) for tensor in self.inputs])
 
 
 @value

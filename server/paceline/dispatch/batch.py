@@ -71,7 +71,7 @@ class Batch:
             return [tuple(tensor.reshaped((1, *tensor.shape)) for tensor in outputs)]
         try:
             split = _split_single if bound.carry is ONE else _split
-            return list(zip(*(split(tensor, self.pieces) for tensor in outputs), strict=True))
+            return list(zip(*[split(tensor, self.pieces) for tensor in outputs], strict=True))
         except ValueError as error:
             message = f"model '{spec.name}' returned a malformed output: {error}"
             raise BackendError(message) from None

@@ -39,6 +39,8 @@ class Stage:
     def ahead_of(self, priority: int) -> float:
         """Rows that go before one of this priority."""
         ahead = self.ahead
+        if not ahead:
+            return 0.0
         if len(ahead) == 1 and priority in ahead:
             return ahead[priority]
         return sum(rows for other, rows in ahead.items() if other <= priority)

@@ -168,7 +168,7 @@ def _requested_outputs(message: Any, signature: Signature) -> tuple[str, ...]:
                 raise _invalid(
                     f"output '{output.name}': the 'classification' parameter is not supported"
                 )
-    names = tuple(dict.fromkeys(output.name for output in message.outputs))
+    names = tuple(dict.fromkeys([output.name for output in message.outputs]))
     check_outputs(signature, names)
     return names
 

@@ -167,7 +167,7 @@ class TritonClient:
         if not call.outputs:
             return tuple(tensors.values())
         try:
-            return tuple(tensors[name] for name in call.outputs)
+            return tuple([tensors[name] for name in call.outputs])
         except KeyError as error:
             raise BackendError(
                 f"model {call.model!r} on {self.name} gave no output {error.args[0]!r}; "

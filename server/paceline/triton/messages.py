@@ -194,7 +194,7 @@ def _miscounted(model: str, outputs: int, raw: int) -> BackendError:
 
 def _head(call: ModelCall, inputs: Sequence[Place], outputs: Sequence[Place]) -> bytes:
     """Everything but id, parameters and contents."""
-    tensors = tuple((t.name, t.datatype, t.shape) for t in call.inputs)
+    tensors = tuple([(t.name, t.datatype, t.shape) for t in call.inputs])
     key = (call.model, call.version, tensors, call.outputs, tuple(inputs), tuple(outputs))
     known = _heads.get(key)
     if known is None:
