@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,12 @@ __all__ = ["store"]
 
 def fetchers(server_pid: int) -> list[psutil.Process]:
     """The server's processes that fetch ahead."""
-    children = psutil.Process(server_pid).children()
-    return [one for one in children if "paceline.blocks.backend.ahead" in one.cmdline()]
+    found = []
+    for child in psutil.Process(server_pid).children():
+        # Others come and go.
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if "paceline.blocks.backend.ahead" in child.cmdline() else []
+    return found
 
 
 def test_models_load_with_the_fetching_process_and_without_it(
