@@ -226,3 +226,40 @@ def test_a_model_is_planned_for_machines_that_it_fits_into(
         planned = {a.hardware for m in plan.chains[0].modules for a in m.allocations}
         assert planned == {"large"}, "the cheaper one has no room for it"
         assert server.stop() == 0
+
+
+def test_a_module_runs_on_two_kinds_of_machines_where_the_cheap_ones_are_too_few(
+    start_paceline: Start, tmp_path: Path
+) -> None:
+    cheap_models, fast_models = tmp_path / "cheap", tmp_path / "fast"
+    for directory, took_ms in ((cheap_models, {1: 60, 8: 100}), (fast_models, {1: 30, 8: 50})):
+        directory.mkdir()
+        write_timed(directory, took_ms)
+    chain, prices = tmp_path / "timed.yaml", tmp_path / "hardware.csv"
+    chain.write_text(chain_file("sleep", ["timed"], slo_ms=3000, rate_rps=100), encoding="utf-8")
+    prices.write_text(
+        "hardware,price_per_hour,memory_mib\ncheap,1,4096\nfast,6,4096\n", encoding="utf-8"
+    )
+    with (
+        somebody_elses_triton(tmp_path / "a", cheap_models) as (_, cheap),
+        somebody_elses_triton(tmp_path / "b", fast_models) as (_, fast),
+    ):
+        server = start_paceline(
+            *("--triton", f"cheap@{cheap}", "--triton", f"fast@{fast}"),
+            *("--chains", str(chain), "--hardware", str(prices)),
+        ).wait_ready()
+        with server.channel() as channel:
+            request = control_pb2.CurrentPlanRequest()
+            plan = server.control(channel).CurrentPlan(request, timeout=TIMEOUT_S).plan
+            told = server.control(channel).Status(control_pb2.StatusRequest(), timeout=TIMEOUT_S)
+        (module,) = plan.chains[0].modules
+        machines = {a.hardware: a.machines for a in module.allocations}
+        assert 0.9 < machines["cheap"] <= 1.0 + 1e-6 and 0.05 < machines["fast"] < 1.0
+        assert json.loads(told.json)["shortage"] == [], "all of the rate is planned for"
+        given = np.arange(4, dtype=np.float32)
+        sent = triton.InferInput("x", [4], "FP32")
+        sent.set_data_from_numpy(given)
+        with server.client() as client:
+            answer = client.infer("sleep", [sent], client_timeout=TIMEOUT_S)
+            assert (answer.as_numpy("y") == given).all()
+        assert server.stop() == 0

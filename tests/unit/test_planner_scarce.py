@@ -80,6 +80,53 @@ def test_what_is_left_of_dearer_hardware_is_used() -> None:
     assert {a.hardware for m in b.modules for a in m.allocations} == {"big"}
 
 
+def kinds_of(plan: Plan) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for allocation in (a for c in plan.chains for m in c.modules for a in m.allocations):
+        found[allocation.hardware] = found.get(allocation.hardware, 0.0) + allocation.machines
+    return found
+
+
+def test_the_most_urgent_runs_on_two_kinds_where_the_cheapest_is_too_little() -> None:
+    (plan,) = plan_by_priority([wanted("a", 70, 0, "gpu", "big")], {"gpu": 1, "big": 2})
+    assert rates([plan]) == {"a": 70} and plan.chains[0].wanted is None
+    assert kinds_of(plan) == {"gpu": pytest.approx(1.0), "big": pytest.approx(0.75)}
+
+
+def test_where_all_kinds_are_too_little_the_most_urgent_uses_all_of_them() -> None:
+    """Its whole plan would have the cheapest kind alone, and dispatch keep it from the others."""
+    capacity = {"gpu": 1, "big": 0.5}
+    first, last = plan_by_priority(
+        [wanted("a", 80, 0, "gpu", "big"), wanted("b", 40, 1, "gpu", "big")], capacity
+    )
+    assert kinds_of(first) == {
+        kind: pytest.approx(most, rel=0.03) for kind, most in capacity.items()
+    }
+    (chain,) = first.chains
+    assert chain.rate_rps == pytest.approx(60, rel=0.03)
+    assert chain.wanted is not None and chain.wanted.rate_rps == 80
+    assert rates([last])["b"] == pytest.approx(LEAST_SHARE * 40, abs=1.0)
+    (plan,) = plan_by_priority([wanted("a", 80, 0)], {"gpu": 1})
+    assert rates([plan]) == {"a": 80} and plan.chains[0].wanted is None, "one kind is all its own"
+
+
+def test_what_is_shed_gets_all_that_is_left_of_two_kinds() -> None:
+    asked = [wanted("a", 20, 0, "gpu", "big"), wanted("b", 80, 1, "gpu", "big")]
+    first, second = plan_by_priority(asked, {"gpu": 1, "big": 1})
+    assert rates([first]) == {"a": 20} and rates([second])["b"] == pytest.approx(60, rel=0.02)
+    assert kinds_of(second) == {
+        "gpu": pytest.approx(0.5, rel=0.05),
+        "big": pytest.approx(1.0, rel=0.05),
+    }
+
+
+def test_other_policies_than_pooled_are_not_mixed() -> None:
+    one = wanted("a", 70, 0, "gpu", "big")
+    options = Options(policy="harpagon", dispatch="throughput-cost")
+    (plan,) = plan_by_priority([Wanted(one.chain, options)], {"gpu": 1, "big": 2})
+    assert set(kinds_of(plan)) == {"gpu"}
+
+
 def test_a_chain_that_no_machine_can_serve_in_time_is_an_error_as_ever() -> None:
     slow = wanted("a", 40, 1)
     slow = Wanted(PlannedChain("a", 0.05, 40, slow.chain.modules), OPTIONS, 1)

@@ -1,9 +1,13 @@
-"""Planning where machines do not suffice: by priority, the lowest is shed first.
+"""Planning where the cheapest machines do not suffice: on others too, then by priority, the lowest
+is shed first.
 
-Chains of the most urgent priority are planned for their whole rates, whatever there is; each
-further priority gets what those before it leave: all of its chains the same share of their rates,
-the largest that fits. A chain for which nothing is left is planned for `LEAST_SHARE` of its rate,
-so that it is still served whenever others leave room.
+Where the cheapest plans want more machines of a kind than there are, modules run on several kinds
+side by side (`mixed`). Where that does not suffice either, each priority gets what those before it
+leave: all of its chains the same share of their rates, the largest that fits. A chain for which
+nothing is left is planned for `LEAST_SHARE` of its rate, so that it is still served whenever others
+leave room. Chains of the most urgent priority are planned for their whole rates all the same where
+there is one kind of hardware, which is all theirs; of several their whole plan would leave idle
+what it does not want.
 
 Invariant: no chain is planned for less than its rate while one of a lower priority is planned for
 more than `LEAST_SHARE` of its own.
@@ -16,6 +20,9 @@ from dataclasses import dataclass, replace
 
 from paceline.core.errors import PlanError
 from paceline.core.plan import ChainPlan, Plan
+from paceline.planner.assemble import chain_plan, graph_of
+from paceline.planner.fits import usable
+from paceline.planner.mixed import mixed
 from paceline.planner.problem import Options, PlannedChain
 from paceline.planner.solve import solve
 
@@ -46,8 +53,13 @@ def plan_by_priority(wanted: Sequence[Wanted], capacity: Mapping[str, float]) ->
     for priority in classes:
         alike = [each for each in wanted if each.priority == priority]
         whole = {each.chain.name: found[each.chain.name] for each in alike}
-        if priority != classes[0] and not _fits(whole.values(), left):
-            found |= _shed(alike, whole, left)
+        if not _fits(whole.values(), left):
+            if (plans := _mixed(alike, whole, 1.0, left)) is not None:
+                found |= plans
+            elif priority != classes[0]:
+                found |= _shed(alike, whole, left)
+            elif _mixable(alike, left) and (part := _largest(alike, whole, left, left)):
+                found |= part[1]
         for hardware, machines in _used(found[each.chain.name] for each in alike).items():
             left[hardware] = max(0.0, left.get(hardware, 0.0) - machines)
     return [found[each.chain.name] for each in wanted]
@@ -59,7 +71,7 @@ def _shed(
     """Plans for the largest share of all their rates that fits into what is left.
 
     The hardware that is the cheapest for a chain may be what is not left: what there is is tried
-    together, then each kind for itself.
+    together, then each kind for itself. (Other dispatch policies than pooled have no mixed plans.)
     """
     kinds = sorted((h for h, machines in left.items() if machines > _TOLERANCE), key=str)
     best: tuple[float, dict[str, Plan]] | None = None
@@ -83,7 +95,9 @@ def _largest(
 
     def fitting(share: float) -> dict[str, Plan] | None:
         plans = _planned(alike, whole, share, allowed)
-        return plans if plans is not None and _fits(plans.values(), left) else None
+        if plans is not None and _fits(plans.values(), left):
+            return plans
+        return _mixed(alike, whole, share, left) if len(allowed) > 1 else None
 
     if (plans := fitting(1.0)) is not None:
         return 1.0, plans
@@ -120,6 +134,35 @@ def _planned(
         wanted = whole[name].chains[0] if share < 1.0 else None
         found[name] = replace(plan, chains=(replace(part, wanted=wanted),))
     return found
+
+
+def _mixed(
+    alike: Sequence[Wanted], whole: Mapping[str, Plan], share: float, left: Mapping[str, float]
+) -> dict[str, Plan] | None:
+    """Plans for that share of every rate, on several kinds of hardware where one is too little;
+    None where there are none."""
+    if not _mixable(alike, left):
+        return None
+    chains = []
+    for each in alike:
+        chain = _scaled(usable([each.chain], each.options)[0], share, None)
+        assert chain is not None, each
+        chains.append(chain)
+    schedules = mixed(chains, left)
+    if schedules is None:
+        return None
+    found = {}
+    for chain, by_module in zip(chains, schedules, strict=True):
+        part = chain_plan(chain, graph_of(chain), by_module)
+        wanted = whole[chain.name].chains[0] if share < 1.0 else None
+        found[chain.name] = replace(whole[chain.name], chains=(replace(part, wanted=wanted),))
+    return found
+
+
+def _mixable(alike: Iterable[Wanted], left: Mapping[str, float]) -> bool:
+    """Whether there are several kinds of hardware that these chains can run on side by side."""
+    kinds = sum(machines > _TOLERANCE for machines in left.values())
+    return kinds > 1 and all(each.options.dispatch == "pooled" for each in alike)
 
 
 def _scaled(
