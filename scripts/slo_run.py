@@ -119,7 +119,7 @@ class Bench:
         start_s = time.monotonic() + HEAD_START_S
         answers = await asyncio.gather(
             *(
-                asyncio.to_thread(_ask, generator, lane, *self.load(cell, served, seed), start_s)
+                asyncio.to_thread(ask, generator, lane, *self.load(cell, served, seed), start_s)
                 for generator, lane, cell, seed in zip(
                     self.generators, lanes, cells, seeds, strict=False
                 )
@@ -138,7 +138,7 @@ class Bench:
             group = lanes[start : start + self.options.side_by_side]
             await asyncio.gather(
                 *(
-                    asyncio.to_thread(_ask, generator, lane, kinds, arrivals_s, start_s)
+                    asyncio.to_thread(ask, generator, lane, kinds, arrivals_s, start_s)
                     for generator, lane in zip(self.generators, group, strict=False)
                 )
             )
@@ -162,7 +162,7 @@ class Bench:
         return seed
 
 
-def _ask(
+def ask(
     generator: subprocess.Popen[str],
     lane: Lane,
     kinds: list[int],

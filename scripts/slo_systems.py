@@ -150,7 +150,7 @@ class Ensembles:
             steps = (f"{name}_{step.name}" for step in self._served.workload.steps)
             await asyncio.gather(*(client.load(step, timeout_s=LOAD_TIMEOUT_S) for step in steps))
             await client.load(name, timeout_s=LOAD_TIMEOUT_S)
-            lanes.append(Lane(setting.name, self._triton.url, (_message(name, batched=True),)))
+            lanes.append(Lane(setting.name, self._triton.url, (message(name, batched=True),)))
         return lanes
 
     async def execution_errors(self) -> list[tuple[int, float]]:
@@ -312,7 +312,7 @@ async def start_front(
     # Pushed after every process that was started together: all end before one is waited for.
     stack.callback(server.terminate)
     kinds = range(MOST_ITEMS + 1) if workload.fans_out else (None,)
-    messages = tuple(_message(workload.name, batched=False, items=count) for count in kinds)
+    messages = tuple(message(workload.name, batched=False, items=count) for count in kinds)
     return Lane(front.name, target, messages)
 
 
@@ -347,12 +347,12 @@ async def _serve(
     return target, server
 
 
-def _message(model: str, *, batched: bool, items: int | None = None) -> str:
-    message = service_pb2.ModelInferRequest(model_name=model)
-    message.inputs.add(name="x", datatype="FP32", shape=[1, ROW] if batched else [ROW])
-    message.raw_input_contents.append(bytes(4 * ROW))
+def message(model: str, *, batched: bool, items: int | None = None) -> str:
+    made = service_pb2.ModelInferRequest(model_name=model)
+    made.inputs.add(name="x", datatype="FP32", shape=[1, ROW] if batched else [ROW])
+    made.raw_input_contents.append(bytes(4 * ROW))
     if items is not None:
-        message.inputs.add(name="items", datatype="FP32", shape=[items, ROW])
-        message.raw_input_contents.append(bytes(4 * ROW * items))
-    serialized: bytes = message.SerializeToString()
+        made.inputs.add(name="items", datatype="FP32", shape=[items, ROW])
+        made.raw_input_contents.append(bytes(4 * ROW * items))
+    serialized: bytes = made.SerializeToString()
     return serialized.hex()
