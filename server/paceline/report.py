@@ -156,8 +156,12 @@ class _Busy:
 
 
 def _chain_table(chain: ChainPlan, busy: _Busy) -> Table:
+    rate = f"{chain.rate_rps:g} requests/s"
+    if chain.wanted is not None:
+        wanted = f"{chain.wanted.rate_rps:g} requests/s"
+        rate = f"{chain.rate_rps:g} of {wanted} (the machines suffice for no more)"
     table = _table(
-        f"{chain.chain}: {chain.rate_rps:g} requests/s within {chain.slo_s * 1e3:g} ms "
+        f"{chain.chain}: {rate} within {chain.slo_s * 1e3:g} ms "
         f"(worst case {chain.latency_worst_s * 1e3:.0f} ms)",
         ("module", "left"),
         ("requests/s", "right"),

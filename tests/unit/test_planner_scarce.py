@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from io import StringIO
 from random import Random
 
 import pytest
+from rich.console import Console
 
 from paceline.core.chain import Chain, Module, Source
 from paceline.core.errors import PlanError
@@ -17,6 +19,7 @@ from paceline.core.tensor import Tensor, TensorSpec
 from paceline.dispatch import Action, Answer, Event, Fail, route_chain
 from paceline.planner.problem import Options, PlannedChain, PlannedModule
 from paceline.planner.scarce import LEAST_SHARE, Wanted, plan_by_priority
+from paceline.report import plan_report
 from paceline.runtime.placement import Site, place, shortage
 from paceline.sim.backend import SimMachine
 from paceline.sim.fleet import BlankModels, blank_chain
@@ -105,6 +108,10 @@ def test_where_all_kinds_are_too_little_the_most_urgent_uses_all_of_them() -> No
     (chain,) = first.chains
     assert chain.rate_rps == pytest.approx(60, rel=0.03)
     assert chain.wanted is not None and chain.wanted.rate_rps == 80
+    assert 0 < first.lower_bound_per_hour <= first.cost_per_hour
+    shown = StringIO()
+    Console(file=shown, width=200).print(plan_report(first))
+    assert f"a: {chain.rate_rps:g} of 80 requests/s (the machines" in shown.getvalue()
     assert rates([last])["b"] == pytest.approx(LEAST_SHARE * 40, abs=1.0)
     (plan,) = plan_by_priority([wanted("a", 80, 0)], {"gpu": 1})
     assert rates([plan]) == {"a": 80} and plan.chains[0].wanted is None, "one kind is all its own"

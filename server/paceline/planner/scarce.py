@@ -154,8 +154,14 @@ def _mixed(
     found = {}
     for chain, by_module in zip(chains, schedules, strict=True):
         part = chain_plan(chain, graph_of(chain), by_module)
-        wanted = whole[chain.name].chains[0] if share < 1.0 else None
-        found[chain.name] = replace(whole[chain.name], chains=(replace(part, wanted=wanted),))
+        plan = whole[chain.name]
+        wanted = plan.chains[0] if share < 1.0 else None
+        found[chain.name] = replace(
+            plan,
+            chains=(replace(part, wanted=wanted),),
+            # As many times the machines of a part serve the whole, which fills batches sooner.
+            lower_bound_per_hour=share * plan.lower_bound_per_hour,
+        )
     return found
 
 
