@@ -141,6 +141,73 @@ def test_a_chain_that_no_machine_can_serve_in_time_is_an_error_as_ever() -> None
         plan_by_priority([wanted("b", 40, 0), slow], {"gpu": 1})
 
 
+def test_a_plan_for_more_than_all_machines_can_do_keeps_every_kind_busy_in_virtual_time() -> None:
+    """As a server replans in overload. The cheapest plan would have the first module on the first
+    kind alone, and no machine of the other left that nobody was planned for."""
+    slo_s, offered_rps, filled_s, until_s = 0.56, 300.0, 3.0, 15.0
+    profiles = {
+        "detect": {"gpu": ((1, 0.07), (8, 0.28)), "big": ((1, 0.034), (8, 0.144))},
+        "classify": {"gpu": ((1, 0.031), (8, 0.093)), "big": ((1, 0.01), (8, 0.031))},
+    }
+    prices = {"gpu": 0.5, "big": 1.2}
+
+    def module(name: str, *parents: str) -> PlannedModule:
+        configurations = tuple(
+            Configuration(kind, size, took_s, prices[kind])
+            for kind, points in profiles[name].items()
+            for size, took_s in points
+        )
+        return PlannedModule(name, name, 2 * offered_rps, parents, configurations)
+
+    modules = (module("detect"), module("classify", "detect"))
+    asked = Wanted(PlannedChain("c", slo_s, 2 * offered_rps, modules), OPTIONS)
+    (plan,) = plan_by_priority([asked], {"gpu": 2, "big": 2})
+    most_rps = plan.chains[0].rate_rps
+    assert most_rps == pytest.approx(137, rel=0.05), "what these machines do in full batches"
+
+    spec = (TensorSpec("x", "UINT8", (1,)),)
+    chain = Chain(
+        "c",
+        slo_s,
+        spec,
+        (
+            Module("detect", "detect", {"x": Source(None, "x")}),
+            Module("classify", "classify", {"x": Source("detect", "y")}),
+        ),
+        {"y": Source("classify", "y")},
+        rate_rps=2 * offered_rps,
+    )
+    durations = {
+        name: {kind: Durations(points) for kind, points in known.items()}
+        for name, known in profiles.items()
+    }
+    bound = blank_chain(chain, {"detect": 8, "classify": 8})
+    met = 0
+
+    def watch(due_s: float, now_s: float, event: Event, actions: Sequence[Action]) -> None:
+        nonlocal met
+        answers = [action for action in actions if isinstance(action, Answer)]
+        met += sum(answer.timeline.met for answer in answers) if now_s >= filled_s else 0
+
+    machines = [
+        SimMachine(f"{kind}{number}", kind, 1, {"detect": 1, "classify": 1})
+        for kind in prices
+        for number in range(2)
+    ]
+    world = World(
+        machines,
+        durations,
+        BlankModels({module.spec.name: module.spec for module in bound.modules}),
+        observers=(watch,),
+    )
+    x = {"x": Tensor("x", "UINT8", (1,), b"\0")}
+    stimuli: list[Stimulus] = [Install(0.0, route_chain(bound, plan.chain("c"), durations))]
+    instants = poisson(offered_rps, int(offered_rps * until_s), Random(5))
+    stimuli += [Arrive(at_s, number, "c", x, slo_s) for number, at_s in enumerate(instants, 1)]
+    world.run(stimuli)
+    assert met / (until_s - filled_s) > 0.95 * most_rps, "the whole plan answers 60"
+
+
 def test_when_a_machine_is_lost_the_lowest_priority_is_shed_in_virtual_time() -> None:
     rate_rps, lost_s, until_s = 30.0, 10.0, 30.0
     asked = [wanted("high", rate_rps, 0), wanted("low", rate_rps, 1)]
