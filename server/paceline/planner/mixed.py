@@ -91,7 +91,20 @@ def mixed(
             if not found:
                 return None
             uses[-1].append(found)
+    answer = _solved(chains, uses, capacity)
+    if answer is None:
+        return None
+    return [[_schedule(found, answer) for found in chain_uses] for chain_uses in uses]
+
+
+def _solved(
+    chains: Sequence[PlannedChain],
+    uses: Sequence[Sequence[Sequence[_Use]]],
+    capacity: Mapping[str, float],
+) -> Sequence[float] | None:
+    """The program's variables: those of the uses, then when each module ends."""
     each = [use for chain_uses in uses for module_uses in chain_uses for use in module_uses]
+    columns = 2 * len(each)
     program = _Program()
     most = [1.0] * columns
     for use in each:
@@ -124,9 +137,8 @@ def mixed(
         constraints=program.constraint(columns),
         options={"mip_rel_gap": GAP, "node_limit": NODES},
     )
-    if answer.x is None:
-        return None
-    return [[_schedule(found, answer.x) for found in chain_uses] for chain_uses in uses]
+    variables: Sequence[float] | None = answer.x
+    return variables
 
 
 def _worthwhile(
@@ -147,8 +159,12 @@ def _worthwhile(
 
 
 def _schedule(uses: Sequence[_Use], machines: Sequence[float]) -> Schedule:
-    """What a module runs in; rounding is taken out of the rate."""
-    used = {use.configuration: use for use in uses if machines[use.variable] > _NONE}
+    """What a module runs in, without what rounding leaves of other configurations."""
+    used = {
+        use.configuration: use
+        for use in uses
+        if machines[use.any] > 0.5 and machines[use.variable] > _NONE
+    }
     module = uses[0].module
     served_rps = sum(machines[u.variable] * c.throughput_rps for c, u in used.items())
     factor = module.rate_rps / served_rps
