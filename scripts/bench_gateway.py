@@ -55,7 +55,7 @@ from paceline.core.errors import PacelineError
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from scripts import gateway_analyzer  # noqa: E402
-from scripts.gateway_peers import MAX_BATCH, Peer, peers, process  # noqa: E402
+from scripts.gateway_peers import MAX_BATCH, Peer, peers, process, source_tree  # noqa: E402
 from scripts.gateway_report import BEFORE, FRONTED, Cell, Results, report  # noqa: E402
 
 SIZES = {"64B": 64, "600KB": 600_000, "5MB": 5_000_000}
@@ -161,7 +161,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--before",
-        type=Path,
+        type=source_tree,
         metavar="DIR",
         help="also measure the front server of another source tree (a `git worktree`)",
     )
@@ -170,8 +170,6 @@ def arguments() -> argparse.Namespace:
         "--json", type=Path, metavar="FILE", help="also write every measurement there"
     )
     options = parser.parse_args()
-    if options.before is not None and not (options.before / "server" / "paceline").is_dir():
-        parser.error(f"--before {options.before}: no source tree of Paceline")
     if options.client == "perf_analyzer":
         known = (*gateway_analyzer.CASES, *FRONTED, *BEFORE)
         options.cases = [case for case in options.cases if case in known]

@@ -31,7 +31,7 @@ from rich.markdown import Markdown
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from scripts.gateway_peers import free_port, process, until_ready  # noqa: E402
+from scripts.gateway_peers import free_port, process, source_tree, until_ready  # noqa: E402
 from scripts.slo_report import Figures  # noqa: E402
 from scripts.slo_run import HEAD_START_S, ask  # noqa: E402
 from scripts.slo_systems import SLO_MARGIN_MS, Lane, message  # noqa: E402
@@ -181,15 +181,13 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="a rate (default: 10)")
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals (default: 1)")
-    parser.add_argument("--before", type=Path, metavar="DIR", help="another source tree")
+    parser.add_argument("--before", type=source_tree, metavar="DIR", help="another source tree")
     parser.add_argument("--profiles", type=Path, default=PROFILES, metavar="CSV")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
     options = parser.parse_args()
     options.counts = {"t4": options.t4, "v100": options.v100}
     if min(options.t4, options.v100, options.seconds, options.load) <= 0 or options.tightness <= 1:
         parser.error("machines, --load and --seconds must be above 0, --tightness above 1")
-    if options.before is not None and not (options.before / "server" / "paceline").is_dir():
-        parser.error(f"--before {options.before}: no source tree of Paceline")
     options.note = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -139,6 +139,13 @@ def process(command: Sequence[str | Path], **options: Any) -> Iterator[subproces
                 child.wait(limit_s)
 
 
+def source_tree(path: str) -> Path:
+    """A work tree of Paceline, as an argument."""
+    if not (Path(path) / "server" / "paceline").is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: no source tree of Paceline")
+    return Path(path)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

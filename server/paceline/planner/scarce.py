@@ -54,9 +54,7 @@ def plan_by_priority(wanted: Sequence[Wanted], capacity: Mapping[str, float]) ->
         alike = [each for each in wanted if each.priority == priority]
         whole = {each.chain.name: found[each.chain.name] for each in alike}
         if not _fits(whole.values(), left):
-            if (plans := _mixed(alike, whole, 1.0, left)) is not None:
-                found |= plans
-            elif priority != classes[0]:
+            if priority != classes[0]:
                 found |= _shed(alike, whole, left)
             elif _mixable(alike, left) and (part := _largest(alike, whole, left, left)):
                 found |= part[1]
