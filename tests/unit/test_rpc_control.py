@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -108,7 +108,7 @@ async def test_a_listed_chain_shows_what_its_file_declares(stand: Stand) -> None
 
 
 def test_a_plan_message_has_every_field_of_the_published_json() -> None:
-    class Packed(Plan):
+    class Packed:
         """A plan with the optional parts of the published format."""
 
         def as_json(self) -> dict[str, Any]:
@@ -126,8 +126,8 @@ def test_a_plan_message_has_every_field_of_the_published_json() -> None:
 
     from google.protobuf import json_format
 
-    plan = Packed("harpagon", "fractional", ())
-    message = plan_message(plan)
+    plan = Packed()
+    message = plan_message(cast(Plan, plan))
     assert json.loads(message.json) == plan.as_json()
     message.json = ""
     back = json_format.MessageToDict(message, preserving_proto_field_name=True)

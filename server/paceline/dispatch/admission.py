@@ -350,10 +350,10 @@ class Admission:
             there_s += wait_s
         if there_s > start_s:
             start_s = there_s
-        rows = joined + int(rate_rps * start_s) if start_s > 0 else joined
-        if rows > size:
-            rows = size
-        took_s = known.at(rows) if known is not None else 0.0
+        taken = joined + int(rate_rps * start_s) if start_s > 0 else joined
+        if taken > size:
+            taken = size
+        took_s = known.at(taken) if known is not None else 0.0
         before = (joined - 1 - more) / (own if own > 1.0 else 1.0) if joined > 1 + more else 0.0
         return start_s + took_s, before, took_s
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING
@@ -28,7 +28,6 @@ Order = tuple[int, float, int, int]
 """Priority, launch-by time, arrival, first row: what is taken first."""
 
 
-@dataclass(slots=True, eq=False)
 class Entry:
     """A request's rows for one module; batches take ranges of them, in order.
 
@@ -37,20 +36,37 @@ class Entry:
     the opposite number, hold the same rows, and those count that are done first; 0 where none do.
     """
 
-    run: ChainRun
-    stage: Stage
-    step: Step
-    inputs: tuple[Tensor, ...]
-    rows: int
-    key: Hashable
-    order: Order
-    latest_s: float
-    queued_s: float
-    failed_on: frozenset[tuple[str, int]] = frozenset()
-    lot: int = 0
-    taken: int = 0
-    alive: bool = True
-    race: int = 0
+    def __init__(
+        self,
+        run: ChainRun,
+        stage: Stage,
+        step: Step,
+        inputs: tuple[Tensor, ...],
+        rows: int,
+        key: Hashable,
+        order: Order,
+        latest_s: float,
+        queued_s: float,
+        failed_on: frozenset[tuple[str, int]] = frozenset(),
+        lot: int = 0,
+        taken: int = 0,
+        alive: bool = True,
+        race: int = 0,
+    ) -> None:
+        self.run = run
+        self.stage = stage
+        self.step = step
+        self.inputs = inputs
+        self.rows = rows
+        self.key = key
+        self.order = order
+        self.latest_s = latest_s
+        self.queued_s = queued_s
+        self.failed_on = failed_on
+        self.lot = lot
+        self.taken = taken
+        self.alive = alive
+        self.race = race
 
     @property
     def priority(self) -> int:
@@ -75,7 +91,22 @@ class Entry:
         inputs = tuple(row_slice(tensor, start, count) for tensor in self.inputs)
         priority, launch_by_s, own, base = self.order
         order = (priority, launch_by_s, own if seq is None else seq, base + start)
-        return replace(self, inputs=inputs, rows=count, order=order, taken=0)
+        return Entry(
+            self.run,
+            self.stage,
+            self.step,
+            inputs,
+            count,
+            self.key,
+            order,
+            self.latest_s,
+            self.queued_s,
+            self.failed_on,
+            self.lot,
+            0,
+            self.alive,
+            self.race,
+        )
 
 
 @value

@@ -30,6 +30,19 @@ _EMPTY = memoryview(b"")
 _HEADERS_FLAGS = frames.END_HEADERS | frames.PADDED | frames.PRIORITIZED
 
 
+class Plug(asyncio.BufferedProtocol):
+    """A connection as an event loop wants it: with asyncio's base class, which a compiled class
+    cannot have. The connection's own methods are called."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        for name in (
+            *("connection_made", "connection_lost", "eof_received", "get_buffer"),
+            *("buffer_updated", "pause_writing", "resume_writing"),
+        ):
+            setattr(self, name, getattr(connection, name))
+
+
 class ReadBuffer:
     """What the connections of one event loop read into, one at a time."""
 
@@ -40,7 +53,7 @@ class ReadBuffer:
         self.view = memoryview(self.data)
 
 
-class Connection(Writer, asyncio.BufferedProtocol):
+class Connection(Writer):
     """See the module docstring. Sides override the `on_` methods."""
 
     def __init__(self, buffer: ReadBuffer, *, expects: bytes, settings: bytes) -> None:

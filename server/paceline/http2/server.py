@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from paceline.http2 import frames
 from paceline.http2.connection import Connection, ReadBuffer
@@ -49,15 +49,23 @@ class ServerStream(Stream):
         raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
 class Serving(Generic[H]):
     """What a connection serves: `head` reads a request's headers (equal ones once; ValueError for
     malformed ones), `open_stream` makes the stream, `closed` is told of the connection's end."""
 
-    head: Callable[[list[Header]], H]
-    open_stream: Callable[[ServerConnection[H], int, H], ServerStream]
-    closed: Callable[[ServerConnection[H]], object]
-    limits: ServerLimits = ServerLimits()
+    __slots__ = ("closed", "head", "limits", "open_stream")
+
+    def __init__(
+        self,
+        head: Callable[[list[Header]], H],
+        open_stream: Callable[[ServerConnection[H], int, H], ServerStream],
+        closed: Callable[[ServerConnection[H]], object],
+        limits: ServerLimits,
+    ) -> None:
+        self.head: Final = head
+        self.open_stream: Final = open_stream
+        self.closed: Final = closed
+        self.limits: Final = limits
 
 
 class ServerConnection(Connection, Generic[H]):

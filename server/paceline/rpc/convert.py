@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2
 
 from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.request import InferAnswer, InferRequest
-from paceline.core.tensor import Tensor, encode_bytes
+from paceline.core.tensor import Buffer, Tensor, encode_bytes
 from paceline.rpc.parameters import read_parameters
 from paceline.rpc.validate import Signature, check_inputs, check_outputs
 
@@ -118,7 +118,7 @@ def _tensors(message: Any, model: str) -> tuple[Tensor, ...]:
             _refuse_shared_memory(tensor)
         shape = tuple(tensor.shape)
         if not raw:
-            data = _typed_bytes(tensor, shape, model)
+            data: Buffer = _typed_bytes(tensor, shape, model)
         elif tensor.HasField("contents"):
             raise _invalid(
                 "contents field must not be specified when using raw_input_contents for "

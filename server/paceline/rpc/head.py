@@ -6,8 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 from urllib.parse import quote
 
 from paceline.http2 import hpack
@@ -28,17 +27,27 @@ _OF_A_CONNECTION = frozenset(("connection", "proxy-connection", "keep-alive", "u
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 
-@dataclass(frozen=True, slots=True)
 class Head(Generic[M]):
     """`method` is None for a path that is not served; `http_status` is other than 200 for what is
     no gRPC."""
 
-    path: str
-    method: M | None
-    metadata: Metadata
-    timeout_s: float | None = None
-    encoding: str = "identity"
-    http_status: int = 200
+    __slots__ = ("encoding", "http_status", "metadata", "method", "path", "timeout_s")
+
+    def __init__(
+        self,
+        path: str,
+        method: M | None,
+        metadata: Metadata,
+        timeout_s: float | None = None,
+        encoding: str = "identity",
+        http_status: int = 200,
+    ) -> None:
+        self.path: Final = path
+        self.method: Final = method
+        self.metadata: Final = metadata
+        self.timeout_s: Final = timeout_s
+        self.encoding: Final = encoding
+        self.http_status: Final = http_status
 
 
 def read_head(headers: list[hpack.Header], method: Callable[[str, Metadata], M | None]) -> Head[M]:

@@ -23,12 +23,13 @@ import grpc
 
 from paceline.core.errors import ConfigError
 from paceline.http2 import hpack
-from paceline.http2.connection import ReadBuffer
+from paceline.http2.connection import Plug, ReadBuffer
 from paceline.http2.server import ServerConnection, ServerLimits, ServerStream, Serving
 from paceline.rpc.call import Begin, Call, Intake, UnaryCall
-from paceline.rpc.context import TaskCall
+from paceline.rpc.context import run
 from paceline.rpc.head import ENCODINGS, Head, Metadata, read_head
 from paceline.rpc.status import Status
+from paceline.rpc.task import TaskCall
 
 MAX_HELD_BYTES = 1 << 30
 """Of requests that have come in part, or wait in a stream: all connections together."""
@@ -56,12 +57,12 @@ class _Method:
     handler: Handler | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class _Details(grpc.HandlerCallDetails):
     """What generic handlers choose by."""
 
-    method: str
-    invocation_metadata: Any = ()
+    def __init__(self, method: str, invocation_metadata: Any = ()) -> None:
+        self.method = method
+        self.invocation_metadata = invocation_metadata
 
 
 class GrpcServer:
@@ -139,7 +140,7 @@ class GrpcServer:
         if method.open is not None:
             return method.open(connection, stream, head, self._intake)
         assert method.handler is not None
-        return TaskCall(connection, stream, head, self._intake, method.handler, self._tasks)
+        return TaskCall(connection, stream, head, self._intake, method.handler, self._tasks, run)
 
     # -- sockets ----------------------------------------------------------------------------
 
@@ -151,7 +152,9 @@ class GrpcServer:
             sockets = _bound(host, port, shared_port=shared_port)
             loop = asyncio.get_running_loop()
             for plug in sockets:
-                server = await loop.create_server(self.new_connection, sock=plug, backlog=_BACKLOG)
+                server = await loop.create_server(
+                    lambda: Plug(self.new_connection()), sock=plug, backlog=_BACKLOG
+                )
                 self._servers.append(server)
         except OSError as error:
             for plug in sockets:
@@ -167,7 +170,7 @@ class GrpcServer:
         return int(sockets[0].getsockname()[1])
 
     def new_connection(self) -> ServerConnection[Head[_Method]]:
-        """The protocol of a connection that has come in."""
+        """A connection that has come in."""
         refused = self._stopping or len(self._connections) >= self._max_connections
         connection = ServerConnection(self._buffer, self._serving, refused=refused)
         self._connections.add(connection)

@@ -17,10 +17,10 @@ from tritonclient.grpc import service_pb2_grpc
 from paceline.core.ports import Control, Inference
 from paceline.rpc import control as control_service
 from paceline.rpc import edge as edge_service
-from paceline.rpc import service
 from paceline.rpc.control import ControlService, ParseChain
 from paceline.rpc.edge import EdgeService
 from paceline.rpc.health import HealthService
+from paceline.rpc.infer import SERVICE
 from paceline.rpc.listener import GrpcServer
 from paceline.rpc.service import InferenceService
 from paceline.v1 import control_pb2_grpc, edge_pb2_grpc
@@ -61,10 +61,10 @@ async def start_grpc(
     """
     stopping = asyncio.Event()
     server = GrpcServer(max_message_bytes=max_message_bytes)
-    services = frozenset({service.SERVICE, control_service.SERVICE, edge_service.SERVICE})
+    services = frozenset({SERVICE, control_service.SERVICE, edge_service.SERVICE})
     inference_service = InferenceService(inference, control)
     # The first handler registered for a method is the one that is called.
-    inference_service.add_handlers(server, raw=raw)
+    inference_service.calls.add_handlers(server, raw=raw)
     # Generated code names grpc's own servers as types.
     generated = cast(Any, server)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference_service, generated)

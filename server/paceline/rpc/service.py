@@ -7,10 +7,6 @@ The messages are those that ship in `tritonclient.grpc`: a second copy in a proc
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -18,30 +14,14 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from paceline import __version__
 from paceline.core import ports
-from paceline.core.bind import BoundChain
 from paceline.core.errors import ErrorKind, RequestError
 from paceline.core.ports import Control, Inference
 from paceline.core.request import InferAnswer
-from paceline.core.tensor import Buffer, Tensor
-from paceline.rpc import describe, wire
-from paceline.rpc.call import UnaryCall
+from paceline.rpc import describe
 from paceline.rpc.context import CallContext
-from paceline.rpc.convert import (
-    final_response,
-    infer_request,
-    infer_response,
-    items_response,
-)
-from paceline.rpc.head import Metadata
-from paceline.rpc.listener import GrpcServer
-from paceline.rpc.status import Status, abort, answered, status_of
-from paceline.rpc.stream import InferStream
-from paceline.rpc.validate import Signature
-
-SERVICE = "inference.GRPCInferenceService"
-
-_SIGNATURES = 1024
-_INTEGER = re.compile(r"[+-]?\d+")
+from paceline.rpc.convert import infer_request, infer_response
+from paceline.rpc.infer import InferCalls, checked, numbered
+from paceline.rpc.status import Status, abort, answered
 
 
 class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -50,79 +30,10 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
     def __init__(self, inference: Inference, control: Control) -> None:
         self._inference = inference
         self._control = control
-        self._signatures: dict[str, tuple[BoundChain, Signature]] = {}
+        self.calls = InferCalls(inference, control)
+        """Serves inference without tasks; its handlers are to be registered first."""
 
     # Inference
-
-    def add_handlers(self, server: GrpcServer, *, raw: bool) -> None:
-        """Inference without tasks; to be registered before the servicer itself.
-
-        `raw` reads and writes serialized messages without protobuf wherever that is possible.
-        """
-        if raw:
-            server.add_unary(f"/{SERVICE}/ModelInfer", self._raw_infer)
-        begin = partial(self._begin, form=_RAW if raw else _PROTOBUF)
-        stream = partial(InferStream, begin=begin, cancel=self._inference.cancel)
-        server.add_calls(f"/{SERVICE}/ModelStreamInfer", stream)
-
-    def _raw_infer(self, call: UnaryCall, data: Buffer) -> None:
-        """The hot path: no task, no message object."""
-        try:
-            message = wire.read_request(data)
-            signature = self._signature(message.model_name, message.model_version)
-            request = infer_request(message, signature, call.time_remaining())
-
-            def on_end(outcome: InferAnswer | RequestError) -> None:
-                # Raised here it would hold frames that hold it.
-                if isinstance(outcome, RequestError):
-                    call.refuse(status_of(outcome))
-                    return
-                try:
-                    metadata = () if message.id else _number(outcome)
-                    call.answer(wire.response_parts(message, signature.version, outcome), metadata)
-                except Exception as error:
-                    call.refuse(status_of(error))
-
-            number = self._inference.begin(request, on_end)
-            call.on_cancel = partial(self._inference.cancel, number)
-        except Exception as error:
-            call.refuse(status_of(error))
-
-    def _begin(self, stream: InferStream, data: Buffer, form: _Form) -> None:
-        """Serve a request of a stream. What is no message ends the stream: RequestError."""
-        message = form.read(data)
-        entry = stream.enter()
-
-        def fail(error: Exception) -> None:
-            status = status_of(error)
-            stream.fail(entry, status, [_stream_failure(message, status)])
-
-        def on_end(outcome: InferAnswer | RequestError) -> None:
-            if isinstance(outcome, RequestError):
-                fail(outcome)
-                return
-            try:
-                if "stream_items" in message.parameters:
-                    final = final_response(message, signature.version, outcome)
-                    parts: Sequence[Buffer] = [final.SerializeToString()]
-                else:
-                    parts = form.response(message, signature.version, outcome)
-                stream.leave(entry, wire.stream_parts(parts))
-            except Exception as error:
-                fail(error)
-
-        def on_partial(start: int, outputs: tuple[Tensor, ...]) -> None:
-            items = items_response(message, signature.version, start, outputs)
-            stream.write(wire.stream_parts([items.SerializeToString()]))
-
-        try:
-            signature = self._signature(message.model_name, message.model_version)
-            request = infer_request(message, signature, stream.time_remaining())
-            entry.number = self._inference.begin(
-                request, on_end, on_partial if request.stream_items else None
-            )
-        except Exception as error:
-            fail(error)
 
     async def ModelInfer(self, request: Any, context: CallContext) -> Any:
         return await answered(context, self._unary(request, context))
@@ -135,25 +46,14 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
     async def _unary(self, request: Any, context: CallContext) -> Any:
         answer, version = await self._serve(request, context.time_remaining())
         if not request.id:
-            context.set_trailing_metadata(_number(answer))
+            context.set_trailing_metadata(numbered(answer))
         return infer_response(request, version, answer)
 
     async def _serve(self, message: Any, remaining_s: float | None) -> tuple[InferAnswer, str]:
         """The answer, and the version that gave it when the client named none."""
-        signature = self._signature(message.model_name, message.model_version)
+        signature = self.calls.signature(message.model_name, message.model_version)
         request = infer_request(message, signature, remaining_s)
         return await self._inference.infer(request), signature.version
-
-    def _signature(self, name: str, version: str) -> Signature:
-        bound = self._control.callable(name, _checked(version))
-        kept = self._signatures.get(name)
-        if kept is not None and kept[0] is bound:
-            return kept[1]
-        if len(self._signatures) >= _SIGNATURES:
-            self._signatures.clear()
-        signature = Signature.of(bound)
-        self._signatures[name] = (bound, signature)
-        return signature
 
     # Health, metadata, statistics
 
@@ -168,7 +68,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         return await answered(context, self._model_ready(request))
 
     async def _model_ready(self, request: Any) -> Any:
-        version = _checked(request.version)
+        version = checked(request.version)
         try:
             self._control.callable(request.name, version)
         except RequestError:
@@ -187,7 +87,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
         return await answered(context, self._describe(request, describe.config))
 
     async def _describe(self, request: Any, what: Any) -> Any:
-        bound = self._control.callable(request.name, _checked(request.version))
+        bound = self._control.callable(request.name, checked(request.version))
         return what(bound)
 
     async def ModelStatistics(self, request: Any, context: CallContext) -> Any:
@@ -195,7 +95,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     async def _statistics(self, request: Any) -> Any:
         response = service_pb2.ModelStatisticsResponse()
-        for counts in self._counts(request.name, _checked(request.version)):
+        for counts in self._counts(request.name, checked(request.version)):
             describe.add_statistics(response, counts)
         return response
 
@@ -282,51 +182,6 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: 
 
     async def LogSettings(self, request: Any, context: CallContext) -> Any:
         await _unsupported(context, "setting the log level over gRPC")
-
-
-def _number(answer: InferAnswer) -> Metadata:
-    """An answer to a request without an id says by which number `explain` knows it."""
-    return (("paceline-request-id", str(answer.timeline.request)),)
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """How the messages of streams are read and written."""
-
-    read: Callable[[Buffer], Any]
-    response: Callable[[Any, str, InferAnswer], Sequence[Buffer]]
-
-
-def _response(message: Any, version: str, answer: InferAnswer) -> Sequence[Buffer]:
-    return [infer_response(message, version, answer).SerializeToString()]
-
-
-_RAW = _Form(wire.read_request, wire.response_parts)
-_PROTOBUF = _Form(wire.read_protobuf, _response)
-
-
-def _stream_failure(request: Any, status: Status) -> bytes:
-    """A failure carries the id of its request in an otherwise empty response, as Triton's does; why
-    and when to try again, which a call of its own has in its trailers, in that one's parameters.
-    """
-    response = service_pb2.ModelStreamInferResponse(error_message=status.details)
-    response.infer_response.id = request.id
-    for key, text in status.metadata:
-        response.infer_response.parameters[key].string_param = text
-    data: bytes = response.SerializeToString()
-    return data
-
-
-def _checked(version: str) -> str:
-    """Raises RequestError(INVALID) for a version that is no number."""
-    if not version or (version.isdecimal() and version.isascii()):
-        return version
-    if _INTEGER.match(version):
-        text = f"invalid model version specified '{version}' , "
-    else:
-        text = f"failed to get model version from specified version string '{version}' "
-        text += "(details: stol), "
-    raise RequestError(ErrorKind.INVALID, f"{text}version should be an integral value > 0")
 
 
 def _no_repository_name(request: Any) -> None:

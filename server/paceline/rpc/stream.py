@@ -100,8 +100,9 @@ class InferStream(Call):
         """Begin what has come, as far as there is room; end the stream when nothing is left."""
         if self.over:
             return
-        if self._failure is not None:
-            self.stop(self._failure)
+        failure = self._failure
+        if failure is not None:
+            self.stop(failure)
             return
         inbox = self._inbox
         while inbox is not None and len(inbox) and not (self._stopping or self._failure):

@@ -22,7 +22,7 @@ import grpc
 
 from paceline.core.tensor import Buffer
 from paceline.http2 import frames, hpack
-from paceline.http2.connection import Connection, ReadBuffer
+from paceline.http2.connection import Connection, Plug, ReadBuffer
 from paceline.http2.frames import ErrorCode, ProtocolError, Setting
 from paceline.http2.messages import PREFIX, PREFIX_BYTES, Inbox, MessageTooLarge
 from paceline.http2.writer import Stream
@@ -110,14 +110,13 @@ class Http2Transport:
 
     async def _open(self) -> _Connection:
         loop = asyncio.get_running_loop()
-        _, protocol = await loop.create_connection(
-            lambda: _Connection(self._buffer, self._authority), self._host, self._port
-        )
+        connection = _Connection(self._buffer, self._authority)
+        await loop.create_connection(lambda: Plug(connection), self._host, self._port)
         # One that is going away may still have calls to answer.
         self._connections = {old for old in self._connections if not old.lost.is_set()}
-        self._connections.add(protocol)
-        self._connection = protocol
-        return protocol
+        self._connections.add(connection)
+        self._connection = connection
+        return connection
 
 
 class _Call(Stream):

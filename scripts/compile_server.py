@@ -1,0 +1,192 @@
+"""Compile what runs for every request to machine code, with mypyc.
+
+    .venv/bin/python scripts/compile_server.py
+
+scripts/setup does it. The extension modules go into the virtual environment, into a folder named
+after the contents of the sources (`paceline.compiled`): as soon as a source changes they are not
+used any more, and Paceline is interpreted until they are compiled again. PACELINE_INTERPRETED=1
+keeps to the sources in any case. Needs a C compiler and Python's header files; ends with status 3
+and says so where one of them is missing.
+
+mypyc's classes differ from Python's in two ways that matter here: a dataclass cannot have
+`__slots__`, and the attributes of a frozen one cannot be unpickled. So the copy that is compiled
+has plain dataclasses, hashable as before; that nothing is assigned to them is the type checker's to
+see, of the sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "server" / "paceline"
+sys.path.insert(0, str(PACKAGE.parent))
+
+from paceline import compiled  # noqa: E402
+
+KEPT = 2
+"""Folders of compiled modules: this one's, and that of servers which are still running."""
+_DATACLASS = re.compile(r"^@dataclass\((.*)\)$", re.MULTILINE)
+_VALUE = re.compile(r"^@value$", re.MULTILINE)
+_VALUES_IMPORT = re.compile(r"^from paceline\.core\.values import value$", re.MULTILINE)
+
+
+def missing() -> str | None:
+    """What this machine lacks to compile, and how to get it."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(compiler) is None:
+        return f"no C compiler ({compiler}): apt-get install gcc"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return f"no Python.h: apt-get install python{version}-dev"
+    return None
+
+
+def plain(source: str) -> str:
+    """A module with dataclasses that mypyc can compile; lines keep their numbers.
+
+    >>> plain("@dataclass(frozen=True, slots=True)")
+    '@dataclass(unsafe_hash=True)'
+    >>> plain("@dataclass(slots=True, eq=False)")
+    '@dataclass(eq=False)'
+    >>> plain("@dataclass(frozen=True, slots=True, eq=False)")
+    '@dataclass(eq=False)'
+    >>> plain("@value")
+    '@dataclasses.dataclass(unsafe_hash=True)'
+    """
+
+    def options(found: re.Match[str]) -> str:
+        given = [option for option in found[1].split(", ") if option != "slots=True"]
+        frozen = "frozen=True" in given
+        given = [option for option in given if option != "frozen=True"]
+        # One that is compared by identity is hashed by it, too.
+        if frozen and "eq=False" not in given:
+            given.insert(0, "unsafe_hash=True")
+        return f"@dataclass({', '.join(given)})"
+
+    source = _DATACLASS.sub(options, source)
+    source = _VALUE.sub("@dataclasses.dataclass(unsafe_hash=True)", source)
+    return _VALUES_IMPORT.sub("import dataclasses", source)
+
+
+def build(place: Path, *, level: str, keep_c: Path | None = None) -> None:
+    """Compile into the folder `place`, which is there afterwards whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=place.parent) as scratch:
+        work = Path(scratch)
+
+        def stop(number: int, frame: object) -> NoReturn:
+            # Threads wait for compilers that would go on for long.
+            shutil.rmtree(work, ignore_errors=True)
+            os._exit(128 + number)
+
+        for ends in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ends, stop)
+        shutil.copytree(
+            PACKAGE, work / "paceline", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
+        names = [path.relative_to(PACKAGE.parent) for path in compiled.sources(PACKAGE)]
+        for name in names:
+            path = work / name
+            path.write_text(plain(path.read_text()))
+        (work / "mypy.ini").write_text(
+            f"[mypy]\npython_version = {sys.version_info.major}.{sys.version_info.minor}\n"
+            # Types are checked by `scripts/test`, with the stubs of all libraries.
+            "ignore_missing_imports = true\ndisable_error_code = import-untyped\n"
+            "explicit_package_bases = true\nplugins = pydantic.mypy\n"
+        )
+        os.chdir(work)
+        _extensions([str(name) for name in names], work / "built", level)
+        os.chdir(ROOT)
+        shutil.rmtree(place, ignore_errors=True)
+        if keep_c is not None:
+            shutil.copytree(work / "c", keep_c)
+        (work / "built").rename(place)
+
+
+def _extensions(names: list[str], into: Path, level: str) -> None:
+    """mypyc writes C, a file for each module, and the C compiler does two at a time."""
+    # Not needed, and with mypyc not there, where nothing is compiled.
+    from mypyc.build import mypycify
+    from setuptools import Distribution
+    from setuptools.command.build_ext import build_ext
+
+    modules = mypycify(
+        ["--config-file=mypy.ini", *names],
+        opt_level=level,
+        debug_level="0",
+        multi_file=True,
+        target_dir="c",
+    )
+    command = build_ext(Distribution({"name": "paceline", "ext_modules": modules}))
+    command.build_lib, command.build_temp = str(into), "objects"
+    command.parallel = os.cpu_count() or 1
+    command.ensure_finalized()
+    command.run()
+
+
+def works(place: Path) -> bool:
+    """Whether a Python that uses them can import them all."""
+    imports = ", ".join(
+        str(path.relative_to(PACKAGE.parent).with_suffix("")).replace(os.sep, ".")
+        for path in compiled.sources(PACKAGE)
+    )
+    code = f"import paceline, {imports}; assert paceline.COMPILED"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(PACKAGE.parent),
+        "PYTHONFAULTHANDLER": "1",
+        compiled.VARIABLE: "0",
+    }
+    if subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0:
+        return True
+    shutil.rmtree(place, ignore_errors=True)
+    return False
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--again", action="store_true", help="also where it has been done")
+    parser.add_argument(
+        "--level", choices=("0", "1", "2", "3"), default="1", help="of optimization (default: 1)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would be missing: status 0, or 3"
+    )
+    parser.add_argument("--keep-c", type=Path, metavar="DIR", help="also keep the C, in DIR")
+    options = parser.parse_args()
+    lacking = missing()
+    if lacking is not None:
+        print(lacking)
+        return 3
+    if options.dry_run:
+        return 0
+    place = compiled.folder(PACKAGE)
+    if options.again or not place.is_dir():
+        build(place, level=options.level, keep_c=options.keep_c)
+        if not works(place):
+            print("the compiled modules cannot be imported; see above", file=sys.stderr)
+            return 1
+    place.touch()
+    others = (path for path in place.parent.iterdir() if not path.name.startswith("."))
+    for old in sorted(others, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    print(f"compiled: {place}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
