@@ -163,7 +163,8 @@ def arguments() -> argparse.Namespace:
         "--before",
         type=source_tree,
         metavar="DIR",
-        help="also measure the front server of another source tree (a `git worktree`)",
+        help="also measure the front server of another source tree (a `git worktree`; compiled if "
+        "its scripts/compile_server.py was run by this Python); `.`: this one's, interpreted",
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
     parser.add_argument(

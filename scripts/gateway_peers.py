@@ -25,6 +25,7 @@ import psutil
 from scripts.gateway_report import BEFORE, FRONTED
 from tritonclient.grpc import service_pb2
 
+from paceline import compiled
 from paceline.core.errors import PacelineError
 from paceline.database import connect
 from paceline.triton.client import TritonClient
@@ -220,14 +221,21 @@ async def peers(
         if options.before is not None:
             fronts.append((options.before, BEFORE))
         for tree, cases in fronts:
-            target, front = await start_front(work, options, stack, tree)
+            # This code as `before`: what compiling it is worth.
+            interpreted = cases is BEFORE and tree.resolve() == HERE.parent
+            target, front = await start_front(work, options, stack, tree, interpreted=interpreted)
             for case, chain in zip(cases, ("one", "three", "apart"), strict=True):
                 add(case, target, chain, False, lambda pid=front: (pid,))
         yield made
 
 
 async def start_front(
-    work: Path, options: argparse.Namespace, stack: AsyncExitStack, tree: Path
+    work: Path,
+    options: argparse.Namespace,
+    stack: AsyncExitStack,
+    tree: Path,
+    *,
+    interpreted: bool,
 ) -> tuple[str, int]:
     """`paceline serve` of a source tree with a local Triton of its own: where it listens, its
     process.
@@ -235,7 +243,7 @@ async def start_front(
     Started twice: what the first one measured of the models on this noisy machine decides the
     batch sizes of the plan, so it is replaced by the same figures every time.
     """
-    name = "paceline" if tree == HERE.parent else "before"
+    name = "before" if interpreted or tree != HERE.parent else "paceline"
     state = work / f"{name}-state"
     command: list[str | Path] = [
         *(sys.executable, HERE / "gateway_load.py", "paceline", "serve"),
@@ -244,16 +252,24 @@ async def start_front(
         # The plan stays the same for every case.
         *("--replan-window-s", "0"),
     ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree / "server"),
+        compiled.VARIABLE: "1" if interpreted else "0",
+    }
     with ExitStack() as first:
-        await _serve(command, tree, work / f"{name}-profiling.log", first)
+        await _serve(command, environment, work / f"{name}-profiling.log", first)
     pin_profiles(state)
-    target, front = await _serve(command, tree, work / f"{name}.log", stack)
+    target, front = await _serve(command, environment, work / f"{name}.log", stack)
     await check_forms(target)
     return target, front.pid
 
 
 async def _serve(
-    command: list[str | Path], tree: Path, log_path: Path, stack: ExitStack | AsyncExitStack
+    command: list[str | Path],
+    environment: dict[str, str],
+    log_path: Path,
+    stack: ExitStack | AsyncExitStack,
 ) -> tuple[str, subprocess.Popen[str]]:
     port = free_port()
     log = stack.enter_context(log_path.open("w"))
@@ -262,7 +278,7 @@ async def _serve(
             [*command, "--grpc-port", str(port)],
             stdout=log,
             stderr=log,
-            env={**os.environ, "PYTHONPATH": str(tree / "server")},
+            env=environment,
         )
     )
     await until_ready(f"127.0.0.1:{port}", "three", front, log_path.read_text)

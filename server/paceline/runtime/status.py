@@ -11,7 +11,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from paceline import __version__
+from paceline import COMPILED, __version__
 from paceline.core.bind import BoundChain
 from paceline.core.plan import Plan
 from paceline.dispatch.dispatcher import Dispatcher
@@ -43,6 +43,7 @@ def describe(
     chains = controller.served()
     return {
         "version": __version__,
+        "compiled": COMPILED,
         "uptime_s": round(monotonic() - _STARTED_S, 1),
         "ready": controller.ready,
         "draining": controller.draining,
