@@ -36,6 +36,13 @@ class Entry:
     the opposite number, hold the same rows, and those count that are done first; 0 where none do.
     """
 
+    # No dataclass: one that is compiled has to know its fields' classes when it is made, and these
+    # are of modules that import this one.
+    __slots__ = (
+        *("alive", "failed_on", "inputs", "key", "latest_s", "lot", "order", "queued_s", "race"),
+        *("rows", "run", "stage", "step", "taken"),
+    )
+
     def __init__(
         self,
         run: ChainRun,
