@@ -8,25 +8,27 @@ used any more, and Paceline is interpreted until they are compiled again. PACELI
 keeps to the sources in any case. Needs a C compiler and Python's header files; ends with status 3
 and says so where one of them is missing.
 
-mypyc's classes differ from Python's in two ways that matter here: a dataclass cannot have
-`__slots__`, and the attributes of a frozen one cannot be unpickled. So the copy that is compiled
-has plain dataclasses, hashable as before; that nothing is assigned to them is the type checker's to
-see, of the sources.
+mypyc's classes differ from Python's in ways that matter here: a dataclass cannot have `__slots__`,
+the attributes of a frozen one cannot be unpickled, and what `dataclass` writes itself is not
+compiled. So the copy that is compiled has plain dataclasses, hashable as before; that nothing is
+assigned to them is the type checker's to see, of the sources. Those that were not frozen, which are
+made for every request, have their `__init__` written out (what has one cannot be unpickled).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "server" / "paceline"
@@ -36,9 +38,6 @@ from paceline import compiled  # noqa: E402
 
 KEPT = 2
 """Folders of compiled modules: this one's, and that of servers which are still running."""
-_DATACLASS = re.compile(r"^@dataclass\((.*)\)$", re.MULTILINE)
-_VALUE = re.compile(r"^@value$", re.MULTILINE)
-_VALUES_IMPORT = re.compile(r"^from paceline\.core\.values import value$", re.MULTILINE)
 
 
 def missing() -> str | None:
@@ -53,30 +52,75 @@ def missing() -> str | None:
 
 
 def plain(source: str) -> str:
-    """A module with dataclasses that mypyc can compile; lines keep their numbers.
+    r"""A module with dataclasses as mypyc compiles them best; lines keep their numbers.
 
-    >>> plain("@dataclass(frozen=True, slots=True)")
-    '@dataclass(unsafe_hash=True)'
-    >>> plain("@dataclass(slots=True, eq=False)")
-    '@dataclass(eq=False)'
-    >>> plain("@dataclass(frozen=True, slots=True, eq=False)")
-    '@dataclass(eq=False)'
-    >>> plain("@value")
-    '@dataclasses.dataclass(unsafe_hash=True)'
+    >>> lines = ["@dataclass(slots=True)", "class Rows:", "    first: int", "", "x = 1"]
+    >>> print(plain("\n".join(lines)))
+    @dataclasses.dataclass(init=False)
+    class Rows:
+        first: int
+        def __init__(self, first: int) -> None: self.first = first
+    x = 1
     """
+    future = "from __future__ import annotations"
+    lines = source.replace(future, f"{future}; import dataclasses", 1).splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for mark in node.decorator_list:
+            name = ast.unparse(mark.func if isinstance(mark, ast.Call) else mark)
+            if name not in ("dataclass", "value"):
+                continue
+            given = mark.keywords if isinstance(mark, ast.Call) else []
+            options = {str(option.arg): ast.unparse(option.value) for option in given}
+            frozen = options.pop("frozen", None) == "True"
+            # One that is compared by identity is hashed by it, too.
+            if name == "value" or (frozen and options.get("eq") != "False"):
+                options["unsafe_hash"] = "True"
+            options.pop("slots", None)
+            seldom = frozen or node.bases
+            if not seldom and (at := _initializer(node, lines)) is not None:
+                options["init"] = "False"
+                lines[at[0]] = at[1]
+            stated = ", ".join(f"{option}={value}" for option, value in options.items())
+            end = mark.end_lineno or mark.lineno
+            lines[mark.lineno - 1 : end] = [f"@dataclasses.dataclass({stated})"]
+            lines[mark.lineno : mark.lineno] = [""] * (end - mark.lineno)
+    return "\n".join(lines)
 
-    def options(found: re.Match[str]) -> str:
-        given = [option for option in found[1].split(", ") if option != "slots=True"]
-        frozen = "frozen=True" in given
-        given = [option for option in given if option != "frozen=True"]
-        # One that is compared by identity is hashed by it, too.
-        if frozen and "eq=False" not in given:
-            given.insert(0, "unsafe_hash=True")
-        return f"@dataclass({', '.join(given)})"
 
-    source = _DATACLASS.sub(options, source)
-    source = _VALUE.sub("@dataclasses.dataclass(unsafe_hash=True)", source)
-    return _VALUES_IMPORT.sub("import dataclasses", source)
+def _initializer(node: ast.ClassDef, lines: list[str]) -> tuple[int, str] | None:
+    """What `dataclass` would write, to be compiled: it, and the empty line behind the fields."""
+    fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+    if not fields:
+        return None
+    takes, sets = ["self"], []
+    for one in fields:
+        name, kind = ast.unparse(one.target), ast.unparse(one.annotation)
+        default = ast.unparse(one.value) if one.value is not None else None
+        made = None
+        if isinstance(one.value, ast.Call) and ast.unparse(one.value.func) == "field":
+            given = {option.arg: ast.unparse(option.value) for option in one.value.keywords}
+            default = given.get("default")
+            made = f"({given['default_factory']})()" if "default_factory" in given else None
+            if given.get("init") == "False":
+                if (made or default) is not None:
+                    sets.append(f"self.{name} = {made or default}")
+                continue
+        if made is not None:
+            takes.append(f"{name}: {kind} | None = None")
+            sets.append(f"self.{name} = {made} if {name} is None else {name}")
+        else:
+            takes.append(f"{name}: {kind}" + (f" = {default}" if default is not None else ""))
+            sets.append(f"self.{name} = {name}")
+    if any(isinstance(p, ast.FunctionDef) and p.name == "__post_init__" for p in node.body):
+        sets.append("self.__post_init__()")
+    at = fields[-1].end_lineno or fields[-1].lineno
+    while at < len(lines) and lines[at].strip():
+        at += 1
+    if at == len(lines):
+        return None
+    return at, f"    def __init__({', '.join(takes)}) -> None: {'; '.join(sets)}"
 
 
 def build(place: Path, *, level: str, keep_c: Path | None = None) -> None:
@@ -115,11 +159,30 @@ def build(place: Path, *, level: str, keep_c: Path | None = None) -> None:
 
 
 def _extensions(names: list[str], into: Path, level: str) -> None:
-    """mypyc writes C, a file for each module, and the C compiler does two at a time."""
+    """mypyc writes C, a file for each module; as many compilers as there are cores read it."""
     # Not needed, and with mypyc not there, where nothing is compiled.
     from mypyc.build import mypycify
     from setuptools import Distribution
     from setuptools.command.build_ext import build_ext
+
+    class Build(build_ext):  # type: ignore[misc]
+        """setuptools compiles an extension's sources one after the other."""
+
+        def build_extension(self, ext: Any) -> None:
+            def compile_one(source: str) -> str:
+                objects = self.compiler.compile(
+                    [source],
+                    output_dir=self.build_temp,
+                    include_dirs=ext.include_dirs,
+                    macros=ext.define_macros,
+                    extra_postargs=ext.extra_compile_args,
+                )
+                return str(objects[0])
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                ext.extra_objects = list(pool.map(compile_one, ext.sources))
+            ext.sources = []
+            super().build_extension(ext)
 
     modules = mypycify(
         ["--config-file=mypy.ini", *names],
@@ -128,9 +191,8 @@ def _extensions(names: list[str], into: Path, level: str) -> None:
         multi_file=True,
         target_dir="c",
     )
-    command = build_ext(Distribution({"name": "paceline", "ext_modules": modules}))
+    command = Build(Distribution({"name": "paceline", "ext_modules": modules}))
     command.build_lib, command.build_temp = str(into), "objects"
-    command.parallel = os.cpu_count() or 1
     command.ensure_finalized()
     command.run()
 

@@ -30,6 +30,8 @@ LEFT_OUT = ("core/errors", "core/values")
 """Interpreted: exceptions that others inherit from, and `value`, which the compiler cannot read."""
 BESIDE = ("rpc/context", "triton/transport")
 """Interpreted, and known to compiled modules."""
+FORM = 2
+"""Of what is made of them: counts up when `scripts/compile_server.py` makes something else."""
 VARIABLE = "PACELINE_INTERPRETED"
 _SUFFIX = EXTENSION_SUFFIXES[0]
 
@@ -44,7 +46,7 @@ def sources(root: Path) -> list[Path]:
 
 def folder(root: Path) -> Path:
     """Where the modules compiled from what is at `root` belong, for this Python."""
-    digest = hashlib.sha256(_SUFFIX.encode())
+    digest = hashlib.sha256(f"{FORM} {_SUFFIX}".encode())
     beside = [root / f"{module}.py" for module in (*LEFT_OUT, *BESIDE)]
     for path in [*sources(root), *beside]:
         digest.update(f"\0{path.relative_to(root)}\0".encode())
