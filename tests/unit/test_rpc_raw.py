@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -53,6 +55,37 @@ async def test_both_paths_answer_with_the_same_bytes(channel: grpc.aio.Channel) 
     expected.outputs.add(name="out", datatype="INT32", shape=[2])
     expected.raw_output_contents.append(bytes(range(8)))
     assert await unary(channel, echo(id="7")) == expected.SerializeToString()
+
+
+async def test_requests_leave_nothing_to_the_garbage_collector(channel: grpc.aio.Channel) -> None:
+    """What is in a cycle keeps a request's tensors until somebody looks; tensors can be large."""
+    method: Any = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer", None, None)
+    stream = method()
+
+    async def ask() -> None:
+        await unary(channel, echo(id="7"))
+        await unary(channel, echo())
+        for data in (echo(), service_pb2.ModelInferRequest(model_name="x").SerializeToString()):
+            await stream.write(data)
+            await stream.read()
+        with pytest.raises(grpc.aio.AioRpcError):
+            await unary(channel, NOT_A_MESSAGE)
+
+    await ask()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(20):
+            await ask()
+        gc.collect()
+        # The client's are not ours.
+        ours = [type(one) for one in gc.garbage if type(one).__module__.startswith("paceline")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert len(ours) < 20, Counter(ours)
 
 
 async def test_a_field_from_the_future_is_ignored(channel: grpc.aio.Channel) -> None:

@@ -58,19 +58,8 @@ class InferCalls:
             message = wire.read_request(data)
             signature = self.signature(message.model_name, message.model_version)
             request = infer_request(message, signature, call.time_remaining())
-
-            def on_end(outcome: InferAnswer | RequestError) -> None:
-                # Raised here it would hold frames that hold it.
-                if isinstance(outcome, RequestError):
-                    call.refuse(status_of(outcome))
-                    return
-                try:
-                    metadata = () if message.id else numbered(outcome)
-                    call.answer(wire.response_parts(message, signature.version, outcome), metadata)
-                except Exception as error:
-                    call.refuse(status_of(error))
-
-            number = self._inference.begin(request, on_end)
+            answering = _Unary(call, message, signature.version)
+            number = self._inference.begin(request, answering.ended)
             call.on_cancel = partial(self._inference.cancel, number)
         except Exception as error:
             call.refuse(status_of(error))
@@ -78,38 +67,16 @@ class InferCalls:
     def _begin(self, stream: InferStream, data: Buffer, form: _Form) -> None:
         """Serve a request of a stream. What is no message ends the stream: RequestError."""
         message = form.read(data)
-        entry = stream.enter()
-
-        def fail(error: Exception) -> None:
-            status = status_of(error)
-            stream.fail(entry, status, [_stream_failure(message, status)])
-
-        def on_end(outcome: InferAnswer | RequestError) -> None:
-            if isinstance(outcome, RequestError):
-                fail(outcome)
-                return
-            try:
-                if "stream_items" in message.parameters:
-                    final = final_response(message, signature.version, outcome)
-                    parts: Sequence[Buffer] = [final.SerializeToString()]
-                else:
-                    parts = form.response(message, signature.version, outcome)
-                stream.leave(entry, wire.stream_parts(parts))
-            except Exception as error:
-                fail(error)
-
-        def on_partial(start: int, outputs: tuple[Tensor, ...]) -> None:
-            items = items_response(message, signature.version, start, outputs)
-            stream.write(wire.stream_parts([items.SerializeToString()]))
-
+        answering = _Streamed(stream, message, form)
         try:
             signature = self.signature(message.model_name, message.model_version)
+            answering.version = signature.version
             request = infer_request(message, signature, stream.time_remaining())
-            entry.number = self._inference.begin(
-                request, on_end, on_partial if request.stream_items else None
+            answering.entry.number = self._inference.begin(
+                request, answering.ended, answering.came if request.stream_items else None
             )
         except Exception as error:
-            fail(error)
+            answering.fail(error)
 
     def signature(self, name: str, version: str) -> Signature:
         """Of a chain that can be called. Raises RequestError."""
@@ -122,6 +89,71 @@ class InferCalls:
         signature = Signature.of(bound)
         self._signatures[name] = (bound, signature)
         return signature
+
+
+# Who answers is an object and no closure: a compiled function that has closures makes a cycle with
+# them, and so garbage of every request, with its tensors.
+
+
+class _Unary:
+    """Answers a call; what it raised itself would hold frames that hold it."""
+
+    __slots__ = ("_call", "_message", "_version")
+
+    def __init__(self, call: UnaryCall, message: Any, version: str) -> None:
+        self._call = call
+        self._message = message
+        self._version = version
+
+    def ended(self, outcome: InferAnswer | RequestError) -> None:
+        """See `Inference.begin`."""
+        if isinstance(outcome, RequestError):
+            self._call.refuse(status_of(outcome))
+            return
+        try:
+            metadata = () if self._message.id else numbered(outcome)
+            parts = wire.response_parts(self._message, self._version, outcome)
+            self._call.answer(parts, metadata)
+        except Exception as error:
+            self._call.refuse(status_of(error))
+
+
+class _Streamed:
+    """Answers a request of a stream."""
+
+    __slots__ = ("_form", "_message", "_stream", "entry", "version")
+
+    def __init__(self, stream: InferStream, message: Any, form: _Form) -> None:
+        self._stream = stream
+        self._message = message
+        self._form = form
+        self.entry = stream.enter()
+        self.version = ""
+
+    def fail(self, error: Exception) -> None:
+        """End the request with what happened."""
+        status = status_of(error)
+        self._stream.fail(self.entry, status, [_stream_failure(self._message, status)])
+
+    def ended(self, outcome: InferAnswer | RequestError) -> None:
+        """See `Inference.begin`."""
+        if isinstance(outcome, RequestError):
+            self.fail(outcome)
+            return
+        try:
+            if "stream_items" in self._message.parameters:
+                final = final_response(self._message, self.version, outcome)
+                parts: Sequence[Buffer] = [final.SerializeToString()]
+            else:
+                parts = self._form.response(self._message, self.version, outcome)
+            self._stream.leave(self.entry, wire.stream_parts(parts))
+        except Exception as error:
+            self.fail(error)
+
+    def came(self, start: int, outputs: tuple[Tensor, ...]) -> None:
+        """See `Inference.begin`: items of a fan-out."""
+        items = items_response(self._message, self.version, start, outputs)
+        self._stream.write(wire.stream_parts([items.SerializeToString()]))
 
 
 def numbered(answer: InferAnswer) -> Metadata:
