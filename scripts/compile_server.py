@@ -26,6 +26,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +37,8 @@ sys.path.insert(0, str(PACKAGE.parent))
 
 from paceline import compiled  # noqa: E402
 
+SCRATCH = ".compiling-"
+"""What is left of one that was killed goes with the next, an hour later."""
 KEPT = 2
 """Folders of compiled modules: this one's, and that of servers which are still running."""
 
@@ -126,7 +129,10 @@ def _initializer(node: ast.ClassDef, lines: list[str]) -> tuple[int, str] | None
 def build(place: Path, *, level: str, keep_c: Path | None = None) -> None:
     """Compile into the folder `place`, which is there afterwards whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=place.parent) as scratch:
+    for left in place.parent.glob(f"{SCRATCH}*"):
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=place.parent) as scratch:
         work = Path(scratch)
 
         def stop(number: int, frame: object) -> NoReturn:

@@ -1,9 +1,9 @@
 """What runs for every request, compiled to machine code where that has been done.
 
-`scripts/compile` has mypyc make extension modules of `PACKAGES` and `MODULES`, in a folder named
-after the contents of all of them. `use` lets Python import those instead of the sources: all or, if
-a single source has changed since, none, as compiled modules know each other's classes.
-`PACELINE_INTERPRETED=1` keeps to the sources.
+`scripts/compile_server.py` has mypyc make extension modules of `PACKAGES` and `MODULES`, in a
+folder named after the contents of all of them. `use` lets Python import those instead of the
+sources: all or, if a single source has changed since, none, as compiled modules know each other's
+classes. `PACELINE_INTERPRETED=1` keeps to the sources.
 """
 
 from __future__ import annotations
