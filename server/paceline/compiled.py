@@ -70,9 +70,14 @@ class _Finder:
         return spec_from_file_location(name, file, loader=ExtensionFileLoader(name, file))
 
 
+def unwanted() -> bool:
+    """Whether the environment keeps to the sources."""
+    return os.environ.get(VARIABLE, "0") not in ("", "0")
+
+
 def use(root: Path) -> bool:
     """Import the compiled modules from now on, if there are any of just these sources."""
-    if os.environ.get(VARIABLE, "0") not in ("", "0"):
+    if unwanted():
         return False
     try:
         place = folder(root)
