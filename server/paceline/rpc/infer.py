@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -161,16 +162,12 @@ def numbered(answer: InferAnswer) -> Metadata:
     return (("paceline-request-id", str(answer.timeline.request)),)
 
 
+@dataclass(frozen=True, slots=True)
 class _Form:
     """How the messages of streams are read and written."""
 
-    def __init__(
-        self,
-        read: Callable[[Buffer], Any],
-        response: Callable[[Any, str, InferAnswer], Sequence[Buffer]],
-    ) -> None:
-        self.read = read
-        self.response = response
+    read: Callable[[Buffer], Any]
+    response: Callable[[Any, str, InferAnswer], Sequence[Buffer]]
 
 
 def _response(message: Any, version: str, answer: InferAnswer) -> Sequence[Buffer]:
