@@ -34,6 +34,7 @@ from paceline.dispatch import (
     Wake,
     route_chain,
 )
+from paceline.dispatch.holders import REMEMBERED_BATCHES
 from paceline.dispatch.machines import MachinePool
 
 M3 = ModelSpec("m3", 32, (TensorSpec("x", "BOOL", (1,)),), (TensorSpec("y", "BOOL", (1,)),))
@@ -469,3 +470,23 @@ def test_durations_are_learned_by_machine_and_batch_size() -> None:
     assert pool.expected_s(sound, route, 1) == pytest.approx(0.08, rel=0.01)
     told = {(d.machine, d.batch_size): d.median_s for d in pool.learned.all()}
     assert told == {("slow", 1): 3 * 0.08, ("slow", 8): 0.25, ("sound", 1): 0.08}
+
+
+def test_a_stall_says_nothing_of_the_batches_to_come() -> None:
+    # The first executions of processes took ten times as long: batches of eight were expected to
+    # take twice as long for as long as only smaller ones ran, and requests were refused for that.
+    pool, route = MachinePool(), m3_chain("pooled", [(8, 1.0)], 20, 100.0).route.modules[0]
+    pool.up("g0", "gpu", 8, {"m3": 8})
+    machine = pool.get("g0")
+    assert machine is not None
+    pool.succeeded(machine, route, 8, 10 * 0.25)
+    assert pool.expected_s(machine, route, 8) == pytest.approx(0.25, rel=0.06)
+    for _ in range(9):
+        pool.succeeded(machine, route, 8, 10 * 0.25)
+    stalled_s = pool.expected_s(machine, route, 8)
+    assert stalled_s is not None and stalled_s > 1.5 * 0.25, "one that lasts is believed"
+    for _ in range(REMEMBERED_BATCHES):
+        pool.succeeded(machine, route, 1, 0.08)
+    assert pool.expected_s(machine, route, 8) == stalled_s
+    pool.succeeded(machine, route, 1, 0.08)
+    assert pool.expected_s(machine, route, 8) == pytest.approx(0.25, rel=0.03)

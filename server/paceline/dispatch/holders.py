@@ -13,9 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
+LEARNING_WEIGHT = 0.1
+"""Of the newest batch in what is learned of a lane."""
 STRAGGLER_RATIO = 1.5
 STRAGGLER_BATCHES = 20
 """A lane is a straggler when it has been that much slower than profiled over that many batches."""
+REMEMBERED_BATCHES = 32
+"""What is known of a batch size says nothing any more after so many batches of others."""
 
 Rank = tuple[int, str, "Machine"]
 """Batches that a machine executes, its name, and the machine: the least busy sorts first."""
@@ -29,8 +33,8 @@ class Lane:
     running: int = 0
     ratio: float = 1.0
     """What its batches take over what the profile says, whatever their size."""
-    ratios: dict[int, float] = field(default_factory=dict)
-    """The same by rows of a batch, of those that were executed."""
+    ratios: dict[int, tuple[float, int]] = field(default_factory=dict)
+    """The same by rows of a batch, of those that were executed, and which batch was the last."""
     batches: int = 0
     failures: int = 0
     overdue: int = 0
@@ -52,7 +56,20 @@ class Lane:
 
     def slower(self, rows: int) -> float:
         """What a batch of so many rows is expected to take over what the profile says."""
-        return self.ratios.get(rows, self.ratio)
+        known = self.ratios.get(rows)
+        if known is None or self.batches - known[1] > REMEMBERED_BATCHES:
+            return self.ratio
+        return known[0]
+
+    def took(self, rows: int, ratio: float) -> None:
+        """A batch of so many rows took `ratio` times what the profile says.
+
+        A stall, or the first execution of a process, takes ten times as long and says nothing of
+        those to come: a batch counts as `STRAGGLER_RATIO` times what was expected at most.
+        """
+        self.batches += 1
+        self.ratios[rows] = _learned(self.slower(rows), ratio), self.batches
+        self.ratio = _learned(self.ratio, ratio)
 
     @property
     def straggling(self) -> bool:
@@ -224,3 +241,9 @@ class Holders:
         if idle > 0 and lane.running < lane.instances:
             lane.rank = (machine.busy, machine.name, machine)
             insort(self._free, lane.rank)
+
+
+def _learned(known: float, ratio: float) -> float:
+    """Exponentially weighted."""
+    most = STRAGGLER_RATIO * known
+    return known + LEARNING_WEIGHT * ((ratio if ratio < most else most) - known)

@@ -5,8 +5,8 @@ Invariants: a machine runs at most `slots` batches and of a model at most its in
 quarantine gets at most one batch, its probe, only after its back-off and when it executes nothing.
 
 Durations are learned per lane and batch size as the ratio of what batches took to what the profile
-says (exponentially weighted), so that a machine that is slower than its kind is expected to be; the
-newest themselves are kept (`learned`), for whoever corrects the profile.
+says (`Lane.took`), so that a machine that is slower than its kind is expected to be; the newest
+themselves are kept (`learned`), for whoever corrects the profile.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from paceline.dispatch.route import ModuleRoute
 
 FIRST_BACKOFF_S = 0.5
 LONGEST_BACKOFF_S = 30.0
-LEARNING_WEIGHT = 0.1
-"""Weight of the newest batch in a lane's learned ratio."""
-
 NOTHING = 1e-6
 """Planned fractions of machines are sums of floats: as much more or less is none."""
 
@@ -284,11 +281,7 @@ class MachinePool:
         profiled_s = route.duration_s(machine.hardware, rows)
         if profiled_s is None:
             return
-        lane.batches += 1
-        ratio = took_s / profiled_s
-        known = lane.slower(rows)
-        lane.ratios[rows] = known + LEARNING_WEIGHT * (ratio - known)
-        lane.ratio += LEARNING_WEIGHT * (ratio - lane.ratio)
+        lane.took(rows, took_s / profiled_s)
 
     def broke(self, machine: Machine, model: str, now_s: float) -> bool:
         """The lane lost or garbled a batch: quarantine it. True when that is news."""
