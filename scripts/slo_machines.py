@@ -128,16 +128,18 @@ class Search:
         return list(found.values())
 
     def compared(self) -> list[Asked]:
-        """Which replays lack with the machines that Paceline turned out to need."""
+        """Which replays lack with the machines that Paceline turned out to need: all get those that
+        it had."""
         pooled, found = self.counts["pooled"], []
         for rate in range(len(self.served)):
             machines = pooled.attained[rate]
             if machines is not None and pooled.next(rate) is None:
                 names = [how.name for how in self.systems(machines)]
+                own = len(self.runs(machines, "pooled", rate))
                 found += [
                     (machines, lane, rate)
                     for lane in names
-                    if len(self.runs(machines, lane, rate)) < min(COMPARED, self._repeats)
+                    if len(self.runs(machines, lane, rate)) < max(own, min(COMPARED, self._repeats))
                 ]
         return found
 

@@ -280,7 +280,8 @@ def needed_tables(needed: Mapping[Scenario, Needed]) -> Iterator[str]:
 
 
 def equal_tables(needed: Mapping[Scenario, Needed], results: Results) -> Iterator[str]:
-    """What everybody attains on as many machines as Paceline needs."""
+    """What everybody attains on as many machines as Paceline needs, in the replays that all have: a
+    system that was asked for longer met other arrivals, too."""
     for scenario, need in needed.items():
         systems = _columns(need.counts)
         yield from ("", f"**{scenario.title}**", "")
@@ -290,8 +291,10 @@ def equal_tables(needed: Mapping[Scenario, Needed], results: Results) -> Iterato
             machines = need.least(rate, "pooled") or need.most
             for cell in results.cells(scenario):
                 if cell.machines == machines and cell.rate_rps == rate_rps:
-                    lanes = (results.lane_of(cell, system) for system in systems)
-                    texts = [_text(results, cell, lane) for lane in lanes]
+                    replays = results.runs[cell]
+                    lanes = [results.lane_of(cell, system) for system in systems]
+                    common = min(len(replays[lane]) for lane in lanes if lane is not None)
+                    texts = [_text(replays[lane][:common]) if lane else "" for lane in lanes]
                     yield f"| {rate_rps:.0f} | {machines} | {' | '.join(texts)} |"
 
 
@@ -303,14 +306,12 @@ def attainment_tables(results: Results) -> Iterator[str]:
         yield f"| machines | load | {' | '.join(systems.values())} |"
         yield "|---|---|" + "---|" * len(systems)
         for cell in results.cells(scenario):
-            texts = [_text(results, cell, results.lane_of(cell, system)) for system in systems]
+            lanes = [results.lane_of(cell, system) for system in systems]
+            texts = [_text(results.runs[cell][lane]) if lane else "" for lane in lanes]
             yield f"| {cell.machines} | {cell.load:.1%} | {' | '.join(texts)} |"
 
 
-def _text(results: Results, cell: Cell, lane: str | None) -> str:
-    if lane is None:
-        return ""
-    runs = results.runs[cell][lane]
+def _text(runs: Sequence[Figures]) -> str:
     values = [run.attainment * 100 for run in runs]
     bounds = f" [{min(values):.1f}-{max(values):.1f}]" if len(values) > 1 else ""
     p99_ms = median(run.p99_ms for run in runs)
