@@ -153,7 +153,8 @@ def report(bench: Bench) -> str:
         parts += ["", "## Attainment on as many machines as Paceline needs"]
         parts += slo_report.equal_tables(bench.needed, bench.machines)
     if bench.overload.runs:
-        parts += ["", "## Overload", *slo_report.overload_table(bench.overload, PLANNED_LOAD)]
+        overload = slo_report.overload_table(bench.overload, PLANNED_LOAD, options.seconds)
+        parts += ["", "## Overload", *overload]
     if bench.goodput.runs:
         parts += ["", "## Attainment by load", *slo_report.attainment_tables(bench.goodput)]
     for results in (bench.goodput, bench.machines):

@@ -57,10 +57,12 @@ class Cell:
 class Figures:
     """One replay of one system. Latencies are those of its answers; 0 without any.
 
+    `sent`: requests, of which chance makes more or fewer than the rate says.
     `rejected`: share answered with an error; `refused_*`: time to such an answer from its sending;
     `late_p99_ms`: how late the generator was.
     """
 
+    sent: int
     attainment: float
     p50_ms: float
     p99_ms: float
@@ -77,6 +79,7 @@ class Figures:
         refused = sorted(answer["refused_s"])
         total = max(1, len(every))
         return cls(
+            sent=len(every),
             attainment=sum(latency_s <= slo_s for latency_s in answered) / total,
             p50_ms=percentile(answered, 0.5) * 1e3,
             p99_ms=percentile(answered, 0.99) * 1e3,
@@ -329,8 +332,9 @@ def settings_table(results: Results) -> Iterator[str]:
             yield f"| {scenario.title} | {'; '.join(names)} |"
 
 
-def overload_table(results: Results, planned: float) -> Iterator[str]:
-    """Goodput by offered rate, as a multiple of the planned one; `planned` is a load.
+def overload_table(results: Results, planned: float, seconds: float) -> Iterator[str]:
+    """Goodput by offered rate, as a multiple of the planned one; `planned` is a load, and a replay
+    takes so many `seconds`.
 
     Time to rejection is that of refusals at the door (RESOURCE_EXHAUSTED), where there are any.
     """
@@ -342,12 +346,14 @@ def overload_table(results: Results, planned: float) -> Iterator[str]:
             f" {SYSTEMS.get(lane, lane)}: goodput, rejected, time to rejection |" for lane in lanes
         )
         yield "|---|---|" + "---|" * len(lanes)
-        peaks = {lane: max(_goodput_rps(results, c, lane) for c in cells) for lane in lanes}
+        peaks = {
+            lane: max(_goodput_rps(results.runs[c][lane], seconds) for c in cells) for lane in lanes
+        }
         for cell in cells:
             texts = []
             for lane in lanes:
                 runs = results.runs[cell][lane]
-                goodput_rps = _goodput_rps(results, cell, lane)
+                goodput_rps = _goodput_rps(runs, seconds)
                 text = f"{goodput_rps:.1f} ({goodput_rps / peaks[lane]:.1%} of its peak)"
                 rejected = median(run.rejected for run in runs)
                 if rejected > 0:
@@ -359,5 +365,5 @@ def overload_table(results: Results, planned: float) -> Iterator[str]:
             yield f"| {cell.load / planned:.2g} | {cell.rate_rps:.0f} | {' | '.join(texts)} |"
 
 
-def _goodput_rps(results: Results, cell: Cell, lane: str) -> float:
-    return results.attainment(cell, lane) * cell.rate_rps
+def _goodput_rps(runs: Sequence[Figures], seconds: float) -> float:
+    return median(run.attainment * run.sent for run in runs) / seconds
