@@ -146,7 +146,7 @@ def report(
         ]
         lines += [
             f"| {offered:g} | {f.attainment:.1%} "
-            f"| {f.attainment * f.sent / options.seconds / options.rate_rps:.2f} | {f.p99_ms:.0f} "
+            f"| {f.goodput_rps(options.seconds) / options.rate_rps:.2f} | {f.p99_ms:.0f} "
             f"| {f.refused_p50_ms:.1f}, {f.refused_p99_ms:.1f} | {f.late_p99_ms:.1f} |"
             for offered, f in found
         ]

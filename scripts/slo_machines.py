@@ -136,10 +136,11 @@ class Search:
             if machines is not None and pooled.next(rate) is None:
                 names = [how.name for how in self.systems(machines)]
                 own = len(self.runs(machines, "pooled", rate))
+                wanted = max(own, min(COMPARED, self._repeats))
                 found += [
                     (machines, lane, rate)
                     for lane in names
-                    if len(self.runs(machines, lane, rate)) < max(own, min(COMPARED, self._repeats))
+                    if len(self.runs(machines, lane, rate)) < wanted
                 ]
         return found
 

@@ -71,6 +71,10 @@ class Figures:
     refused_p99_ms: float
     late_p99_ms: float
 
+    def goodput_rps(self, seconds: float) -> float:
+        """Answers within the objective, of a replay that took so long."""
+        return self.attainment * self.sent / seconds
+
     @classmethod
     def of(cls, answer: dict[str, Any], slo_s: float) -> Figures:
         """From what the load generator returned."""
@@ -294,10 +298,9 @@ def equal_tables(needed: Mapping[Scenario, Needed], results: Results) -> Iterato
             machines = need.least(rate, "pooled") or need.most
             for cell in results.cells(scenario):
                 if cell.machines == machines and cell.rate_rps == rate_rps:
-                    replays = results.runs[cell]
                     lanes = [results.lane_of(cell, system) for system in systems]
-                    common = min(len(replays[lane]) for lane in lanes if lane is not None)
-                    texts = [_text(replays[lane][:common]) if lane else "" for lane in lanes]
+                    common = min(len(results.runs[cell][lane]) for lane in lanes if lane)
+                    texts = [_text(results, cell, lane, common) for lane in lanes]
                     yield f"| {rate_rps:.0f} | {machines} | {' | '.join(texts)} |"
 
 
@@ -309,12 +312,15 @@ def attainment_tables(results: Results) -> Iterator[str]:
         yield f"| machines | load | {' | '.join(systems.values())} |"
         yield "|---|---|" + "---|" * len(systems)
         for cell in results.cells(scenario):
-            lanes = [results.lane_of(cell, system) for system in systems]
-            texts = [_text(results.runs[cell][lane]) if lane else "" for lane in lanes]
+            texts = [_text(results, cell, results.lane_of(cell, system)) for system in systems]
             yield f"| {cell.machines} | {cell.load:.1%} | {' | '.join(texts)} |"
 
 
-def _text(runs: Sequence[Figures]) -> str:
+def _text(results: Results, cell: Cell, lane: str | None, replays: int | None = None) -> str:
+    """Of all replays, or of so many."""
+    if lane is None:
+        return ""
+    runs = results.runs[cell][lane][:replays]
     values = [run.attainment * 100 for run in runs]
     bounds = f" [{min(values):.1f}-{max(values):.1f}]" if len(values) > 1 else ""
     p99_ms = median(run.p99_ms for run in runs)
@@ -346,15 +352,20 @@ def overload_table(results: Results, planned: float, seconds: float) -> Iterator
             f" {SYSTEMS.get(lane, lane)}: goodput, rejected, time to rejection |" for lane in lanes
         )
         yield "|---|---|" + "---|" * len(lanes)
-        peaks = {
-            lane: max(_goodput_rps(results.runs[c][lane], seconds) for c in cells) for lane in lanes
+        goodput_rps = {
+            lane: {
+                cell: median(run.goodput_rps(seconds) for run in results.runs[cell][lane])
+                for cell in cells
+            }
+            for lane in lanes
         }
         for cell in cells:
             texts = []
             for lane in lanes:
                 runs = results.runs[cell][lane]
-                goodput_rps = _goodput_rps(runs, seconds)
-                text = f"{goodput_rps:.1f} ({goodput_rps / peaks[lane]:.1%} of its peak)"
+                own_rps = goodput_rps[lane]
+                share = own_rps[cell] / max(own_rps.values())
+                text = f"{own_rps[cell]:.1f} ({share:.1%} of its peak)"
                 rejected = median(run.rejected for run in runs)
                 if rejected > 0:
                     p50_ms = median(run.refused_p50_ms for run in runs)
@@ -363,7 +374,3 @@ def overload_table(results: Results, planned: float, seconds: float) -> Iterator
                     text += f", p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms" * (p99_ms > 0)
                 texts.append(text)
             yield f"| {cell.load / planned:.2g} | {cell.rate_rps:.0f} | {' | '.join(texts)} |"
-
-
-def _goodput_rps(runs: Sequence[Figures], seconds: float) -> float:
-    return median(run.attainment * run.sent for run in runs) / seconds
